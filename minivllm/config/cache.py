@@ -1,0 +1,20 @@
+"""How much KV cache there is and how it is cut into blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    block_size: int | None = None
+    """Tokens in a KV block; default 128 on a CPU, where it must be a multiple of 32."""
+    gpu_memory_utilization: float | None = None
+    """Share of the device's memory for weights and KV cache together (on a CPU: of the cgroup's limit). Default on a
+    CPU: a KV cache of min(4 GiB, 40 % of what is left after the weights)."""
+    kv_cache_memory_bytes: int | None = None
+    """Size of the KV cache in bytes (suffixes k, M, G and Ki, Mi, Gi are read); wins over the share."""
+    num_gpu_blocks_override: int | None = None
+    """Number of KV blocks; wins over both sizes."""
+    enable_prefix_caching: bool = True
+    """Keep the KV blocks of past prompts and reuse them for equal prefixes."""

@@ -1,0 +1,32 @@
+"""The whole of what an engine is asked to be. Only EngineCore, Executor and Worker hold it; others get slices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from minivllm.config.cache import CacheConfig
+from minivllm.config.hf_config import HFConfig
+from minivllm.config.load import LoadConfig
+from minivllm.config.model import ModelConfig
+from minivllm.config.observability import ObservabilityConfig
+from minivllm.config.parallel import ParallelConfig
+from minivllm.config.scheduler import SchedulerConfig
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Frozen and encodable by msgspec: it crosses to the core process in the handshake.
+
+    `model.model` is a local directory by now. What is still `auto` or None is resolved by the worker
+    and comes back in `messages.engine.EngineCoreReady`.
+    """
+
+    model: ModelConfig
+    hf_config: HFConfig
+    cache: CacheConfig = CacheConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    load: LoadConfig = LoadConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    observability: ObservabilityConfig = ObservabilityConfig()
+    generation_config: dict[str, Any] = field(default_factory=dict)  # after overrides; {} with "vllm"

@@ -1,0 +1,46 @@
+"""Which model is served, and how its outputs are defined."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    model: str = ""
+    """A local directory or a hub id."""
+    tokenizer: str | None = None
+    """Directory or hub id of the tokenizer; the model's own when not given."""
+    tokenizer_mode: Literal["auto", "hf"] = "auto"
+    """auto: the fast tokenizer in tokenizer.json, else what transformers finds; hf: always transformers' choice."""
+    revision: str | None = None
+    """Branch, tag or commit of the model on the hub."""
+    tokenizer_revision: str | None = None
+    """Branch, tag or commit of the tokenizer on the hub."""
+    trust_remote_code: bool = False
+    """Let transformers run the tokenizer code that a repository carries. Model code is never run."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32", "half", "float"] = "auto"
+    """Type of weights and activations; auto: the checkpoint's own."""
+    seed: int = 0
+    """Seed of what is not seeded by a request."""
+    max_model_len: int | Literal["auto"] | None = None
+    """Longest prompt plus output, in tokens (1k and 1K are read as 1,000 and 1,024); auto (or -1): the longest
+    that fits the KV cache; not given: the model's own limit."""
+    hf_overrides: dict[str, Any] = field(default_factory=dict)
+    """JSON merged into config.json."""
+    generation_config: str = "auto"
+    """Where default sampling parameters come from: auto (the model's generation_config.json), vllm (none), or a
+    directory."""
+    override_generation_config: dict[str, Any] = field(default_factory=dict)
+    """JSON merged into the generation config."""
+    max_logprobs: int = 20
+    """Most logprobs a request may ask for; -1: the vocabulary."""
+    logprobs_mode: Literal["raw_logprobs", "raw_logits", "processed_logprobs", "processed_logits"] = "raw_logprobs"
+    """What logprobs mean: of the model's own distribution (raw) or after penalties, temperature and masks."""
+    skip_tokenizer_init: bool = False
+    """Token ids in, token ids out: no tokenizer is loaded and prompts must be token ids."""
+    served_model_name: list[str] | None = None
+    """Names under which the API serves the model; the first is reported. Default: the model argument."""
+    enforce_eager: bool = False
+    """No CUDA graphs. On a CPU there are none, and it changes nothing."""

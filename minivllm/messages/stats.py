@@ -1,0 +1,53 @@
+"""Numbers that travel with each step's outputs."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class PrefixCacheStats(msgspec.Struct, array_like=True, omit_defaults=True):
+    """Since the last report, in tokens."""
+
+    queries: int = 0
+    hits: int = 0
+
+
+class SchedulerStats(msgspec.Struct, array_like=True, omit_defaults=True):
+    """The scheduler after a step. Counters count since the last report."""
+
+    num_running_reqs: int = 0
+    num_waiting_reqs: int = 0
+    kv_cache_usage: float = 0.0
+    prefix_cache: PrefixCacheStats = msgspec.field(default_factory=PrefixCacheStats)
+    num_preemptions: int = 0
+    num_scheduled_tokens: int = 0
+
+
+class FinishedRequestStats(msgspec.Struct):
+    """One ended request, in seconds and tokens. Stays in the front end."""
+
+    finish_reason: str
+    num_prompt_tokens: int
+    num_generation_tokens: int
+    num_cached_tokens: int
+    max_tokens_param: int | None
+    n_param: int
+    e2e_latency_s: float
+    queue_s: float
+    prefill_s: float
+    decode_s: float
+
+    @property
+    def inference_s(self) -> float:
+        return self.prefill_s + self.decode_s
+
+
+class IterationStats(msgspec.Struct):
+    """What one message from the core meant to the front end. Stays in the front end."""
+
+    num_prompt_tokens: int = 0  # of requests whose first token came
+    num_cached_tokens: int = 0  # of these, found in the prefix cache
+    num_generation_tokens: int = 0
+    time_to_first_tokens_s: list[float] = []
+    inter_token_latencies_s: list[float] = []
+    finished_requests: list[FinishedRequestStats] = []

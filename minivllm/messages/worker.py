@@ -1,0 +1,68 @@
+"""What crosses between scheduler and worker: the plan of a step, and its result."""
+
+from __future__ import annotations
+
+import msgspec
+
+from minivllm.messages.engine import LogprobsLists
+from minivllm.sampling_params import SamplingParams
+
+
+class NewRequestData(msgspec.Struct, array_like=True, gc=False):
+    """A request the worker has not seen (or has forgotten)."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    prior_output_token_ids: list[int]
+    sampling_params: SamplingParams
+    seed: int
+    eos_token_ids: list[int]
+    block_ids: list[int]
+    num_computed_tokens: int
+
+
+class CachedRequestData(msgspec.Struct, array_like=True, gc=False):
+    """Requests the worker knows, as columns of equal length. The worker itself appended the tokens it sampled."""
+
+    request_ids: list[str] = []
+    new_block_ids: list[list[int]] = []  # appended to the block table …
+    resumed: list[bool] = []  # … or replacing it, after a preemption
+    num_computed_tokens: list[int] = []
+
+
+class SchedulerOutput(msgspec.Struct, array_like=True, gc=False):
+    """One step. Tokens num_computed … num_computed + num_scheduled of each request are computed.
+
+    A request whose last known token is among them gets one token sampled; others (prompt chunks) none.
+    """
+
+    step: int
+    scheduled_new_reqs: list[NewRequestData] = []
+    scheduled_cached_reqs: CachedRequestData = msgspec.field(default_factory=CachedRequestData)
+    num_scheduled_tokens: dict[str, int] = {}  # in batch order
+    total_num_scheduled_tokens: int = 0
+    finished_req_ids: list[str] = []  # since the last step: forget them
+    preempted_req_ids: list[str] = []  # in this step: their blocks are gone, their tokens stay
+
+
+class ModelRunnerOutput(msgspec.Struct, array_like=True, gc=False):
+    """The result of one step, in the batch order of the plan."""
+
+    request_ids: list[str] = []
+    sampled_token_ids: list[list[int]] = []  # [] for a request that got none
+    logprobs: dict[str, LogprobsLists] = {}  # only of requests that asked
+    prompt_logprobs: dict[str, LogprobsLists] = {}  # of the prompt positions this step computed
+    failed: dict[str, str] = {}  # request id -> why this one request cannot go on (a non-finite row, …)
+
+
+class WorkerReady(msgspec.Struct, array_like=True):
+    """What the worker resolved when it loaded the model and laid out the cache."""
+
+    max_model_len: int
+    num_blocks: int
+    block_size: int
+    kv_cache_bytes: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    dtype: str
+    numerics_id: str

@@ -1,0 +1,32 @@
+"""Fixtures every test may use: tiny seeded checkpoints, made once a session, and the size of the long walks."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "examples"))
+
+# No test may reach for a hub: what is not on disk must fail at once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--walk-steps", type=int, default=2000, help="length of each random walk (default 2000)")
+
+
+@pytest.fixture(scope="session")
+def walk_steps(request: pytest.FixtureRequest) -> int:
+    return request.config.getoption("--walk-steps")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A float32 Qwen3-shape checkpoint of about 1 MB with its tokenizer and chat template."""
+    from make_random_model import make_model
+
+    return make_model(tmp_path_factory.mktemp("models") / "tiny-qwen3", arch="qwen3", seed=1)
