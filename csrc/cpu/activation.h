@@ -1,0 +1,16 @@
+#pragma once
+
+#include <cstdint>
+
+#include "dispatch.h"
+#include "types.h"
+
+namespace minivllm {
+
+struct ActivationKernels {
+    // out: [rows, width] contiguous = silu(gate) * up; a row of gate_up is [gate (width), up (width)].
+    void (*silu_mul)(DType dtype, void* out, const void* gate_up, int64_t row_stride, int64_t rows, int64_t width);
+};
+MINIVLLM_KERNELS(ActivationKernels, activation_kernels)
+
+}  // namespace minivllm

@@ -1,0 +1,53 @@
+// Rotary embedding, halves paired ("neox"). Each element stands alone; tokens are split over threads.
+#include "rotary.h"
+
+#include "isa.h"
+#include "thread_pool.h"
+
+namespace minivllm::MINIVLLM_ISA {
+namespace {
+
+// (first, second) becomes (first·cos − second·sin, second·cos + first·sin).
+template <class T>
+void rotate(T* first, T* second, const float* cos, const float* sin, int64_t n) {
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) {
+        const Vec a = load(first + i), b = load(second + i), c = load(cos + i), s = load(sin + i);
+        store(first + i, a * c - b * s);
+        store(second + i, b * c + a * s);
+    }
+    if (const int rest = int(n - i); rest > 0) {
+        const Vec a = load_partial(first + i, rest), b = load_partial(second + i, rest);
+        const Vec c = load_partial(cos + i, rest), s = load_partial(sin + i, rest);
+        store_partial(first + i, a * c - b * s, rest);
+        store_partial(second + i, b * c + a * s, rest);
+    }
+}
+
+template <class T>
+void rotate_heads(const Heads& heads, int64_t token, const float* cos_sin, int64_t half) {
+    T* x = static_cast<T*>(heads.x) + token * heads.token_stride;
+    for (int64_t head = 0; head < heads.num_heads; ++head, x += heads.head_stride)
+        rotate(x, x + half, cos_sin, cos_sin + half, half);
+}
+
+void run(DType dtype, Heads q, Heads k, const int64_t* positions, int64_t num_tokens, const float* cos_sin,
+         int64_t rot_dim) {
+    const int64_t elements = (q.num_heads + k.num_heads) * rot_dim;
+    with_dtype(dtype, [&](auto tag) {
+        using T = typename decltype(tag)::type;
+        parallel_for(num_tokens, 1 + 8192 / (elements + 1), [&](int64_t begin, int64_t end) {
+            for (int64_t token = begin; token < end; ++token) {
+                const float* row = cos_sin + positions[token] * rot_dim;
+                rotate_heads<T>(q, token, row, rot_dim / 2);
+                rotate_heads<T>(k, token, row, rot_dim / 2);
+            }
+        });
+    });
+}
+
+}  // namespace
+
+const RotaryKernels rotary_kernels = {&run};
+
+}  // namespace minivllm::MINIVLLM_ISA

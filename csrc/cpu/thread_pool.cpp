@@ -1,0 +1,231 @@
+#include "thread_pool.h"
+
+#include <pthread.h>
+#include <sched.h>
+
+#include <algorithm>
+#include <condition_variable>
+#include <cstdlib>
+#include <fstream>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+namespace minivllm {
+namespace {
+
+// About 30 µs: longer than the gap between two kernels of a layer, shorter than anyone would notice as load.
+constexpr int kSpins = 700;
+
+inline void relax() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+}
+
+thread_local bool inside_kernel = false;
+
+// A value that threads wait on: a brief spin, then sleep.
+class Gate {
+public:
+    void set(uint64_t value) {
+        value_.store(value, std::memory_order_seq_cst);
+        wake_sleepers();
+    }
+    void add(uint64_t delta) {
+        value_.fetch_add(delta, std::memory_order_seq_cst);
+        wake_sleepers();
+    }
+    uint64_t get() const { return value_.load(std::memory_order_acquire); }
+
+    // Returns the first value seen for which done(value).
+    template <class Done>
+    uint64_t wait(Done done) {
+        for (int i = 0; i < kSpins; ++i) {
+            if (uint64_t v = get(); done(v)) return v;
+            relax();
+        }
+        std::unique_lock<std::mutex> lock(mutex_);
+        sleepers_.fetch_add(1, std::memory_order_seq_cst);
+        uint64_t v;
+        condition_.wait(lock, [&] { return done(v = value_.load(std::memory_order_seq_cst)); });
+        sleepers_.fetch_sub(1, std::memory_order_relaxed);
+        return v;
+    }
+
+private:
+    // A sleeper registers before it last looks at the value, a setter changes the value before it looks for
+    // sleepers: one of the two sees the other.
+    void wake_sleepers() {
+        if (sleepers_.load(std::memory_order_seq_cst) == 0) return;
+        std::lock_guard<std::mutex> lock(mutex_);
+        condition_.notify_all();
+    }
+
+    std::atomic<uint64_t> value_{0};
+    std::atomic<int> sleepers_{0};
+    std::mutex mutex_;
+    std::condition_variable condition_;
+};
+
+class Pool {
+public:
+    explicit Pool(int num_threads) : num_threads_(num_threads) {
+        for (int i = 1; i < num_threads; ++i) workers_.emplace_back([this, i] { work(i); });
+    }
+
+    ~Pool() {
+        stopping_ = true;
+        epoch_.add(1);
+        for (std::thread& t : workers_) t.join();
+    }
+
+    int num_threads() const { return num_threads_; }
+
+    void run(int count, void (*fn)(void*, int), void* ctx) {
+        std::lock_guard<std::mutex> turn(turn_);
+        fn_ = fn;
+        ctx_ = ctx;
+        count_ = count;
+        done_.set(0);
+        epoch_.add(1);
+        inside_kernel = true;
+        fn(ctx, 0);
+        inside_kernel = false;
+        const uint64_t all = uint64_t(num_threads_ - 1);
+        done_.wait([all](uint64_t v) { return v == all; });
+    }
+
+private:
+    void work(int index) {
+        inside_kernel = true;
+        for (uint64_t seen = 0;;) {
+            seen = epoch_.wait([seen](uint64_t v) { return v != seen; });
+            if (stopping_) return;
+            if (index < count_) fn_(ctx_, index);
+            done_.add(1);
+        }
+    }
+
+    const int num_threads_;
+    std::vector<std::thread> workers_;
+    std::mutex turn_;
+    Gate epoch_, done_;  // a job's number; how many workers have finished it
+    std::atomic<bool> stopping_{false};
+    void (*fn_)(void*, int) = nullptr;
+    void* ctx_ = nullptr;
+    int count_ = 0;
+};
+
+// CPUs' worth of time the control group allows, or a large number: the least over the group and its ancestors.
+int quota_cpus() {
+    std::ifstream groups("/proc/self/cgroup");
+    std::string path;
+    for (std::string line; std::getline(groups, line);)
+        if (line.rfind("0::", 0) == 0) path = line.substr(3);
+    int cpus = 1 << 20;
+    auto apply = [&cpus](double quota, double period) {
+        if (quota > 0 && period > 0) cpus = std::min(cpus, std::max(1, int(quota / period + 0.999)));
+    };
+    for (;;) {
+        std::ifstream file("/sys/fs/cgroup" + path + "/cpu.max");
+        std::string quota;
+        double period;
+        if (file >> quota >> period && quota != "max") apply(std::atof(quota.c_str()), period);
+        if (path.empty() || path == "/") break;
+        path.erase(path.rfind('/'));
+    }
+    double quota, period;  // control groups, version 1
+    std::ifstream quota_v1("/sys/fs/cgroup/cpu/cpu.cfs_quota_us"), period_v1("/sys/fs/cgroup/cpu/cpu.cfs_period_us");
+    if (quota_v1 >> quota && period_v1 >> period) apply(quota, period);
+    return cpus;
+}
+
+int usable_cpus() {
+    int cpus = int(std::thread::hardware_concurrency());
+#if defined(__linux__)
+    cpu_set_t set;
+    if (sched_getaffinity(0, sizeof set, &set) == 0) cpus = CPU_COUNT(&set);
+#endif
+    return std::max(1, std::min(cpus, quota_cpus()));
+}
+
+std::mutex pool_mutex;
+std::shared_ptr<Pool>* pool_slot = nullptr;  // never destroyed: at exit, other threads may still be in a kernel
+std::atomic<int> pool_size{0};
+
+// A forked child has none of its parent's threads: it forgets the pool, and makes its own when it needs one.
+void forget_pool_after_fork() {
+    new (&pool_mutex) std::mutex;
+    pool_slot = nullptr;
+}
+
+std::shared_ptr<Pool> pool() {
+    std::lock_guard<std::mutex> lock(pool_mutex);
+    if (pool_slot == nullptr) {
+        static const int registered = pthread_atfork(nullptr, nullptr, &forget_pool_after_fork);
+        (void)registered;
+        pool_slot = new std::shared_ptr<Pool>(std::make_shared<Pool>(num_threads()));
+    }
+    return *pool_slot;
+}
+
+struct Scratch {
+    void* data = nullptr;
+    size_t bytes = 0;
+    ~Scratch() { std::free(data); }
+};
+thread_local Scratch scratch[4];
+
+}  // namespace
+
+int num_threads() {
+    int n = pool_size.load(std::memory_order_relaxed);
+    if (n == 0) {
+        n = usable_cpus();
+        pool_size = n;
+    }
+    return n;
+}
+
+void set_num_threads(int n) {
+    if (n < 1) throw std::invalid_argument("num_threads=" + std::to_string(n) + " must be at least 1");
+    std::shared_ptr<Pool> old;  // ends its threads when the last kernel that uses it is done
+    std::lock_guard<std::mutex> lock(pool_mutex);
+    pool_size = n;
+    if (pool_slot != nullptr) {
+        old = *pool_slot;
+        *pool_slot = std::make_shared<Pool>(n);
+    }
+}
+
+void run_on_threads(int count, void (*fn)(void*, int), void* ctx) {
+    if (count <= 1 || inside_kernel) {
+        for (int i = 0; i < count; ++i) fn(ctx, i);
+        return;
+    }
+    const std::shared_ptr<Pool> current = pool();
+    if (count > current->num_threads()) {  // the pool shrank since the caller asked for its size
+        for (int i = 0; i < count; ++i) fn(ctx, i);
+        return;
+    }
+    current->run(count, fn, ctx);
+}
+
+void* thread_scratch(int slot, size_t bytes) {
+    Scratch& s = scratch[slot];
+    if (s.bytes < bytes) {
+        std::free(s.data);
+        const size_t rounded = (bytes + 4095) / 4096 * 4096;
+        s.data = std::aligned_alloc(4096, rounded);
+        s.bytes = s.data == nullptr ? 0 : rounded;
+        if (s.data == nullptr) throw std::bad_alloc();
+    }
+    return s.data;
+}
+
+}  // namespace minivllm

@@ -1,0 +1,52 @@
+// One pool of threads shared by all kernels. Owns the threads and per-thread scratch; knows nothing of kernels.
+//
+// Work is split over OUTPUTS only, so how many threads there are, and who runs what, never changes a bit of
+// any result. Calls from several Python threads take turns; a call from inside a kernel runs inline.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+
+namespace minivllm {
+
+int num_threads();            // the calling thread included; by default the CPUs this process may use
+void set_num_threads(int n);  // throws std::invalid_argument when n < 1
+
+// Runs fn(ctx, i) once for each i in [0, count), count <= num_threads(), each on a thread of its own; returns
+// when all are done. fn must not throw.
+void run_on_threads(int count, void (*fn)(void* ctx, int index), void* ctx);
+
+// This thread's scratch memory: at least `bytes`, 64-byte aligned, contents undefined. It stays valid until the
+// next call with the same slot on the same thread; it grows and is kept, so a steady state allocates nothing.
+// Slot 0 is for what the caller prepares before a parallel loop and all threads read; 1 to 3 are for inside.
+void* thread_scratch(int slot, size_t bytes);
+
+// Splits [0, n) into at most num_threads() ranges of at least `grain` (the last excepted), and calls
+// fn(begin, end) for each. For work whose items cost the same.
+template <class F>
+void parallel_for(int64_t n, int64_t grain, const F& fn) {
+    if (n <= 0) return;
+    const int64_t wanted = (n + grain - 1) / grain;
+    const int parts = wanted < num_threads() ? int(wanted) : num_threads();
+    if (parts <= 1) return fn(int64_t(0), n);
+    struct Context { const F& fn; int64_t n; int parts; } context{fn, n, parts};
+    run_on_threads(parts, [](void* p, int i) {
+        const Context& c = *static_cast<Context*>(p);
+        c.fn(c.n * i / c.parts, c.n * (i + 1) / c.parts);
+    }, &context);
+}
+
+// Calls fn(i) for each i in [0, n); a thread that is done takes the next. For work whose items differ in cost.
+template <class F>
+void parallel_tasks(int64_t n, const F& fn) {
+    if (n <= 0) return;
+    const int parts = n < num_threads() ? int(n) : num_threads();
+    struct Context { const F& fn; int64_t n; std::atomic<int64_t> next; } context{fn, n, {0}};
+    run_on_threads(parts, [](void* p, int) {
+        Context& c = *static_cast<Context*>(p);
+        for (int64_t i; (i = c.next.fetch_add(1, std::memory_order_relaxed)) < c.n;) c.fn(i);
+    }, &context);
+}
+
+}  // namespace minivllm

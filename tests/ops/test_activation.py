@@ -1,0 +1,48 @@
+"""SiLU(gate) * up: the native kernel against the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from minivllm.ops import activation
+from minivllm.ops.op import OpSpec
+
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
+pytestmark = pytest.mark.usefixtures("isa")
+
+
+@pytest.mark.parametrize("width", [1, 7, 16, 48, 100, 1031])
+@pytest.mark.parametrize("num_tokens", [0, 1, 3, 33])
+def test_the_kernel_agrees_with_the_reference(dtype, num_tokens, width, assert_close):
+    gate_up = torch.randn(num_tokens, 2 * width).mul(4).to(dtype)
+    assert_close(activation.cpu(gate_up), activation.reference(gate_up), TOLERANCE[dtype])
+
+
+def test_extreme_gates_give_zero_or_the_gate_itself():
+    gates = torch.tensor([-float("inf"), -1e30, -200.0, -88.0, 0.0, 88.0, 200.0, 1e30, float("nan")])
+    got = activation.cpu(torch.cat([gates, torch.ones(9)]).unsqueeze(0))[0]
+    assert got[1:3].tolist() == [0.0, 0.0] and abs(got[3]) < 1e-35
+    assert got[4:8].tolist() == [0.0, 88.0, 200.0, torch.tensor(1e30).item()]
+    assert got[0].isnan() and got[8].isnan()  # -inf * 0 is NaN in the reference too
+
+
+def test_a_row_has_the_same_bits_alone_and_in_a_batch(dtype, num_threads, assert_same_bits):
+    gate_up = torch.randn(300, 2 * 101).to(dtype)
+    whole = activation.cpu(gate_up)
+    for row in (0, 1, 150, 299):
+        assert_same_bits(activation.cpu(gate_up[row : row + 1]), whole[row : row + 1])
+
+
+def test_a_strided_row_is_read_where_it_lies(dtype, assert_same_bits):
+    wide = torch.randn(6, 64).to(dtype)
+    assert_same_bits(activation.cpu(wide[:, 8:40]), activation.cpu(wide[:, 8:40].contiguous()))
+
+
+def test_an_odd_width_is_refused():
+    with pytest.raises(ValueError, match="must be"):
+        activation.cpu(torch.zeros(2, 3))
+
+
+def test_the_kernel_is_preferred_on_a_cpu():
+    assert activation.silu_mul.select(OpSpec("cpu", torch.bfloat16)) is activation.cpu

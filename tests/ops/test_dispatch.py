@@ -1,0 +1,138 @@
+"""Choosing the instruction set and the threads; who serves when the native kernels cannot."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+from minivllm import envs
+from minivllm.ops import activation, native
+from minivllm.ops.op import OpSpec
+
+needs_kernels = pytest.mark.skipif(
+    native.lib is None or native.lib.isa() == "none", reason="no native kernels here"
+)
+
+
+def import_native(**variables):
+    """A fresh interpreter that imports the ops and prints the instruction set and thread count."""
+    code = "from minivllm.ops import native; print(native.lib.isa(), native.lib.num_threads())"
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+@needs_kernels
+def test_the_best_instruction_set_is_used_unless_told_otherwise():
+    assert native.lib.isa() == native.lib.supported_isas()[-1] or envs.get("MINIVLLM_CPU_ISA")
+
+
+@needs_kernels
+def test_the_instruction_set_can_be_lowered_and_raised_again(isa):
+    assert native.lib.isa() == isa
+
+
+@needs_kernels
+def test_an_unknown_instruction_set_is_refused_by_name():
+    with pytest.raises(ValueError, match="unknown instruction set 'sse9'; known: avx2, avx512, amx"):
+        native.lib.set_isa("sse9")
+
+
+@needs_kernels
+def test_the_variables_lower_the_instruction_set_and_set_the_threads():
+    result = import_native(MINIVLLM_CPU_ISA="avx2", MINIVLLM_CPU_THREADS="3")
+    assert result.stdout.split() == ["avx2", "3"], result.stderr
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    "name, value",
+    [("MINIVLLM_CPU_ISA", "avx9"), ("MINIVLLM_CPU_THREADS", "many"), ("MINIVLLM_CPU_THREADS", "0")],
+)
+def test_a_variable_that_cannot_be_parsed_is_an_error_that_names_it(monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=f"{name}='{value}'"):
+        native._apply_environment(native.lib)
+
+
+@needs_kernels
+def test_fewer_than_one_thread_is_refused():
+    with pytest.raises(ValueError, match="num_threads=0"):
+        native.lib.set_num_threads(0)
+
+
+@needs_kernels
+def test_kernels_called_from_many_python_threads_take_turns(num_threads):
+    inputs = [torch.randn(64, 512) for _ in range(4)]
+    expected = [activation.cpu(x) for x in inputs]
+    wrong = []
+
+    def work(i):
+        for _ in range(50):
+            if not torch.equal(activation.cpu(inputs[i]), expected[i]):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+@needs_kernels
+def test_the_threads_can_change_while_kernels_run():
+    x, before = torch.randn(64, 512), native.lib.num_threads()
+    expected, stop, wrong = activation.cpu(x), threading.Event(), []
+
+    def work():
+        while not stop.is_set():
+            if not torch.equal(activation.cpu(x), expected):
+                wrong.append(1)
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    for n in [1, 4, 2, 3] * 5:
+        native.lib.set_num_threads(n)
+    native.lib.set_num_threads(before)
+    stop.set()
+    worker.join()
+    assert wrong == []
+
+
+@needs_kernels
+def test_a_forked_child_makes_threads_of_its_own():
+    code = """
+import os, torch
+from minivllm import envs
+from minivllm.ops import activation, native
+native.lib.set_num_threads(2)
+x = torch.randn(64, 512)
+expected = activation.cpu(x)
+if (pid := os.fork()) == 0:
+    os._exit(0 if torch.equal(activation.cpu(x), expected) else 1)
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+def test_without_the_extension_the_reason_says_so(monkeypatch):
+    monkeypatch.setattr(native, "_unavailable", "the native extension is not built: no such file")
+    assert native.why_not(OpSpec("cpu", torch.float32)) == "the native extension is not built: no such file"
+    assert activation.silu_mul.select(OpSpec("cpu", torch.float32)) is activation.reference
+
+
+@needs_kernels
+def test_another_device_or_dtype_is_left_to_the_reference():
+    assert native.why_not(OpSpec("cuda", torch.float32)) == "needs a CPU, got cuda"
+    assert native.why_not(OpSpec("cpu", torch.float64)) == "no torch.float64 kernel"
+    assert native.why_not(OpSpec("cpu", torch.bfloat16)) is None

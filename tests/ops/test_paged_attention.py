@@ -1,0 +1,312 @@
+"""Paged attention: the native kernel against the reference, and the promises about a row's bits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from minivllm.ops import kv_write, native, paged_attention
+from minivllm.ops.op import OpSpec
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+needs_kernels = pytest.mark.skipif(
+    native.why_not(OpSpec("cpu", torch.float32)) is not None, reason="no kernels"
+)
+
+
+@dataclass
+class Sequence:
+    """One request's queries, keys and values at every position, [seq_len, heads, head_dim]."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+
+    def __len__(self):
+        return len(self.q)
+
+
+def sequence(seq_len, *, heads=4, kv_heads=2, head_dim=32, dtype=torch.float32):
+    shape = (seq_len, heads + 2 * kv_heads, head_dim)
+    return Sequence(*torch.randn(shape).to(dtype).split([heads, kv_heads, kv_heads], dim=1))
+
+
+def attend(
+    requests,
+    *,
+    implementation=None,
+    block_size=32,
+    shuffle=0,
+    unused=float("nan"),
+    sliding_window=None,
+):
+    """Attention of a batch of (sequence, query positions) in a fresh cache; one output a request.
+
+    Blocks are dealt in an order that `shuffle` decides; what no token was written to holds `unused`.
+    """
+    heads, head_dim = requests[0][0].q.shape[1:]
+    kv_heads, dtype = requests[0][0].k.shape[1], requests[0][0].q.dtype
+    seq_lens = [queries.stop for _, queries in requests]
+    num_blocks = [-(-n // block_size) for n in seq_lens]
+    order = torch.randperm(sum(num_blocks) + 3, generator=torch.Generator().manual_seed(shuffle)).to(
+        torch.int32
+    )
+    cache = torch.full((len(order), 2, kv_heads, block_size, head_dim), unused, dtype=dtype)
+    table = torch.full((len(requests), max(num_blocks)), -1, dtype=torch.int32)
+    for b, (seq, queries) in enumerate(requests):
+        start = sum(num_blocks[:b])
+        table[b, : num_blocks[b]] = order[start : start + num_blocks[b]]
+        positions = torch.arange(queries.stop)
+        slots = table[b].long()[positions // block_size] * block_size + positions % block_size
+        kv_write.reference(seq.k[: queries.stop], seq.v[: queries.stop], cache, slots)
+    q = torch.cat([seq.q[queries.start : queries.stop] for seq, queries in requests])
+    q_lens = [len(queries) for _, queries in requests]
+    out = (implementation or paged_attention.cpu)(
+        q,
+        cache,
+        table,
+        torch.tensor(seq_lens, dtype=torch.int32),
+        torch.tensor([0, *q_lens], dtype=torch.int32).cumsum(0, dtype=torch.int32),
+        scale=head_dim**-0.5,
+        sliding_window=sliding_window,
+    )
+    return out.split(q_lens)
+
+
+def prefill(seq):
+    return seq, range(len(seq))
+
+
+def decode(seq):
+    return seq, range(len(seq) - 1, len(seq))
+
+
+def by_definition(seq, position, head, sliding_window=None):
+    """One row of one head in float64, straight from the definition."""
+    kv_head = head // (seq.q.shape[1] // seq.k.shape[1])
+    first = 0 if sliding_window is None else max(0, position - sliding_window + 1)
+    k, v = seq.k[first : position + 1, kv_head].double(), seq.v[first : position + 1, kv_head].double()
+    weights = (k @ seq.q[position, head].double() * seq.q.shape[2] ** -0.5).softmax(0)
+    return weights @ v
+
+
+# The reference ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sliding_window", [None, 1, 20])
+def test_the_reference_is_causal_softmax_attention(sliding_window, assert_close):
+    seq = sequence(70)
+    (out,) = attend([prefill(seq)], implementation=paged_attention.reference, sliding_window=sliding_window)
+    for position, head in [(0, 0), (31, 1), (32, 2), (69, 3)]:
+        assert_close(out[position, head], by_definition(seq, position, head, sliding_window), 1e-6)
+
+
+# The kernel against the reference --------------------------------------------
+
+
+def assert_agrees(requests, assert_close, tolerance, **options):
+    got = attend(requests, **options)
+    expected = attend(requests, implementation=paged_attention.reference, **options)
+    assert_close(torch.cat(got), torch.cat(expected), tolerance)
+
+
+@needs_kernels
+@pytest.mark.parametrize("head_dim", [16, 32, 64, 80, 128, 256])
+def test_the_kernel_agrees_with_the_reference_for_each_head_dim(isa, dtype, head_dim, assert_close):
+    one, other = sequence(75, head_dim=head_dim, dtype=dtype), sequence(33, head_dim=head_dim, dtype=dtype)
+    assert_agrees([prefill(one), decode(other)], assert_close, TOLERANCE[dtype])
+
+
+@needs_kernels
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 7, 8])
+def test_the_kernel_agrees_with_the_reference_for_each_group_size(isa, group, assert_close):
+    seqs = [sequence(n, heads=2 * group, kv_heads=2, head_dim=48) for n in (97, 40)]
+    assert_agrees([prefill(seqs[0]), decode(seqs[1])], assert_close, TOLERANCE[torch.float32])
+
+
+@needs_kernels
+@pytest.mark.parametrize("seq_len", [1, 31, 32, 33, 64, 1023, 1024, 1025, 2100])
+def test_the_kernel_agrees_with_the_reference_across_tile_and_segment_borders(isa, seq_len, assert_close):
+    seq = sequence(seq_len, heads=2, kv_heads=1, head_dim=16)
+    last_chunk = seq, range(max(0, seq_len - 40), seq_len)
+    assert_agrees([decode(seq), last_chunk], assert_close, TOLERANCE[torch.float32])
+
+
+@needs_kernels
+@pytest.mark.parametrize("sliding_window", [1, 5, 32, 33, 100, 1500])
+def test_the_kernel_agrees_with_the_reference_in_a_sliding_window(isa, sliding_window, assert_close):
+    seq = sequence(1300, heads=3, kv_heads=1, head_dim=16)
+    chunks = [(seq, range(90)), (seq, range(1000, 1100)), decode(seq)]
+    assert_agrees(chunks, assert_close, TOLERANCE[torch.float32], sliding_window=sliding_window)
+
+
+@needs_kernels
+def test_large_scores_do_not_overflow(isa, assert_close):
+    seq = sequence(70)
+    seq.q.mul_(200)
+    assert_agrees([prefill(seq)], assert_close, 1e-4)
+
+
+@needs_kernels
+def test_q_is_read_where_it_lies(assert_same_bits):
+    seq = sequence(40)
+    apart = Sequence(seq.q.contiguous(), seq.k, seq.v)
+    assert not seq.q.is_contiguous()
+    assert_same_bits(attend([prefill(seq)])[0], attend([prefill(apart)])[0])
+
+
+# A row's bits depend on nothing but its own query, keys and values -----------
+
+
+@pytest.fixture
+def crowd(dtype):
+    """Requests of many shapes; the first is long enough for several segments."""
+    seqs = [sequence(n, heads=6, kv_heads=2, head_dim=48, dtype=dtype) for n in (1111, 70, 33, 1, 400)]
+    return [
+        (seqs[0], range(1000, 1111)),
+        prefill(seqs[1]),
+        decode(seqs[2]),
+        prefill(seqs[3]),
+        decode(seqs[4]),
+    ]
+
+
+@needs_kernels
+def test_a_request_has_the_same_bits_alone_and_in_a_crowd(isa, num_threads, crowd, assert_same_bits):
+    for request, in_crowd in zip(crowd, attend(crowd)):
+        assert_same_bits(attend([request])[0], in_crowd)
+
+
+@needs_kernels
+@pytest.mark.parametrize("sliding_window", [None, 45])
+@pytest.mark.parametrize("chunk", [1, 5, 32, 50, 64])
+def test_a_prompt_has_the_same_bits_in_chunks_and_whole(isa, dtype, chunk, sliding_window, assert_same_bits):
+    seq = sequence(130, heads=3, kv_heads=1, head_dim=32, dtype=dtype)
+    (whole,) = attend([prefill(seq)], sliding_window=sliding_window)
+    starts = range(0, len(seq), chunk)
+    parts = [(seq, range(start, min(start + chunk, len(seq)))) for start in starts]
+    for start, part in zip(starts, parts):
+        (got,) = attend([part], sliding_window=sliding_window)
+        assert_same_bits(got, whole[start : start + chunk])
+
+
+@needs_kernels
+def test_a_long_prompt_has_the_same_bits_when_decoded_token_by_token(isa, assert_same_bits):
+    seq = sequence(2060, heads=2, kv_heads=1, head_dim=16)
+    (whole,) = attend([prefill(seq)])
+    for position in (0, 31, 32, 1023, 1024, 1025, 2047, 2048, 2059):
+        (row,) = attend([(seq, range(position, position + 1))])
+        assert_same_bits(row[0], whole[position])
+
+
+@needs_kernels
+def test_physical_blocks_and_their_size_change_no_bit(isa, crowd, assert_same_bits):
+    expected = torch.cat(attend(crowd))
+    for block_size in (32, 64, 128):
+        for shuffle in (1, 2):
+            assert_same_bits(torch.cat(attend(crowd, block_size=block_size, shuffle=shuffle)), expected)
+
+
+@needs_kernels
+def test_what_unused_slots_hold_changes_no_bit(isa, crowd, assert_same_bits):
+    expected = torch.cat(attend(crowd, unused=0.0))
+    assert expected.isfinite().all()
+    for unused in (float("nan"), float("inf"), -7.0):
+        assert_same_bits(torch.cat(attend(crowd, unused=unused)), expected)
+
+
+@needs_kernels
+def test_what_later_positions_hold_changes_no_bit(isa, assert_same_bits):
+    seq = sequence(100, heads=1, kv_heads=1)
+    calm = attend([prefill(seq)])[0][:50]
+    seq.k[50:], seq.v[50:] = float("nan"), float("inf")
+    assert_same_bits(attend([prefill(seq)])[0][:50], calm)
+
+
+@needs_kernels
+def test_what_lies_before_the_sliding_window_changes_no_bit(isa, assert_same_bits):
+    seq = sequence(100, heads=1, kv_heads=1)
+    calm = attend([prefill(seq)], sliding_window=20)[0][70:]
+    seq.k[:51], seq.v[:51] = float("nan"), float("inf")
+    assert_same_bits(attend([prefill(seq)], sliding_window=20)[0][70:], calm)
+
+
+@needs_kernels
+def test_a_nan_in_its_own_keys_makes_a_row_nan(isa):
+    seq = sequence(40, heads=1, kv_heads=1)
+    seq.k[35, 0, 3] = float("nan")
+    (out,) = attend([prefill(seq)])
+    assert out[:35].isfinite().all() and out[35:].isnan().all()
+
+
+# Edges and refusals ----------------------------------------------------------
+
+
+def small_batch():
+    cache = torch.randn(4, 2, 2, 32, 16)
+    q = torch.randn(3, 4, 16)
+    table = torch.tensor([[1, 2]], dtype=torch.int32)
+    return dict(
+        q=q, kv_cache=cache, block_table=table, seq_lens=ints(40), query_start_loc=ints(0, 3), scale=0.25
+    )
+
+
+def ints(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+@needs_kernels
+def test_rows_of_no_request_are_zero():
+    out = paged_attention.cpu(**{**small_batch(), "query_start_loc": ints(0, 2)})
+    assert out[:2].ne(0).all() and out[2].eq(0).all()
+
+
+@needs_kernels
+def test_a_request_without_query_rows_is_passed_over(assert_same_bits):
+    batch = small_batch()
+    table = torch.cat([batch["block_table"], ints(3, -1).unsqueeze(0)])
+    padded = {**batch, "block_table": table, "seq_lens": ints(40, 0), "query_start_loc": ints(0, 3, 3)}
+    assert_same_bits(paged_attention.cpu(**padded), paged_attention.cpu(**batch))
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (
+            dict(block_table=ints(1, 4).unsqueeze(0)),
+            IndexError,
+            "block_table.1. = 4 lies outside .* 4 blocks",
+        ),
+        (dict(block_table=ints(-1, 2).unsqueeze(0)), IndexError, "block_table.0. = -1"),
+        (dict(seq_lens=ints(65)), IndexError, "seq_lens.0. = 65"),
+        (dict(seq_lens=ints(2)), IndexError, "seq_lens.0. = 2 is below the request's 3 query rows"),
+        (dict(query_start_loc=ints(0, 4)), IndexError, "query_start_loc.1. = 4"),
+        (dict(query_start_loc=ints(2, 1)), IndexError, "query_start_loc.1. = 1"),
+        (dict(q=torch.randn(3, 3, 16)), ValueError, "3 query heads cannot share 2"),
+        (dict(kv_cache=torch.randn(4, 2, 2, 48, 16)), ValueError, "block size 48"),
+        (dict(q=torch.randn(3, 4, 16).bfloat16()), ValueError, "q is .*bfloat16"),
+        (dict(seq_lens=torch.tensor([40])), ValueError, "seq_lens is .*int64.* must be .*int32"),
+    ],
+)
+def test_what_would_read_outside_the_cache_is_refused(change, error, message):
+    with pytest.raises(error, match=message):
+        paged_attention.cpu(**{**small_batch(), **change})
+
+
+@needs_kernels
+def test_the_kernel_says_which_sizes_it_does_not_serve():
+    def why_not(**sizes):
+        return paged_attention.cpu_why_not(OpSpec("cpu", torch.bfloat16, sizes))
+
+    assert why_not(head_dim=80, block_size=128) is None
+    assert "head_dim 72 is not a multiple of 16" in why_not(head_dim=72, block_size=128)
+    assert "try --block-size 128" in why_not(head_dim=64, block_size=16)
+
+
+@needs_kernels
+def test_the_reference_serves_what_the_kernel_does_not():
+    spec = OpSpec("cpu", torch.float32, {"head_dim": 72, "block_size": 32})
+    assert paged_attention.paged_attention.select(spec) is paged_attention.reference
