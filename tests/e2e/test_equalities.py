@@ -1,0 +1,83 @@
+"""Equalities nobody can argue with, through the real server: a crowd never changes an answer."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from pathlib import Path
+
+import pytest
+from openai import AsyncOpenAI
+
+from tests.e2e.server import Server, serving
+
+NUM_STREAMS = 64
+
+
+def mixed_requests(count: int = NUM_STREAMS) -> list[dict]:
+    """Prompts of 1 to 300 tokens, 1 to 60 out, half greedy, half sampled with a seed; some share a prefix."""
+    draw = random.Random(7)
+    shared = [draw.randrange(300) for _ in range(160)]
+    requests = []
+    for i in range(count):
+        prompt = [draw.randrange(300) for _ in range(draw.choice([1, 5, 33, 140, 300]))]
+        request = {"prompt": shared + prompt[:100] if i % 4 == 0 else prompt, "max_tokens": draw.choice([1, 7, 60])}
+        if i % 2:
+            request |= {"temperature": 0.8, "seed": i, "top_p": 0.9, "frequency_penalty": 0.5}
+        else:
+            request |= {"temperature": 0}
+        requests.append(request | {"extra_body": {"ignore_eos": True, "return_token_ids": True}})
+    return requests
+
+
+async def stream_tokens(client: AsyncOpenAI, model: str, request: dict) -> list[int]:
+    tokens: list[int] = []
+    finished = 0
+    async for chunk in await client.completions.create(model=model, stream=True, **request):
+        for choice in chunk.choices:
+            tokens += choice.token_ids or []
+            finished += choice.finish_reason is not None
+    assert finished == 1
+    return tokens
+
+
+async def crowd_and_alone(server: Server, model: str) -> tuple[list[list[int]], list[list[int]]]:
+    requests = mixed_requests()
+    async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=300) as client:
+        crowd = await asyncio.gather(*(stream_tokens(client, model, request) for request in requests))
+        alone = [await stream_tokens(client, model, request) for request in requests]
+    return list(crowd), alone
+
+
+# A cache that holds only a few of the 64 at once, so that the crowd is preempted as well as batched.
+TIGHT = ["--served-model-name", "tiny", "--max-model-len", "512", "--block-size", "32", "--num-gpu-blocks-override", "96"]
+
+
+@pytest.mark.parametrize("backend", ["uni", "ray"])
+@pytest.mark.timeout(300)
+def test_64_concurrent_streams_each_equal_the_same_request_alone(tiny_model: Path, tmp_path: Path, backend: str):
+    with serving(tiny_model, *TIGHT, "--distributed-executor-backend", backend, run_dir=tmp_path) as server:
+        crowd, alone = asyncio.run(crowd_and_alone(server, "tiny"))
+    assert crowd == alone
+    assert [len(tokens) for tokens in crowd] == [request["max_tokens"] for request in mixed_requests()]
+
+
+def test_llm_gives_the_tokens_of_the_server(server: Server, tiny_model: Path):
+    from minivllm import LLM, SamplingParams
+
+    requests = mixed_requests(12)
+
+    async def ask() -> list[list[int]]:
+        async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
+            return list(await asyncio.gather(*(stream_tokens(client, "tiny", request) for request in requests)))
+
+    params = [
+        SamplingParams(ignore_eos=True, **{k: v for k, v in r.items() if k not in ("prompt", "extra_body")})
+        for r in requests
+    ]
+    llm = LLM(str(tiny_model), max_model_len=1024, kv_cache_memory_bytes=64 << 20)
+    try:
+        outputs = llm.generate([r["prompt"] for r in requests], params, use_tqdm=False)
+    finally:
+        llm.shutdown()
+    assert [output.outputs[0].token_ids for output in outputs] == asyncio.run(ask())
