@@ -1,0 +1,111 @@
+"""Who may hold which KV block. Owns ref counts, the free list and the prefix cache's index.
+
+Knows nothing of requests, policies or tensors. A block is in one of three states:
+
+    held      ref_cnt > 0, not in the free list
+    cached    ref_cnt = 0, in the free list, named by the index: found again until it is reused
+    empty     ref_cnt = 0, in the free list, without a name: reused before any cached one
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from minivllm.core.kv_cache_utils import FreeKVCacheBlockQueue, KVCacheBlock
+
+
+class BlockPool:
+    """All blocks of the cache.
+
+    Two blocks may hold equal content (requests that computed the same prefix side by side); the index names the
+    first, and the second is reused first once it is free.
+    """
+
+    def __init__(self, num_blocks: int) -> None:
+        self.blocks = [KVCacheBlock(block_id) for block_id in range(num_blocks)]
+        self._free = FreeKVCacheBlockQueue(self.blocks)
+        self._by_hash: dict[bytes, KVCacheBlock] = {}
+
+    @property
+    def num_free_blocks(self) -> int:
+        return self._free.num_free_blocks
+
+    @property
+    def usage(self) -> float:
+        """Share of blocks held, 0 to 1. What is only cached counts as free."""
+        return 1 - self._free.num_free_blocks / len(self.blocks)
+
+    def get_cached_block(self, block_hash: bytes) -> KVCacheBlock | None:
+        """The block with this content, held or not."""
+        return self._by_hash.get(block_hash)
+
+    def touch(self, blocks: Iterable[KVCacheBlock]) -> None:
+        """Hold blocks that were found in the cache."""
+        for block in blocks:
+            if block.ref_cnt == 0:
+                self._free.remove(block)
+            block.ref_cnt += 1
+
+    def allocate(self, num_blocks: int) -> list[KVCacheBlock]:
+        """Hold `num_blocks` blocks of unknown content, evicting the least recently used from the cache."""
+        blocks = self._free.popleft_n(num_blocks)
+        for block in blocks:
+            block.ref_cnt = 1
+            self._forget_content(block)
+        return blocks
+
+    def cache(self, block: KVCacheBlock, block_hash: bytes) -> None:
+        """Name a held block's content, now complete and confirmed."""
+        assert block.ref_cnt > 0, f"{block} is named while nobody holds it"
+        assert block.block_hash is None, f"{block} is named twice"
+        if block_hash not in self._by_hash:
+            block.block_hash = block_hash
+            self._by_hash[block_hash] = block
+
+    def free(self, blocks: Sequence[KVCacheBlock]) -> None:
+        """Let go of one holder's blocks, first to last token."""
+        # Freed tail first: a chain's tail is the least likely to be shared, so it should be evicted first.
+        released = []
+        for block in reversed(blocks):
+            assert block.ref_cnt > 0, f"{block} is freed twice"
+            block.ref_cnt -= 1
+            if block.ref_cnt == 0:
+                released.append(block)
+        self._free.prepend([block for block in released if block.block_hash is None])
+        self._free.extend([block for block in released if block.block_hash is not None])
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget all content. Refused (False) while any block is held."""
+        if self._free.num_free_blocks != len(self.blocks):
+            return False
+        for block in list(self._by_hash.values()):
+            self._forget_content(block)
+        return True
+
+    def _forget_content(self, block: KVCacheBlock) -> None:
+        if block.block_hash is not None:
+            del self._by_hash[block.block_hash]
+            block.block_hash = None
+
+    def check_integrity(self) -> None:
+        """held + cached + empty = all, and the index agrees with the blocks.
+
+        Raises:
+            AssertionError: an invariant is broken; the message names the block.
+        """
+        free = list(self._free)
+        assert len(free) == self._free.num_free_blocks, (
+            f"free list: {len(free)} != {self._free.num_free_blocks}"
+        )
+        assert len({block.block_id for block in free}) == len(free), "a block is twice in the free list"
+        assert {b.block_id for b in free} == {b.block_id for b in self.blocks if b.ref_cnt == 0}, (
+            "free != unheld"
+        )
+        for before, after in zip(free, free[1:]):
+            assert after.prev_free is before, f"{after}: broken link"
+        named = [block for block in self.blocks if block.block_hash is not None]
+        assert len(named) == len(self._by_hash), (
+            f"{len(named)} named blocks, {len(self._by_hash)} in the index"
+        )
+        for block in named:
+            assert self._by_hash[block.block_hash] is block, f"{block} is not where the index says"

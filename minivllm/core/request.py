@@ -1,0 +1,144 @@
+"""A request as the scheduler sees it: its tokens, and how far they have been computed.
+
+Owns no blocks (see kv_cache_manager) and makes no decision but one: whether a token ends it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import IntEnum
+
+from minivllm.messages.engine import EngineCoreRequest, FinishReason
+
+
+class RequestStatus(IntEnum):
+    """Where a request is. PREEMPTED waits too, but the worker still knows its tokens."""
+
+    WAITING = 0
+    RUNNING = 1
+    PREEMPTED = 2
+    FINISHED = 3
+
+
+class Request:
+    """Its state is its tokens; everything else can be recomputed from them.
+
+    `num_computed_tokens` runs ahead: it counts what has been scheduled. `num_confirmed_tokens` follows when the
+    step's result is in; only KV of confirmed tokens is ever hashed.
+    """
+
+    __slots__ = (
+        "request_id", "client_index", "sampling_params", "seed", "cache_salt",
+        "prompt_token_ids", "prior_output_token_ids", "all_token_ids", "num_prompt_tokens", "block_hashes",
+        "status", "num_computed_tokens", "num_confirmed_tokens", "known_to_worker", "num_preemptions",
+        "finish_reason", "stop_reason", "error",
+        "scheduled_time", "num_cached_tokens", "num_prompt_logprobs_sent", "answered",
+        "_eos_token_ids", "_stop_token_ids", "_max_output_tokens", "_min_output_tokens", "_block_hasher",
+        "eos_token_ids",
+    )  # fmt: skip
+
+    def __init__(self, message: EngineCoreRequest, block_hasher: Callable[[Request], None] | None) -> None:
+        params = message.sampling_params
+        self.request_id = message.request_id
+        self.client_index = message.client_index
+        self.sampling_params = params
+        self.seed = message.seed
+        self.cache_salt = message.cache_salt
+        self.prompt_token_ids = message.prompt_token_ids
+        self.prior_output_token_ids = message.prior_output_token_ids
+        self.eos_token_ids = message.eos_token_ids
+        self.all_token_ids = message.prompt_token_ids + message.prior_output_token_ids
+        self.num_prompt_tokens = len(message.prompt_token_ids)
+
+        self.status = RequestStatus.WAITING
+        self.num_computed_tokens = 0
+        self.num_confirmed_tokens = 0
+        self.known_to_worker = False
+        self.num_preemptions = 0
+        self.finish_reason: FinishReason | None = None
+        self.stop_reason: int | None = None
+        self.error: str | None = None
+
+        self.scheduled_time: float | None = None
+        self.num_cached_tokens = 0  # prompt tokens found in the prefix cache when first admitted
+        self.num_prompt_logprobs_sent = 0
+        self.answered = False  # at least one output has left
+
+        self._eos_token_ids = frozenset() if params.ignore_eos else frozenset(message.eos_token_ids)
+        self._stop_token_ids = frozenset(params.stop_token_ids or ())
+        self._max_output_tokens = params.max_tokens
+        self._min_output_tokens = params.min_tokens
+        self.block_hashes: list[bytes] = []  # of the full blocks of all_token_ids
+        self._block_hasher = block_hasher
+        if block_hasher is not None:
+            block_hasher(self)
+
+    @classmethod
+    def from_message(
+        cls, message: EngineCoreRequest, block_hasher: Callable[[Request], None] | None = None
+    ) -> Request:
+        """Make a waiting request. Without a `block_hasher` it never meets the prefix cache."""
+        return cls(message, block_hasher)
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and output, prior output included."""
+        return len(self.all_token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens generated so far, prior ones included: a resend goes on where the first send ended."""
+        return len(self.all_token_ids) - self.num_prompt_tokens
+
+    @property
+    def finished(self) -> bool:
+        return self.status is RequestStatus.FINISHED
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """True until every prompt position has been reported; until then the prompt must be computed, not found."""
+        return (
+            self.sampling_params.prompt_logprobs is not None
+            and self.num_prompt_logprobs_sent < self.num_prompt_tokens - 1
+        )
+
+    def append_output_token(self, token_id: int) -> None:
+        self.all_token_ids.append(token_id)
+        if self._block_hasher is not None:
+            self._block_hasher(self)
+
+    def forget_computed(self) -> None:
+        """Its blocks are gone; its tokens stay."""
+        self.num_computed_tokens = 0
+        self.num_confirmed_tokens = 0
+
+    def finish(
+        self, reason: FinishReason, *, stop_reason: int | None = None, error: str | None = None
+    ) -> None:
+        assert self.status is not RequestStatus.FINISHED, f"{self.request_id} ended twice"
+        self.status = RequestStatus.FINISHED
+        self.finish_reason = reason
+        self.stop_reason = stop_reason
+        self.error = error
+
+    def finish_if_stopped(self, max_model_len: int) -> bool:
+        """End it if its last output token ends it: end of sequence, then stop tokens, then length.
+
+        `min_tokens` must come before the stopping token, as the sampler masks it until then.
+        """
+        num_output_tokens = len(self.all_token_ids) - self.num_prompt_tokens
+        if num_output_tokens == 0:
+            return False
+        if num_output_tokens > self._min_output_tokens:
+            last = self.all_token_ids[-1]
+            if last in self._eos_token_ids:
+                self.finish(FinishReason.STOP)
+                return True
+            if last in self._stop_token_ids:
+                self.finish(FinishReason.STOP, stop_reason=last)
+                return True
+        full = len(self.all_token_ids) >= max_model_len
+        if full or (self._max_output_tokens is not None and num_output_tokens >= self._max_output_tokens):
+            self.finish(FinishReason.LENGTH)
+            return True
+        return False

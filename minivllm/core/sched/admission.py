@@ -1,0 +1,102 @@
+"""Who may leave the waiting queue: a list of rules, each of which says why not, or None.
+
+The first reason ends the step's admissions: first come, first served.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from functools import cached_property
+
+from minivllm.core.kv_cache_manager import KVCacheManager
+from minivllm.core.kv_cache_utils import KVCacheBlock
+from minivllm.core.request import Request
+from minivllm.core.sched.step import Step
+
+
+class Candidate:
+    """The request at the head of the queue, and what the prefix cache has of it: looked up once, if asked for."""
+
+    def __init__(self, request: Request, kv_cache: KVCacheManager) -> None:
+        self.request = request
+        self._kv_cache = kv_cache
+
+    @cached_property
+    def cached_prefix(self) -> list[KVCacheBlock]:
+        return self._kv_cache.find_cached_prefix(self.request)
+
+    @property
+    def first_missing_hash(self) -> bytes | None:
+        """The first block that it would take from the cache and that is not there."""
+        missing = self._kv_cache.findable_hashes(self.request)[len(self.cached_prefix) :]
+        return missing[0] if missing else None
+
+    @property
+    def num_cached_tokens(self) -> int:
+        return len(self.cached_prefix) * self._kv_cache.block_size
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        """What it wants computed, at least 1."""
+        return self.request.num_tokens - self.num_cached_tokens
+
+
+class AdmissionRule(ABC):
+    """One condition. Cheap rules stand first in the scheduler's list."""
+
+    @abstractmethod
+    def why_not(self, candidate: Candidate, step: Step) -> str | None:
+        """The reason this candidate must wait, or None."""
+
+
+class FitsBatch(AdmissionRule):
+    """A step holds at most `max_num_seqs` requests."""
+
+    def __init__(self, running: list[Request], max_num_seqs: int) -> None:
+        self._running = running
+        self._max_num_seqs = max_num_seqs
+
+    def why_not(self, candidate: Candidate, step: Step) -> str | None:
+        if len(self._running) < self._max_num_seqs:
+            return None
+        return f"{len(self._running)} requests run; --max-num-seqs allows no more"
+
+
+class FitsTokenBudget(AdmissionRule):
+    """Some budget is left; without chunked prefill, enough for the whole prompt."""
+
+    def __init__(self, enable_chunked_prefill: bool) -> None:
+        self._enable_chunked_prefill = enable_chunked_prefill
+
+    def why_not(self, candidate: Candidate, step: Step) -> str | None:
+        if step.token_budget == 0:
+            return "the step's token budget is spent"
+        if self._enable_chunked_prefill or candidate.num_uncomputed_tokens <= step.token_budget:
+            return None
+        return (
+            f"{candidate.num_uncomputed_tokens} tokens must be computed at once, {step.token_budget} are left"
+        )
+
+
+class PrefixNotUnderway(AdmissionRule):
+    """Nobody computes its next block in this very step: a step later it is found, and computed once for all.
+
+    So of many requests that arrive together with one long prefix (n > 1, a shared system prompt), the first
+    computes it and the others start in the next step.
+    """
+
+    def why_not(self, candidate: Candidate, step: Step) -> str | None:
+        if not step.blocks_underway or candidate.first_missing_hash not in step.blocks_underway:
+            return None
+        return "its prefix is being computed by another request and will be in the cache next step"
+
+
+class KVBlocksFree(AdmissionRule):
+    """Every token the request has gets its block now: admitting it for a chunk, to evict it later, is waste."""
+
+    def __init__(self, kv_cache: KVCacheManager) -> None:
+        self._kv_cache = kv_cache
+
+    def why_not(self, candidate: Candidate, step: Step) -> str | None:
+        num_lacking = self._kv_cache.num_blocks_lacking(candidate.request, candidate.cached_prefix)
+        return f"{num_lacking} more KV blocks must become free" if num_lacking else None

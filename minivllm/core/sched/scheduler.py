@@ -1,0 +1,391 @@
+"""What each step computes, and what each result means. The whole control side of the engine core.
+
+Owns the requests, from acceptance to their one terminal output, and through the KVCacheManager their blocks.
+Imports no torch, does no I/O, reads no clock; it never learns how a step is run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from minivllm.core.kv_cache_manager import KVCacheManager
+from minivllm.core.kv_cache_utils import make_block_hasher
+from minivllm.core.request import Request, RequestStatus
+from minivllm.core.sched.admission import (
+    Candidate,
+    FitsBatch,
+    FitsTokenBudget,
+    KVBlocksFree,
+    PrefixNotUnderway,
+)
+from minivllm.core.sched.request_queue import FCFSRequestQueue
+from minivllm.core.sched.step import Step
+from minivllm.exceptions import ConfigError, RequestError
+from minivllm.logger import init_logger
+from minivllm.messages.engine import EngineCoreOutput, EngineCoreRequest, FinishReason, LogprobsLists
+from minivllm.messages.stats import SchedulerStats
+from minivllm.messages.worker import ModelRunnerOutput, SchedulerOutput
+
+logger = init_logger(__name__)
+
+OutputsByClient = dict[int, list[EngineCoreOutput]]
+
+
+class Scheduler:
+    """Continuous batching over one token budget, first come first served, preemption by recompute.
+
+    Without chunked prefill a prompt must fit into one step, so `max_num_batched_tokens` must reach
+    `max_model_len`. One request of full length must fit the cache alone: that is what guarantees progress, since
+    the first arrived is never preempted for another.
+
+    Raises (on construction):
+        ConfigError: the limits contradict each other; the message names both.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_num_batched_tokens: int,
+        max_num_seqs: int,
+        max_model_len: int,
+        num_blocks: int,
+        block_size: int,
+        enable_prefix_caching: bool = True,
+        enable_chunked_prefill: bool = True,
+    ) -> None:
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_num_seqs = max_num_seqs
+        self.max_model_len = max_model_len
+        self.enable_chunked_prefill = enable_chunked_prefill
+        self._check_limits(num_blocks * block_size)
+
+        self.kv_cache = KVCacheManager(num_blocks, block_size)
+        self.requests: dict[str, Request] = {}  # accepted and not yet answered for the last time
+        self.waiting = FCFSRequestQueue()
+        self.running: list[Request] = []  # by arrival; the list object stays the same, admission reads it
+        self._block_hasher = make_block_hasher(block_size) if enable_prefix_caching else None
+        self._admission_rules = [
+            FitsBatch(self.running, max_num_seqs),
+            FitsTokenBudget(enable_chunked_prefill),
+            PrefixNotUnderway(),
+            KVBlocksFree(self.kv_cache),
+        ]
+        self._ended_on_arrival: list[Request] = []
+        self._finished_req_ids: list[str] = []  # the worker must forget these
+        self._num_steps = 0
+        self._num_preemptions = 0
+        self._num_scheduled_tokens = 0
+
+    def _check_limits(self, cache_tokens: int) -> None:
+        budget, length = self.max_num_batched_tokens, self.max_model_len
+        if cache_tokens < length:
+            raise ConfigError(
+                f"the KV cache holds {cache_tokens} tokens and --max-model-len is {length}: one request may not fit; "
+                f"lower --max-model-len to {cache_tokens} or give the cache more memory"
+            )
+        if not self.enable_chunked_prefill and budget < length:
+            raise ConfigError(
+                f"--max-num-batched-tokens {budget} is below --max-model-len {length}: without chunked prefill a "
+                "prompt must fit into one step; raise it or drop --no-enable-chunked-prefill"
+            )
+        if not 1 <= self.max_num_seqs <= budget:
+            raise ConfigError(
+                f"--max-num-seqs {self.max_num_seqs} must be from 1 to --max-num-batched-tokens {budget}: "
+                "every running request needs a token a step"
+            )
+
+    # What comes in
+
+    def add_request(self, request: EngineCoreRequest) -> None:
+        """Accept a request; from now on it will be answered for the last time exactly once.
+
+        Raises:
+            RequestError: the id is in use, the prompt is empty or too long, or a token id fits no 32 bits.
+        """
+        self._check_request(request)
+        try:
+            accepted = Request.from_message(request, self._block_hasher)
+        except OverflowError as error:
+            raise RequestError(f"a token id is outside 0 … 2**32 - 1: {error}", param="prompt") from error
+        self.requests[accepted.request_id] = accepted
+        if accepted.finish_if_stopped(self.max_model_len):
+            self._ended_on_arrival.append(accepted)  # its prior output was all there is
+        else:
+            self.waiting.add(accepted)
+
+    def _check_request(self, request: EngineCoreRequest) -> None:
+        num_prompt_tokens = len(request.prompt_token_ids)
+        if request.request_id in self.requests:
+            raise RequestError(
+                f"request id {request.request_id!r} is in use; choose another", param="request_id"
+            )
+        if num_prompt_tokens == 0:
+            raise RequestError("the prompt is empty; give at least one token", param="prompt")
+        if num_prompt_tokens >= self.max_model_len:
+            raise RequestError(
+                f"the prompt is {num_prompt_tokens} tokens and leaves no room for output within "
+                f"{self.max_model_len}; shorten it or raise --max-model-len",
+                param="prompt",
+            )
+        if request.priority != 0:
+            raise RequestError(
+                f"priority={request.priority} needs priority scheduling, which this version has not; leave it 0",
+                param="priority",
+            )
+
+    def abort_requests(self, request_ids: Iterable[str]) -> OutputsByClient:
+        """End requests, waiting or running, even in mid-step: the step's result for them will be ignored.
+
+        Returns their terminal outputs by client index. Unknown and already ended ids are ignored.
+        """
+        outputs: OutputsByClient = {}
+        for request_id in request_ids:
+            request = self.requests.get(request_id)
+            if request is None or request.finished:
+                continue
+            was_running = request.status is RequestStatus.RUNNING
+            request.finish(FinishReason.ABORT)
+            if was_running:
+                self.kv_cache.free(request)
+            else:
+                self.waiting.remove(request)
+            self._emit(outputs, request)
+        self._drop_finished_from_running()
+        return outputs
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget all cached prefixes. Refused (False) while requests hold blocks."""
+        return self.kv_cache.pool.reset_prefix_cache()
+
+    # Questions
+
+    def has_unfinished_requests(self) -> bool:
+        """Some accepted request has not been answered for the last time."""
+        return bool(self.requests)
+
+    def has_requests(self) -> bool:
+        """A step has something to do: requests, or finished ones the worker must still hear of."""
+        return bool(self.requests or self._finished_req_ids)
+
+    def make_stats(self) -> SchedulerStats:
+        """The state now; counters since the last call."""
+        stats = SchedulerStats(
+            num_running_reqs=len(self.running),
+            num_waiting_reqs=len(self.waiting),
+            kv_cache_usage=self.kv_cache.pool.usage,
+            prefix_cache=self.kv_cache.take_prefix_stats(),
+            num_preemptions=self._num_preemptions,
+            num_scheduled_tokens=self._num_scheduled_tokens,
+        )
+        self._num_preemptions = self._num_scheduled_tokens = 0
+        return stats
+
+    # A step out
+
+    def schedule(self, now: float = 0.0) -> SchedulerOutput:
+        """Give each request tokens until it has caught up or the budget is spent.
+
+        There is no prefill phase and no decode phase: a request wants num_tokens - num_computed_tokens, whatever
+        the reason it lags. `now` (seconds, any monotonic clock) becomes the scheduled_time of requests that enter.
+        """
+        step = Step(self.max_num_batched_tokens, self.kv_cache.block_size, now)
+        self._continue_running(step)
+        if not step.preempted:  # a step that had to evict admits nobody
+            self._admit_waiting(step)
+        return self._describe(step)
+
+    def _continue_running(self, step: Step) -> None:
+        # The hot loop over running requests; one that decodes costs one call into the KV cache and one into the step.
+        index = 0
+        while index < len(self.running) and step.token_budget > 0:  # preemption shortens the list as we go
+            request = self.running[index]
+            num_new_tokens = min(request.num_tokens - request.num_computed_tokens, step.token_budget)
+            if num_new_tokens > 0:
+                new_block_ids = self._extend_or_preempt(request, num_new_tokens, step)
+                if new_block_ids is None:
+                    return
+                step.schedule_running(request, num_new_tokens, new_block_ids)
+            index += 1
+
+    def _extend_or_preempt(self, request: Request, num_new_tokens: int, step: Step) -> list[int] | None:
+        """Blocks for the next tokens, at the cost of the last arrived; None when that was the request itself."""
+        while True:
+            new_block_ids = self.kv_cache.extend(request, request.num_computed_tokens + num_new_tokens)
+            if new_block_ids is not None:
+                return new_block_ids
+            victim = self.running.pop()
+            self._preempt(victim, step)
+            if victim is request:
+                return None
+
+    def _preempt(self, victim: Request, step: Step) -> None:
+        assert self.running, f"{victim.request_id} was alone and did not fit the KV cache"
+        logger.debug("preempted %s: %d tokens to recompute", victim.request_id, victim.num_computed_tokens)
+        self.kv_cache.free(victim)
+        victim.forget_computed()
+        victim.status = RequestStatus.PREEMPTED
+        victim.num_preemptions += 1
+        self.waiting.requeue(victim)
+        step.preempted.append(victim.request_id)
+        self._num_preemptions += 1
+
+    def _admit_waiting(self, step: Step) -> None:
+        while self.waiting:
+            candidate = Candidate(self.waiting.peek(), self.kv_cache)
+            if any(rule.why_not(candidate, step) for rule in self._admission_rules):
+                return  # first come, first served: nobody overtakes
+            self._admit(candidate, step)
+
+    def _admit(self, candidate: Candidate, step: Step) -> None:
+        request = candidate.request
+        self.waiting.remove(request)
+        num_new_tokens = min(candidate.num_uncomputed_tokens, step.token_budget)
+        request.num_computed_tokens = request.num_confirmed_tokens = candidate.num_cached_tokens
+        if request.scheduled_time is None:
+            request.num_cached_tokens = min(candidate.num_cached_tokens, request.num_prompt_tokens)
+        block_ids = self.kv_cache.admit(request, candidate.cached_prefix)
+        request.status = RequestStatus.RUNNING
+        self.running.append(request)
+        step.schedule_admitted(request, num_new_tokens, block_ids)
+
+    def _describe(self, step: Step) -> SchedulerOutput:
+        finished_req_ids, self._finished_req_ids = self._finished_req_ids, []
+        plan = step.describe(self._num_steps, finished_req_ids)
+        self._num_steps += 1
+        self._num_scheduled_tokens += plan.total_num_scheduled_tokens
+        return plan
+
+    # Its result in
+
+    def update_from_output(self, plan: SchedulerOutput, result: ModelRunnerOutput) -> OutputsByClient:
+        """Account for a plan's result. Returns what the clients must hear, by client index."""
+        outputs: OutputsByClient = {}
+        for request_id, error in result.failed.items():
+            self._fail(request_id, error, outputs)
+        # The only loop over results on this path; add per-request work here.
+        for request_id, token_ids in zip(result.request_ids, result.sampled_token_ids):
+            request = self.requests.get(request_id)
+            if request is None or request.status is not RequestStatus.RUNNING:
+                continue  # failed, or aborted while the step ran
+            self._update_request(request, plan, token_ids, result, outputs)
+        self._drop_finished_from_running()
+        for request in self._ended_on_arrival:
+            self._emit(outputs, request)
+        self._ended_on_arrival.clear()
+        return outputs
+
+    def _fail(self, request_id: str, error: str, outputs: OutputsByClient) -> None:
+        """End one request that the worker cannot go on with; the others do."""
+        request = self.requests.get(request_id)
+        if request is not None and request.status is RequestStatus.RUNNING:
+            request.finish(FinishReason.ERROR, error=error)
+            self.kv_cache.free(request)  # what this step wrote is in doubt: it is not offered to the cache
+            self._emit(outputs, request)
+
+    def _update_request(
+        self,
+        request: Request,
+        plan: SchedulerOutput,
+        token_ids: list[int],
+        result: ModelRunnerOutput,
+        outputs: OutputsByClient,
+    ) -> None:
+        prompt_logprobs = None
+        if result.prompt_logprobs:
+            prompt_logprobs = self._unsent_rows(request, result.prompt_logprobs.get(request.request_id))
+        request.num_confirmed_tokens += plan.num_scheduled_tokens[request.request_id]
+        new_token_ids = self._append_until_stopped(request, token_ids)
+        self.kv_cache.cache_confirmed_blocks(request)
+        if request.finished:
+            self.kv_cache.free(request)
+        if new_token_ids or prompt_logprobs is not None:
+            logprobs = result.logprobs.get(request.request_id) if result.logprobs else None
+            if logprobs is not None and len(new_token_ids) < len(token_ids):
+                logprobs = _rows(logprobs, 0, len(new_token_ids))
+            self._emit(outputs, request, new_token_ids, logprobs, prompt_logprobs)
+
+    def _append_until_stopped(self, request: Request, token_ids: list[int]) -> list[int]:
+        """Append sampled tokens up to and with the one that ends the request. Returns those appended."""
+        for index, token_id in enumerate(token_ids):
+            request.append_output_token(token_id)
+            if request.finish_if_stopped(self.max_model_len):
+                return token_ids[: index + 1]
+        return token_ids
+
+    def _unsent_rows(self, request: Request, rows: LogprobsLists | None) -> LogprobsLists | None:
+        """The rows for positions not yet reported: a recompute brings some again, each goes out once.
+
+        Row i is of prompt position num_confirmed_tokens + 1 + i.
+        """
+        if rows is None or not rows.token_ids:
+            return None
+        num_known = request.num_prompt_logprobs_sent - request.num_confirmed_tokens
+        assert num_known >= 0, f"{request.request_id}: prompt logprobs skipped a position"
+        if num_known >= len(rows.token_ids):
+            return None
+        request.num_prompt_logprobs_sent += len(rows.token_ids) - num_known
+        return _rows(rows, num_known, None) if num_known else rows
+
+    def _emit(
+        self,
+        outputs: OutputsByClient,
+        request: Request,
+        new_token_ids: list[int] | None = None,
+        logprobs: LogprobsLists | None = None,
+        prompt_logprobs: LogprobsLists | None = None,
+    ) -> None:
+        """Queue an output for the request's client; with a finish reason it is the last, and the request is gone."""
+        output = EngineCoreOutput(
+            request_id=request.request_id,
+            new_token_ids=new_token_ids or [],
+            new_logprobs=logprobs,
+            new_prompt_logprobs=prompt_logprobs,
+            finish_reason=request.finish_reason,
+            stop_reason=request.stop_reason,
+            error=request.error,
+        )
+        if not request.answered:
+            request.answered = True
+            output.num_cached_tokens = request.num_cached_tokens
+            output.scheduled_time = request.scheduled_time
+        outputs.setdefault(request.client_index, []).append(output)
+        if request.finished:
+            del self.requests[request.request_id]
+            if request.known_to_worker:
+                self._finished_req_ids.append(request.request_id)
+
+    def _drop_finished_from_running(self) -> None:
+        self.running[:] = [request for request in self.running if not request.finished]
+
+    # Invariants
+
+    def check_integrity(self) -> None:
+        """Every request is in exactly one place, and holds blocks exactly when it runs.
+
+        Raises:
+            AssertionError: an invariant is broken; the message names the request or block.
+        """
+        self.kv_cache.check_integrity()
+        placed = [*self.waiting, *self.running, *self._ended_on_arrival]
+        ids = [request.request_id for request in placed]
+        assert len(ids) == len(set(ids)), f"a request is in two queues: {sorted(ids)}"
+        assert set(ids) == set(self.requests), f"lost requests: {set(self.requests) ^ set(ids)}"
+        assert len(self.running) <= self.max_num_seqs, f"{len(self.running)} run, {self.max_num_seqs} may"
+        for request in self.running:
+            assert request.status is RequestStatus.RUNNING, (
+                f"{request.request_id} runs as {request.status.name}"
+            )
+            capacity = len(self.kv_cache.block_ids(request)) * self.kv_cache.block_size
+            assert request.num_confirmed_tokens <= request.num_computed_tokens <= request.num_tokens
+            assert request.num_computed_tokens <= capacity, f"{request.request_id} computed beyond its blocks"
+        for request in self.waiting:
+            assert request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED), request.status.name
+            assert not self.kv_cache.block_ids(request), f"{request.request_id} waits and holds blocks"
+            num_tokens = request.num_computed_tokens + request.num_confirmed_tokens
+            assert num_tokens == 0, f"{request.request_id} waits with computed tokens"
+        num_holders = sum(bool(self.kv_cache.block_ids(request)) for request in self.running)
+        assert num_holders == self.kv_cache.num_holders, "someone who does not run holds blocks"
+
+
+def _rows(lists: LogprobsLists, start: int, stop: int | None) -> LogprobsLists:
+    return LogprobsLists(lists.token_ids[start:stop], lists.logprobs[start:stop], lists.ranks[start:stop])

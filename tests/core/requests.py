@@ -1,0 +1,48 @@
+"""Short ways to say a request and a scheduler."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from minivllm.core.sched.scheduler import Scheduler
+from minivllm.messages.engine import EngineCoreRequest
+from minivllm.sampling_params import SamplingParams
+
+EOS = 2
+
+
+def make_request(
+    request_id: str = "a",
+    prompt: int | list[int] = 4,
+    *,
+    max_tokens: int | None = 8,
+    seed: int = 0,
+    eos: tuple[int, ...] = (),
+    prior: tuple[int, ...] = (),
+    client_index: int = 0,
+    cache_salt: str | None = None,
+    **params: Any,
+) -> EngineCoreRequest:
+    """A request; `prompt` is its tokens or their number (then 10, 11, …, the same for every request)."""
+    return EngineCoreRequest(
+        request_id=request_id,
+        prompt_token_ids=list(range(10, 10 + prompt)) if isinstance(prompt, int) else prompt,
+        sampling_params=SamplingParams(max_tokens=max_tokens, **params),
+        seed=seed,
+        eos_token_ids=list(eos),
+        prior_output_token_ids=list(prior),
+        client_index=client_index,
+        cache_salt=cache_salt,
+    )
+
+
+def make_scheduler(**changes: Any) -> Scheduler:
+    """Room for everything, unless changed."""
+    sizes: dict[str, Any] = {
+        "max_num_batched_tokens": 64,
+        "max_num_seqs": 16,
+        "max_model_len": 64,
+        "num_blocks": 256,
+        "block_size": 4,
+    }
+    return Scheduler(**{**sizes, **changes})

@@ -1,0 +1,134 @@
+"""Random walks: whatever is added, aborted or fails in whatever order, nothing leaks and every answer is right.
+
+`--walk-steps` sets the length of each walk.
+"""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from minivllm.messages.engine import EngineCoreRequest, FinishReason
+from tests.core.requests import make_request, make_scheduler
+from tests.fakes import Answer, Driver, answer_alone
+
+VOCAB = 12  # small: prefixes collide, stop tokens come up
+EOS = 0
+
+SHAPES = {
+    "roomy": {"num_blocks": 200, "max_num_batched_tokens": 64},
+    "tight": {"num_blocks": 12, "max_num_batched_tokens": 24},
+    "one request fills the cache": {"num_blocks": 10, "max_num_batched_tokens": 16, "max_num_seqs": 8},
+    "tiny chunks": {"num_blocks": 14, "max_num_batched_tokens": 3, "max_num_seqs": 3},
+    "blocks of one token": {"num_blocks": 44, "block_size": 1, "max_num_batched_tokens": 20},
+    "whole prompts": {"num_blocks": 12, "max_num_batched_tokens": 40, "enable_chunked_prefill": False},
+    "no prefix cache": {"num_blocks": 12, "max_num_batched_tokens": 24, "enable_prefix_caching": False},
+}
+
+
+class Walk:
+    """One random walk. What was asked is kept beside the driver, to compare the answers with."""
+
+    def __init__(self, shape: str, seed: int) -> None:
+        self.random = random.Random(f"{shape} {seed}")
+        sizes = {"max_model_len": 40, "max_num_seqs": 6, **SHAPES[shape]}
+        self.max_model_len = sizes["max_model_len"]
+        self.driver = Driver(make_scheduler(**sizes), vocab_size=VOCAB)
+        self.asked: dict[str, EngineCoreRequest] = {}
+        self.num_checked = 0
+        self.stems = [self._tokens(24) for _ in range(3)]
+
+    def _tokens(self, count: int) -> list[int]:
+        return [self.random.randrange(VOCAB) for _ in range(count)]
+
+    def _prompt(self) -> list[int]:
+        """A shared stem of any length, and a tail of its own."""
+        stem = self.random.choice(self.stems)[: self.random.randrange(25)]
+        return (stem + self._tokens(self.random.randrange(8)))[: self.max_model_len - 1] or [1]
+
+    def add(self) -> None:
+        pick = self.random
+        request = make_request(
+            f"r{len(self.asked)}",
+            self._prompt(),
+            max_tokens=pick.choice([1, 3, 8, 20, None]),
+            seed=pick.randrange(3),
+            eos=(EOS,),
+            client_index=pick.randrange(2),
+            cache_salt=pick.choice([None, None, None, "x", "y"]),
+            ignore_eos=pick.random() < 0.6,
+            stop_token_ids=pick.choice([[], [], [pick.randrange(VOCAB)]]),
+            logprobs=pick.choice([None, 1]),
+            prompt_logprobs=pick.choice([None, None, None, 1]),
+        )
+        if request.sampling_params.max_tokens != 1:
+            request.sampling_params.min_tokens = pick.choice([0, 0, 2])
+        if pick.random() < 0.2:
+            self._make_it_a_resend(request)
+        self.asked[request.request_id] = request
+        self.driver.add(request)
+
+    def _make_it_a_resend(self, request: EngineCoreRequest) -> None:
+        """Some of the answer, up to all of it, has been delivered before."""
+        known = answer_alone(request, max_model_len=self.max_model_len, vocab_size=VOCAB).token_ids
+        request.prior_output_token_ids = known[: self.random.randint(1, len(known))]
+
+    def step(self) -> None:
+        alive = list(self.driver.scheduler.requests)
+        if len(alive) < 20 and self.random.random() < 0.15:
+            for _ in range(self.random.randint(1, 8)):
+                self.add()
+        if alive and self.random.random() < 0.03:
+            self.driver.abort(*self.random.sample(alive, self.random.randint(1, min(3, len(alive)))))
+        alive = list(self.driver.worker.states)
+        if alive and self.random.random() < 0.02:
+            self._fail(self.random.choice(alive))
+        meanwhile = [self.random.choice(alive)] if alive and self.random.random() < 0.03 else []
+        self.driver.step(abort_meanwhile=meanwhile)
+        self.driver.plans.clear()
+        self._check_ended()
+        if self.random.random() < 0.01:
+            self.driver.scheduler.reset_prefix_cache()
+
+    def _fail(self, request_id: str) -> None:
+        """Make its next step fail, should it still be alive then."""
+        self.driver.worker.failures = {request_id: "made to fail"}
+
+    def finish(self) -> None:
+        self.driver.run()
+        self._check_ended()
+        assert self.num_checked == len(self.asked)
+
+    def _check_ended(self) -> None:
+        for request_id in [name for name, answer in self.driver.answers.items() if answer.num_ends]:
+            self._check(self.asked[request_id], self.driver.answers.pop(request_id))
+            self.num_checked += 1
+
+    def _check(self, request: EngineCoreRequest, answer: Answer) -> None:
+        """It is the answer of the request alone, or the beginning of it when it was cut short."""
+        alone = answer_alone(request, max_model_len=self.max_model_len, vocab_size=VOCAB)
+        columns = ("token_ids", "logprobs", "prompt_logprobs")
+        if answer.finish_reason in (FinishReason.ABORT, FinishReason.ERROR):
+            assert (answer.error is not None) == (answer.finish_reason is FinishReason.ERROR)
+            for column in columns:
+                part = getattr(answer, column)
+                assert part == getattr(alone, column)[: len(part)], (request, column)
+            return
+        if request.prior_output_token_ids and not alone.token_ids:
+            columns = ("token_ids", "logprobs")  # nothing was left to compute, the prompt included
+        for column in (*columns, "finish_reason", "stop_reason"):
+            assert getattr(answer, column) == getattr(alone, column), (request, column)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_request_ends_once_with_its_own_answer(shape: str, walk_steps: int):
+    walk = Walk(shape, seed=0)
+    for _ in range(walk_steps):
+        walk.step()
+    stats = walk.driver.scheduler.make_stats()
+    walk.finish()
+    if shape in ("tight", "one request fills the cache", "blocks of one token") and walk_steps >= 500:
+        assert stats.num_preemptions > 20  # else this walk would show little
+    if shape not in ("no prefix cache",) and walk_steps >= 500:
+        assert stats.prefix_cache.hits > 100
