@@ -1,0 +1,20 @@
+# make serve [MODEL=directory or hub id] [PORT=8000] [ARGS='--max-model-len 2048 ...']
+# make test  [ARGS='-k name ...']
+# Both take PYTHON= (the Python to use, and its torch if it has one) and TORCH_INDEX= (where to take torch from).
+
+PORT ?= 8000
+MODEL ?=
+ARGS ?=
+export PYTHON TORCH_INDEX
+
+model_args = $(if $(MODEL),--model '$(MODEL)',--model .venv/model --served-model-name stand-in)
+
+.PHONY: serve test
+
+serve:
+	@.ci/setup $(if $(MODEL),,model)
+	@exec .venv/bin/python -m minivllm.entrypoints.openai.api_server $(model_args) --port '$(PORT)' $(ARGS)
+
+test:
+	@.ci/setup test
+	@exec .venv/bin/python -m pytest $(ARGS)
