@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 
 VARIABLES = {
-    "MINIVLLM_CPU_ISA": "highest instruction family the CPU kernels may use: avx2, avx512 or amx (default: the machine's)",
+    "MINIVLLM_CPU_ISA": "most the CPU kernels may use: avx2, avx512 or amx (default: what the machine has)",
     "MINIVLLM_CPU_THREADS": "threads of the CPU kernels (default: the processors this process may use)",
     "MINIVLLM_API_KEY": "bearer key of the API server, beside those of --api-key",
     "MINIVLLM_RUN_DIR": "where the private socket directory is made (default: the system's temporary directory)",

@@ -13,7 +13,7 @@ class CacheConfig:
     """Share of the device's memory for weights and KV cache together (on a CPU: of the cgroup's limit). Default on a
     CPU: a KV cache of min(4 GiB, 40 % of what is left after the weights)."""
     kv_cache_memory_bytes: int | None = None
-    """Size of the KV cache in bytes (suffixes k, M, G and Ki, Mi, Gi are read); wins over the share."""
+    """Size of the KV cache in bytes (4GiB and 4G are 4 * 2**30, 4GB is 4 * 10**9); wins over the share."""
     num_gpu_blocks_override: int | None = None
     """Number of KV blocks; wins over both sizes."""
     enable_prefix_caching: bool = True

@@ -29,4 +29,4 @@ class EngineConfig:
     load: LoadConfig = LoadConfig()
     parallel: ParallelConfig = ParallelConfig()
     observability: ObservabilityConfig = ObservabilityConfig()
-    generation_config: dict[str, Any] = field(default_factory=dict)  # after overrides; {} with "vllm"
+    generation_config: dict[str, Any] = field(default_factory=dict)  # after overrides; with "vllm", only the end tokens

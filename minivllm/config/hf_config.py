@@ -7,12 +7,14 @@ transformers 5 (dtype, rope_parameters).
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
+
+import msgspec
 
 from minivllm.exceptions import ModelFilesError
 
-_REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 _DTYPES = ("bfloat16", "float16", "float32")
+_STRETCHING = ("linear", "dynamic", "yarn")  # rope types whose factor lengthens the context
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class HFConfig:
     mlp_bias: bool = False
     sliding_window: int | None = None
     layer_types: list[str] | None = None
+    max_window_layers: int = 28  # without layer_types: the first layer that has the window
     rope_theta: float = 10000.0
     rope_parameters: dict[str, Any] = field(default_factory=dict)  # rope_type and its factors
     dtype: str | None = None
@@ -47,45 +50,136 @@ class HFConfig:
         """Read a parsed config.json.
 
         Raises:
-            ModelFilesError: a size is missing or not a positive whole number; the message names the key.
+            ModelFilesError: a value is missing or of the wrong kind; the message names the key.
         """
-        architectures = raw.get("architectures") or []
-        if not isinstance(architectures, list) or not architectures:
-            raise ModelFilesError(f"{source} names no architecture; add one, e.g. \"architectures\": [\"LlamaForCausalLM\"]")
-        for key in _REQUIRED:
-            value = raw.get(key)
-            if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-                raise ModelFilesError(f"{source}: {key} is {value!r}; it must be a positive whole number")
-        heads = raw["num_attention_heads"]
-        rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
-        if "type" in rope and "rope_type" not in rope:
-            rope["rope_type"] = rope.pop("type")
-        eos = raw.get("eos_token_id")
-        dtype = raw.get("dtype") or raw.get("torch_dtype")
-        if dtype is not None and dtype not in _DTYPES:
-            raise ModelFilesError(f"{source}: dtype {dtype!r} is not one of {', '.join(_DTYPES)}; pass --dtype")
-        use_window = raw.get("use_sliding_window", True)
-        return cls(
-            architecture=architectures[0],
-            hidden_size=raw["hidden_size"],
-            intermediate_size=raw["intermediate_size"],
-            num_hidden_layers=raw["num_hidden_layers"],
+        read = _Reader(raw, source)
+        hidden_size = read.size("hidden_size")
+        heads = read.size("num_attention_heads")
+        rope = read.rope()
+        # Silence means yes for Mistral, no for Qwen; Llama has no window and does not ask.
+        use_window = raw.get("use_sliding_window", not str(raw.get("model_type")).startswith("qwen"))
+        config = cls(
+            architecture=read_architecture(raw, source),
+            hidden_size=hidden_size,
+            intermediate_size=read.size("intermediate_size"),
+            num_hidden_layers=read.size("num_hidden_layers"),
             num_attention_heads=heads,
-            num_key_value_heads=raw.get("num_key_value_heads") or heads,
-            head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-            vocab_size=raw["vocab_size"],
-            max_position_embeddings=raw.get("max_position_embeddings") or 2048,
-            rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
+            num_key_value_heads=read.size("num_key_value_heads", heads),
+            head_dim=read.size("head_dim", hidden_size // heads or None),
+            vocab_size=read.size("vocab_size"),
+            max_position_embeddings=read.size("max_position_embeddings", 2048),
+            rms_norm_eps=read.number("rms_norm_eps", 1e-6),
             hidden_act=raw.get("hidden_act", "silu"),
             tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
             attention_bias=raw.get("attention_bias"),
             mlp_bias=bool(raw.get("mlp_bias", False)),
-            sliding_window=raw.get("sliding_window") if use_window else None,
+            sliding_window=read.optional_size("sliding_window") if use_window else None,
             layer_types=raw.get("layer_types"),
-            rope_theta=float(rope.pop("rope_theta", None) or raw.get("rope_theta") or 10000.0),
+            max_window_layers=raw.get("max_window_layers", 28),
+            rope_theta=read.rope_theta(rope),
             rope_parameters=rope,
-            dtype=dtype,
-            eos_token_ids=[] if eos is None else list(eos) if isinstance(eos, list) else [eos],
+            dtype=read.dtype(),
+            eos_token_ids=read_token_ids(raw, "eos_token_id", source),
             bos_token_id=raw.get("bos_token_id"),
-            initializer_range=raw.get("initializer_range", 0.02),
+            initializer_range=read.number("initializer_range", 0.02),
         )
+        config._check_together(source)
+        return config
+
+    def _check_together(self, source: str) -> None:
+        try:
+            msgspec.convert(msgspec.to_builtins(self), HFConfig)  # what `from_dict` took over as it stood
+        except msgspec.ValidationError as error:
+            raise ModelFilesError(f"{source}: {str(error).replace('`', '')}") from None
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ModelFilesError(
+                f"{source}: num_attention_heads={self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads={self.num_key_value_heads}"
+            )
+        if self.layer_types is not None and len(self.layer_types) != self.num_hidden_layers:
+            raise ModelFilesError(
+                f"{source}: layer_types has {len(self.layer_types)} entries for {self.num_hidden_layers} layers"
+            )
+
+    @property
+    def max_context(self) -> int:
+        """Positions the model can tell apart: vLLM's derivation, where yarn stretches the original limit."""
+        rope_type = self.rope_parameters.get("rope_type", "default")
+        if rope_type not in _STRETCHING:
+            return self.max_position_embeddings
+        limit = self.max_position_embeddings
+        if rope_type == "yarn":
+            limit = self.rope_parameters.get("original_max_position_embeddings") or limit
+        return int(limit * (self.rope_parameters.get("factor") or 1))
+
+
+def read_architecture(raw: dict[str, Any], source: str = "config.json") -> str:
+    """The class a checkpoint was trained as: the first of `architectures`."""
+    architectures = raw.get("architectures")
+    if not isinstance(architectures, list) or not architectures or not isinstance(architectures[0], str):
+        raise ModelFilesError(
+            f'{source} names no architecture; add one, e.g. "architectures": ["LlamaForCausalLM"]'
+        )
+    return architectures[0]
+
+
+def read_token_ids(raw: dict[str, Any], key: str, source: str) -> list[int]:
+    """One token id or a list of them, as a list; [] where the key is missing or null."""
+    value = raw.get(key)
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in ids):
+        raise ModelFilesError(f"{source}: {key} is {value!r}; it must be a token id or a list of them")
+    return ids
+
+
+class _Reader:
+    """Reads keys of a raw config, each as one kind of value; None counts as missing."""
+
+    def __init__(self, raw: dict[str, Any], source: str) -> None:
+        self.raw = raw
+        self.source = source
+
+    def _fail(self, key: str, value: Any, wanted: str) -> NoReturn:
+        raise ModelFilesError(f"{self.source}: {key} is {value!r}; it must be {wanted}")
+
+    def optional_size(self, key: str) -> int | None:
+        return None if self.raw.get(key) is None else self.size(key)
+
+    def size(self, key: str, default: int | None = None) -> int:
+        value = self.raw.get(key)
+        value = default if value is None else value
+        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+            self._fail(key, value, "a positive whole number")
+        return value
+
+    def number(self, key: str, default: float) -> float:
+        value = self.raw.get(key)
+        value = default if value is None else value
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
+            self._fail(key, value, "a positive number")
+        return float(value)
+
+    def rope(self) -> dict[str, Any]:
+        """rope_parameters, or the classic rope_scaling with its `type` renamed."""
+        rope = self.raw.get("rope_parameters") or self.raw.get("rope_scaling") or {}
+        if not isinstance(rope, dict):
+            self._fail("rope_parameters", rope, "an object")
+        rope = dict(rope)
+        if "type" in rope:
+            rope.setdefault("rope_type", rope.pop("type"))
+        for key in ("factor", "original_max_position_embeddings", "rope_theta"):
+            value = rope.get(key)
+            if value is not None and (not isinstance(value, (int, float)) or isinstance(value, bool) or value <= 0):
+                self._fail(f"rope_parameters.{key}", value, "a positive number")
+        return rope
+
+    def rope_theta(self, rope: dict[str, Any]) -> float:
+        """Taken out of `rope` where transformers 5 keeps it."""
+        inside = rope.pop("rope_theta", None)
+        return float(inside) if inside is not None else self.number("rope_theta", 10000.0)
+
+    def dtype(self) -> str | None:
+        value = self.raw.get("dtype") or self.raw.get("torch_dtype")
+        if value is not None and value not in _DTYPES:
+            self._fail("dtype", value, f"one of {', '.join(_DTYPES)} (--hf-overrides can replace it)")
+        return value

@@ -50,7 +50,8 @@ async def crowd_and_alone(server: Server, model: str) -> tuple[list[list[int]], 
 
 
 # A cache that holds only a few of the 64 at once, so that the crowd is preempted as well as batched.
-TIGHT = ["--served-model-name", "tiny", "--max-model-len", "512", "--block-size", "32", "--num-gpu-blocks-override", "96"]
+TIGHT = ["--served-model-name", "tiny", "--max-model-len", "512"]
+TIGHT += ["--block-size", "32", "--num-gpu-blocks-override", "96"]
 
 
 @pytest.mark.parametrize("backend", ["uni", "ray"])

@@ -1,0 +1,354 @@
+"""`minivllm bench serve`: load on a running server, and what its clients felt.
+
+Arrivals are open-loop: a request is sent when its time has come, whether or not others are done, unless
+--max-concurrency holds it back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import random
+import resource
+import time
+from argparse import Namespace
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from minivllm import envs
+from minivllm.config.model_files import CONFIG
+from minivllm.entrypoints.cli.bench import datasets
+from minivllm.entrypoints.cli.bench.datasets import BenchRequest
+from minivllm.entrypoints.cli.bench.report import WIDTH, machine, row, save, summarize, title
+from minivllm.entrypoints.cli.bench.stream_client import Answer, Endpoint, ask
+from minivllm.exceptions import ConfigError, MinivllmError
+from minivllm.utils.argparse_utils import FlexibleArgumentParser, json_object, number, size
+
+METRICS = {
+    "ttft": "Time to First Token",
+    "tpot": "Time per Output Token (excl. 1st token)",
+    "itl": "Inter-token Latency",
+    "e2el": "End-to-end Latency",
+}
+BUSY_CLIENT = 0.7  # share of a processor above which the client may be what is measured
+
+
+def make_parser() -> FlexibleArgumentParser:
+    parser = FlexibleArgumentParser(prog="minivllm bench serve", description="Measure a running server under load.")
+    server = parser.add_argument_group("server")
+    server.add_argument("--backend", choices=("openai", "vllm"), default="openai", help="Both mean /v1/completions.")
+    server.add_argument("--base-url", metavar="URL", help="Instead of --host and --port.")
+    server.add_argument("--host", default="127.0.0.1", metavar="TEXT", help="Where the server is.")
+    server.add_argument("--port", type=size, default=8000, metavar="N", help="Its port.")
+    server.add_argument("--endpoint", default="/v1/completions", metavar="PATH", help="The route.")
+    server.add_argument("--model", metavar="NAME", help="Name of the model; default: the first the server lists.")
+    server.add_argument("--header", nargs="+", default=[], metavar="NAME=VALUE", help="Headers to send.")
+    datasets.add_dataset_arguments(parser, input_len=1024, output_len=128, num=1000)
+    requests = parser.add_argument_group("load")
+    requests.add_argument("--seed", type=size, default=0, metavar="N", help="Seed of prompts and arrivals.")
+    requests.add_argument(
+        "--vocab-size", type=size, metavar="N",
+        help="Token ids are drawn below it; default: the model's, where its directory is at hand, else 256.",
+    )  # fmt: skip
+    requests.add_argument(
+        "--request-rate", type=number, default=float("inf"), metavar="R",
+        help="Requests per second; inf sends all at once.",
+    )  # fmt: skip
+    requests.add_argument(
+        "--burstiness", type=number, default=1.0, metavar="B",
+        help="Shape of the gamma-distributed gaps: 1 is a Poisson process, less is burstier.",
+    )  # fmt: skip
+    requests.add_argument("--max-concurrency", type=size, metavar="N", help="Requests open at once, at most.")
+    requests.add_argument("--num-warmups", type=size, default=0, metavar="N", help="Requests before measuring.")
+    requests.add_argument("--ignore-eos", action="store_true", help="Generate to the full length.")
+    requests.add_argument("--temperature", type=number, default=0.0, metavar="T", help="Sampling temperature.")
+    requests.add_argument("--extra-body", type=json_object, default={}, metavar="JSON", help="More request fields.")
+    results = parser.add_argument_group("results")
+    results.add_argument(
+        "--percentile-metrics", default="ttft,tpot,itl,e2el", metavar="NAMES", help="Which of ttft,tpot,itl,e2el."
+    )
+    results.add_argument("--metric-percentiles", default="99", metavar="P,P", help="Percentiles to report.")
+    results.add_argument("--save-result", action="store_true", help="Write the result as JSON.")
+    results.add_argument("--save-detailed", action="store_true", help="With it, every request's times.")
+    results.add_argument("--result-dir", metavar="DIR", help="Where to; default: here.")
+    results.add_argument("--result-filename", metavar="FILE", help="Its name; default: made from rate, model and time.")
+    results.add_argument("--metadata", nargs="+", default=[], metavar="KEY=VALUE", help="Kept in the result.")
+    results.add_argument("--disable-tqdm", action="store_true", help="No progress bar.")
+    return parser
+
+
+def run(args: Namespace) -> None:
+    base_url = (args.base_url or f"http://{args.host}:{args.port}").rstrip("/")
+    headers = {**_pairs("--header", args.header)}
+    key = envs.get("MINIVLLM_API_KEY")
+    if key:
+        headers.setdefault("Authorization", f"Bearer {key}")
+    percents = _percents(args.metric_percentiles)
+    metrics = _metrics(args.percentile_metrics)
+    if not args.request_rate > 0 or not args.burstiness > 0:
+        raise ConfigError("request_rate and burstiness must be above 0")
+    if args.max_concurrency is not None and args.max_concurrency < 1:
+        raise ConfigError(f"max_concurrency={args.max_concurrency} must be at least 1")
+    metadata = _pairs("--metadata", args.metadata)
+    card = first_model(base_url, headers, args.model)
+    model = card["id"]
+    requests = datasets.from_args(args, args.vocab_size or _vocab_size(card))
+    bodies = [_body(request, model, args) for request in requests]
+    endpoint = Endpoint(base_url + args.endpoint, headers)
+    _allow_many_connections()
+    load = asyncio.run(_run_load(endpoint, requests, bodies, args))
+    result = measure(load, percents)
+    report(result, args.request_rate, args.max_concurrency, metrics)
+    if args.save_result or args.save_detailed:
+        path = _result_path(args, model)
+        save(path, {**_describe(args, model, metadata), **result, **(_details(load) if args.save_detailed else {})})
+        print(f"saved to {path}")
+    failed = [answer for answer in load.answers if answer.error]
+    if failed:
+        raise MinivllmError(f"{len(failed)} of {len(load.answers)} requests failed; the first: {failed[0].error}")
+
+
+@dataclass
+class Load:
+    """One measured run."""
+
+    answers: list[Answer]
+    duration_s: float
+    client_cpu_s: float
+    peak_concurrency: int
+
+
+async def _run_load(endpoint: Endpoint, requests: list[BenchRequest], bodies: list[bytes], args: Namespace) -> Load:
+    for request, body in list(zip(requests, bodies))[: args.num_warmups]:
+        answer = await ask(endpoint, body, len(request.prompt_token_ids))
+        if answer.error:
+            raise MinivllmError(f"the first request failed, so nothing is measured: {answer.error}")
+    with _progress(len(requests), shown=not args.disable_tqdm) as bar:
+        return await run_load(
+            endpoint,
+            [(body, len(request.prompt_token_ids)) for request, body in zip(requests, bodies)],
+            gaps=gaps(len(requests), args.request_rate, args.burstiness, args.seed),
+            max_concurrency=args.max_concurrency,
+            on_done=lambda: bar.update(1),
+        )
+
+
+async def run_load(
+    endpoint: Endpoint,
+    requests: list[tuple[bytes, int]],
+    *,
+    gaps: Sequence[float],
+    max_concurrency: int | None = None,
+    on_done: Any = lambda: None,
+) -> Load:
+    """Send each (body, prompt length) after its gap in seconds; the answers in the same order."""
+    slots = asyncio.Semaphore(max_concurrency or len(requests))
+    num_open = peak = 0
+
+    async def one(body: bytes, prompt_len: int) -> Answer:
+        nonlocal num_open, peak
+        async with slots:
+            num_open += 1
+            peak = max(peak, num_open)
+            answer = await ask(endpoint, body, prompt_len)
+            num_open -= 1
+        on_done()
+        return answer
+
+    start, cpu_start = time.perf_counter(), time.process_time()
+    tasks = [asyncio.ensure_future(one(*request)) async for request in _arrivals(requests, gaps, start)]
+    answers = await asyncio.gather(*tasks)
+    return Load(list(answers), time.perf_counter() - start, time.process_time() - cpu_start, peak)
+
+
+async def _arrivals(requests: list[Any], gaps: Sequence[float], start: float) -> AsyncIterator[Any]:
+    """Each request at its time. Times are added up from the start, so that lateness does not pile up."""
+    due = start
+    for request, gap in zip(requests, gaps):
+        due += gap
+        wait = due - time.perf_counter()
+        if wait > 0:
+            await asyncio.sleep(wait)
+        yield request
+
+
+def gaps(num: int, rate: float, burstiness: float, seed: int) -> list[float]:
+    """Seconds before each arrival: the first comes at once, the mean of the rest is 1 / rate."""
+    if rate == float("inf"):
+        return [0.0] * num
+    draw = random.Random(seed)
+    return [0.0, *(draw.gammavariate(burstiness, 1 / (rate * burstiness)) for _ in range(num - 1))]
+
+
+def measure(load: Load, percents: Sequence[float]) -> dict[str, Any]:
+    """The numbers of a run; times in milliseconds, failed requests counted and left out."""
+    good = [answer for answer in load.answers if answer.error is None]
+    num_input = sum(answer.prompt_len for answer in good)
+    num_output = sum(answer.num_output_tokens for answer in good)
+    times = {
+        "ttft": [answer.first_token_s for answer in good],
+        "tpot": [tpot for answer in good if (tpot := answer.time_per_output_token_s) is not None],
+        "itl": [gap for answer in good for gap in answer.inter_token_s],
+        "e2el": [answer.latency_s for answer in good],
+    }
+    result: dict[str, Any] = {
+        "duration": load.duration_s,
+        "completed": len(good),
+        "failed": len(load.answers) - len(good),
+        "total_input_tokens": num_input,
+        "total_output_tokens": num_output,
+        "request_throughput": len(good) / load.duration_s,
+        "output_throughput": num_output / load.duration_s,
+        "total_token_throughput": (num_input + num_output) / load.duration_s,
+        "peak_concurrent_requests": load.peak_concurrency,
+        "client_cpu_share": load.client_cpu_s / load.duration_s,
+    }
+    for name, seconds in times.items():
+        for statistic, value in summarize([1000 * s for s in seconds], percents).items():
+            result[f"{statistic}_{name}_ms"] = value
+    return result
+
+
+def report(result: dict[str, Any], rate: float, max_concurrency: int | None, metrics: Sequence[str]) -> None:
+    """Print vLLM's table."""
+    print(title("Serving Benchmark Result", "="))
+    print(row("Successful requests:", result["completed"]))
+    print(row("Failed requests:", result["failed"]))
+    if max_concurrency is not None:
+        print(row("Maximum request concurrency:", max_concurrency))
+    if rate != float("inf"):
+        print(row("Request rate configured (RPS):", rate))
+    print(row("Benchmark duration (s):", result["duration"]))
+    print(row("Total input tokens:", result["total_input_tokens"]))
+    print(row("Total generated tokens:", result["total_output_tokens"]))
+    print(row("Request throughput (req/s):", result["request_throughput"]))
+    print(row("Output token throughput (tok/s):", result["output_throughput"]))
+    print(row("Peak concurrent requests:", result["peak_concurrent_requests"]))
+    print(row("Total token throughput (tok/s):", result["total_token_throughput"]))
+    print(row("Client CPU (% of one processor):", 100 * result["client_cpu_share"]))
+    for name in metrics:
+        print(title(METRICS[name], "-"))
+        for key in (key for key in result if key.endswith(f"_{name}_ms")):
+            statistic = key.removesuffix(f"_{name}_ms")
+            label = statistic.upper() if statistic[1:2].isdigit() else statistic.capitalize()
+            print(row(f"{label} {name.upper()} (ms):", result[key]))
+    print("=" * WIDTH)
+    if result["client_cpu_share"] > BUSY_CLIENT:
+        print("The client kept a processor busy: these numbers may be its own. Use fewer requests or another machine.")
+
+
+def first_model(base_url: str, headers: dict[str, str], name: str | None) -> dict[str, Any]:
+    """The server's card of the model, the first if none is named.
+
+    Raises:
+        ConfigError: nobody answers there, or there is no such model.
+    """
+    try:
+        response = httpx.get(f"{base_url}/v1/models", headers=headers, timeout=10, trust_env=False)
+        response.raise_for_status()
+        cards = response.json()["data"]
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"no server answers at {base_url}/v1/models ({error}); start one with: minivllm serve MODEL, "
+            "or pass --base-url"
+        ) from error
+    for card in cards:
+        if name is None or card["id"] == name:
+            return card
+    raise ConfigError(f"{base_url} does not serve {name}; it serves {', '.join(card['id'] for card in cards)}")
+
+
+def _vocab_size(card: dict[str, Any]) -> int:
+    """The model's, if the server runs from a directory that we see too; else the bytes that every vocabulary has."""
+    try:
+        return int(json.loads((Path(card["root"]) / CONFIG).read_text())["vocab_size"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 256
+
+
+def _body(request: BenchRequest, model: str, args: Namespace) -> bytes:
+    body = {
+        "model": model,
+        "prompt": request.prompt_token_ids,
+        "max_tokens": request.output_len,
+        "temperature": args.temperature,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    if args.ignore_eos:
+        body["ignore_eos"] = True
+    return json.dumps({**body, **args.extra_body}).encode()
+
+
+def _allow_many_connections() -> None:
+    """Each open request is an open file; the usual limit of 1,024 is too few."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _progress(total: int, *, shown: bool) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(total=total, disable=not shown)
+
+
+def _pairs(option: str, items: Sequence[str]) -> dict[str, str]:
+    wrong = [item for item in items if "=" not in item]
+    if wrong:
+        raise ConfigError(f"{option} {wrong[0]}: write it as NAME=VALUE")
+    return dict(item.split("=", 1) for item in items)
+
+
+def _percents(text: str) -> list[float]:
+    try:
+        percents = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"--metric-percentiles {text}: write numbers with commas, as in 50,99") from None
+    if not all(0 <= percent <= 100 for percent in percents):
+        raise ConfigError(f"--metric-percentiles {text}: each must be from 0 to 100")
+    return percents
+
+
+def _metrics(text: str) -> list[str]:
+    names = text.split(",")
+    for name in names:
+        if name not in METRICS:
+            raise ConfigError(f"--percentile-metrics {text}: {name!r} is not one of {', '.join(METRICS)}")
+    return names
+
+
+def _describe(args: Namespace, model: str, metadata: dict[str, str]) -> dict[str, Any]:
+    return {
+        "date": datetime.now().strftime("%Y%m%d-%H%M%S"),
+        "backend": args.backend,
+        "model_id": model,
+        "num_prompts": args.num_prompts,
+        "request_rate": args.request_rate if args.request_rate != float("inf") else "inf",
+        "burstiness": args.burstiness,
+        "max_concurrency": args.max_concurrency,
+        "random_input_len": args.random_input_len,
+        "random_output_len": args.random_output_len,
+        "ignore_eos": args.ignore_eos,
+        "seed": args.seed,
+        "machine": machine(),
+        **metadata,
+    }
+
+
+def _details(load: Load) -> dict[str, Any]:
+    return {"requests": [asdict(answer) for answer in load.answers]}
+
+
+def _result_path(args: Namespace, model: str) -> Path:
+    name = args.result_filename
+    if name is None:
+        stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+        name = f"{args.backend}-{args.request_rate:g}qps-{Path(model).name}-{stamp}.json"
+    return Path(args.result_dir or ".") / name

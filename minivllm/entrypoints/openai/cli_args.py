@@ -1,0 +1,95 @@
+"""The command line of the OpenAI server: which options there are, and what about them can be checked at once."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from minivllm import envs
+from minivllm.config.docs import field_docs, summary
+from minivllm.config.frontend import FrontendConfig
+from minivllm.config.not_yet import ALIASES, NOT_YET, refusal, words_to_ignore
+from minivllm.engine.arg_utils import AsyncEngineArgs
+from minivllm.exceptions import ConfigError
+from minivllm.utils.argparse_utils import FlexibleArgumentParser, add_dataclass_arguments
+
+# What bare --help shows.
+COMMON = (
+    "--help", "--model", "--served-model-name", "--dtype", "--max-model-len", "--max-num-seqs",
+    "--max-num-batched-tokens", "--kv-cache-memory-bytes", "--enable-prefix-caching", "--load-format",
+    "--distributed-executor-backend", "--host", "--port", "--api-key", "--chat-template", "--log-level",
+)  # fmt: skip
+
+
+def make_arg_parser(parser: FlexibleArgumentParser | None = None) -> FlexibleArgumentParser:
+    """The server's parser: the model, the front end's options, the engine's."""
+    if parser is None:
+        parser = FlexibleArgumentParser(prog="minivllm serve", description="Serve a model over the OpenAI API.")
+    parser.refuse = refuse_option
+    parser.common = COMMON
+    parser.usage = "%(prog)s MODEL [options]"
+    parser.epilog = environment_help()
+    parser.formatter_class = type("_Raw", (parser.formatter_class, argparse.RawDescriptionHelpFormatter), {})
+    parser.add_argument("model_tag", nargs="?", metavar="MODEL", help="A local directory or a hub id (or --model).")
+    add_dataclass_arguments(
+        parser,
+        FrontendConfig,
+        docs=field_docs(FrontendConfig),
+        title=FrontendConfig.__name__,
+        description=summary(FrontendConfig),
+    )
+    AsyncEngineArgs.add_cli_args(parser)
+    return parser
+
+
+def environment_help() -> str:
+    """The environment variables, as a block of text."""
+    width = max(map(len, envs.VARIABLES))
+    lines = [f"  {name:<{width}}  {meaning}" for name, meaning in envs.VARIABLES.items()]
+    return "\n".join(["environment variables:", *lines])
+
+
+def refuse_option(option: str, value: str | None) -> str | int | None:
+    """What to say about an option that is not ours (see FlexibleArgumentParser)."""
+    name = ALIASES.get(option, "")
+    if option.startswith("--"):
+        name = option[2:].replace("-", "_").split(".")[0]  # vLLM has nested ones, --compilation-config.mode
+    if name not in NOT_YET and name.removeprefix("no_") not in NOT_YET:
+        return None
+    ignored = words_to_ignore(name, value)
+    return refusal(name, option) if ignored is None else ignored
+
+
+def validate_args(args: argparse.Namespace) -> None:
+    """Check what concerns the front end, and settle the model's name in `args.model`.
+
+    Raises:
+        ConfigError: an argument is wrong; the message names it.
+    """
+    if args.model_tag:
+        if args.model and args.model != args.model_tag:
+            raise ConfigError(f"two models are named, {args.model_tag} and --model {args.model}; name one")
+        args.model = args.model_tag
+    if not args.model:
+        raise ConfigError("no model is named; give a directory or a hub id, as in: minivllm serve DIRECTORY")
+    if not 0 <= args.port <= 65535:
+        raise ConfigError(f"--port {args.port} must be from 0 to 65535")
+    if args.shutdown_timeout < 0:
+        raise ConfigError(f"--shutdown-timeout {args.shutdown_timeout} must be 0 or more seconds")
+    if args.disable_frontend_multiprocessing:
+        raise ConfigError(
+            "--disable-frontend-multiprocessing is for LLM(...) only: the API server never loads the model itself"
+        )
+    if args.api_key and not all(args.api_key):
+        raise ConfigError("--api-key holds an empty key; leave it out to serve without keys")
+    if args.root_path and not args.root_path.startswith("/"):
+        raise ConfigError(f"--root-path {args.root_path} must start with /")
+    _check_chat_template(args.chat_template)
+
+
+def _check_chat_template(template: str | None) -> None:
+    """A template is a file, or text with Jinja braces; anything else is a mistyped file name."""
+    if template is None or any(brace in template for brace in ("{{", "{%", "{#")):
+        return
+    if not Path(template).is_file():
+        raise ConfigError(f"--chat-template {template} is neither a file nor Jinja text; check the path")

@@ -1,0 +1,97 @@
+"""config.json as it comes: both spellings are read, and what is wrong is named."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from minivllm.config.hf_config import HFConfig
+from minivllm.exceptions import ModelFilesError
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 300,
+    "max_position_embeddings": 4096,
+}
+
+
+def read(**changes: Any) -> HFConfig:
+    return HFConfig.from_dict({**LLAMA, **changes}, source="some/config.json")
+
+
+def test_sizes_that_are_left_out_follow_from_the_others():
+    config = read()
+    assert (config.num_key_value_heads, config.head_dim) == (4, 16)
+    assert config.rope_theta == 10000.0
+
+
+def test_a_null_is_as_good_as_a_missing_key():
+    assert read(num_key_value_heads=None, head_dim=None, rope_scaling=None, sliding_window=None) == read()
+
+
+def test_both_spellings_of_rope_and_dtype_mean_the_same():
+    classic = read(
+        torch_dtype="bfloat16", rope_theta=5e5, rope_scaling={"type": "linear", "factor": 2.0}
+    )
+    new = read(
+        dtype="bfloat16", rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}
+    )
+    assert classic == new
+    assert new.rope_parameters == {"rope_type": "linear", "factor": 2.0}
+
+
+def test_one_end_token_or_several_are_a_list():
+    assert read(eos_token_id=2).eos_token_ids == [2]
+    assert read(eos_token_id=[2, 4]).eos_token_ids == [2, 4]
+
+
+@pytest.mark.parametrize(
+    ("rope", "limit"),
+    [
+        ({}, 4096),
+        ({"rope_type": "default"}, 4096),
+        ({"rope_type": "linear", "factor": 4.0}, 16384),
+        ({"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 512}, 4096),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}, 8192),
+        ({"rope_type": "yarn", "factor": 4.0}, 16384),
+    ],
+)
+def test_the_context_is_what_the_rope_scaling_makes_of_it(rope: dict, limit: int):
+    assert read(rope_parameters=rope).max_context == limit
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("hidden_size", None),
+        ("hidden_size", 0),
+        ("vocab_size", "300"),
+        ("num_hidden_layers", True),
+        ("num_key_value_heads", 3),
+        ("head_dim", -16),
+        ("rms_norm_eps", "small"),
+        ("rope_parameters", "linear"),
+        ("rope_theta", "big"),
+        ("dtype", "int8"),
+        ("eos_token_id", "</s>"),
+        ("eos_token_id", [1, "2"]),
+        ("hidden_act", 7),
+        ("layer_types", ["full_attention"]),
+        ("sliding_window", "wide"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_file(key: str, value: Any):
+    with pytest.raises(ModelFilesError, match=key) as error:
+        read(**{key: value})
+    assert "some/config.json" in str(error.value)
+
+
+@pytest.mark.parametrize("architectures", [None, [], "LlamaForCausalLM", [3]])
+def test_without_an_architecture_the_remedy_is_shown(architectures: Any):
+    with pytest.raises(ModelFilesError, match="names no architecture"):
+        read(architectures=architectures)

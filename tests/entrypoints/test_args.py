@@ -1,0 +1,195 @@
+"""The command line: made from the config classes, and helpful when it is wrong."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+from minivllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+from minivllm.entrypoints.openai.cli_args import make_arg_parser, validate_args
+from minivllm.exceptions import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def parse(*args: str) -> Namespace:
+    return make_arg_parser().parse_args(["some/model", *args])
+
+
+def last_line(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    """What is printed when these arguments end the program with code 2."""
+    with pytest.raises(SystemExit) as exit_:
+        parse(*args)
+    assert exit_.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_defaults_are_those_of_the_config_classes():
+    assert AsyncEngineArgs.from_cli_args(parse()) == AsyncEngineArgs()
+
+
+def test_types_follow_the_fields():
+    args = parse(
+        "--max-model-len", "1k", "--kv-cache-memory-bytes", "64Mi", "--gpu-memory-utilization", "0.5",
+        "--no-enable-prefix-caching", "--enforce-eager", "--dtype", "bfloat16", "--hf-overrides", '{"vocab_size": 7}',
+        "--served-model-name", "a", "b", "--seed", "-5",
+    )  # fmt: skip
+    assert args.max_model_len == 1000
+    assert args.kv_cache_memory_bytes == 64 << 20
+    assert args.gpu_memory_utilization == 0.5
+    assert (args.enable_prefix_caching, args.enforce_eager) == (False, True)
+    assert args.hf_overrides == {"vocab_size": 7}
+    assert args.served_model_name == ["a", "b"]
+    assert args.seed == -5
+
+
+@pytest.mark.parametrize(("text", "value"), [("auto", "auto"), ("-1", -1), ("2K", 2048)])
+def test_the_length_may_be_a_word_or_a_size(text: str, value: int | str):
+    assert parse("--max-model-len", text).max_model_len == value
+    assert parse(f"--max-model-len={text}").max_model_len == value
+
+
+def test_underscores_are_as_good_as_dashes():
+    assert parse("--max_model_len", "5").max_model_len == 5
+    assert parse("--max_model-len=5").max_model_len == 5
+    assert parse("--no_enable_chunked_prefill").enable_chunked_prefill is False
+
+
+def test_a_list_may_be_words_or_json():
+    assert parse("--allowed-origins", '["http://a", "http://b"]').allowed_origins == ["http://a", "http://b"]
+    assert parse("--allowed-origins", "http://a").allowed_origins == ["http://a"]
+
+
+def test_defaults_that_are_lists_are_not_shared():
+    parse().allowed_origins.append("x")
+    assert parse().allowed_origins == ["*"]
+
+
+def test_a_misspelt_option_is_answered_with_the_nearest(capsys):
+    line = last_line(capsys, "--max-modle-len", "5")
+    assert line == "minivllm: error: unknown option --max-modle-len; did you mean --max-model-len?"
+
+
+def test_an_abbreviated_option_is_refused(capsys):
+    assert "--max-model-l;" in last_line(capsys, "--max-model-l", "5")
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--tensor-parallel-size", "2"], ["--tensor_parallel_size=2"], ["-tp", "2"], ["--enable-lora"],
+        ["--compilation-config.mode", "3"], ["--quantization", "awq"], ["--tool-call-parser", "hermes"],
+    ],
+)  # fmt: skip
+def test_an_option_of_vllm_that_is_not_here_yet_is_refused_by_its_name(capsys, args: list[str]):
+    line = last_line(capsys, *args)
+    assert args[0].split("=")[0] in line
+    assert "does not support yet" in line
+
+
+@pytest.mark.parametrize(
+    "args",
+    [["--tensor-parallel-size", "1"], ["--tensor-parallel-size=1"], ["-tp", "1"], ["--no-async-scheduling"],
+     ["--disable-log-requests"], ["--kv-cache-dtype", "auto"]],
+)  # fmt: skip
+def test_an_option_that_asks_for_nothing_is_ignored_without_its_neighbours(args: list[str]):
+    parsed = make_arg_parser().parse_args([*args, "some/model", "--port", "9"])
+    assert (parsed.model_tag, parsed.port) == ("some/model", 9)
+
+
+@pytest.mark.parametrize(
+    ("args", "names"),
+    [
+        (["--dtype", "int3"], ["--dtype", "int3", "bfloat16"]),
+        (["--port", "http"], ["--port", "http"]),
+        (["--hf-overrides", "vocab_size=7"], ["--hf-overrides", "not JSON"]),
+        (["--hf-overrides", "[1]"], ["--hf-overrides", "JSON object"]),
+        (["--gpu-memory-utilization", "half"], ["--gpu-memory-utilization", "half"]),
+        (["--allowed-origins", "[1]"], ["--allowed-origins", "strings"]),
+        (["another/model"], ["another/model"]),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_option(capsys, args: list[str], names: list[str]):
+    line = last_line(capsys, *args)
+    assert line.startswith("minivllm: error: ")
+    assert [name for name in names if name not in line] == []
+
+
+def validated(*args: str) -> Namespace:
+    parsed = make_arg_parser().parse_args(list(args))
+    validate_args(parsed)
+    return parsed
+
+
+def test_the_model_may_be_given_either_way():
+    assert validated("m").model == validated("--model", "m").model == validated("m", "--model", "m").model == "m"
+
+
+@pytest.mark.parametrize(
+    ("args", "reason"),
+    [
+        ([], "no model"),
+        (["m", "--model", "n"], "two models"),
+        (["m", "--port", "65536"], "--port"),
+        (["m", "--shutdown-timeout", "-1"], "--shutdown-timeout"),
+        (["m", "--disable-frontend-multiprocessing"], "LLM"),
+        (["m", "--api-key", ""], "--api-key"),
+        (["m", "--root-path", "api"], "--root-path"),
+        (["m", "--chat-template", "no/such/file"], "no/such/file"),
+    ],
+)
+def test_what_the_front_end_can_see_is_checked_at_once(args: list[str], reason: str):
+    with pytest.raises(ConfigError, match=reason):
+        validated(*args)
+
+
+def test_a_chat_template_may_be_text_or_a_file(tmp_path: Path):
+    path = tmp_path / "template.jinja"
+    path.write_text("{{ messages }}")
+    assert validated("m", "--chat-template", str(path)).chat_template == str(path)
+    assert validated("m", "--chat-template", "{{ messages }}").chat_template == "{{ messages }}"
+
+
+def test_short_help_fits_a_screen_and_long_help_has_everything():
+    parser = make_arg_parser()
+    short, long = parser.help_about(""), parser.help_about("all")
+    assert len(short.splitlines()) <= 60
+    assert "--port" in short and "--override-generation-config" not in short
+    for action in parser._actions:
+        assert all(option in long for option in action.option_strings)
+    assert "MINIVLLM_RUN_DIR" in long
+
+
+def test_help_can_be_asked_about_a_group_or_a_word():
+    parser = make_arg_parser()
+    assert "--block-size" in parser.help_about("CacheConfig")
+    assert "--port" not in parser.help_about("CacheConfig")
+    assert "--kv-cache-memory-bytes" in parser.help_about("kv_cache")
+    assert "no option" in parser.help_about("quux")
+
+
+@pytest.mark.parametrize("args", [["serve", "--help"], ["bench", "serve", "--help"], ["--help"], ["--version"]])
+def test_help_does_not_import_torch_or_the_web_framework(args: list[str]):
+    code = (
+        "import sys\nfrom minivllm.entrypoints.cli.main import main\n"
+        f"try:\n    main({args})\nexcept SystemExit as e:\n    assert not e.code\n"
+        "sys.exit('torch' in sys.modules or 'fastapi' in sys.modules or 'transformers' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+def test_a_misspelt_keyword_is_answered_with_the_nearest():
+    with pytest.raises(ConfigError, match="max_modle_len; did you mean max_model_len"):
+        EngineArgs("m", max_modle_len=5)
+
+
+def test_a_keyword_of_vllm_that_is_not_here_yet_is_refused():
+    with pytest.raises(ConfigError, match="tensor_parallel_size=2 .* does not support yet"):
+        EngineArgs("m", tensor_parallel_size=2)
+    assert EngineArgs("m", tensor_parallel_size=1, quantization=None) == EngineArgs("m")
