@@ -26,7 +26,7 @@ MINIVLLM_INLINE void philox(UVec (&c)[4], PhiloxKey key) {
     }
 }
 
-// Standard Gumbel noise from 23 random bits: u = (bits + ½) 2^-23 is exact and never 0 or 1.
+// Standard Gumbel noise from 23 random bits, within 6e-7: u = (bits + ½) 2^-23 is exact and never 0 or 1.
 MINIVLLM_INLINE Vec gumbel(UVec word) {
     const Vec u = (signed_to_float(shift_right<9>(word)) + set1(0.5f)) * set1(0x1p-23f);
     return zero() - log(zero() - log(u));

@@ -129,7 +129,7 @@ MINIVLLM_INLINE UVec unpack_low64(UVec a, UVec b) { return {_mm256_unpacklo_epi6
 MINIVLLM_INLINE UVec unpack_high64(UVec a, UVec b) { return {_mm256_unpackhi_epi64(a.v, b.v)}; }
 #endif
 
-// ln x within 4 units in the last place, for positive normal x (near 1 too: x - 1 is exact there). x = 2^n m with
+// ln x within 2 units in the last place, for positive normal x (near 1 too: x - 1 is exact there). x = 2^n m with
 // m in [√½, √2); ln m = 2 artanh s with s = (m - 1) / (m + 1), |s| < 0.1716, by its series to s^9, whose
 // remainder is 4e-9 of the whole.
 MINIVLLM_INLINE Vec log(Vec x) {

@@ -94,7 +94,7 @@ def _halves(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def gumbel_argmax_cpu(
     logits: torch.Tensor, temperature: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor
 ) -> torch.Tensor:
-    """The native `gumbel_argmax_reference`: the same random words, a logarithm of its own.
+    """The native `gumbel_argmax_reference`: the same random words, noise within 6e-7.
 
     Noise is computed only where it could still win, which changes no result. logits may have any row stride.
     """

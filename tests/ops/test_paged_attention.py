@@ -193,11 +193,12 @@ def test_a_prompt_has_the_same_bits_in_chunks_and_whole(isa, dtype, chunk, slidi
 
 
 @needs_kernels
-def test_a_long_prompt_has_the_same_bits_when_decoded_token_by_token(isa, assert_same_bits):
-    seq = sequence(2060, heads=2, kv_heads=1, head_dim=16)
-    (whole,) = attend([prefill(seq)])
-    for position in (0, 31, 32, 1023, 1024, 1025, 2047, 2048, 2059):
-        (row,) = attend([(seq, range(position, position + 1))])
+@pytest.mark.parametrize("sliding_window", [None, 1100])
+def test_a_long_prompt_has_the_same_bits_when_decoded_token_by_token(isa, sliding_window, assert_same_bits):
+    seq = sequence(2260, heads=2, kv_heads=1, head_dim=16)
+    (whole,) = attend([prefill(seq)], sliding_window=sliding_window)
+    for position in (0, 31, 32, 1023, 1024, 1025, 1180, 1190, 2047, 2048, 2259):
+        (row,) = attend([(seq, range(position, position + 1))], sliding_window=sliding_window)
         assert_same_bits(row[0], whole[position])
 
 

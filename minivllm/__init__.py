@@ -1,0 +1,60 @@
+"""minivllm: an LLM serving engine in the shape of vLLM V1. Each public name is imported when first used."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from minivllm.version import __version__
+
+if TYPE_CHECKING:
+    from minivllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+    from minivllm.engine.async_llm import AsyncLLM
+    from minivllm.engine.llm_engine import LLMEngine
+    from minivllm.engine.processor import TextPrompt, TokensPrompt
+    from minivllm.entrypoints.llm import LLM
+    from minivllm.models.registry import ModelRegistry
+    from minivllm.outputs import CompletionOutput, RequestOutput
+    from minivllm.sampling_params import SamplingParams
+
+_MODULE_OF = {
+    "LLM": "minivllm.entrypoints.llm",
+    "SamplingParams": "minivllm.sampling_params",
+    "AsyncLLM": "minivllm.engine.async_llm",
+    "LLMEngine": "minivllm.engine.llm_engine",
+    "EngineArgs": "minivllm.engine.arg_utils",
+    "AsyncEngineArgs": "minivllm.engine.arg_utils",
+    "RequestOutput": "minivllm.outputs",
+    "CompletionOutput": "minivllm.outputs",
+    "TextPrompt": "minivllm.engine.processor",
+    "TokensPrompt": "minivllm.engine.processor",
+    "ModelRegistry": "minivllm.models.registry",
+}
+
+__all__ = [
+    "LLM",
+    "AsyncEngineArgs",
+    "AsyncLLM",
+    "CompletionOutput",
+    "EngineArgs",
+    "LLMEngine",
+    "ModelRegistry",
+    "RequestOutput",
+    "SamplingParams",
+    "TextPrompt",
+    "TokensPrompt",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name (PEP 562)."""
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_MODULE_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

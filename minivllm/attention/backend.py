@@ -1,0 +1,88 @@
+"""The contract of an attention backend: who owns the layout of the KV cache and reads and writes it.
+
+Knows nothing of requests or of the scheduler: a step reaches it as `StepInputs`, tensors only.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """What a backend is asked to serve; one for all layers of a model."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int  # tokens
+    dtype: torch.dtype
+    device: str
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """One step's tokens and where their keys and values go; requests in batch order."""
+
+    query_start_loc: torch.Tensor  # [num_reqs + 1] int32: request b's rows are query_start_loc[b] … [b + 1]
+    seq_lens: torch.Tensor  # [num_reqs] int32: tokens a request has after this step
+    block_table: torch.Tensor  # [num_reqs, max_blocks] int32
+    slot_mapping: torch.Tensor  # [num_tokens] int64: block_id * block_size + offset
+
+
+@dataclass(frozen=True)
+class ForwardContext:
+    """What a step's layers share beyond their input: an argument of `forward`, never a global."""
+
+    metadata: Any  # as the backend's build_metadata made it
+    kv_caches: list[torch.Tensor]  # one a layer
+
+
+class AttentionBackend(ABC):
+    """One way to do attention over the paged cache, bound to a spec."""
+
+    name: str
+    layout_id: str  # of a block's bytes; blocks move only between equal ids
+
+    def __init__(self, spec: AttentionSpec) -> None:
+        self.spec = spec
+
+    @classmethod
+    @abstractmethod
+    def why_not(cls, spec: AttentionSpec) -> str | None:
+        """None, or the reason this backend cannot serve the spec."""
+
+    @abstractmethod
+    def kv_cache_shape(self, num_blocks: int) -> tuple[int, ...]:
+        """The shape of one layer's cache; its first dimension is the block."""
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block in one layer, keys and values together."""
+        return torch.Size(self.kv_cache_shape(1)).numel() * self.spec.dtype.itemsize
+
+    @abstractmethod
+    def build_metadata(self, step: StepInputs) -> Any:
+        """Whatever `forward` wants to know of the step, made once for all layers."""
+
+    @abstractmethod
+    def forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        kv_cache: torch.Tensor,
+        metadata: Any,
+        *,
+        scale: float,
+        sliding_window: int | None,
+    ) -> torch.Tensor:
+        """Write k and v to the cache, then attend.
+
+        q: [T, num_heads, head_dim]; k, v: [T, num_kv_heads, head_dim]; all may be strided views.
+        Returns [T, num_heads, head_dim].
+        """

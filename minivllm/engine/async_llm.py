@@ -1,0 +1,270 @@
+"""The engine for an event loop: what the API server, and any asyncio program, talks to.
+
+Owns the life of a request in the front end: processed, sent, its outputs handed to its generator, aborted
+when that is closed. Knows nothing of HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Protocol
+
+from minivllm.config.engine import EngineConfig
+from minivllm.engine.core_client import AsyncMPClient
+from minivllm.engine.output_processor import OutputProcessor, RequestOutputCollector
+from minivllm.engine.parallel_sampling import ParentRequest
+from minivllm.engine.processor import Processor, Prompt, default_sampling_params
+from minivllm.exceptions import EngineDeadError
+from minivllm.logger import init_logger
+from minivllm.messages.engine import EngineCoreOutputs, EngineCoreRequest
+from minivllm.messages.stats import IterationStats, SchedulerStats
+from minivllm.outputs import RequestOutput
+from minivllm.sampling_params import SamplingParams
+from minivllm.tokenizer.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from minivllm.engine.arg_utils import AsyncEngineArgs
+
+logger = init_logger(__name__)
+
+_CHUNK = 128  # outputs processed before other tasks of the loop get a turn
+
+
+class StatLogger(Protocol):
+    """Whatever counts what the engine does."""
+
+    def record(self, scheduler_stats: SchedulerStats | None, iteration: IterationStats) -> None: ...
+
+
+def load_tokenizer(config: EngineConfig) -> Tokenizer | None:
+    """The tokenizer of an engine, or None with --skip-tokenizer-init.
+
+    Raises:
+        ModelFilesError: there is none that loads.
+    """
+    model = config.model
+    if model.skip_tokenizer_init:
+        return None
+    return Tokenizer.from_pretrained(
+        model.tokenizer or model.model,
+        mode=model.tokenizer_mode,
+        revision=model.tokenizer_revision,
+        trust_remote_code=model.trust_remote_code,
+    )
+
+
+class AsyncLLM:
+    """A running engine. Build it with `from_engine_args` or `from_engine_config`, end it with `shutdown`."""
+
+    def __init__(self, config: EngineConfig, *, stat_loggers: Sequence[StatLogger] = ()) -> None:
+        """Start the core and wait until it serves.
+
+        Raises:
+            ConfigError, EngineStartError: it cannot; nothing is left behind.
+        """
+        self.config = config
+        self.engine_core = AsyncMPClient(config)
+        try:
+            self.tokenizer = load_tokenizer(config)  # while the core loads the model
+            self.ready = self.engine_core.wait_ready()
+        except BaseException:
+            self.engine_core.shutdown()
+            raise
+        self.default_sampling_params = default_sampling_params(config.generation_config)
+        self.processor = Processor(config, self.ready, self.tokenizer)
+        self.output_processor = OutputProcessor(
+            self.tokenizer, stream_interval=config.scheduler.stream_interval
+        )
+        self._stat_loggers = list(stat_loggers)
+        self._tokenizing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenize")
+        self._output_handler: asyncio.Task | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._dead: asyncio.Event = asyncio.Event()
+        self._is_shut_down = False
+
+    @classmethod
+    def from_engine_args(
+        cls, engine_args: AsyncEngineArgs, *, stat_loggers: Sequence[StatLogger] = ()
+    ) -> AsyncLLM:
+        """Check the arguments, start the core, wait until it serves."""
+        return cls(engine_args.create_engine_config("serve"), stat_loggers=stat_loggers)
+
+    @classmethod
+    def from_engine_config(cls, config: EngineConfig, *, stat_loggers: Sequence[StatLogger] = ()) -> AsyncLLM:
+        """Start the core and wait until it serves. Blocks; may run in any thread."""
+        return cls(config, stat_loggers=stat_loggers)
+
+    # -- requests
+
+    async def generate(
+        self, prompt: Prompt, sampling_params: SamplingParams, request_id: str, *, priority: int = 0
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Answer a prompt: outputs as `sampling_params.output_kind` says, the last one finished.
+
+        Closing the generator, or cancelling its consumer, aborts the request.
+
+        Raises:
+            RequestError: the request is at fault; the engine has not seen it.
+            EngineGenerateError: this request failed in the engine.
+            EngineDeadError: the engine is gone.
+        """
+        self._start_reading()
+        self._raise_if_dead()
+        request, text = await self._process(prompt, sampling_params, request_id, priority)
+        self._raise_if_dead()
+        collector = RequestOutputCollector(sampling_params.output_kind)
+        ids = self._add_request(request, text, request_id, collector)
+        finished = False
+        try:
+            while not finished:
+                output = await collector.get()
+                finished = output.finished
+                yield output
+        finally:
+            if not finished:
+                self._abort(ids)
+
+    async def _process(
+        self, prompt: Prompt, params: SamplingParams, request_id: str, priority: int
+    ) -> tuple[EngineCoreRequest, str | None]:
+        """Check the request; text is tokenized on a thread, so that a long one does not hold up the others."""
+        call = (request_id, prompt, params, priority)
+        if isinstance(prompt, list) or (isinstance(prompt, dict) and "prompt_token_ids" in prompt):
+            return self.processor.process_inputs(*call)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._tokenizing, self.processor.process_inputs, *call)
+
+    def _add_request(
+        self,
+        request: EngineCoreRequest,
+        text: str | None,
+        external_id: str,
+        collector: RequestOutputCollector,
+    ) -> list[str]:
+        """Expect its outputs, then send it, or its n children; the internal ids."""
+        parent = ParentRequest(request) if request.sampling_params.n > 1 else None
+        requests = [request] if parent is None else parent.child_requests()
+        for index, child in enumerate(requests):
+            self.output_processor.add_request(
+                child, external_id=external_id, prompt=text, parent=parent, index=index, collector=collector
+            )
+        for child in requests:
+            self.engine_core.add_request(child)
+        return [child.request_id for child in requests]
+
+    async def abort(self, request_id: str | Iterable[str]) -> None:
+        """End requests by the ids given to `generate`; their generators get a last output that says "abort"."""
+        self._abort([request_id] if isinstance(request_id, str) else request_id)
+
+    def _abort(self, request_ids: Iterable[str]) -> None:
+        self.engine_core.abort_requests(self.output_processor.abort_requests(request_ids))
+
+    # -- outputs
+
+    def _start_reading(self) -> None:
+        """Handle outputs on the running loop, from the first time there is one."""
+        if not self.engine_core.attach():
+            return
+        self._loop = asyncio.get_running_loop()
+        self._dead = asyncio.Event()
+        self._output_handler = self._loop.create_task(self._handle_outputs(), name="output-handler")
+
+    async def _handle_outputs(self) -> None:
+        """Feed every output to its request until the core is gone; then every request hears of it."""
+        try:
+            while True:
+                await self._handle(await self.engine_core.get_output())
+        except EngineDeadError as error:
+            self._on_dead(error)
+        except Exception as error:  # a fault of ours; nobody may wait for outputs that no one handles
+            logger.exception("the output handler failed")
+            self._on_dead(EngineDeadError(f"the output handler failed: {type(error).__name__}: {error}"))
+
+    async def _handle(self, message: EngineCoreOutputs) -> None:
+        stats = (
+            IterationStats(time_to_first_tokens_s=[], inter_token_latencies_s=[], finished_requests=[])
+            if self._stat_loggers
+            else None
+        )
+        for start in range(0, len(message.outputs), _CHUNK):
+            if start:
+                await asyncio.sleep(0)
+            chunk = message.outputs[start : start + _CHUNK]
+            done = self.output_processor.process_outputs(chunk, message.timestamp, stats)
+            self.engine_core.abort_requests(done.requests_to_abort)
+        for stat_logger in self._stat_loggers:
+            stat_logger.record(message.scheduler_stats, stats)
+
+    def _on_dead(self, error: EngineDeadError) -> None:
+        if self.engine_core.dead_error is None:
+            self.engine_core.dead_error = error
+        if not self._is_shut_down:
+            logger.error("%s", error)
+        self.output_processor.fail_all(error)
+        self._dead.set()
+
+    # -- health
+
+    @property
+    def dead_error(self) -> BaseException:
+        return self.engine_core.dead_error or EngineDeadError()
+
+    @property
+    def errored(self) -> bool:
+        """Whether the engine is gone: it died, or was shut down."""
+        return self.engine_core.dead_error is not None
+
+    @property
+    def is_running(self) -> bool:
+        return not self.errored
+
+    def _raise_if_dead(self) -> None:
+        if self.errored:
+            raise self.dead_error
+
+    async def check_health(self) -> None:
+        """Raises:
+        EngineDeadError: the engine is gone.
+        """
+        self._start_reading()
+        self._raise_if_dead()
+
+    async def wait_dead(self) -> BaseException:
+        """Return, with the reason, once the engine is gone. For a server that should then exit."""
+        self._start_reading()
+        if not self.errored:
+            await self._dead.wait()
+        return self.dead_error
+
+    async def reset_prefix_cache(self) -> bool:
+        """Forget every cached KV block; False while a running request holds one."""
+        self._start_reading()
+        return await self.engine_core.call_utility("reset_prefix_cache")
+
+    # -- end
+
+    def shutdown(self, timeout_s: float = 0) -> None:
+        """End the engine; idempotent, from any thread.
+
+        Open requests get `timeout_s` seconds to finish (call it from another thread than the loop's for that);
+        the rest end with finish_reason "abort".
+        """
+        if self._is_shut_down:
+            return
+        self._is_shut_down = True
+        if timeout_s <= 0:
+            self.engine_core.run_on_loop(self._abort_all)
+        self.engine_core.shutdown(timeout_s)
+        self.engine_core.run_on_loop(self._end)
+        self._tokenizing.shutdown(wait=False, cancel_futures=True)
+
+    def _abort_all(self) -> None:
+        self.output_processor.abort_requests(self.output_processor.request_ids())
+
+    def _end(self) -> None:
+        self._abort_all()
+        self._dead.set()
+        if self._output_handler is not None and not self._loop.is_closed():
+            self._output_handler.cancel()

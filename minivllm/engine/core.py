@@ -1,0 +1,172 @@
+"""The engine itself: scheduler and executor, one step at a time.
+
+Owns which plans are in flight and what still has to be told to clients. Knows nothing of sockets, threads
+or processes; `core_process.py` puts it into a process, `core_client.InprocClient` into the caller's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable
+
+from minivllm.config.engine import EngineConfig
+from minivllm.core.sched.scheduler import Scheduler
+from minivllm.exceptions import RequestError
+from minivllm.executor.abstract import get_executor_class
+from minivllm.logger import init_logger
+from minivllm.messages.engine import (
+    EngineCoreOutput,
+    EngineCoreOutputs,
+    EngineCoreReady,
+    EngineCoreRequest,
+    FinishReason,
+    UtilityOutput,
+    UtilityRequest,
+)
+from minivllm.messages.worker import WorkerReady
+
+logger = init_logger(__name__)
+
+_IDLE_SLEEP_S = 0.001  # when requests wait for something other than compute
+
+
+class EngineCore:
+    """Schedules, runs and accounts for batches until no request is left.
+
+    Raises (on construction):
+        ConfigError, ModelFilesError: the model cannot be served as asked.
+    """
+
+    UTILITIES = ("reset_prefix_cache",)
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        on_death: Callable[[str], None],
+        on_progress: Callable[[str], None],
+    ) -> None:
+        executor_class = get_executor_class(config.parallel.distributed_executor_backend)
+        self.log_stats = not config.observability.disable_log_stats
+        self.executor = executor_class(config, on_death=on_death, on_progress=on_progress)
+        try:
+            worker = self.executor.initialize()
+            self.scheduler = Scheduler(
+                max_num_batched_tokens=worker.max_num_batched_tokens,
+                max_num_seqs=worker.max_num_seqs,
+                max_model_len=worker.max_model_len,
+                num_blocks=worker.num_blocks,
+                block_size=worker.block_size,
+                enable_prefix_caching=config.cache.enable_prefix_caching,
+                enable_chunked_prefill=config.scheduler.enable_chunked_prefill,
+            )
+        except BaseException:
+            self.executor.shutdown()
+            raise
+        self.ready = _ready_message(worker, config.hf_config.vocab_size)
+        self._in_flight: deque = deque()  # of (plan, its forward's future, its sampling's future)
+        self._untold: defaultdict[int, list[EngineCoreOutput]] = defaultdict(
+            list
+        )  # by client; for the next step
+
+    def add_request(self, request: EngineCoreRequest) -> None:
+        """Take a request. One the scheduler refuses is answered with an error by the next step."""
+        try:
+            self.scheduler.add_request(request)
+        except RequestError as error:
+            self.reject(request.request_id, request.client_index, str(error))
+
+    def reject(
+        self, request_id: str, client_index: int, reason: str, how: FinishReason = FinishReason.ERROR
+    ) -> None:
+        """Answer a request that never reaches the scheduler."""
+        error = reason if how is FinishReason.ERROR else None
+        self._untold[client_index].append(
+            EngineCoreOutput(request_id=request_id, finish_reason=how, error=error)
+        )
+
+    def abort_requests(self, request_ids: Iterable[str]) -> None:
+        """End these requests; ids that are not (or no longer) known are ignored."""
+        for client_index, outputs in self.scheduler.abort_requests(request_ids).items():
+            self._untold[client_index] += outputs
+
+    def abort_all(self) -> dict[int, EngineCoreOutputs]:
+        """End every request; what each client should hear. There may be no step after it."""
+        self.abort_requests(list(self.scheduler.requests))
+        return self._address({})
+
+    def has_requests(self) -> bool:
+        """Whether a step has anything to do."""
+        return bool(self._untold or self._in_flight) or self.scheduler.has_requests()
+
+    def step(self, apply_late_aborts: Callable[[], None] = lambda: None) -> dict[int, EngineCoreOutputs]:
+        """Schedule, run, and account for one batch; what each client should hear, by client_index.
+
+        apply_late_aborts: called after the batch ran and before its results are accounted for.
+        """
+        outputs: dict[int, list[EngineCoreOutput]] = {}
+        while self.scheduler.has_requests() and len(self._in_flight) < self.executor.max_concurrent_batches:
+            plan = self.scheduler.schedule(time.monotonic())
+            forward = self.executor.execute_model(plan)
+            self._in_flight.append((plan, forward, self.executor.sample_tokens(None)))
+            if not plan.num_scheduled_tokens:  # only news for the worker: nothing to overlap with
+                break
+        if self._in_flight:
+            plan, forward, sampled = self._in_flight.popleft()
+            forward.result()
+            result = sampled.result()
+            apply_late_aborts()
+            outputs = self.scheduler.update_from_output(plan, result)
+            if not plan.num_scheduled_tokens and self.scheduler.has_unfinished_requests():
+                time.sleep(_IDLE_SLEEP_S)
+        return self._address(outputs)
+
+    def _address(self, outputs: dict[int, list[EngineCoreOutput]]) -> dict[int, EngineCoreOutputs]:
+        """One message per client that has something to hear; client 0 hears the statistics of every step."""
+        untold, self._untold = self._untold, defaultdict(list)
+        now = time.monotonic()
+        clients = {*untold, *outputs, *([0] if self.log_stats else [])}
+        messages = {
+            client: EngineCoreOutputs(outputs=untold.get(client, []) + outputs.get(client, []), timestamp=now)
+            for client in clients
+        }
+        if self.log_stats:
+            messages[0].scheduler_stats = self.scheduler.make_stats()
+        return messages
+
+    def call_utility(self, request: UtilityRequest) -> UtilityOutput:
+        """Call one of UTILITIES; what it raises becomes the answer's `failure`."""
+        if request.method not in self.UTILITIES:
+            return UtilityOutput(
+                request.call_id, failure=f"the engine core has no utility {request.method!r}"
+            )
+        try:
+            return UtilityOutput(request.call_id, result=getattr(self, request.method)(*request.args))
+        except Exception as error:
+            logger.exception("utility %s failed", request.method)
+            return UtilityOutput(request.call_id, failure=f"{type(error).__name__}: {error}")
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget every cached block; False while a request still holds one."""
+        return self.scheduler.reset_prefix_cache()
+
+    def shutdown(self) -> None:
+        self.executor.shutdown()
+
+
+def _ready_message(worker: WorkerReady, vocab_size: int) -> EngineCoreReady:
+    num_tokens = worker.num_blocks * worker.block_size
+    return EngineCoreReady(
+        max_model_len=worker.max_model_len,
+        num_gpu_blocks=worker.num_blocks,
+        block_size=worker.block_size,
+        kv_cache_bytes=worker.kv_cache_bytes,
+        max_num_seqs=worker.max_num_seqs,
+        max_num_batched_tokens=worker.max_num_batched_tokens,
+        dtype=worker.dtype,
+        vocab_size=vocab_size,
+        kv_cache_size_tokens=num_tokens,
+        kv_cache_max_concurrency=num_tokens / worker.max_model_len,
+        numerics_id=worker.numerics_id,
+    )

@@ -1,0 +1,115 @@
+"""The engine for plain code: add requests, then step until none is left. `LLM` is built on it.
+
+Owns the same pieces as AsyncLLM, without an event loop. The core lives in its own process, or in this one
+when asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from minivllm.config.engine import EngineConfig
+from minivllm.engine.async_llm import StatLogger, load_tokenizer
+from minivllm.engine.core_client import InprocClient, SyncMPClient
+from minivllm.engine.output_processor import OutputProcessor
+from minivllm.engine.parallel_sampling import ParentRequest
+from minivllm.engine.processor import Processor, Prompt, default_sampling_params
+from minivllm.messages.stats import IterationStats
+from minivllm.outputs import RequestOutput
+from minivllm.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from minivllm.engine.arg_utils import EngineArgs
+
+
+class LLMEngine:
+    """A running engine that moves when `step` is called. To be used from one thread."""
+
+    def __init__(
+        self, config: EngineConfig, *, in_process: bool, stat_loggers: Iterable[StatLogger] = ()
+    ) -> None:
+        """Start the core and wait until it serves.
+
+        Raises:
+            ConfigError, EngineStartError: it cannot; nothing is left behind.
+        """
+        self.config = config
+        self.engine_core = InprocClient(config) if in_process else SyncMPClient(config)
+        try:
+            self.tokenizer = load_tokenizer(config)
+            self.ready = self.engine_core.wait_ready()
+        except BaseException:
+            self.engine_core.shutdown()
+            raise
+        self.default_sampling_params = default_sampling_params(config.generation_config)
+        self.processor = Processor(config, self.ready, self.tokenizer)
+        self.output_processor = OutputProcessor(
+            self.tokenizer, stream_interval=config.scheduler.stream_interval
+        )
+        self._stat_loggers = list(stat_loggers)
+
+    @classmethod
+    def from_engine_args(cls, engine_args: EngineArgs) -> LLMEngine:
+        """Check the arguments, start the core (where they say), wait until it serves."""
+        config = engine_args.create_engine_config("offline")
+        return cls(config, in_process=config.parallel.disable_frontend_multiprocessing)
+
+    @classmethod
+    def from_engine_config(cls, config: EngineConfig, *, in_process: bool = False) -> LLMEngine:
+        """Start the core in its own process, or in this one."""
+        return cls(config, in_process=in_process)
+
+    def add_request(self, request_id: str, prompt: Prompt, params: SamplingParams, priority: int = 0) -> str:
+        """Queue a request; its outputs come from `step` under `request_id`, which is returned.
+
+        Raises:
+            RequestError: the request is at fault; the engine has not seen it.
+            EngineDeadError: the engine is gone.
+        """
+        request, text = self.processor.process_inputs(request_id, prompt, params, priority)
+        parent = ParentRequest(request) if request.sampling_params.n > 1 else None
+        requests = [request] if parent is None else parent.child_requests()
+        for index, child in enumerate(requests):
+            self.output_processor.add_request(
+                child, external_id=request_id, prompt=text, parent=parent, index=index
+            )
+            self.engine_core.add_request(child)
+        return request_id
+
+    def step(self) -> list[RequestOutput]:
+        """Wait for the core's next outputs and return what they mean; [] when no request is open.
+
+        A request that failed in the engine comes back finished, with finish_reason "error" and `error` set.
+
+        Raises:
+            EngineDeadError: the engine is gone.
+        """
+        if not self.has_unfinished_requests():
+            return []
+        message = self.engine_core.get_output()
+        stats = IterationStats(time_to_first_tokens_s=[], inter_token_latencies_s=[], finished_requests=[])
+        done = self.output_processor.process_outputs(message.outputs, message.timestamp, stats)
+        self.engine_core.abort_requests(done.requests_to_abort)
+        for stat_logger in self._stat_loggers:
+            stat_logger.record(message.scheduler_stats, stats)
+        return done.request_outputs
+
+    def abort_request(self, request_ids: str | Iterable[str]) -> None:
+        """End requests; no further output of theirs comes."""
+        ids = [request_ids] if isinstance(request_ids, str) else request_ids
+        self.engine_core.abort_requests(self.output_processor.abort_requests(ids))
+
+    def has_unfinished_requests(self) -> bool:
+        return self.output_processor.has_unfinished_requests()
+
+    def get_num_unfinished_requests(self) -> int:
+        return self.output_processor.num_unfinished_requests
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget every cached KV block. To be called when no request is open."""
+        return self.engine_core.call_utility("reset_prefix_cache")
+
+    def shutdown(self, timeout_s: float = 0) -> None:
+        """End the engine; idempotent."""
+        self.engine_core.shutdown(timeout_s)

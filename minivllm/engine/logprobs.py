@@ -1,0 +1,41 @@
+"""One answer's logprobs: rows of numbers from the core to `Logprob`s with text. Owns their order and their sum."""
+
+from __future__ import annotations
+
+from minivllm.messages.engine import EngineCoreOutput, LogprobsLists
+from minivllm.outputs import Logprob, PromptLogprobs, SampleLogprobs
+from minivllm.sampling_params import SamplingParams
+from minivllm.tokenizer.tokenizer import Tokenizer
+
+
+class LogprobsProcessor:
+    """The logprobs of one request so far. What was not asked for stays None."""
+
+    def __init__(self, tokenizer: Tokenizer | None, params: SamplingParams) -> None:
+        self._tokenizer = tokenizer if params.detokenize else None
+        self.logprobs: SampleLogprobs | None = None if params.logprobs is None else []
+        self.cumulative_logprob: float | None = None if params.logprobs is None else 0.0
+        # Nothing predicts the first token of a prompt.
+        self.prompt_logprobs: PromptLogprobs | None = None if params.prompt_logprobs is None else [None]
+
+    def update(self, output: EngineCoreOutput) -> None:
+        """Append the rows of one step."""
+        if output.new_logprobs is not None and self.logprobs is not None:
+            self.logprobs += self._rows(output.new_logprobs)
+            self.cumulative_logprob += sum(row[0] for row in output.new_logprobs.logprobs)
+        if output.new_prompt_logprobs is not None and self.prompt_logprobs is not None:
+            self.prompt_logprobs += self._rows(output.new_prompt_logprobs)
+
+    def _rows(self, lists: LogprobsLists) -> list[dict[int, Logprob]]:
+        return [self._row(*row) for row in zip(lists.token_ids, lists.logprobs, lists.ranks)]
+
+    def _row(self, token_ids: list[int], logprobs: list[float], rank: int) -> dict[int, Logprob]:
+        """Row: the token itself first, then the most likely, of which it may be one."""
+        row: dict[int, Logprob] = {}
+        for i, (token, logprob) in enumerate(zip(token_ids, logprobs)):
+            if token not in row:
+                row[token] = Logprob(logprob, rank if i == 0 else i, self._text(token))
+        return row
+
+    def _text(self, token_id: int) -> str | None:
+        return None if self._tokenizer is None else self._tokenizer.token_text(token_id)

@@ -1,0 +1,337 @@
+"""What the core sends, to what users read. The only loop over outputs in the front end.
+
+Owns the front end's state of every unfinished request: text, logprobs, times, and the collector its
+consumer waits on. Knows nothing of sockets; tells its caller which requests the core should abort.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from minivllm.engine.detokenizer import IncrementalDetokenizer
+from minivllm.engine.logprobs import LogprobsProcessor
+from minivllm.engine.parallel_sampling import ParentRequest
+from minivllm.exceptions import EngineGenerateError
+from minivllm.messages.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
+from minivllm.messages.stats import FinishedRequestStats, IterationStats
+from minivllm.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from minivllm.sampling_params import RequestOutputKind
+from minivllm.tokenizer.tokenizer import Tokenizer
+
+
+class RequestOutputCollector:
+    """One request's outputs on their way to one consumer: never more than one waits.
+
+    A consumer slower than the engine gets DELTA outputs merged, of other kinds the newest. An error
+    takes the place of whatever waits.
+    """
+
+    def __init__(self, output_kind: RequestOutputKind) -> None:
+        self._merge = output_kind is RequestOutputKind.DELTA
+        self._waiting: RequestOutput | Exception | None = None
+        self._ready = asyncio.Event()
+
+    def put(self, output: RequestOutput | Exception) -> None:
+        """Never blocks. To be called on the event loop's thread."""
+        if self._merge and isinstance(self._waiting, RequestOutput) and isinstance(output, RequestOutput):
+            self._waiting.add(output)
+        elif not isinstance(self._waiting, Exception):
+            self._waiting = output
+        self._ready.set()
+
+    async def get(self) -> RequestOutput:
+        """The next output; raises the error that came instead."""
+        while self._waiting is None:
+            await self._ready.wait()
+        waiting, self._waiting = self._waiting, None
+        self._ready.clear()
+        if isinstance(waiting, Exception):
+            raise waiting
+        return waiting
+
+
+@dataclass
+class ProcessedOutputs:
+    """What came of one batch: outputs for callers without a collector, and requests the core should stop."""
+
+    request_outputs: list[RequestOutput] = field(default_factory=list)
+    requests_to_abort: list[str] = field(default_factory=list)
+
+
+class RequestState:
+    """One request of the core, as the front end sees it. A child of n > 1 has a parent and its own index."""
+
+    def __init__(
+        self,
+        request: EngineCoreRequest,
+        *,
+        external_id: str,
+        prompt: str | None,
+        tokenizer: Tokenizer | None,
+        parent: ParentRequest | None,
+        index: int,
+        collector: RequestOutputCollector | None,
+        stream_interval: int,
+    ) -> None:
+        params = request.sampling_params
+        self.request_id = request.request_id
+        self.external_id = external_id
+        self.prompt = prompt
+        self.prompt_token_ids = request.prompt_token_ids
+        self.params = params
+        self.parent = parent
+        self.index = index
+        self.collector = collector
+        self.detokenizer = IncrementalDetokenizer(tokenizer, request.prompt_token_ids, params)
+        self.logprobs = LogprobsProcessor(tokenizer, params)
+        self.stream_interval = max(stream_interval, params.stream_interval or 1)
+        self.num_sent_tokens = 0
+        self.sent_prompt_logprobs = False
+        self.num_cached_tokens = 0
+        self.metrics = RequestMetrics(arrival_time=request.arrival_time)
+        self.scheduled_time: float | None = None
+        self.last_token_time = 0.0
+
+    def make_output(
+        self, finish_reason: FinishReason | None, stop_reason: int | str | None
+    ) -> RequestOutput | None:
+        """The output to show now, or None when it is not yet time for one."""
+        finished = finish_reason is not None
+        if not self._is_due(finished):
+            return None
+        answer = self._answer(finished)
+        if finished:
+            answer.finish_reason, answer.stop_reason = str(finish_reason), stop_reason
+        answers = [answer] if self.parent is None else self.parent.add(answer)
+        if not answers:
+            return None
+        return RequestOutput(
+            request_id=self.external_id,
+            prompt=self.prompt,
+            prompt_token_ids=self.prompt_token_ids,
+            outputs=answers,
+            finished=finished if self.parent is None else self.parent.finished,
+            prompt_logprobs=self._prompt_logprobs(),
+            metrics=self.metrics,
+            num_cached_tokens=self.num_cached_tokens,
+        )
+
+    def _is_due(self, finished: bool) -> bool:
+        if finished:
+            return True
+        if self.params.output_kind is RequestOutputKind.FINAL_ONLY:
+            return False
+        num_unsent = len(self.detokenizer.token_ids) - self.num_sent_tokens
+        return num_unsent > 0 and (self.num_sent_tokens == 0 or num_unsent >= self.stream_interval)
+
+    def _answer(self, finished: bool) -> CompletionOutput:
+        delta = self.params.output_kind is RequestOutputKind.DELTA
+        start = self.num_sent_tokens if delta else 0
+        self.num_sent_tokens = len(self.detokenizer.token_ids)
+        logprobs = self.logprobs.logprobs
+        return CompletionOutput(
+            index=self.index,
+            text=self.detokenizer.next_text(finished=finished, delta=delta),
+            token_ids=self.detokenizer.token_ids[start:],
+            cumulative_logprob=self.logprobs.cumulative_logprob,
+            logprobs=None if logprobs is None else logprobs[start:],
+        )
+
+    def _prompt_logprobs(self):
+        """All rows, and under DELTA only once."""
+        if self.sent_prompt_logprobs and self.params.output_kind is RequestOutputKind.DELTA:
+            return None
+        self.sent_prompt_logprobs = True
+        return self.logprobs.prompt_logprobs
+
+
+class OutputProcessor:
+    """Every unfinished request of this front end, by its internal id."""
+
+    def __init__(self, tokenizer: Tokenizer | None, *, stream_interval: int = 1) -> None:
+        self._tokenizer = tokenizer
+        self._stream_interval = stream_interval
+        self._states: dict[str, RequestState] = {}
+        self._by_external_id: defaultdict[str, set[str]] = defaultdict(set)
+
+    @property
+    def num_unfinished_requests(self) -> int:
+        return len(self._states)
+
+    def request_ids(self) -> list[str]:
+        """The internal ids of all open requests."""
+        return list(self._states)
+
+    def has_unfinished_requests(self) -> bool:
+        return bool(self._states)
+
+    def add_request(
+        self,
+        request: EngineCoreRequest,
+        *,
+        external_id: str,
+        prompt: str | None,
+        parent: ParentRequest | None = None,
+        index: int = 0,
+        collector: RequestOutputCollector | None = None,
+    ) -> None:
+        """Expect outputs of this request. To be called before the core hears of it."""
+        self._states[request.request_id] = RequestState(
+            request,
+            external_id=external_id,
+            prompt=prompt,
+            tokenizer=self._tokenizer,
+            parent=parent,
+            index=index,
+            collector=collector,
+            stream_interval=self._stream_interval,
+        )
+        self._by_external_id[external_id].add(request.request_id)
+
+    def process_outputs(
+        self, outputs: Iterable[EngineCoreOutput], now: float, stats: IterationStats | None = None
+    ) -> ProcessedOutputs:
+        """Turn one batch of the core's outputs into users' outputs.
+
+        now: the core's monotonic clock, in seconds, when it sent them. An output of a request no longer known
+        (aborted meanwhile) is dropped.
+        """
+        done = ProcessedOutputs()
+        # The only Python loop over outputs on this path; add per-request work here.
+        for output in outputs:
+            state = self._states.get(output.request_id)
+            if state is None:
+                continue
+            finish_reason, stop_reason = self._update(state, output)
+            self._count(state, output, now, stats)
+            if finish_reason is not None:
+                if output.finish_reason is None:  # a stop string ended it; the core cannot know
+                    done.requests_to_abort.append(state.request_id)
+                self._finish(state, finish_reason, now, stats)
+            self._deliver(state, finish_reason, stop_reason, output.error, done)
+        return done
+
+    @staticmethod
+    def _update(
+        state: RequestState, output: EngineCoreOutput
+    ) -> tuple[FinishReason | None, int | str | None]:
+        """Feed the state; why the request is now finished, if it is."""
+        if output.scheduled_time is not None:
+            state.scheduled_time = output.scheduled_time
+            state.num_cached_tokens = output.num_cached_tokens
+        stop = state.detokenizer.update(
+            output.new_token_ids,
+            ended_by_stop_token=output.finish_reason is FinishReason.STOP,
+            finished=output.finish_reason is not None,
+        )
+        state.logprobs.update(output)
+        if stop is not None and output.finish_reason is not FinishReason.ERROR:
+            return FinishReason.STOP, stop
+        return output.finish_reason, output.stop_reason
+
+    @staticmethod
+    def _deliver(
+        state: RequestState,
+        finish_reason: FinishReason | None,
+        stop_reason: int | str | None,
+        error: str | None,
+        done: ProcessedOutputs,
+    ) -> None:
+        if finish_reason is FinishReason.ERROR and state.collector is not None:
+            state.collector.put(EngineGenerateError(error or "the request failed in the engine"))
+            return
+        made = state.make_output(finish_reason, stop_reason)
+        if made is None:
+            return
+        made.error = error
+        if state.collector is not None:
+            state.collector.put(made)
+        else:
+            done.request_outputs.append(made)
+
+    def abort_requests(self, ids: Iterable[str]) -> list[str]:
+        """End requests by external or internal id, with an output that says so; the internal ids that were open."""
+        internal: list[str] = []
+        for request_id in ids:
+            known = self._by_external_id.get(request_id, ())
+            internal.extend(sorted(known) or [request_id])
+        aborted = []
+        for request_id in internal:
+            state = self._states.get(request_id)
+            if state is not None:
+                self._abort(state)
+                aborted.append(request_id)
+        return aborted
+
+    def _abort(self, state: RequestState) -> None:
+        state.detokenizer.update([], ended_by_stop_token=False, finished=True)
+        self._forget(state)
+        made = state.make_output(FinishReason.ABORT, None)
+        if made is not None and state.collector is not None:
+            state.collector.put(made)
+
+    def fail_all(self, error: Exception) -> None:
+        """The engine is gone: every open request ends with this error."""
+        states = list(self._states.values())
+        self._states.clear()
+        self._by_external_id.clear()
+        for state in states:
+            if state.collector is not None:
+                state.collector.put(error)
+
+    def _forget(self, state: RequestState) -> None:
+        del self._states[state.request_id]
+        siblings = self._by_external_id[state.external_id]
+        siblings.discard(state.request_id)
+        if not siblings:
+            del self._by_external_id[state.external_id]
+
+    @staticmethod
+    def _count(
+        state: RequestState, output: EngineCoreOutput, now: float, stats: IterationStats | None
+    ) -> None:
+        if not output.new_token_ids:
+            return
+        metrics = state.metrics
+        is_first = metrics.first_token_time is None
+        if is_first:
+            metrics.first_token_time = now
+        if stats is not None:
+            stats.num_generation_tokens += len(output.new_token_ids)
+            if is_first:
+                stats.num_prompt_tokens += len(state.prompt_token_ids)
+                stats.num_cached_tokens += state.num_cached_tokens
+                stats.time_to_first_tokens_s.append(now - metrics.arrival_time)
+            else:
+                stats.inter_token_latencies_s.append(now - state.last_token_time)
+        state.last_token_time = now
+
+    def _finish(
+        self, state: RequestState, finish_reason: FinishReason, now: float, stats: IterationStats | None
+    ) -> None:
+        self._forget(state)
+        state.metrics.finished_time = time.monotonic()
+        if stats is not None:
+            stats.finished_requests.append(_finished_stats(state, finish_reason, now))
+
+
+def _finished_stats(state: RequestState, finish_reason: FinishReason, now: float) -> FinishedRequestStats:
+    arrival = state.metrics.arrival_time
+    scheduled = state.scheduled_time if state.scheduled_time is not None else now
+    first = state.metrics.first_token_time if state.metrics.first_token_time is not None else now
+    return FinishedRequestStats(
+        finish_reason=str(finish_reason),
+        num_prompt_tokens=len(state.prompt_token_ids),
+        num_generation_tokens=len(state.detokenizer.token_ids),
+        num_cached_tokens=state.num_cached_tokens,
+        max_tokens_param=state.params.max_tokens,
+        n_param=state.parent.n if state.parent is not None else 1,
+        e2e_latency_s=now - arrival,
+        queue_s=max(scheduled - arrival, 0.0),
+        prefill_s=max(first - scheduled, 0.0),
+        decode_s=max(state.last_token_time - first, 0.0) if state.last_token_time else 0.0,
+    )

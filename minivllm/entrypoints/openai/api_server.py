@@ -1,0 +1,394 @@
+"""The OpenAI-compatible server, from arguments to exit.
+
+    setup_server ─▶ run_server ─▶ run_server_worker ─▶ build_async_engine_client ─▶ build_app ─▶ init_app_state
+                                                                                            ─▶ launcher.serve_http
+
+Never imports torch. What takes time to import is imported while the engine core loads the model.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import gc
+import hashlib
+import json
+import shlex
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import fields
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from minivllm import envs
+from minivllm.config.frontend import FrontendConfig
+from minivllm.exceptions import ConfigError
+from minivllm.logger import configure, init_logger
+from minivllm.version import __version__
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+
+    from fastapi import FastAPI
+
+    from minivllm.engine.async_llm import AsyncLLM
+    from minivllm.messages.stats import IterationStats, SchedulerStats
+
+logger = init_logger("minivllm.entrypoints.openai.api_server")  # __name__ is __main__ when run as a module
+
+NUM_OPEN_FILES = 65535  # a connection is one
+ALL_INTERFACES = ("", "0.0.0.0", "::")
+_APP_MODULES = (
+    "launcher",
+    "completion.serving",
+    "chat_completion.serving",
+    "tokenize.serving",
+    "metrics.router",
+)
+
+
+class StatLoggers:
+    """Hands the engine's numbers to loggers that are made once the engine is known."""
+
+    def __init__(self) -> None:
+        self.loggers: list[Any] = []
+
+    def record(self, scheduler_stats: SchedulerStats | None, iteration: IterationStats) -> None:
+        for stat_logger in self.loggers:
+            stat_logger.record(scheduler_stats, iteration)
+
+
+def setup_server(args: Namespace) -> tuple[str, socket.socket]:
+    """Bind the address, raise the limit of open files, and make signals end the process cleanly until it serves.
+
+    Returns the URL and the bound socket; nothing is spawned yet.
+
+    Raises:
+        ConfigError: the address cannot be bound; the message names it, and who holds it if that can be seen.
+    """
+    frontend = frontend_config(args)
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, _exit_on_signal)
+    _raise_open_files_limit()
+    sock = create_server_socket(frontend.host or "", frontend.port)
+    url = _url(frontend.host or "", sock)
+    logger.info("minivllm %s: %s is bound; it answers when the model is loaded", __version__, url)
+    if (frontend.host or "") in ALL_INTERFACES and not api_keys(frontend):
+        logger.warning(
+            "THE SERVER LISTENS ON ALL INTERFACES WITHOUT A KEY: whoever reaches port %d can use it; "
+            "pass --host 127.0.0.1 or --api-key",
+            sock.getsockname()[1],
+        )
+    return url, sock
+
+
+def frontend_config(args: Namespace) -> FrontendConfig:
+    """The server's own part of the arguments."""
+    return FrontendConfig(
+        **{f.name: getattr(args, f.name) for f in fields(FrontendConfig) if hasattr(args, f.name)}
+    )
+
+
+def api_keys(frontend: FrontendConfig) -> list[str]:
+    """Keys that a request may carry; without any, none is needed."""
+    return [key for key in [*(frontend.api_key or []), envs.get("MINIVLLM_API_KEY")] if key]
+
+
+def create_server_socket(host: str, port: int) -> socket.socket:
+    """A bound socket that does not listen yet, so that a load balancer sees no server before there is one.
+
+    Raises:
+        ConfigError: the address is taken, not ours, or not allowed.
+    """
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        try:
+            # Without SO_REUSEADDR: with it, Linux lets two servers bind as long as neither listens, and the
+            # second would learn of the first only after it had loaded its model.
+            sock.bind((host, port))
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            sock.setsockopt(
+                socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
+            )  # connections in TIME_WAIT do not count
+            sock.bind((host, port))
+    except (OSError, OverflowError) as error:
+        sock.close()
+        raise ConfigError(_bind_failure(host, port, error)) from error
+    return sock
+
+
+def _bind_failure(host: str, port: int, error: Exception) -> str:
+    address = f"{host or '0.0.0.0'}:{port}"
+    code = getattr(error, "errno", None)
+    if code == errno.EADDRINUSE:
+        return f"port {port} is in use{_holder(port)}; stop that server or pass another --port"
+    if code == errno.EACCES:
+        return f"port {port} needs privileges this process lacks; pass a --port from 1024"
+    return f"cannot bind {address}: {getattr(error, 'strerror', None) or error}; check --host and --port"
+
+
+def _holder(port: int) -> str:
+    """Who listens on the port, if the system lets us see it."""
+    import psutil
+
+    with contextlib.suppress(psutil.Error, OSError):
+        for connection in psutil.net_connections("tcp"):
+            if connection.laddr and connection.laddr.port == port and connection.status == psutil.CONN_LISTEN:
+                if connection.pid is not None:
+                    return f" by process {connection.pid} ({psutil.Process(connection.pid).name()})"
+    return ""
+
+
+def _raise_open_files_limit() -> None:
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = NUM_OPEN_FILES if hard == resource.RLIM_INFINITY else min(NUM_OPEN_FILES, hard)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    except (OSError, ValueError) as error:
+        logger.warning(
+            "at most %d files may be open (%s); raise it with ulimit -n for many clients", soft, error
+        )
+
+
+def _exit_on_signal(signum: int, _frame: Any) -> NoReturn:
+    """Before the server serves: unwind the start, which ends the engine core, and exit as shells expect."""
+    for again in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(again, signal.SIG_IGN)  # the clean-up must not be interrupted; it is bounded
+    raise SystemExit(128 + signum)
+
+
+def _url(host: str, sock: socket.socket) -> str:
+    port = sock.getsockname()[1]
+    host = "127.0.0.1" if host in ("", "0.0.0.0") else "::1" if host == "::" else host
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+async def run_server(args: Namespace) -> None:
+    """Bind, then serve until a signal or the engine's death. Run it on uvloop, as `main` does.
+
+    Raises:
+        ConfigError: it cannot start as asked; EngineDeadError: the engine died.
+    """
+    url, sock = setup_server(args)
+    try:
+        await run_server_worker(url, sock, args)
+    finally:
+        sock.close()
+
+
+async def run_server_worker(url: str, sock: socket.socket, args: Namespace) -> None:
+    """One API server process: its engine client, its app, its HTTP server."""
+    frontend = frontend_config(args)
+    stats = StatLoggers()
+    async with build_async_engine_client(args, stats) as engine:
+        from minivllm.entrypoints.openai.launcher import serve_http
+
+        app = build_app(args)
+        init_app_state(engine, args, app, stats)
+        statistics = asyncio.ensure_future(_log_statistics(stats))
+        try:
+            await serve_http(
+                app,
+                sock,
+                engine=engine,
+                lifecycle=app.state.lifecycle,
+                shutdown_timeout_s=frontend.shutdown_timeout,
+                on_listening=lambda: _announce(engine, app, url, bool(api_keys(frontend))),
+                log_level=frontend.uvicorn_log_level,
+                access_log=not frontend.disable_uvicorn_access_log,
+            )
+        finally:
+            statistics.cancel()
+
+
+@contextlib.asynccontextmanager
+async def build_async_engine_client(
+    args: Namespace, stats: StatLoggers | None = None
+) -> AsyncIterator[AsyncLLM]:
+    """Start the engine core and wait until it serves; it is shut down at the end, however that comes.
+
+    Raises:
+        ConfigError, EngineStartError: it cannot start.
+    """
+    from minivllm.engine.arg_utils import AsyncEngineArgs
+
+    config = AsyncEngineArgs.from_cli_args(args).create_engine_config("serve")
+
+    from minivllm.engine.async_llm import AsyncLLM
+
+    # The core needs seconds to import torch and read the weights; FastAPI and the routes are imported meanwhile.
+    threading.Thread(target=_import_app, name="import-app", daemon=True).start()
+    loggers = [] if stats is None or config.observability.disable_log_stats else [stats]
+    engine = AsyncLLM.from_engine_config(config, stat_loggers=loggers)
+    try:
+        yield engine
+    finally:
+        engine.shutdown(timeout_s=0)
+
+
+def _import_app() -> None:
+    for name in _APP_MODULES:
+        with contextlib.suppress(Exception):  # the import that needs it reports it
+            import_module(f"minivllm.entrypoints.openai.{name}")
+
+
+def build_app(args: Namespace) -> FastAPI:
+    """The application: routes, error bodies, middleware. It answers once `init_app_state` has given it an engine."""
+    from fastapi import FastAPI
+    from fastapi.middleware.cors import CORSMiddleware
+
+    from minivllm.entrypoints.openai.chat_completion.router import router as chat_router
+    from minivllm.entrypoints.openai.completion.router import router as completion_router
+    from minivllm.entrypoints.openai.errors import install_error_handlers
+    from minivllm.entrypoints.openai.health.router import router as health_router
+    from minivllm.entrypoints.openai.lifecycle import Lifecycle
+    from minivllm.entrypoints.openai.metrics.router import router as metrics_router
+    from minivllm.entrypoints.openai.middleware import Admission, Authentication
+    from minivllm.entrypoints.openai.models.router import router as models_router
+    from minivllm.entrypoints.openai.tokenize.router import router as tokenize_router
+
+    frontend = frontend_config(args)
+    docs = {"openapi_url": None, "docs_url": None, "redoc_url": None} if frontend.disable_fastapi_docs else {}
+    app = FastAPI(title="minivllm", version=__version__, root_path=frontend.root_path or "", **docs)
+    app.state.lifecycle = Lifecycle()
+    routers = (health_router, metrics_router, models_router, tokenize_router, completion_router, chat_router)
+    for router in routers:
+        app.include_router(router)
+    install_error_handlers(app)
+    # The last added is the first a request meets.
+    app.add_middleware(Admission, lifecycle=app.state.lifecycle)
+    if keys := api_keys(frontend):
+        app.add_middleware(Authentication, keys=keys)
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=frontend.allowed_origins,
+        allow_credentials=frontend.allow_credentials,
+        allow_methods=frontend.allowed_methods,
+        allow_headers=frontend.allowed_headers,
+    )
+    return app
+
+
+def init_app_state(engine: AsyncLLM, args: Namespace, app: FastAPI, stats: StatLoggers | None = None) -> None:
+    """Give the app its engine, and build what serves each route."""
+    from minivllm.entrypoints.openai.chat_completion.serving import ServingChat
+    from minivllm.entrypoints.openai.completion.serving import ServingCompletion
+    from minivllm.entrypoints.openai.models.serving import ServedModels
+    from minivllm.entrypoints.openai.render import Renderer
+    from minivllm.entrypoints.openai.serving_base import ServingSettings
+    from minivllm.entrypoints.openai.tokenize.serving import ServingTokenize
+    from minivllm.metrics.logging import LoggingStatLogger
+    from minivllm.metrics.prometheus import PrometheusStatLogger, make_registry
+
+    frontend, ready, state = frontend_config(args), engine.ready, app.state
+    names = engine.config.model.served_model_name or [args.model]
+    state.engine = engine
+    state.models = ServedModels(names, root=args.model, max_model_len=ready.max_model_len)
+    state.registry = make_registry()
+    if stats is not None and not engine.config.observability.disable_log_stats:
+        stats.loggers += [
+            PrometheusStatLogger(state.registry, names[0], ready),
+            LoggingStatLogger(time.monotonic()),
+        ]
+    renderer = Renderer(
+        engine.tokenizer,
+        chat_template=read_chat_template(frontend.chat_template),
+        max_model_len=ready.max_model_len,
+    )
+    settings = ServingSettings(
+        response_role=frontend.response_role,
+        return_tokens_as_token_ids=frontend.return_tokens_as_token_ids,
+        force_include_usage=frontend.enable_force_include_usage,
+        system_fingerprint=_fingerprint(engine, names[0]),
+    )
+    common = (engine, state.models, renderer, state.lifecycle, settings)
+    state.serving_completion = ServingCompletion(*common)
+    state.serving_chat = ServingChat(*common)
+    state.serving_tokenize = ServingTokenize(state.models, renderer)
+    gc.collect()
+    gc.freeze()  # what lives as long as the server is not to be scanned again and again
+
+
+def _fingerprint(engine: AsyncLLM, name: str) -> str:
+    """Changes when answers may change: with the version, the model, its type, the kernels' instruction family."""
+    parts = [name, engine.ready.dtype, engine.ready.numerics_id, str(engine.config.model.seed)]
+    return f"minivllm-{__version__}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:8]}"
+
+
+def read_chat_template(value: str | None) -> str | None:
+    """The template of --chat-template: the text itself, or a file (`validate_args` has checked that it is one)."""
+    if value is None or "{" in value:
+        return value
+    return Path(value).read_text(encoding="utf-8")
+
+
+async def _log_statistics(stats: StatLoggers) -> None:
+    from minivllm.metrics.logging import INTERVAL_S
+
+    while True:
+        await asyncio.sleep(INTERVAL_S)
+        for stat_logger in stats.loggers:
+            if hasattr(stat_logger, "log"):
+                stat_logger.log(time.monotonic())
+
+
+def _announce(engine: AsyncLLM, app: FastAPI, url: str, needs_key: bool) -> None:
+    """The last words before silence: what is served, and a line to paste."""
+    ready, name = engine.ready, app.state.models.names[0]
+    body: dict[str, Any] = {"model": name, "prompt": "Once upon a time", "max_tokens": 32}
+    route = "completions"
+    if engine.tokenizer is None:
+        body["prompt"] = [1, 2, 3]
+    elif engine.tokenizer.chat_template is not None:
+        route = "chat/completions"
+        body = {"model": name, "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 32}
+    key = ' -H "Authorization: Bearer $MINIVLLM_API_KEY"' if needs_key else ""
+    curl = f"curl -s {url}/v1/{route} -H 'Content-Type: application/json'{key} -d {shlex.quote(json.dumps(body))}"
+    lines = [
+        "",
+        f"  minivllm {__version__} serves {name} ({ready.dtype}, context {ready.max_model_len} tokens)",
+        f"  kv cache {ready.kv_cache_size_tokens} tokens = {ready.kv_cache_max_concurrency:.1f} x the context",
+        f"  listen   {url}   docs: {url}/docs   metrics: {url}/metrics",
+        f"  try      {curl}",
+        "",
+    ]
+    print("\n".join(lines), flush=True)
+
+
+def run(args: Namespace) -> None:
+    """Serve until the end, on uvloop where there is one."""
+    try:
+        import uvloop
+    except ImportError:
+        asyncio.run(run_server(args))
+    else:
+        uvloop.run(run_server(args))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """`python -m minivllm.entrypoints.openai.api_server`."""
+    from minivllm.entrypoints.errors import exit_on_error
+
+    with exit_on_error():
+        from minivllm.entrypoints.openai.cli_args import make_arg_parser, validate_args
+
+        args = make_arg_parser().parse_args(argv)
+        validate_args(args)
+        configure("APIServer", args.log_level)
+        run(args)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

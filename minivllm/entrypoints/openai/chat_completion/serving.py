@@ -1,0 +1,192 @@
+"""Chat: a conversation to one prompt, the engine's outputs to messages, whole or in chunks."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncGenerator, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from msgspec import UNSET
+
+from minivllm.entrypoints.chat_utils import parse_messages
+from minivllm.entrypoints.openai.chat_completion.protocol import (
+    ChatChoice,
+    ChatCompletion,
+    ChatCompletionChunk,
+    ChatCompletionRequest,
+    ChatLogprobs,
+    ChunkChoice,
+    Delta,
+    Message,
+)
+from minivllm.entrypoints.openai.logprobs import LogprobsFormatter, prompt_logprobs_body
+from minivllm.entrypoints.openai.protocol import Usage, json_response
+from minivllm.entrypoints.openai.serving_base import Answering, ServingBase, check_output, in_order
+from minivllm.entrypoints.openai.sse import EventStream
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
+    from starlette.responses import Response
+
+    from minivllm.outputs import CompletionOutput, RequestOutput
+
+
+@dataclass
+class _Job:
+    """One request on its way."""
+
+    request: ChatCompletionRequest
+    answering: Answering
+    token_ids: list[int]
+    n: int
+    role: str
+    echo: str
+    formatter: LogprobsFormatter
+    num_tokens: dict[int, int] = field(default_factory=dict)  # generated so far, by choice
+
+    def count(self, answer: CompletionOutput) -> None:
+        self.num_tokens[answer.index] = self.num_tokens.get(answer.index, 0) + len(answer.token_ids)
+
+    @property
+    def usage(self) -> Usage:
+        return Usage.of(len(self.token_ids), sum(self.num_tokens.values()))
+
+    def logprobs(self, answer: CompletionOutput) -> ChatLogprobs | None:
+        if self.request.num_logprobs is None or not answer.logprobs:
+            return None
+        return self.formatter.chat(answer.token_ids, answer.logprobs, self.request.num_logprobs)
+
+
+class ServingChat(ServingBase):
+    id_prefix = "chatcmpl"
+
+    async def create(self, request: ChatCompletionRequest, raw_request: Request) -> Response:
+        """Answer one request, whole or as a stream.
+
+        Raises:
+            RequestError: the request is wrong; EngineError: it failed before its first chunk.
+        """
+        answering = self._begin(request, raw_request)
+        asked = request.num_tokens_asked
+        token_ids = self._truncate(await self._renderer.chat(request), request, asked)
+        param = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
+        params = request.to_sampling_params(
+            self._defaults,
+            max_tokens=self._max_tokens(asked, None, len(token_ids), param=param),
+            logprobs=request.num_logprobs,
+            prompt_logprobs=request.prompt_logprobs,
+        )
+        role, echo = self._role_and_echo(request)
+        tokenizer = self._engine.tokenizer
+        formatter = LogprobsFormatter(tokenizer, as_token_ids=self._shows_token_ids(request))
+        job = _Job(request, answering, token_ids, params.n, role, echo, formatter)
+        outputs = self._generate(token_ids, params, request, answering.id)
+        if request.stream:
+            stream = EventStream(
+                self._chunks(job, outputs),
+                num_choices=params.n,
+                request_id=answering.id,
+                lifecycle=self._lifecycle,
+            )
+            return await stream.start()
+        return json_response(await self._whole(job, outputs))
+
+    def _role_and_echo(self, request: ChatCompletionRequest) -> tuple[str, str]:
+        """Who answers, and what of the last message comes back with `echo`."""
+        last = parse_messages(request.messages[-1:])[0]
+        role = self._settings.response_role if request.add_generation_prompt else last["role"]
+        return role, last["content"] if request.echo and last["role"] == role else ""
+
+    async def _whole(self, job: _Job, outputs: AsyncGenerator[RequestOutput, None]) -> ChatCompletion:
+        bodies: dict[int, ChatChoice] = {}
+        prompt_logprobs = None
+        async with contextlib.aclosing(outputs):
+            async for output in outputs:
+                prompt_logprobs = output.prompt_logprobs or prompt_logprobs
+                for answer in check_output(output).outputs:
+                    job.count(answer)
+                    bodies[answer.index] = self._choice(job, answer)
+        return ChatCompletion(
+            id=job.answering.id,
+            created=job.answering.created,
+            model=job.answering.model,
+            choices=in_order(bodies, job.n),
+            usage=job.usage,
+            system_fingerprint=self._settings.system_fingerprint,
+            prompt_logprobs=prompt_logprobs_body(prompt_logprobs),
+            prompt_token_ids=job.token_ids if job.request.return_token_ids else UNSET,
+        )
+
+    @staticmethod
+    def _choice(job: _Job, answer: CompletionOutput) -> ChatChoice:
+        return ChatChoice(
+            index=answer.index,
+            message=Message(job.role, job.echo + answer.text),
+            logprobs=job.logprobs(answer),
+            finish_reason=answer.finish_reason,
+            stop_reason=answer.stop_reason,
+            token_ids=answer.token_ids if job.request.return_token_ids else UNSET,
+        )
+
+    async def _chunks(
+        self, job: _Job, outputs: AsyncGenerator[RequestOutput, None]
+    ) -> AsyncGenerator[ChatCompletionChunk, None]:
+        continuous = job.request.continuous_usage_stats
+        opened = False
+        async with contextlib.aclosing(outputs):
+            async for output in outputs:
+                check_output(output)
+                if not opened:
+                    opened = True
+                    for chunk in self._opening(job):
+                        yield chunk
+                for answer in output.outputs:
+                    job.count(answer)
+                    choice = self._delta(job, answer)
+                    if (
+                        answer.text
+                        or choice.logprobs
+                        or choice.finish_reason
+                        or choice.token_ids is not UNSET
+                    ):
+                        chunk = self._chunk(job, [choice])
+                        if continuous:
+                            chunk.usage = Usage.of(len(job.token_ids), job.num_tokens[answer.index])
+                        yield chunk
+        if self._includes_usage(job.request):
+            chunk = self._chunk(job, [])
+            chunk.usage = job.usage
+            yield chunk
+
+    def _opening(self, job: _Job) -> Iterator[ChatCompletionChunk]:
+        """The role of every choice, and the echo."""
+        for index in range(job.n):
+            chunk = self._chunk(job, [ChunkChoice(index, Delta(role=job.role, content=""))])
+            if job.request.return_token_ids:
+                chunk.prompt_token_ids = job.token_ids
+            yield chunk
+            if job.echo:
+                yield self._chunk(job, [ChunkChoice(index, Delta(content=job.echo))])
+
+    @staticmethod
+    def _delta(job: _Job, answer: CompletionOutput) -> ChunkChoice:
+        finished = answer.finish_reason is not None
+        return ChunkChoice(
+            index=answer.index,
+            delta=Delta(content=answer.text) if answer.text or not finished else Delta(),
+            logprobs=job.logprobs(answer),
+            finish_reason=answer.finish_reason,
+            stop_reason=answer.stop_reason if finished else UNSET,
+            token_ids=answer.token_ids if job.request.return_token_ids else UNSET,
+        )
+
+    def _chunk(self, job: _Job, choices: list[ChunkChoice]) -> ChatCompletionChunk:
+        answering = job.answering
+        return ChatCompletionChunk(
+            id=answering.id,
+            created=answering.created,
+            model=answering.model,
+            choices=choices,
+            system_fingerprint=self._settings.system_fingerprint,
+        )

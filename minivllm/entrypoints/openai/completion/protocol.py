@@ -1,0 +1,102 @@
+"""POST /v1/completions: the bodies."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from msgspec import UNSET, UnsetType
+from pydantic import model_validator
+
+from minivllm.entrypoints.openai.protocol import PromptLogprobsBody, Usage
+from minivllm.entrypoints.openai.sampling_fields import SamplingFields
+from minivllm.exceptions import RequestError
+
+MAX_PROMPTS = 1024
+
+
+class CompletionRequest(SamplingFields):
+    # A string, token ids, or a list of either. `read_prompts` checks it: a union here would report every form.
+    prompt: Any = None
+    max_tokens: int | None = None
+    logprobs: int | None = None
+    add_special_tokens: bool = True
+
+    @model_validator(mode="after")
+    def _check_echo(self) -> CompletionRequest:
+        if self.max_tokens == 0 and not self.echo:
+            raise RequestError("max_tokens=0 generates nothing; it needs echo=true", param="max_tokens")
+        return self
+
+    @property
+    def only_echoes(self) -> bool:
+        """The prompt is all that is asked for. The engine runs one token, which is dropped."""
+        return self.echo and self.max_tokens == 0
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """An echoed prompt has the logprobs that the answer has."""
+        return self.logprobs if self.echo and self.prompt_logprobs is None else self.prompt_logprobs
+
+
+def read_prompts(prompt: Any) -> list[str | list[int]]:
+    """The prompts of a request: each a non-empty text or non-empty token ids.
+
+    Raises:
+        RequestError: it is no form of prompt, empty, or there are too many.
+    """
+    if prompt is None:
+        raise RequestError("prompt is missing", param="prompt")
+    many = isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], (str, list))
+    prompts = prompt if many else [prompt]
+    if len(prompts) > MAX_PROMPTS:
+        raise RequestError(
+            f"{len(prompts)} prompts in one request; send at most {MAX_PROMPTS}", param="prompt"
+        )
+    for index, one in enumerate(prompts):
+        _check_prompt(one, f"prompt[{index}]" if many else "prompt")
+    return prompts
+
+
+def _check_prompt(prompt: Any, name: str) -> None:
+    if isinstance(prompt, (str, list)) and not prompt:
+        raise RequestError(f"{name} is empty; send at least one token", param="prompt")
+    is_token_ids = isinstance(prompt, list) and set(map(type, prompt)) == {int} and min(prompt) >= 0
+    if not isinstance(prompt, str) and not is_token_ids:
+        raise RequestError(
+            f"{name} must be a text or a list of token ids (whole numbers from 0), or a list of these",
+            param="prompt",
+        )
+
+
+class CompletionLogprobs(msgspec.Struct):
+    """One entry a token; `text_offset` in characters from the start of the choice's text."""
+
+    text_offset: list[int]
+    token_logprobs: list[float | None]
+    tokens: list[str]
+    top_logprobs: list[dict[str, float] | None]
+
+
+class CompletionChoice(msgspec.Struct):
+    """Of a whole answer, and of a chunk."""
+
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    token_ids: list[int] | UnsetType = UNSET
+    prompt_token_ids: list[int] | UnsetType = UNSET
+    prompt_logprobs: PromptLogprobsBody | None | UnsetType = UNSET
+
+
+class Completion(msgspec.Struct, tag_field="object", tag="text_completion"):
+    """A whole answer, or a chunk of one."""
+
+    id: str
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | UnsetType = UNSET
+    system_fingerprint: str | None = None

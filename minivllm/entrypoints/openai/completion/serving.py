@@ -1,0 +1,216 @@
+"""Completions: prompts to the engine, its outputs to choices, whole or in chunks.
+
+Choice index = prompt index · n + the answer's index. Knows nothing of HTTP but the request id's header.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from msgspec import UNSET, UnsetType
+
+from minivllm.entrypoints.openai.completion.protocol import (
+    Completion,
+    CompletionChoice,
+    CompletionLogprobs,
+    CompletionRequest,
+    read_prompts,
+)
+from minivllm.entrypoints.openai.logprobs import LogprobsFormatter, prompt_logprobs_body
+from minivllm.entrypoints.openai.protocol import Usage, json_response
+from minivllm.entrypoints.openai.serving_base import Answering, ServingBase, check_output, in_order
+from minivllm.entrypoints.openai.sse import EventStream
+from minivllm.entrypoints.openai.utils import merge
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
+    from starlette.responses import Response
+
+    from minivllm.outputs import CompletionOutput, PromptLogprobs, RequestOutput
+    from minivllm.sampling_params import SamplingParams
+
+DEFAULT_MAX_TOKENS = 16
+
+
+@dataclass
+class _Prompt:
+    """One prompt of the request."""
+
+    index: int
+    token_ids: list[int]
+    params: SamplingParams
+    echo: str | None  # its text, when it is to be given back
+    logprobs: PromptLogprobs | None = None
+
+
+@dataclass
+class _Choice:
+    """How far one choice has come."""
+
+    prompt: _Prompt
+    index: int
+    started: bool = False
+    num_tokens: int = 0
+    num_chars: int = 0
+
+
+@dataclass
+class _Job:
+    """One request on its way."""
+
+    request: CompletionRequest
+    answering: Answering
+    prompts: list[_Prompt]
+    formatter: LogprobsFormatter
+    choices: dict[int, _Choice] = field(default_factory=dict)
+
+    @property
+    def n(self) -> int:
+        return self.prompts[0].params.n
+
+    @property
+    def num_choices(self) -> int:
+        return len(self.prompts) * self.n
+
+    @property
+    def usage(self) -> Usage:
+        num_prompt_tokens = sum(len(prompt.token_ids) for prompt in self.prompts)
+        return Usage.of(num_prompt_tokens, sum(choice.num_tokens for choice in self.choices.values()))
+
+
+class ServingCompletion(ServingBase):
+    id_prefix = "cmpl"
+
+    async def create(self, request: CompletionRequest, raw_request: Request) -> Response:
+        """Answer one request, whole or as a stream.
+
+        Raises:
+            RequestError: the request is wrong; EngineError: it failed before its first chunk.
+        """
+        answering = self._begin(request, raw_request)
+        prompts = [
+            await self._prompt(i, prompt, request) for i, prompt in enumerate(read_prompts(request.prompt))
+        ]
+        tokenizer = self._engine.tokenizer
+        formatter = LogprobsFormatter(tokenizer, as_token_ids=self._shows_token_ids(request))
+        job = _Job(request, answering, prompts, formatter)
+        outputs = merge(
+            [
+                self._generate(prompt.token_ids, prompt.params, request, f"{answering.id}-{prompt.index}")
+                for prompt in prompts
+            ]
+        )
+        if request.stream:
+            stream = EventStream(
+                self._chunks(job, outputs),
+                num_choices=job.num_choices,
+                request_id=answering.id,
+                lifecycle=self._lifecycle,
+            )
+            return await stream.start()
+        return json_response(await self._whole(job, outputs))
+
+    async def _prompt(self, index: int, prompt: str | list[int], request: CompletionRequest) -> _Prompt:
+        if isinstance(prompt, str):
+            token_ids = await self._renderer.encode(prompt, add_special_tokens=request.add_special_tokens)
+        else:
+            token_ids = prompt
+        kept = self._truncate(token_ids, request, request.max_tokens)
+        asked = 1 if request.only_echoes else request.max_tokens
+        params = request.to_sampling_params(
+            self._defaults,
+            max_tokens=self._max_tokens(asked, DEFAULT_MAX_TOKENS, len(kept), param="max_tokens"),
+            logprobs=request.logprobs,
+            prompt_logprobs=request.num_prompt_logprobs,
+        )
+        echo = None
+        if request.echo:
+            echo = (
+                prompt if isinstance(prompt, str) and kept is token_ids else await self._renderer.decode(kept)
+            )
+        return _Prompt(index, kept, params, echo)
+
+    async def _whole(self, job: _Job, outputs: AsyncGenerator[tuple[int, RequestOutput], None]) -> Completion:
+        bodies: dict[int, CompletionChoice] = {}
+        async with contextlib.aclosing(outputs):
+            async for index, output in outputs:
+                for choice, answer in self._answers(job, index, output):
+                    body = bodies[choice.index] = self._body(job, choice, answer)
+                    if job.request.prompt_logprobs is not None:
+                        body.prompt_logprobs = prompt_logprobs_body(choice.prompt.logprobs)
+        return self._completion(job, in_order(bodies, job.num_choices), job.usage)
+
+    async def _chunks(
+        self, job: _Job, outputs: AsyncGenerator[tuple[int, RequestOutput], None]
+    ) -> AsyncGenerator[Completion, None]:
+        continuous = job.request.continuous_usage_stats
+        async with contextlib.aclosing(outputs):
+            async for index, output in outputs:
+                for choice, answer in self._answers(job, index, output):
+                    body = self._body(job, choice, answer)
+                    if body.text or body.logprobs or body.finish_reason or body.token_ids is not UNSET:
+                        usage = (
+                            Usage.of(len(choice.prompt.token_ids), choice.num_tokens) if continuous else UNSET
+                        )
+                        yield self._completion(job, [body], usage)
+        if self._includes_usage(job.request):
+            yield self._completion(job, [], job.usage)
+
+    def _answers(
+        self, job: _Job, index: int, output: RequestOutput
+    ) -> list[tuple[_Choice, CompletionOutput]]:
+        prompt = job.prompts[index]
+        if output.prompt_logprobs is not None:
+            prompt.logprobs = output.prompt_logprobs
+        answers = []
+        for answer in check_output(output).outputs:
+            number = index * job.n + answer.index
+            answers.append((job.choices.setdefault(number, _Choice(prompt, number)), answer))
+        return answers
+
+    def _body(self, job: _Job, choice: _Choice, answer: CompletionOutput) -> CompletionChoice:
+        """What an output adds to its choice; the first time, with the echoed prompt before it."""
+        request, prompt = job.request, choice.prompt
+        text, token_ids, rows = answer.text, answer.token_ids, answer.logprobs or []
+        finish_reason, stop_reason = answer.finish_reason, answer.stop_reason
+        if request.only_echoes:
+            text, token_ids, rows, stop_reason = "", [], [], None
+            finish_reason = finish_reason and "length"
+        choice.num_tokens += len(token_ids)
+        shown_ids, first = token_ids, not choice.started
+        choice.started = True
+        if first and prompt.echo is not None:
+            text = prompt.echo + text
+            if request.logprobs is not None:
+                shown_ids, rows = prompt.token_ids + token_ids, [*(prompt.logprobs or []), *rows]
+        return CompletionChoice(
+            index=choice.index,
+            text=text,
+            logprobs=self._logprobs(job, choice, shown_ids, rows),
+            finish_reason=finish_reason,
+            stop_reason=stop_reason,
+            token_ids=token_ids if request.return_token_ids else UNSET,
+            prompt_token_ids=prompt.token_ids if request.return_token_ids and first else UNSET,
+        )
+
+    @staticmethod
+    def _logprobs(job: _Job, choice: _Choice, token_ids: list[int], rows: list) -> CompletionLogprobs | None:
+        if job.request.logprobs is None or not token_ids:
+            return None
+        body = job.formatter.completion(token_ids, rows, choice.num_chars)
+        choice.num_chars += sum(map(len, body.tokens))
+        return body
+
+    def _completion(self, job: _Job, choices: list[CompletionChoice], usage: Usage | UnsetType) -> Completion:
+        answering = job.answering
+        return Completion(
+            id=answering.id,
+            created=answering.created,
+            model=answering.model,
+            choices=choices,
+            usage=usage,
+            system_fingerprint=self._settings.system_fingerprint,
+        )

@@ -1,0 +1,136 @@
+"""What a client sees when something fails: vLLM's JSON body and status codes.
+
+Owns the mapping from exceptions to bodies; routes and streams raise, and never build a body themselves.
+"""
+
+from __future__ import annotations
+
+import re
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from minivllm.exceptions import EngineError, MinivllmError, RequestError
+from minivllm.logger import init_logger
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+logger = init_logger(__name__)
+
+MAX_LISTED_ERRORS = 10
+MAX_SHOWN_INPUT = 60  # characters
+# What an exception from the engine may carry and a client need not see: addresses and absolute paths.
+_PRIVATE = re.compile(r"0x[0-9a-fA-F]{4,}|(?<![\w.])(?:[a-z]+://)?/(?:[\w.@+-]+/)+[\w.@+-]*")
+
+
+class ServerClosingError(EngineError):
+    """The server stops: it takes no new requests and ends those that are open."""
+
+    status = 503
+    type = "ServiceUnavailableError"
+
+    def __init__(
+        self, message: str = "the server is shutting down; send the request again elsewhere or later"
+    ) -> None:
+        super().__init__(message)
+
+
+class ErrorInfo(msgspec.Struct):
+    message: str
+    type: str
+    param: str | None
+    code: int
+
+
+class ErrorResponse(msgspec.Struct):
+    error: ErrorInfo
+
+
+_encode = msgspec.json.Encoder().encode
+
+
+def error_info(error: BaseException) -> ErrorInfo:
+    """The body of any exception; what is not raised on purpose says nothing of its inside."""
+    info = _info(error)
+    # A message may quote the request, and a request may hold half a surrogate pair.
+    info.message = info.message.encode("utf-8", "replace").decode()
+    return info
+
+
+def _info(error: BaseException) -> ErrorInfo:
+    if isinstance(error, RequestError):
+        return ErrorInfo(error.message, error.type, error.param, error.status)
+    if isinstance(error, EngineError):
+        return ErrorInfo(_PRIVATE.sub("…", str(error)), error.type, None, error.status)
+    if isinstance(error, RequestValidationError):
+        return _validation_info(error)
+    if isinstance(error, HTTPException):
+        return ErrorInfo(str(error.detail), HTTPStatus(error.status_code).phrase, None, error.status_code)
+    return ErrorInfo("internal error; the server's log has the cause", "InternalServerError", None, 500)
+
+
+def error_body(error: BaseException) -> bytes:
+    return _encode(ErrorResponse(error_info(error)))
+
+
+def error_response(error: BaseException, headers: dict[str, str] | None = None) -> Response:
+    info = error_info(error)
+    headers = dict(headers or {})
+    if info.code == HTTPStatus.SERVICE_UNAVAILABLE:
+        headers["Retry-After"] = "1"
+    return Response(_encode(ErrorResponse(info)), info.code, headers, media_type="application/json")
+
+
+def _validation_info(error: RequestValidationError) -> ErrorInfo:
+    errors = error.errors()
+    lines = [_validation_line(entry) for entry in errors[:MAX_LISTED_ERRORS]]
+    if len(errors) > MAX_LISTED_ERRORS:
+        lines.append("…")
+    count = f"{len(errors)} validation error{'s' if len(errors) != 1 else ''}"
+    param = _location(errors[0]) if errors else None
+    return ErrorInfo("\n".join([f"{count}:", *lines]), "Bad Request", param, 400)
+
+
+def _location(entry: dict[str, Any]) -> str:
+    return ".".join(str(part) for part in entry.get("loc", ()))
+
+
+def _validation_line(entry: dict[str, Any]) -> str:
+    line = f"  {_location(entry)}: {entry.get('msg', 'is not valid')}"
+    if "error" in entry.get("ctx", {}):
+        line += f" ({entry['ctx']['error']})"
+    given = entry.get("input")
+    if isinstance(given, (str, int, float)) and entry.get("type") != "missing":
+        shown = repr(given)
+        line += f", got {shown if len(shown) <= MAX_SHOWN_INPUT else shown[:MAX_SHOWN_INPUT] + '…'}"
+    return line
+
+
+async def _on_error(request: Request, error: Exception) -> Response:
+    if isinstance(error, EngineError):
+        logger.error("%s %s failed: %s", request.method, request.url.path, error)
+    return error_response(error)
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    if error.status_code == HTTPStatus.NOT_FOUND and error.detail == HTTPStatus.NOT_FOUND.phrase:
+        error = HTTPException(404, f"there is no route {request.scope['path'][:200]}; GET /docs lists them")
+    elif error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        detail = f"{request.scope['path']} does not answer {request.method}"
+        error = HTTPException(405, detail, error.headers)
+    return error_response(error, dict(error.headers or {}))
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Give every failure of every route, routing itself included, the one body."""
+    app.add_exception_handler(MinivllmError, _on_error)
+    app.add_exception_handler(RequestValidationError, _on_error)
+    app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(Exception, _on_error)

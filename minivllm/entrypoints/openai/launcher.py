@@ -1,0 +1,150 @@
+"""Serve an app on a bound socket until a signal, or the engine's death, ends it.
+
+Owns uvicorn, the signals while serving, the watchdog and the order of stopping. Knows nothing of routes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import uvicorn
+
+from minivllm.entrypoints.openai.lifecycle import Lifecycle
+from minivllm.logger import init_logger
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from minivllm.engine.async_llm import AsyncLLM
+
+logger = init_logger(__name__)
+
+BACKLOG = 2048
+KEEP_ALIVE_S = 5
+LAST_BYTES_S = 2  # for ended answers to reach clients that read slowly
+ANSWER_DEATH_S = 1.0  # for open requests to hear that the engine died, before connections are closed
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its own signal handlers; says when it listens."""
+
+    def __init__(self, config: uvicorn.Config, on_listening: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_listening = on_listening
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._on_listening()
+
+
+class _Stopper:
+    """What signals do: the first drains or ends, the second ends at once."""
+
+    def __init__(self, server: _Server, lifecycle: Lifecycle, shutdown_timeout_s: float) -> None:
+        self._server = server
+        self._lifecycle = lifecycle
+        self._shutdown_timeout_s = shutdown_timeout_s
+        self._drain: asyncio.Task[None] | None = None
+        self._num_signals = 0
+
+    def on_signal(self, signum: int) -> None:
+        self._num_signals += 1
+        if self._num_signals == 1:
+            name = signal.Signals(signum).name
+            logger.info("%s: shutting down with %d open requests", name, self._lifecycle.num_open)
+            self._drain = asyncio.ensure_future(self._drain_then_end())
+        else:
+            self.end()
+            self._server.force_exit = True
+
+    async def _drain_then_end(self) -> None:
+        self._lifecycle.begin_drain()
+        if self._shutdown_timeout_s > 0 and not await self._lifecycle.wait_idle(self._shutdown_timeout_s):
+            logger.warning(
+                "%d requests did not finish within --shutdown-timeout %g; ending them",
+                self._lifecycle.num_open,
+                self._shutdown_timeout_s,
+            )
+        self.end()
+
+    def end(self) -> None:
+        """End every open answer, and the server once they are sent."""
+        self._lifecycle.close()
+        self._server.should_exit = True
+
+
+async def _stop_when_dead(engine: AsyncLLM, server: _Server, lifecycle: Lifecycle) -> None:
+    """The watchdog. The engine itself ends the open requests with its error."""
+    await engine.wait_dead()
+    lifecycle.begin_drain()
+    await lifecycle.wait_idle(ANSWER_DEATH_S)
+    lifecycle.close()
+    server.should_exit = True
+
+
+async def serve_http(
+    app: FastAPI,
+    sock: socket.socket,
+    *,
+    engine: AsyncLLM,
+    lifecycle: Lifecycle,
+    shutdown_timeout_s: float = 0,
+    on_listening: Callable[[], None] = lambda: None,
+    **uvicorn_options: Any,
+) -> None:
+    """Serve until SIGINT or SIGTERM; the socket is closed at the end.
+
+    Raises:
+        EngineDeadError: the engine died under it.
+    """
+    _log_routes(app)
+    config = uvicorn.Config(
+        app,
+        lifespan="off",
+        backlog=BACKLOG,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=LAST_BYTES_S,
+        server_header=False,
+        **uvicorn_options,
+    )
+    server = _Server(config, on_listening)
+    stopper = _Stopper(server, lifecycle, shutdown_timeout_s)
+    loop = asyncio.get_running_loop()
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(signum, stopper.on_signal, signum)
+    watchdog = asyncio.ensure_future(_stop_when_dead(engine, server, lifecycle))
+    # The socket was bound without it, so that no second server could bind beside it while the model loaded. Set on the
+    # listener, it lets a successor bind while connections of this one are still in TIME_WAIT.
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        await server.serve(sockets=[sock])
+    finally:
+        watchdog.cancel()
+        sock.close()
+    if engine.errored:
+        raise engine.dead_error
+
+
+def _log_routes(app: FastAPI) -> None:
+    for route in _flat(app.routes):
+        methods = sorted(getattr(route, "methods", None) or ())
+        logger.info("Route: %s, Methods: %s", getattr(route, "path", "?"), ", ".join(methods))
+
+
+def _flat(routes: Iterable[Any]) -> Iterator[Any]:
+    """Some versions of FastAPI keep an included router whole, others copy its routes."""
+    for route in routes:
+        router = getattr(route, "original_router", None)
+        if router is None:
+            yield route
+        else:
+            yield from _flat(router.routes)

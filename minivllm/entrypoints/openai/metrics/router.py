@@ -1,0 +1,14 @@
+"""GET /metrics, in Prometheus' text format."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.responses import Response
+
+router = APIRouter()
+
+
+@router.get("/metrics")
+async def metrics(raw_request: Request) -> Response:
+    return Response(generate_latest(raw_request.app.state.registry), media_type=CONTENT_TYPE_LATEST)

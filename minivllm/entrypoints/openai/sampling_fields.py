@@ -1,0 +1,241 @@
+"""The request fields that completions and chat share, and their way into `SamplingParams`.
+
+A new sampling option is a field here. Ranges are checked once, by `SamplingParams`; here only what is
+about the body itself. Known fields that this version does not implement are refused by name; unknown ones
+are ignored, as vLLM does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, model_validator
+
+from minivllm.entrypoints.openai.protocol import StreamOptions
+from minivllm.exceptions import RequestError, UnsupportedError
+from minivllm.logger import init_logger
+from minivllm.sampling_params import RequestOutputKind, SamplingParams
+
+logger = init_logger(__name__)
+
+MAX_LOGIT_BIAS = 100.0
+MAX_ID_CHARS = 256
+MAX_CACHE_SALT_CHARS = 128
+# What a model's generation_config.json may set.
+WITH_MODEL_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+def _empty(value: Any) -> bool:
+    return not value
+
+
+def _null(value: Any) -> bool:
+    return value is None
+
+
+# Fields vLLM has, which would change the answer: name -> the values that change nothing, and are accepted.
+NOT_YET: dict[str, Callable[[Any], bool]] = {
+    "audio": _null,
+    "bad_words": _empty,
+    "best_of": lambda v: v in (None, 1),
+    "chat_template": _null,
+    "documents": _empty,
+    "ec_transfer_params": _null,
+    "function_call": lambda v: v in (None, "none"),
+    "functions": _empty,
+    "guided_choice": _null,
+    "guided_grammar": _null,
+    "guided_json": _null,
+    "guided_regex": _null,
+    "kv_transfer_params": _null,
+    "logits_processors": _empty,
+    "logprob_token_ids": _null,
+    "media_io_kwargs": _empty,
+    "mm_payload": _null,
+    "mm_processor_kwargs": _empty,
+    "modalities": lambda v: v in (None, ["text"]),
+    "prompt_embeds": _null,
+    "reasoning_effort": _null,
+    "repetition_detection": _null,
+    "response_format": lambda v: v is None or (isinstance(v, dict) and v.get("type") == "text"),
+    "return_mm_kwargs": _empty,
+    "return_prompt_text": _empty,
+    "return_token_offsets": _empty,
+    "routed_experts_prompt_start": lambda v: v in (None, 0),
+    "structured_outputs": _null,
+    "suffix": _empty,
+    "thinking_token_budget": lambda v: v in (None, -1),
+    "tool_choice": lambda v: v in (None, "none"),
+    "use_beam_search": _empty,
+    "vllm_xargs": _empty,
+    "watermarking": _null,
+    "web_search_options": _null,
+}
+
+
+class SamplingFields(BaseModel):
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+    model: str | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    stream_interval: int | None = None
+    user: str | None = None
+    request_id: str | None = None
+    priority: int = 0
+    cache_salt: str | None = None
+
+    n: int | None = 1
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    allowed_token_ids: list[int] | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True  # only slow tokenizers knew the difference
+    prompt_logprobs: int | None = None
+
+    echo: bool = False
+    truncate_prompt_tokens: int | None = None
+    truncation_side: str | None = None
+    return_tokens_as_token_ids: bool | None = None
+    return_token_ids: bool | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_what_is_not_supported(cls, body: Any) -> Any:
+        if isinstance(body, Mapping):
+            for name in NOT_YET.keys() & body.keys():
+                if not NOT_YET[name](body[name]):
+                    raise UnsupportedError(f"{name} is not supported yet; leave it out", param=name)
+        return body
+
+    @model_validator(mode="after")
+    def _check_what_belongs_together(self) -> SamplingFields:
+        if self.stream_options is not None and not self.stream:
+            raise RequestError("stream_options needs stream=true", param="stream_options")
+        if self.stream and self.prompt_logprobs not in (None, 0):
+            raise RequestError(
+                "prompt_logprobs comes with whole answers only; drop stream", param="prompt_logprobs"
+            )
+        if self.allowed_token_ids is not None and not self.allowed_token_ids:
+            raise RequestError(
+                "allowed_token_ids is empty: no token could be chosen", param="allowed_token_ids"
+            )
+        if self.request_id is not None:
+            check_request_id(self.request_id)
+        if self.truncation_side not in (None, "left", "right"):
+            raise RequestError("truncation_side must be left or right", param="truncation_side")
+        self._check_cache_salt()
+        for text in [self.stop] if isinstance(self.stop, str) else self.stop or []:
+            check_unicode(text, "stop")
+        if self.model_extra and (unknown := self.model_extra.keys() - NOT_YET.keys()):
+            logger.debug("ignored unknown request fields: %s", ", ".join(sorted(unknown)))
+        return self
+
+    def _check_cache_salt(self) -> None:
+        salt = self.cache_salt
+        check_unicode(salt or "", "cache_salt")
+        if salt is not None and (
+            not 1 <= len(salt) <= MAX_CACHE_SALT_CHARS or any(c in salt for c in "@/\\\0")
+        ):
+            raise RequestError(
+                f"cache_salt must be 1 to {MAX_CACHE_SALT_CHARS} characters without @ / \\ and NUL",
+                param="cache_salt",
+            )
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def continuous_usage_stats(self) -> bool:
+        return self.include_usage and self.stream_options.continuous_usage_stats
+
+    def to_sampling_params(
+        self,
+        defaults: Mapping[str, Any],
+        *,
+        max_tokens: int,
+        logprobs: int | None,
+        prompt_logprobs: int | None,
+    ) -> SamplingParams:
+        """The engine's parameters: the body's values over the model's generation config over vLLM's defaults.
+
+        Raises:
+            RequestError: a value is outside its range.
+        """
+        given = {name: getattr(self, name) for name in WITH_MODEL_DEFAULTS}
+        chosen = {name: value if value is not None else defaults.get(name) for name, value in given.items()}
+        return SamplingParams(
+            n=1 if self.n is None else self.n,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            seed=self.seed,
+            stop=self.stop,
+            stop_token_ids=self.stop_token_ids,
+            include_stop_str_in_output=self.include_stop_str_in_output,
+            ignore_eos=self.ignore_eos,
+            max_tokens=max_tokens,
+            min_tokens=self.min_tokens,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            skip_special_tokens=self.skip_special_tokens,
+            output_kind=RequestOutputKind.DELTA if self.stream else RequestOutputKind.FINAL_ONLY,
+            stream_interval=self.stream_interval,
+            logit_bias=_logit_bias(self.logit_bias),
+            allowed_token_ids=self.allowed_token_ids,
+            **{name: value for name, value in chosen.items() if value is not None},
+        )
+
+
+def _logit_bias(bias: dict[str, float] | None) -> dict[int, float] | None:
+    """Token ids as numbers, biases clamped to ±100 as the OpenAI API defines them."""
+    if not bias:
+        return None
+    clamped = {}
+    for key, value in bias.items():
+        if not key.isdecimal() or not key.isascii():
+            raise RequestError(f"logit_bias keys must be token ids, got {key[:40]!r}", param="logit_bias")
+        if math.isnan(value):
+            raise RequestError(f"logit_bias[{key[:40]}] is not a number", param="logit_bias")
+        clamped[int(key[:20])] = min(MAX_LOGIT_BIAS, max(-MAX_LOGIT_BIAS, value))
+    return clamped
+
+
+def check_unicode(text: str, param: str) -> None:
+    """JSON can spell half a surrogate pair, which no encoding of text can carry.
+
+    Raises:
+        RequestError: the text holds one.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        message = f"{param} is not Unicode: a lone surrogate at character {error.start}"
+        raise RequestError(message, param=param) from None
+
+
+def check_request_id(request_id: str) -> str:
+    """An id comes back in bodies and log lines, so it is short and printable.
+
+    Raises:
+        RequestError: it is not.
+    """
+    if not 1 <= len(request_id) <= MAX_ID_CHARS or not request_id.isprintable():
+        raise RequestError(
+            f"a request id must be 1 to {MAX_ID_CHARS} printable characters", param="request_id"
+        )
+    return request_id

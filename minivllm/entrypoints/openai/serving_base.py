@@ -1,0 +1,131 @@
+"""What the serving classes of completions and chat share: who they are, what fits, what they ask of the engine."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from minivllm.entrypoints.openai.lifecycle import Lifecycle
+from minivllm.entrypoints.openai.models.serving import ServedModels
+from minivllm.entrypoints.openai.render import Renderer, truncate
+from minivllm.entrypoints.openai.sampling_fields import SamplingFields, check_request_id
+from minivllm.exceptions import EngineGenerateError, RequestError
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
+
+    from minivllm.engine.async_llm import AsyncLLM
+    from minivllm.outputs import RequestOutput
+    from minivllm.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True)
+class ServingSettings:
+    """What the server's arguments say about answers."""
+
+    response_role: str = "assistant"
+    return_tokens_as_token_ids: bool = False
+    force_include_usage: bool = False
+    system_fingerprint: str | None = None
+
+
+@dataclass(frozen=True)
+class Answering:
+    """One request being answered: what every chunk of it repeats."""
+
+    id: str
+    model: str
+    created: int
+
+
+class ServingBase:
+    id_prefix: str
+
+    def __init__(
+        self,
+        engine: AsyncLLM,
+        models: ServedModels,
+        renderer: Renderer,
+        lifecycle: Lifecycle,
+        settings: ServingSettings,
+    ) -> None:
+        self._engine = engine
+        self._models = models
+        self._renderer = renderer
+        self._lifecycle = lifecycle
+        self._settings = settings
+        self._max_model_len = models.max_model_len
+        self._defaults = engine.default_sampling_params
+
+    def _begin(self, request: SamplingFields, raw_request: Request) -> Answering:
+        """Name the answer.
+
+        Raises:
+            ModelNotFoundError: the request names a model that is not served; RequestError: a wrong request id.
+        """
+        model = self._models.resolve(request.model)
+        given = raw_request.headers.get("x-request-id")
+        base = check_request_id(given) if given else request.request_id or uuid.uuid4().hex
+        return Answering(f"{self.id_prefix}-{base}", model, int(time.time()))
+
+    def _truncate(self, token_ids: list[int], request: SamplingFields, max_tokens: int | None) -> list[int]:
+        longest = max(1, self._max_model_len - max(1, max_tokens or 1))
+        return truncate(token_ids, request.truncate_prompt_tokens, request.truncation_side, longest)
+
+    def _max_tokens(
+        self, asked: int | None, default: int | None, num_prompt_tokens: int, *, param: str
+    ) -> int:
+        """Tokens the answer may have: what was asked, else the model's or the API's default, as far as they fit.
+
+        Raises:
+            RequestError: what was asked does not fit behind the prompt.
+        """
+        room = self._max_model_len - num_prompt_tokens
+        if asked is not None:
+            if asked > room > 0:
+                raise RequestError(
+                    f"{param}={asked} leaves no room: the prompt is {num_prompt_tokens} of {self._max_model_len} "
+                    f"tokens; ask for at most {room}, or shorten the prompt",
+                    param=param,
+                )
+            return asked
+        default = self._defaults.get("max_tokens") or default or room
+        return max(1, min(default, room))  # without room the engine's processor refuses the prompt itself
+
+    def _generate(
+        self, token_ids: list[int], params: SamplingParams, request: SamplingFields, request_id: str
+    ) -> AsyncGenerator[RequestOutput, None]:
+        prompt = {"prompt_token_ids": token_ids}
+        if request.cache_salt is not None:
+            prompt["cache_salt"] = request.cache_salt
+        # `priority` is read and dropped: under first come, first served it changes nothing, in vLLM too.
+        return self._engine.generate(prompt, params, request_id)
+
+    def _shows_token_ids(self, request: SamplingFields) -> bool:
+        if request.return_tokens_as_token_ids is None:
+            return self._settings.return_tokens_as_token_ids
+        return request.return_tokens_as_token_ids
+
+    def _includes_usage(self, request: SamplingFields) -> bool:
+        return request.include_usage or self._settings.force_include_usage
+
+
+def in_order(bodies: dict[int, Any], num_choices: int) -> list[Any]:
+    """All choices of a whole answer, by index.
+
+    Raises:
+        EngineGenerateError: one is missing or never finished.
+    """
+    if len(bodies) < num_choices or any(body.finish_reason is None for body in bodies.values()):
+        raise EngineGenerateError("the engine ended before its answer was finished")
+    return [bodies[index] for index in sorted(bodies)]
+
+
+def check_output(output: RequestOutput) -> RequestOutput:
+    """Raises EngineGenerateError when the engine gave the request up."""
+    if output.error is not None or any(answer.finish_reason == "error" for answer in output.outputs):
+        raise EngineGenerateError(output.error or "the engine failed on this request; it can be sent again")
+    return output

@@ -1,0 +1,125 @@
+"""How a handler's work ends early: the client goes, or the server closes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
+
+from fastapi.exceptions import RequestValidationError
+from starlette.requests import Request
+from starlette.responses import Response
+
+from minivllm.entrypoints.openai.errors import ServerClosingError
+from minivllm.entrypoints.openai.lifecycle import Lifecycle
+from minivllm.logger import init_logger
+
+logger = init_logger(__name__)
+T = TypeVar("T")
+_END: Any = object()
+CLIENT_CLOSED_REQUEST = 499
+
+
+class ClientDisconnected(Exception):
+    """Nobody waits for the answer any more."""
+
+
+async def attend(
+    work: Coroutine[Any, Any, T], receive: Callable[[], Awaitable[Any]], lifecycle: Lifecycle
+) -> T:
+    """Run `work` to its end, unless the client goes or the server closes first; then it is cancelled.
+
+    Raises:
+        ClientDisconnected, ServerClosingError: what came first; whatever `work` raises.
+    """
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_until_disconnect(receive))
+    try:
+        await asyncio.wait({task, gone, lifecycle.closing}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise ClientDisconnected if gone.done() else ServerClosingError
+    finally:
+        await _cancel(gone)
+        await _cancel(task)
+
+
+async def _until_disconnect(receive: Callable[[], Awaitable[Any]]) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _cancel(task: asyncio.Future[Any]) -> None:
+    if not task.done():
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError, Exception):
+            await task
+
+
+def with_cancellation(handler: Callable[..., Coroutine[Any, Any, Response]]) -> Callable[..., Any]:
+    """Cancel a route's handler, and with it the engine's work, when its client disconnects.
+
+    The handler must take its `Request` as `raw_request`. A stream it returns watches for itself.
+    """
+
+    @functools.wraps(handler)
+    async def attended(*args: Any, **kwargs: Any) -> Response:
+        raw_request: Request = kwargs["raw_request"]
+        try:
+            return await attend(
+                handler(*args, **kwargs), raw_request.receive, raw_request.app.state.lifecycle
+            )
+        except ClientDisconnected:
+            logger.info("aborted: the client of %s disconnected", raw_request.url.path)
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+    return attended
+
+
+async def require_json(raw_request: Request) -> None:
+    """A route's dependency: a body that does not say it is JSON is refused.
+
+    Browsers send other content types across origins without asking first; this closes that door.
+    """
+    content_type = raw_request.headers.get("content-type", "").split(";", 1)[0].strip().lower()
+    if content_type != "application/json":
+        raise RequestValidationError(
+            [
+                {
+                    "type": "content_type",
+                    "loc": ("header", "content-type"),
+                    "msg": "Content-Type must be application/json",
+                    "input": content_type,
+                }
+            ]
+        )
+
+
+async def merge(streams: list[AsyncGenerator[T, None]]) -> AsyncGenerator[tuple[int, T], None]:
+    """Items of several generators as they come, each with its generator's index; all are closed at the end."""
+    waiting: dict[asyncio.Task[T], int] = {}
+    try:
+        if len(streams) == 1:  # the common case needs no tasks
+            async for item in streams[0]:
+                yield 0, item
+            return
+        waiting = {asyncio.ensure_future(_next(stream)): index for index, stream in enumerate(streams)}
+        while waiting:
+            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                index = waiting.pop(task)
+                item = task.result()
+                if item is not _END:
+                    waiting[asyncio.ensure_future(_next(streams[index]))] = index
+                    yield index, item
+    finally:
+        for task in waiting:
+            await _cancel(task)
+        for stream in streams:
+            await stream.aclose()
+
+
+async def _next(stream: AsyncGenerator[T, None]) -> T:
+    return await anext(stream, _END)

@@ -1,0 +1,27 @@
+"""A layer's place in the paged attention: its own cache, scale and window over the shared backend."""
+
+from __future__ import annotations
+
+import torch
+
+from minivllm.attention.backend import AttentionBackend, ForwardContext
+
+
+class Attention:
+    def __init__(
+        self, layer_index: int, backend: AttentionBackend, *, sliding_window: int | None = None
+    ) -> None:
+        self.layer_index = layer_index
+        self.sliding_window = sliding_window
+        self._backend = backend
+        self._scale = backend.spec.head_dim**-0.5
+
+    def __call__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ctx: ForwardContext
+    ) -> torch.Tensor:
+        """q: [T, num_heads, head_dim]; k, v: [T, num_kv_heads, head_dim] -> [T, num_heads * head_dim]."""
+        kv_cache = ctx.kv_caches[self.layer_index]
+        out = self._backend.forward(
+            q, k, v, kv_cache, ctx.metadata, scale=self._scale, sliding_window=self.sliding_window
+        )
+        return out.view(q.shape[0], -1)

@@ -1,0 +1,58 @@
+"""From token ids to vectors and back to logits; tied models keep one packed matrix for both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from minivllm.layers.weight import Weight, weight_of
+from minivllm.ops.embedding import embedding
+from minivllm.ops.linear import linear
+from minivllm.ops.op import OpSpec
+
+
+class LMHead:
+    """Hidden states to logits."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, *, dtype: torch.dtype, device: str) -> None:
+        packed = linear.select(
+            OpSpec(device, dtype, {"in_features": hidden_size, "out_features": vocab_size})
+        )
+        self.packed = packed(vocab_size, hidden_size, dtype)
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden: [M, hidden_size] -> [M, vocab_size] float32."""
+        return self.packed(hidden, out_dtype=torch.float32)
+
+    def weights(self) -> Iterator[Weight]:
+        yield Weight("weight", (self.packed.out_features, self.packed.in_features), self.packed.load_rows)
+
+
+class Embedding:
+    """A table of its own."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, *, dtype: torch.dtype, device: str) -> None:
+        self.weight = torch.empty(vocab_size, hidden_size, dtype=dtype, device=device)
+        self._embedding = embedding.select(OpSpec(device, dtype))
+
+    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
+        """ids: [T] int64 -> [T, hidden_size]."""
+        return self._embedding(ids, self.weight)
+
+    def weights(self) -> Iterator[Weight]:
+        yield weight_of("weight", self.weight)
+
+
+class TiedEmbedding:
+    """Rows of the LM head's matrix, which it shares."""
+
+    def __init__(self, head: LMHead) -> None:
+        self._head = head
+
+    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
+        """ids: [T] int64 -> [T, hidden_size]."""
+        return self._head.packed.rows(ids)
+
+    def weights(self) -> Iterator[Weight]:
+        return self._head.weights()

@@ -1,0 +1,91 @@
+"""Linear layers: several projections of one input in one packed matrix. Owns how checkpoint tensors map onto it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from minivllm.layers.weight import Weight, weight_of
+from minivllm.ops.linear import linear
+from minivllm.ops.op import OpSpec
+
+
+class MergedLinear:
+    """Projections of the same input, computed as one: their outputs lie side by side, in the order given."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: dict[str, int],
+        *,
+        bias: bool = False,
+        dtype: torch.dtype,
+        device: str,
+    ) -> None:
+        """out_features: projection name in the checkpoint -> rows of its weight."""
+        self.in_features, self.out_features = in_features, out_features
+        num_rows = sum(out_features.values())
+        packed = linear.select(OpSpec(device, dtype, {"in_features": in_features, "out_features": num_rows}))
+        self.packed = packed(num_rows, in_features, dtype)
+        self.bias = torch.empty(num_rows, dtype=dtype, device=device) if bias else None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [T, in_features] -> [T, sum(out_features)]."""
+        return self.packed(x, self.bias)
+
+    def weights(self) -> Iterator[Weight]:
+        begin = 0
+        for name, num_rows in self.out_features.items():
+            yield self._matrix(name, begin, num_rows)
+            if self.bias is not None:
+                yield weight_of(f"{name}.bias", self.bias[begin : begin + num_rows])
+            begin += num_rows
+
+    def _matrix(self, name: str, begin: int, num_rows: int) -> Weight:
+        def load_rows(start: int, rows: torch.Tensor) -> None:
+            self.packed.load_rows(begin + start, rows)
+
+        return Weight(f"{name}.weight", (num_rows, self.in_features), load_rows)
+
+
+class QKVLinear(MergedLinear):
+    """Query, key and value projections."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        bias: bool,
+        dtype: torch.dtype,
+        device: str,
+    ) -> None:
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
+        q_size, kv_size = num_heads * head_dim, num_kv_heads * head_dim
+        projections = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
+        super().__init__(hidden_size, projections, bias=bias, dtype=dtype, device=device)
+
+    def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x: [T, hidden_size] -> q [T, num_heads, head_dim], k and v [T, num_kv_heads, head_dim]; views of one."""
+        heads = super().__call__(x).view(-1, self.num_heads + 2 * self.num_kv_heads, self.head_dim)
+        q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
+        return q, k, v
+
+
+class RowLinear(MergedLinear):
+    """One projection, back into the residual stream. (Named for how it is cut when several workers share it.)"""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        name: str,
+        *,
+        bias: bool = False,
+        dtype: torch.dtype,
+        device: str,
+    ) -> None:
+        super().__init__(in_features, {name: out_features}, bias=bias, dtype=dtype, device=device)

@@ -1,0 +1,264 @@
+"""The engine's numbers under vLLM's metric names, so that its dashboards and alerts work here.
+
+Owns names, labels and buckets. A logger has its own registry: nothing is global.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.gc_collector import GCCollector
+from prometheus_client.process_collector import ProcessCollector
+
+from minivllm.messages.engine import EngineCoreReady, FinishReason
+from minivllm.messages.stats import FinishedRequestStats, IterationStats, SchedulerStats
+
+LABELS = ("model_name", "engine")
+
+# In seconds. fmt: off
+REQUEST_LATENCY_BUCKETS = [
+    0.3,
+    0.5,
+    0.8,
+    1,
+    1.5,
+    2,
+    2.5,
+    5,
+    10,
+    15,
+    20,
+    30,
+    40,
+    50,
+    60,
+    120,
+    240,
+    480,
+    960,
+    1920,
+    7680,
+]
+TIME_TO_FIRST_TOKEN_BUCKETS = [
+    0.001,
+    0.005,
+    0.01,
+    0.02,
+    0.04,
+    0.06,
+    0.08,
+    0.1,
+    0.25,
+    0.5,
+    0.75,
+    1,
+    2.5,
+    5,
+    7.5,
+    10,
+    20,
+    40,
+    80,
+    160,
+    640,
+    2560,
+]
+INTER_TOKEN_LATENCY_BUCKETS = [
+    0.01,
+    0.025,
+    0.05,
+    0.075,
+    0.1,
+    0.15,
+    0.2,
+    0.3,
+    0.4,
+    0.5,
+    0.75,
+    1,
+    2.5,
+    5,
+    7.5,
+    10,
+    20,
+    40,
+    80,
+]
+# In tokens, and in answers a request.
+ITERATION_TOKENS_BUCKETS = [1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384]
+REQUEST_PARAMS_N_BUCKETS = [1, 2, 5, 10, 20]
+# fmt: on
+
+
+def request_tokens_buckets(max_model_len: int) -> list[int]:
+    """1, 2, 5, 10, 20, 50, … up to the context's length."""
+    buckets, scale = [], 1
+    while scale <= max_model_len:
+        buckets += [digit * scale for digit in (1, 2, 5) if digit * scale <= max_model_len]
+        scale *= 10
+    return buckets
+
+
+def make_registry() -> CollectorRegistry:
+    """A registry that knows this process: its memory, CPU time, open files and garbage collections."""
+    registry = CollectorRegistry()
+    ProcessCollector(registry=registry)
+    GCCollector(registry=registry)
+    return registry
+
+
+class PrometheusStatLogger:
+    """Counts into `registry`; every metric exists, at zero, from the start."""
+
+    def __init__(self, registry: CollectorRegistry, model_name: str, ready: EngineCoreReady) -> None:
+        self._registry = registry
+        self._labels = {"model_name": model_name, "engine": "0"}
+        self._make_gauges(ready)
+        self._make_counters()
+        self._make_histograms(ready.max_model_len)
+
+    def _make(self, kind: type, name: str, text: str, **options: Any) -> Any:
+        return kind(f"vllm:{name}", text, LABELS, registry=self._registry, **options).labels(**self._labels)
+
+    def _make_gauges(self, ready: EngineCoreReady) -> None:
+        self._num_running = self._make(Gauge, "num_requests_running", "Requests in the running batch.")
+        self._num_waiting = self._make(Gauge, "num_requests_waiting", "Requests waiting to be scheduled.")
+        self._kv_usage = self._make(
+            Gauge, "kv_cache_usage_perc", "Share of the KV cache in use; 1 is all of it."
+        )
+        info = {
+            "block_size": ready.block_size,
+            "num_gpu_blocks": ready.num_gpu_blocks,
+            "kv_cache_memory_bytes": ready.kv_cache_bytes,
+            "kv_cache_size_tokens": ready.kv_cache_size_tokens,
+            "kv_cache_max_concurrency": ready.kv_cache_max_concurrency,
+        }
+        labels = {"engine": "0", **{name: str(value) for name, value in info.items()}}
+        gauge = Gauge(
+            "vllm:cache_config_info", "The KV cache's sizes, as labels.", labels, registry=self._registry
+        )
+        gauge.labels(**labels).set(1)
+
+    def _make_counters(self) -> None:
+        make = self._make
+        self._prefix_queries = make(
+            Counter, "prefix_cache_queries", "Prompt tokens looked up in the prefix cache."
+        )
+        self._prefix_hits = make(Counter, "prefix_cache_hits", "Prompt tokens found in the prefix cache.")
+        self._preemptions = make(Counter, "num_preemptions", "Requests preempted by the scheduler.")
+        self._prompt_tokens = make(Counter, "prompt_tokens", "Prompt tokens processed.")
+        self._cached_tokens = make(
+            Counter, "prompt_tokens_cached", "Prompt tokens taken from the prefix cache."
+        )
+        self._generation_tokens = make(Counter, "generation_tokens", "Tokens generated.")
+        sources = Counter(
+            "vllm:prompt_tokens_by_source", "Prompt tokens by where their KV came from.", (*LABELS, "source"),
+            registry=self._registry,
+        )  # fmt: skip
+        self._computed_here = sources.labels(**self._labels, source="local_compute")
+        self._found_here = sources.labels(**self._labels, source="local_cache_hit")
+        success = Counter(
+            "vllm:request_success",
+            "Requests ended, by reason.",
+            (*LABELS, "finished_reason"),
+            registry=self._registry,
+        )
+        self._finished = {
+            str(reason): success.labels(**self._labels, finished_reason=str(reason))
+            for reason in FinishReason
+        }
+
+    def _make_histograms(self, max_model_len: int) -> None:
+        tokens = request_tokens_buckets(max_model_len)
+
+        def histogram(name: str, text: str, buckets: list[Any]) -> Any:
+            return self._make(Histogram, name, text, buckets=buckets)
+
+        self._iteration_tokens = histogram(
+            "iteration_tokens_total", "Tokens computed in an engine step.", ITERATION_TOKENS_BUCKETS
+        )
+        self._ttft = histogram(
+            "time_to_first_token_seconds", "Time to first token.", TIME_TO_FIRST_TOKEN_BUCKETS
+        )
+        self._itl = histogram(
+            "inter_token_latency_seconds",
+            "Time between two tokens of a request.",
+            INTER_TOKEN_LATENCY_BUCKETS,
+        )
+        self._tpot = histogram(
+            "request_time_per_output_token_seconds", "Mean time per token after the first, per request.",
+            INTER_TOKEN_LATENCY_BUCKETS,
+        )  # fmt: skip
+        # Of a finished request: the field of FinishedRequestStats, and the histogram it goes to.
+        self._per_request = [
+            ("num_prompt_tokens", histogram("request_prompt_tokens", "Prompt tokens.", tokens)),
+            ("num_generation_tokens", histogram("request_generation_tokens", "Tokens generated.", tokens)),
+            (
+                "num_generation_tokens",
+                histogram("request_max_num_generation_tokens", "Tokens of the longest of n answers.", tokens),
+            ),
+            ("max_tokens_param", histogram("request_params_max_tokens", "max_tokens, as run.", tokens)),
+            ("n_param", histogram("request_params_n", "Answers asked for.", REQUEST_PARAMS_N_BUCKETS)),
+            (
+                "e2e_latency_s",
+                histogram("e2e_request_latency_seconds", "Arrival to end.", REQUEST_LATENCY_BUCKETS),
+            ),
+            (
+                "queue_s",
+                histogram("request_queue_time_seconds", "Arrival to first step.", REQUEST_LATENCY_BUCKETS),
+            ),
+            (
+                "inference_s",
+                histogram("request_inference_time_seconds", "First step to end.", REQUEST_LATENCY_BUCKETS),
+            ),
+            (
+                "prefill_s",
+                histogram(
+                    "request_prefill_time_seconds", "First step to first token.", REQUEST_LATENCY_BUCKETS
+                ),
+            ),
+            (
+                "decode_s",
+                histogram("request_decode_time_seconds", "First to last token.", REQUEST_LATENCY_BUCKETS),
+            ),
+        ]
+        self._computed_prompt_tokens = histogram(
+            "request_prefill_kv_computed_tokens", "Prompt tokens not found in the prefix cache.", tokens
+        )
+
+    def record(self, scheduler_stats: SchedulerStats | None, iteration: IterationStats) -> None:
+        """Add one message of the engine core."""
+        if scheduler_stats is not None:
+            self._record_scheduler(scheduler_stats)
+        self._prompt_tokens.inc(iteration.num_prompt_tokens)
+        self._cached_tokens.inc(iteration.num_cached_tokens)
+        self._found_here.inc(iteration.num_cached_tokens)
+        self._computed_here.inc(iteration.num_prompt_tokens - iteration.num_cached_tokens)
+        self._generation_tokens.inc(iteration.num_generation_tokens)
+        for seconds in iteration.time_to_first_tokens_s:
+            self._ttft.observe(seconds)
+        for seconds in iteration.inter_token_latencies_s:
+            self._itl.observe(seconds)
+        for finished in iteration.finished_requests:
+            self._record_finished(finished)
+
+    def _record_scheduler(self, stats: SchedulerStats) -> None:
+        self._num_running.set(stats.num_running_reqs)
+        self._num_waiting.set(stats.num_waiting_reqs)
+        self._kv_usage.set(stats.kv_cache_usage)
+        self._prefix_queries.inc(stats.prefix_cache.queries)
+        self._prefix_hits.inc(stats.prefix_cache.hits)
+        self._preemptions.inc(stats.num_preemptions)
+        if stats.num_scheduled_tokens:
+            self._iteration_tokens.observe(stats.num_scheduled_tokens)
+
+    def _record_finished(self, finished: FinishedRequestStats) -> None:
+        if (counter := self._finished.get(finished.finish_reason)) is not None:
+            counter.inc()
+        for name, histogram in self._per_request:
+            if (value := getattr(finished, name)) is not None:
+                histogram.observe(value)
+        self._computed_prompt_tokens.observe(finished.num_prompt_tokens - finished.num_cached_tokens)
+        if finished.num_generation_tokens > 1:
+            self._tpot.observe(finished.decode_s / (finished.num_generation_tokens - 1))

@@ -1,0 +1,179 @@
+"""The pre-norm decoder that Llama gave its shape; a model file says only how it differs.
+
+Owns the order of the layers; knows nothing of requests, of the cache's layout or of checkpoint files.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from minivllm.attention.backend import AttentionBackend, ForwardContext
+from minivllm.config.hf_config import HFConfig
+from minivllm.layers.activation import gated_activation
+from minivllm.layers.attention import Attention
+from minivllm.layers.embedding import Embedding, LMHead, TiedEmbedding
+from minivllm.layers.linear import MergedLinear, QKVLinear, RowLinear
+from minivllm.layers.norm import RMSNorm
+from minivllm.layers.rotary import RotaryEmbedding
+from minivllm.layers.weight import Weight, under
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How one architecture differs from another."""
+
+    sliding_windows: list[int | None]  # one a layer
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+
+
+class SelfAttention:
+    """Grouped-query attention with rotary positions."""
+
+    def __init__(
+        self,
+        config: HFConfig,
+        variant: Variant,
+        index: int,
+        backend: AttentionBackend,
+        rotary: RotaryEmbedding,
+    ) -> None:
+        where = {"dtype": backend.spec.dtype, "device": backend.spec.device}
+        heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        self.qkv_proj = QKVLinear(
+            config.hidden_size, heads, kv_heads, head_dim, bias=variant.qkv_bias, **where
+        )
+        self.o_proj = RowLinear(heads * head_dim, config.hidden_size, "o_proj", bias=variant.o_bias, **where)
+        self.q_norm = RMSNorm(head_dim, config.rms_norm_eps, **where) if variant.qk_norm else None
+        self.k_norm = RMSNorm(head_dim, config.rms_norm_eps, **where) if variant.qk_norm else None
+        self.rotary = rotary
+        self.attention = Attention(index, backend, sliding_window=variant.sliding_windows[index])
+
+    def __call__(self, x: torch.Tensor, positions: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
+        q, k, v = self.qkv_proj(x)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        self.rotary(positions, q, k)
+        return self.o_proj(self.attention(q, k, v, ctx))
+
+    def weights(self) -> Iterator[Weight]:
+        yield from self.qkv_proj.weights()
+        yield from self.o_proj.weights()
+        if self.q_norm is not None:
+            yield from under("q_norm", self.q_norm.weights())
+            yield from under("k_norm", self.k_norm.weights())
+
+
+class MLP:
+    """The gated feed-forward part."""
+
+    def __init__(self, config: HFConfig, variant: Variant, *, dtype: torch.dtype, device: str) -> None:
+        where = {"bias": variant.mlp_bias, "dtype": dtype, "device": device}
+        inner = config.intermediate_size
+        self.gate_up_proj = MergedLinear(config.hidden_size, {"gate_proj": inner, "up_proj": inner}, **where)
+        self.down_proj = RowLinear(inner, config.hidden_size, "down_proj", **where)
+        self.activation = gated_activation(config.hidden_act, dtype=dtype, device=device)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.activation(self.gate_up_proj(x)))
+
+    def weights(self) -> Iterator[Weight]:
+        yield from self.gate_up_proj.weights()
+        yield from self.down_proj.weights()
+
+
+class DecoderLayer:
+    """x + attention(norm(x)), then x + mlp(norm(x)).
+
+    Each addition is fused with the norm that follows it, so a layer ends before the addition of its own
+    output, which the next layer's norm does.
+    """
+
+    def __init__(
+        self,
+        config: HFConfig,
+        variant: Variant,
+        index: int,
+        backend: AttentionBackend,
+        rotary: RotaryEmbedding,
+    ) -> None:
+        where = {"dtype": backend.spec.dtype, "device": backend.spec.device}
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, **where)
+        self.self_attn = SelfAttention(config, variant, index, backend, rotary)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, **where)
+        self.mlp = MLP(config, variant, **where)
+
+    def __call__(
+        self, x: torch.Tensor | None, residual: torch.Tensor, positions: torch.Tensor, ctx: ForwardContext
+    ) -> torch.Tensor:
+        """x: what is still to be added to the residual stream, None in the first layer; returns the next such.
+
+        `residual` is changed in place.
+        """
+        x = self.input_layernorm(residual) if x is None else self.input_layernorm.add(x, residual)
+        x = self.self_attn(x, positions, ctx)
+        x = self.post_attention_layernorm.add(x, residual)
+        return self.mlp(x)
+
+    def weights(self) -> Iterator[Weight]:
+        yield from under("input_layernorm", self.input_layernorm.weights())
+        yield from under("self_attn", self.self_attn.weights())
+        yield from under("post_attention_layernorm", self.post_attention_layernorm.weights())
+        yield from under("mlp", self.mlp.weights())
+
+
+class DecoderForCausalLM(ABC):
+    """A decoder and its LM head. Memory is reserved here; the loader fills it."""
+
+    def __init__(self, config: HFConfig, backend: AttentionBackend, max_positions: int) -> None:
+        """max_positions: tokens the rotary table covers.
+
+        Raises:
+            ModelFilesError: config.json asks for something that is not served.
+        """
+        variant = self.variant(config)
+        where = {"dtype": backend.spec.dtype, "device": backend.spec.device}
+        sizes = (config.vocab_size, config.hidden_size)
+        self.tied = config.tie_word_embeddings
+        self.lm_head = LMHead(*sizes, **where)
+        self.embed_tokens = TiedEmbedding(self.lm_head) if self.tied else Embedding(*sizes, **where)
+        rotary = RotaryEmbedding(config, max_positions, **where)
+        self.layers = [
+            DecoderLayer(config, variant, index, backend, rotary) for index in range(config.num_hidden_layers)
+        ]
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, **where)
+
+    @staticmethod
+    @abstractmethod
+    def variant(config: HFConfig) -> Variant:
+        """What sets this architecture apart."""
+
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
+        """input_ids, positions: [T] int64, the step's tokens of all requests. Returns [T, hidden_size]."""
+        x, residual = None, self.embed_tokens(input_ids)
+        for layer in self.layers:
+            x = layer(x, residual, positions, ctx)
+        return self.norm.add(x, residual)
+
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden: [M, hidden_size] -> [M, vocab_size] float32."""
+        return self.lm_head(hidden)
+
+    def weights(self) -> Iterator[Weight]:
+        """Every tensor the checkpoint must hold, under its name there."""
+        yield from under("model.embed_tokens", self.embed_tokens.weights())
+        for index, layer in enumerate(self.layers):
+            yield from under(f"model.layers.{index}", layer.weights())
+        yield from under("model.norm", self.norm.weights())
+        if not self.tied:
+            yield from under("lm_head", self.lm_head.weights())
+
+    def is_redundant(self, name: str) -> bool:
+        """Whether a tensor some checkpoints carry holds nothing that is not known without it."""
+        return name.endswith("rotary_emb.inv_freq") or (self.tied and name == "lm_head.weight")

@@ -1,0 +1,53 @@
+"""Which architectures are served, and where their code is. Imports no torch: front ends check names here."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from minivllm.exceptions import ModelFilesError
+
+# architecture in config.json -> "module:Class"
+_MODELS: dict[str, str] = {
+    "LlamaForCausalLM": "minivllm.models.llama:LlamaForCausalLM",
+    "MistralForCausalLM": "minivllm.models.mistral:MistralForCausalLM",
+    "Qwen2ForCausalLM": "minivllm.models.qwen2:Qwen2ForCausalLM",
+    "Qwen3ForCausalLM": "minivllm.models.qwen3:Qwen3ForCausalLM",
+}
+
+
+class ModelRegistry:
+    """The table of architectures. A model of your own joins it by `register_model`, an ordinary call."""
+
+    @staticmethod
+    def register_model(architecture: str, target: str | type) -> None:
+        """Serve `architecture` with `target`: a class, or "module:Class", imported when it is needed."""
+        if isinstance(target, type):
+            target = f"{target.__module__}:{target.__qualname__}"
+        if ":" not in target:
+            raise ValueError(f"target {target!r} must be a class or written module:Class")
+        _MODELS[architecture] = target
+
+    @staticmethod
+    def supported_architectures() -> list[str]:
+        return sorted(_MODELS)
+
+    @staticmethod
+    def check(architecture: str) -> None:
+        """Raise ModelFilesError unless the architecture is served."""
+        if architecture not in _MODELS:
+            raise ModelFilesError(
+                f"architecture {architecture} in config.json is not served; these are: "
+                f"{', '.join(ModelRegistry.supported_architectures())}"
+            )
+
+    @staticmethod
+    def load_class(architecture: str) -> Any:
+        """The class itself; imports torch.
+
+        Raises:
+            ModelFilesError: the architecture is not served.
+        """
+        ModelRegistry.check(architecture)
+        module, _, name = _MODELS[architecture].partition(":")
+        return getattr(importlib.import_module(module), name)

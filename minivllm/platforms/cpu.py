@@ -1,0 +1,116 @@
+"""The CPU: memory as the control groups limit it, and the instruction family of the native kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import torch
+
+from minivllm.platforms.platform import Platform
+
+_CGROUP_ROOT = Path("/sys/fs/cgroup")
+
+
+class CpuPlatform(Platform):
+    name = "cpu"
+    device = "cpu"
+    default_block_size = 128
+    block_size_multiple = 32
+    supported_dtypes = (torch.bfloat16, torch.float16, torch.float32)
+    graphs = None
+
+    def __init__(self, *, cgroup_root: Path = _CGROUP_ROOT, membership: str | None = None) -> None:
+        self._cgroups = list(
+            _memory_cgroups(cgroup_root, _own_membership() if membership is None else membership)
+        )
+
+    @property
+    def numerics_id(self) -> str:
+        lib = _native()
+        return f"cpu-{lib.isa()}" if lib is not None else "cpu-torch"
+
+    def memory_limit_bytes(self) -> int:
+        limits = [_read_limit(group) for group in self._cgroups]
+        return min([psutil.virtual_memory().total, *(limit for limit in limits if limit is not None)])
+
+    def memory_available_bytes(self) -> int:
+        room = [psutil.virtual_memory().available]
+        for group in self._cgroups:
+            limit = _read_limit(group)
+            if limit is not None:
+                room.append(max(0, limit - _read_used(group)))
+        return min(room)
+
+    def prepare(self) -> None:
+        if _native() is not None:
+            # The kernels have a thread pool of their own; a second one would fight it for the cores.
+            torch.set_num_threads(1)
+
+
+def _native():
+    """The native extension, or None where it is not built or cannot run."""
+    try:
+        from minivllm import _native as lib
+    except ImportError:
+        return None
+    return lib if lib.isa() != "none" else None
+
+
+# Control groups --------------------------------------------------------------
+
+
+def _own_membership() -> str:
+    try:
+        return Path("/proc/self/cgroup").read_text()
+    except OSError:
+        return ""
+
+
+def _memory_cgroups(root: Path, membership: str) -> Iterator[Path]:
+    """The directories whose memory limits bind this process: its own group's and every ancestor's.
+
+    membership: the text of /proc/self/cgroup, lines "id:controllers:path"; version 2 has no controllers.
+    """
+    for line in membership.splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        top = root / controllers  # version 1 mounts each controller in a directory of its own
+        group = top / path.lstrip("/")
+        while True:
+            if group.is_dir():
+                yield group
+            if group == top or top not in group.parents:
+                break
+            group = group.parent
+
+
+def _read_limit(group: Path) -> int | None:
+    """The group's limit in bytes; None where there is none."""
+    for name in ("memory.max", "memory.limit_in_bytes"):
+        text = _read(group / name)
+        if text is not None:
+            return int(text) if text.isdigit() else None
+    return None
+
+
+def _read_used(group: Path) -> int:
+    """Bytes in use that cannot be reclaimed: without the page cache's inactive part."""
+    for name, inactive in (
+        ("memory.current", "inactive_file"),
+        ("memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        text = _read(group / name)
+        if text is not None:
+            stat = dict(line.split() for line in (_read(group / "memory.stat") or "").splitlines())
+            return int(text) - int(stat.get(inactive, 0))
+    return 0
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return None

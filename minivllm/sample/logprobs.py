@@ -1,0 +1,33 @@
+"""Logprobs of chosen tokens with the most likely beside them, as lists that can be sent."""
+
+from __future__ import annotations
+
+import torch
+
+from minivllm.messages.engine import LogprobsLists
+
+
+def gather_logprobs(values: torch.Tensor, token_ids: torch.Tensor, num_logprobs: int) -> LogprobsLists:
+    """One row a position: the token itself first, then the `num_logprobs` most likely.
+
+    values: [M, vocab_size] float32, logprobs or logits; token_ids: [M] int64; num_logprobs: -1 for the
+    whole vocabulary. A token's rank counts the values at least as large as its own.
+    """
+    vocab_size = values.shape[1]
+    own = values.gather(1, token_ids.unsqueeze(1))
+    ranks = (values >= own).sum(1)
+    top = values.topk(vocab_size if num_logprobs < 0 else min(num_logprobs, vocab_size), dim=1)
+    return LogprobsLists(
+        token_ids=torch.cat([token_ids.unsqueeze(1), top.indices], 1).tolist(),
+        logprobs=torch.cat([own, top.values], 1).tolist(),
+        ranks=ranks.tolist(),
+    )
+
+
+def concatenate(parts: list[LogprobsLists]) -> LogprobsLists:
+    """The rows of all parts, in order."""
+    return LogprobsLists(
+        token_ids=[row for part in parts for row in part.token_ids],
+        logprobs=[row for part in parts for row in part.logprobs],
+        ranks=[rank for part in parts for rank in part.ranks],
+    )

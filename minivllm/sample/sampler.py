@@ -1,0 +1,181 @@
+"""From logits to tokens, in vLLM's order: constraints, penalties, temperature, truncation, noise.
+
+Owns what each request asked of sampling, by its row in the worker's tables. Holds no random state: the noise
+of a token is a function of the request's seed and the token's position (`ops/sampling.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from minivllm.messages.engine import LogprobsLists
+from minivllm.ops.log_softmax import log_softmax
+from minivllm.ops.op import OpSpec
+from minivllm.ops.sampling import gumbel_argmax, nonfinite_rows, top_k_top_p_min_p
+from minivllm.sample.constraints import AllowedTokens, LogitBias, MinTokens
+from minivllm.sample.logprobs import gather_logprobs
+from minivllm.sample.penalties import Penalties
+from minivllm.sample.step import LogitsStep, SampleBatch
+from minivllm.sampling_params import SamplingParams
+
+NONFINITE = "the model gave logits that are not finite numbers; the request cannot go on"
+NOTHING_ALLOWED = "allowed_token_ids, min_tokens and logit_bias leave no token that could be chosen"
+
+
+@dataclass(frozen=True)
+class SamplerOutput:
+    """Columns as in the batch."""
+
+    token_ids: np.ndarray  # [M] int64; meaningless where failed
+    logprobs: dict[int, LogprobsLists] = field(default_factory=dict)  # one row each, of those who asked
+    failed: dict[int, str] = field(default_factory=dict)
+
+
+class Sampler:
+    def __init__(self, vocab_size: int, logprobs_mode: str = "raw_logprobs", *, device: str = "cpu") -> None:
+        spec = OpSpec(device, torch.float32, {"vocab_size": vocab_size})
+        self._log_softmax = log_softmax.select(spec)
+        self._nonfinite_rows = nonfinite_rows.select(spec)
+        self._truncate = top_k_top_p_min_p.select(spec)
+        self._choose = gumbel_argmax.select(spec)
+        self._is_raw, self._is_logprobs = logprobs_mode.startswith("raw"), logprobs_mode.endswith("logprobs")
+        # The order is vLLM's.
+        self._steps: list[LogitsStep] = [
+            AllowedTokens(vocab_size),
+            MinTokens(vocab_size),
+            LogitBias(vocab_size),
+            Penalties(vocab_size),
+        ]
+        self._num_logprobs: dict[int, int] = {}  # by table row
+        self._columns = _Columns()
+
+    # Requests ----------------------------------------------------------------
+
+    def add_request(self, row: int, params: SamplingParams, seed: int, eos_token_ids: list[int]) -> None:
+        """Remember what the request in a table row asks for. seed: 0 … 2**64 - 1."""
+        self.remove_request(row)
+        self._columns.set(row, params, seed)
+        if params.logprobs is not None:
+            self._num_logprobs[row] = params.logprobs
+        for step in self._steps:
+            step.add_request(row, params, eos_token_ids)
+
+    def remove_request(self, row: int) -> None:
+        self._num_logprobs.pop(row, None)
+        for step in self._steps:
+            step.remove_request(row)
+
+    # A step ------------------------------------------------------------------
+
+    def __call__(self, logits: torch.Tensor, batch: SampleBatch) -> SamplerOutput:
+        """One token for each row of `logits` ([M, vocab_size] float32, which is changed)."""
+        failed = dict.fromkeys(self._nonfinite_rows(logits), NONFINITE)
+        asking = self._asking(batch)
+        values = self._reported(logits, asking) if self._is_raw else None
+        if any([step.apply(logits, batch) for step in self._steps]):
+            failed = dict.fromkeys(self._nonfinite_rows(logits), NOTHING_ALLOWED) | failed
+        noise = self._warp(logits, batch)
+        token_ids = self._choose(logits, *noise)
+        if not self._is_raw:
+            values = self._reported(logits, asking)
+        return SamplerOutput(token_ids.numpy(), self._logprobs(values, token_ids, batch, asking), failed)
+
+    def logprobs_of(self, logits: torch.Tensor, token_ids: torch.Tensor, num_logprobs: int) -> LogprobsLists:
+        """Logprobs of given tokens under unprocessed logits: those of a prompt, whatever the logprobs mode."""
+        return gather_logprobs(self._log_softmax(logits), token_ids, num_logprobs)
+
+    def nonfinite_rows(self, logits: torch.Tensor) -> list[int]:
+        """The rows of `logits` that no token can be drawn from."""
+        return self._nonfinite_rows(logits)
+
+    def _warp(
+        self, logits: torch.Tensor, batch: SampleBatch
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Divide by temperature and truncate, in place; what is left for the noise to know.
+
+        The division is done here, so that a row's bits are the same beside rows that truncate and beside
+        none; dividing by 1 changes nothing.
+        """
+        columns = self._columns.of(batch.rows)
+        is_sampled = columns.temperature > 0
+        if is_sampled.any():
+            logits.div_(torch.where(is_sampled, columns.temperature, 1.0).unsqueeze(1))
+        if columns.truncates:
+            self._truncate(logits, columns.top_k, columns.top_p, columns.min_p)
+        return is_sampled.float(), columns.seeds, torch.from_numpy(batch.num_tokens)
+
+    # Logprobs ----------------------------------------------------------------
+
+    def _asking(self, batch: SampleBatch) -> list[int]:
+        """Columns of the requests that want logprobs."""
+        if not self._num_logprobs:
+            return []
+        return [i for i, row in enumerate(batch.rows.tolist()) if row in self._num_logprobs]
+
+    def _reported(self, logits: torch.Tensor, asking: list[int]) -> torch.Tensor | None:
+        """What logprobs are read from, [len(asking), vocab_size]: a copy."""
+        if not asking:
+            return None
+        chosen = logits[torch.tensor(asking)]
+        return self._log_softmax(chosen) if self._is_logprobs else chosen
+
+    def _logprobs(
+        self, values: torch.Tensor | None, token_ids: torch.Tensor, batch: SampleBatch, asking: list[int]
+    ) -> dict[int, LogprobsLists]:
+        """Gathered request by request: how ties fall must not depend on what a neighbour asked for."""
+        found = {}
+        for at, i in enumerate(asking):
+            wanted = self._num_logprobs[int(batch.rows[i])]
+            found[i] = gather_logprobs(values[at : at + 1], token_ids[i : i + 1], wanted)
+        return found
+
+
+@dataclass(frozen=True)
+class _Chosen:
+    """The columns of one batch."""
+
+    temperature: torch.Tensor
+    top_k: torch.Tensor
+    top_p: torch.Tensor
+    min_p: torch.Tensor
+    seeds: torch.Tensor
+    truncates: bool
+
+
+class _Columns:
+    """Numbers every request has, by table row; grown as rows are used."""
+
+    def __init__(self) -> None:
+        self._temperature = np.zeros(0, np.float32)
+        self._top_k = np.zeros(0, np.int32)
+        self._top_p = np.zeros(0, np.float32)
+        self._min_p = np.zeros(0, np.float32)
+        self._seeds = np.zeros(0, np.int64)
+        self._truncates = np.zeros(0, bool)
+
+    def set(self, row: int, params: SamplingParams, seed: int) -> None:
+        if row >= len(self._seeds):
+            self._grow(max(row + 1, 2 * len(self._seeds), 64))
+        self._temperature[row] = 0.0 if params.is_greedy else params.temperature
+        self._top_k[row], self._top_p[row], self._min_p[row] = params.top_k, params.top_p, params.min_p
+        self._truncates[row] = params.top_k > 0 or params.top_p < 1 or params.min_p > 0
+        self._seeds[row] = np.uint64(seed).astype(np.int64)  # the same bits
+
+    def _grow(self, num_rows: int) -> None:
+        for name, column in vars(self).items():
+            longer = np.zeros(num_rows, column.dtype)
+            longer[: len(column)] = column
+            setattr(self, name, longer)
+
+    def of(self, rows: np.ndarray) -> _Chosen:
+        return _Chosen(
+            temperature=torch.from_numpy(self._temperature[rows]),
+            top_k=torch.from_numpy(self._top_k[rows]),
+            top_p=torch.from_numpy(self._top_p[rows]),
+            min_p=torch.from_numpy(self._min_p[rows]),
+            seeds=torch.from_numpy(self._seeds[rows]),
+            truncates=bool(self._truncates[rows].any()),
+        )

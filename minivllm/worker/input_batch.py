@@ -1,0 +1,88 @@
+"""A step's tensors: which tokens run, at which positions, and where their keys and values go.
+
+Owns the buffers, made once for the largest step; `prepare` fills their beginning. Knows nothing of the model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from minivllm.attention.backend import StepInputs
+from minivllm.worker.request_state import RequestTable
+
+
+@dataclass(frozen=True)
+class InputBatch:
+    """One step, in the plan's batch order. Its tensors are views of buffers that the next step overwrites."""
+
+    request_ids: list[str]
+    rows: np.ndarray  # [num_reqs] int64 in the request table
+    begins: np.ndarray  # [num_reqs] int64: tokens computed before this step
+    ends: np.ndarray  # [num_reqs] int64: and after it
+    first_rows: np.ndarray  # [num_reqs] int64: of each request in input_ids
+    samples: (
+        np.ndarray
+    )  # [num_sampled] int64: which requests get a token: those whose last known one is in the step
+    input_ids: torch.Tensor  # [num_tokens] int64
+    positions: torch.Tensor  # [num_tokens] int64
+    step: StepInputs
+
+    @property
+    def sampled_rows(self) -> torch.Tensor:
+        """[num_sampled] int64: rows of the hidden states that predict a new token."""
+        last = self.first_rows + (self.ends - self.begins) - 1
+        return torch.from_numpy(last[self.samples])
+
+
+class InputBuffers:
+    def __init__(self, max_num_tokens: int, max_num_reqs: int, max_blocks: int) -> None:
+        self._input_ids = np.zeros(max_num_tokens, np.int64)
+        self._positions = np.zeros(max_num_tokens, np.int64)
+        self._slot_mapping = np.zeros(max_num_tokens, np.int64)
+        self._query_start_loc = np.zeros(max_num_reqs + 1, np.int32)
+        self._seq_lens = np.zeros(max_num_reqs, np.int32)
+        self._block_table = np.zeros((max_num_reqs, max_blocks), np.int32)
+        self._counting = np.arange(max_num_tokens)
+
+    def prepare(self, num_scheduled_tokens: dict[str, int], table: RequestTable) -> InputBatch:
+        """The inputs of a step that computes so many tokens of each request, from where each one stands."""
+        request_ids = list(num_scheduled_tokens)
+        num_reqs = len(request_ids)
+        rows = table.rows(request_ids)
+        counts = np.fromiter(num_scheduled_tokens.values(), np.int64, num_reqs)
+        begins = table.num_computed_tokens[rows]
+        ends = begins + counts
+        stops = np.cumsum(counts)
+        first_rows = stops - counts
+        num_tokens = int(stops[-1])
+
+        row_of_token = np.repeat(rows, counts)
+        positions = self._positions[:num_tokens]
+        np.add(self._counting[:num_tokens], np.repeat(begins - first_rows, counts), out=positions)
+        self._input_ids[:num_tokens] = table.token_ids[row_of_token, positions]
+        self._slot_mapping[:num_tokens] = table.blocks.slots(row_of_token, positions)
+        self._query_start_loc[1 : num_reqs + 1] = stops
+        self._seq_lens[:num_reqs] = ends
+        num_blocks = -(-int(ends.max()) // table.blocks.block_size)
+        self._block_table[:num_reqs, :num_blocks] = table.blocks.block_ids[rows, :num_blocks]
+
+        step = StepInputs(
+            query_start_loc=torch.from_numpy(self._query_start_loc[: num_reqs + 1]),
+            seq_lens=torch.from_numpy(self._seq_lens[:num_reqs]),
+            block_table=torch.from_numpy(self._block_table[:num_reqs, :num_blocks]),
+            slot_mapping=torch.from_numpy(self._slot_mapping[:num_tokens]),
+        )
+        return InputBatch(
+            request_ids=request_ids,
+            rows=rows,
+            begins=begins,
+            ends=ends,
+            first_rows=first_rows,
+            samples=np.flatnonzero(ends == table.num_tokens[rows]),
+            input_ids=torch.from_numpy(self._input_ids[:num_tokens]),
+            positions=torch.from_numpy(positions),
+            step=step,
+        )

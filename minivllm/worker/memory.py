@@ -1,0 +1,139 @@
+"""How much KV cache there will be, decided before any weight is read. Arithmetic only: allocates nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from minivllm.config.cache import CacheConfig
+from minivllm.config.hf_config import HFConfig
+from minivllm.exceptions import ConfigError
+from minivllm.messages.kv_cache import KVCacheSpec
+
+GIB = 1 << 30
+DEFAULT_MOST_BYTES = 4 * GIB
+DEFAULT_SHARE = 0.4  # of what is left after the weights
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The machine and the model, in bytes."""
+
+    limit_bytes: int  # what this process may ever use
+    available_bytes: int  # what could be allocated now
+    weight_bytes: int
+    step_bytes: int  # activations and logits of the largest step
+
+    @property
+    def left_bytes(self) -> int:
+        """What is left for the cache once the weights are there and a step has room."""
+        return self.available_bytes - self.weight_bytes - self.step_bytes
+
+
+@dataclass(frozen=True)
+class KVCacheSize:
+    """What was decided."""
+
+    num_blocks: int
+    block_size: int  # tokens
+    num_bytes: int
+    max_model_len: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_blocks * self.block_size
+
+    @property
+    def max_concurrency(self) -> float:
+        """Requests of max_model_len that fit at once."""
+        return self.num_blocks / blocks_for(self.max_model_len, self.block_size)
+
+
+def blocks_for(num_tokens: int, block_size: int) -> int:
+    return -(-num_tokens // block_size)
+
+
+def step_bytes(hf: HFConfig, num_tokens: int, num_seqs: int, dtype_bytes: int) -> int:
+    """About what the largest step needs: the widest activations of its tokens, and its logits three times over."""
+    attention = 2 * (hf.num_attention_heads + hf.num_key_value_heads) * hf.head_dim
+    width = 4 * hf.hidden_size + max(attention, 3 * hf.intermediate_size)
+    return num_tokens * width * dtype_bytes + 3 * num_seqs * hf.vocab_size * 4
+
+
+def size_kv_cache(
+    cache: CacheConfig, spec: KVCacheSpec, budget: Budget, max_model_len: int, *, is_auto: bool
+) -> KVCacheSize:
+    """Choose the number of blocks, and with `is_auto` shorten max_model_len to what fits.
+
+    Raises:
+        ConfigError: the weights do not fit, the cache asked for does not, or no request of max_model_len would.
+    """
+    check_weights_fit(budget)
+    num_blocks = _num_blocks(cache, spec, budget)
+    fitting_len = num_blocks * spec.block_size
+    if is_auto and fitting_len:
+        max_model_len = min(max_model_len, fitting_len)
+    size = KVCacheSize(num_blocks, spec.block_size, num_blocks * spec.bytes_per_block, max_model_len)
+    if fitting_len < max_model_len:
+        needed = blocks_for(max_model_len, spec.block_size) * spec.bytes_per_block
+        remedy = f"pass --max-model-len {fitting_len} or auto, or" if fitting_len else "pass"
+        raise ConfigError(
+            f"one request of max_model_len {max_model_len} needs {gib(needed)} of KV cache and there are "
+            f"{gib(size.num_bytes)}, which hold {fitting_len} tokens; {remedy} a larger --kv-cache-memory-bytes"
+        )
+    return size
+
+
+def check_weights_fit(budget: Budget) -> None:
+    """Raise ConfigError when not even the weights and one step fit into what is available."""
+    if budget.left_bytes <= 0:
+        raise ConfigError(
+            f"the model needs {gib(budget.weight_bytes)} for weights and {gib(budget.step_bytes)} for a step, "
+            f"{gib(budget.available_bytes)} of {gib(budget.limit_bytes)} are available; serve a smaller model, "
+            "lower --max-num-batched-tokens, or give the process more memory"
+        )
+
+
+def _num_blocks(cache: CacheConfig, spec: KVCacheSpec, budget: Budget) -> int:
+    if cache.num_gpu_blocks_override is not None:
+        num_blocks = cache.num_gpu_blocks_override
+        _check_room(f"--num-gpu-blocks-override {num_blocks}", num_blocks * spec.bytes_per_block, budget)
+        return num_blocks
+    if cache.kv_cache_memory_bytes is not None:
+        asked = cache.kv_cache_memory_bytes
+        _check_room(f"--kv-cache-memory-bytes {asked}", asked, budget)
+        return asked // spec.bytes_per_block
+    if cache.gpu_memory_utilization is not None:
+        share = cache.gpu_memory_utilization
+        room = int(share * budget.limit_bytes) - budget.weight_bytes - budget.step_bytes
+        if room < spec.bytes_per_block:
+            raise ConfigError(
+                f"--gpu-memory-utilization {share:g} of {gib(budget.limit_bytes)} leaves no KV cache beside "
+                f"{gib(budget.weight_bytes)} of weights and {gib(budget.step_bytes)} for a step; raise it"
+            )
+        _check_room(f"--gpu-memory-utilization {share:g}", room, budget)
+        return room // spec.bytes_per_block
+    return min(DEFAULT_MOST_BYTES, int(DEFAULT_SHARE * budget.left_bytes)) // spec.bytes_per_block
+
+
+def _check_room(asked_by: str, num_bytes: int, budget: Budget) -> None:
+    """A cache is touched page by page: one that is too large would be found out only under load."""
+    if num_bytes > budget.left_bytes:
+        raise ConfigError(
+            f"{asked_by} is a KV cache of {gib(num_bytes)}; {gib(max(0, budget.left_bytes))} of "
+            f"{gib(budget.limit_bytes)} are left beside the weights and what others use; lower it"
+        )
+
+
+def describe(size: KVCacheSize, budget: Budget) -> str:
+    """The line the log shows."""
+    used = budget.weight_bytes + budget.step_bytes + size.num_bytes
+    return (
+        f"memory: weights {gib(budget.weight_bytes)} + KV cache {gib(size.num_bytes)} + a step "
+        f"{gib(budget.step_bytes)} = {gib(used)} of {gib(budget.available_bytes)} available (limit "
+        f"{gib(budget.limit_bytes)}); KV cache: {size.num_tokens:,} tokens in {size.num_blocks:,} blocks of "
+        f"{size.block_size}, {size.max_concurrency:.2f} requests of {size.max_model_len:,} tokens at once"
+    )
+
+
+def gib(num_bytes: int) -> str:
+    return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB // 10 else f"{num_bytes / (1 << 20):.1f} MiB"

@@ -1,0 +1,165 @@
+"""Runs one step: follows the scheduler's plan, runs the model, samples. One class for every device.
+
+Owns the state of requests between steps and the KV cache's tensors. Does not know how a plan came about, nor
+how its result is sent.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from minivllm.attention.backend import AttentionBackend, ForwardContext
+from minivllm.messages.engine import LogprobsLists
+from minivllm.messages.worker import CachedRequestData, ModelRunnerOutput, NewRequestData, SchedulerOutput
+from minivllm.models.decoder import DecoderForCausalLM
+from minivllm.sample.logprobs import concatenate
+from minivllm.sample.sampler import NONFINITE, Sampler
+from minivllm.sample.step import SampleBatch
+from minivllm.worker.input_batch import InputBatch, InputBuffers
+from minivllm.worker.request_state import RequestTable
+
+_PROMPT_LOGPROB_ROWS = (
+    64  # logits of a prompt held at once: a whole chunk over a large vocabulary is a gigabyte
+)
+
+
+class ModelRunner:
+    def __init__(
+        self,
+        model: DecoderForCausalLM,
+        backend: AttentionBackend,
+        kv_caches: list[torch.Tensor],
+        sampler: Sampler,
+        *,
+        max_model_len: int,
+        max_num_batched_tokens: int,
+        max_num_seqs: int,
+    ) -> None:
+        block_size = backend.spec.block_size
+        self.model, self.backend, self.kv_caches, self.sampler = model, backend, kv_caches, sampler
+        # As many again for requests that are preempted.
+        self.table = RequestTable(2 * max_num_seqs, max_model_len, block_size)
+        self.buffers = InputBuffers(max_num_batched_tokens, max_num_seqs, -(-max_model_len // block_size))
+        self._num_prompt_logprobs: dict[int, int] = {}  # by table row
+        self._batch: InputBatch | None = None
+        self._hidden: torch.Tensor | None = None
+
+    @torch.inference_mode()
+    def execute_model(self, plan: SchedulerOutput) -> None:
+        """Take in the plan and run the model on its tokens; `sample_tokens` follows."""
+        self._follow(plan)
+        self._batch = self._hidden = None
+        if not plan.num_scheduled_tokens:
+            return
+        batch = self.buffers.prepare(plan.num_scheduled_tokens, self.table)
+        ctx = ForwardContext(self.backend.build_metadata(batch.step), self.kv_caches)
+        self._hidden = self.model.forward(batch.input_ids, batch.positions, ctx)
+        self._batch = batch
+
+    @torch.inference_mode()
+    def sample_tokens(self) -> ModelRunnerOutput:
+        """One token for each request whose last known token was in the step, and the logprobs asked for."""
+        batch, hidden = self._batch, self._hidden
+        self._batch = self._hidden = None
+        if batch is None or hidden is None:
+            return ModelRunnerOutput()
+        result = ModelRunnerOutput(batch.request_ids, [[] for _ in batch.request_ids])
+        self._add_prompt_logprobs(batch, hidden, result)
+        if len(batch.samples):
+            self._sample(batch, hidden, result)
+        return result
+
+    # Plan --------------------------------------------------------------------
+
+    def _follow(self, plan: SchedulerOutput) -> None:
+        for request_id in plan.finished_req_ids:
+            self._forget(request_id)
+        for request_id in plan.preempted_req_ids:
+            if request_id in self.table.row_of:
+                self.table.blocks.clear(self.table.row_of[request_id])
+        for request in plan.scheduled_new_reqs:
+            self._remember(request)
+        if plan.scheduled_cached_reqs.request_ids:
+            self._continue(plan.scheduled_cached_reqs)
+
+    def _forget(self, request_id: str) -> None:
+        row = self.table.remove(request_id)
+        if row is not None:
+            self.sampler.remove_request(row)
+            self._num_prompt_logprobs.pop(row, None)
+
+    def _remember(self, request: NewRequestData) -> None:
+        self._forget(request.request_id)
+        row = self.table.add(request)
+        params = request.sampling_params
+        self.sampler.add_request(row, params, request.seed, request.eos_token_ids)
+        if params.prompt_logprobs is not None:
+            self._num_prompt_logprobs[row] = params.prompt_logprobs
+
+    def _continue(self, known: CachedRequestData) -> None:
+        rows = self.table.rows(known.request_ids)
+        self.table.num_computed_tokens[rows] = known.num_computed_tokens
+        for row, block_ids, resumed in zip(rows.tolist(), known.new_block_ids, known.resumed):
+            if resumed:
+                self.table.blocks.replace(row, block_ids)
+            elif block_ids:
+                self.table.blocks.append(row, block_ids)
+
+    # Results -----------------------------------------------------------------
+
+    def _sample(self, batch: InputBatch, hidden: torch.Tensor, result: ModelRunnerOutput) -> None:
+        logits = self.model.compute_logits(hidden[batch.sampled_rows])
+        rows = batch.rows[batch.samples]
+        sampled = self.sampler(
+            logits,
+            SampleBatch(
+                rows=rows,
+                num_tokens=self.table.num_tokens[rows],
+                num_prompt_tokens=self.table.num_prompt_tokens[rows],
+                token_ids=self.table.token_ids,
+            ),
+        )
+        going_on = np.ones(len(rows), bool)
+        going_on[list(sampled.failed)] = False
+        self.table.append_tokens(rows[going_on], sampled.token_ids[going_on])
+        ids = [batch.request_ids[i] for i in batch.samples.tolist()]
+        for column, (i, token_id) in enumerate(zip(batch.samples.tolist(), sampled.token_ids.tolist())):
+            if column not in sampled.failed:
+                result.sampled_token_ids[i] = [token_id]
+        result.failed.update({ids[column]: why for column, why in sampled.failed.items()})
+        result.logprobs.update(
+            {ids[c]: lists for c, lists in sampled.logprobs.items() if c not in sampled.failed}
+        )
+
+    def _add_prompt_logprobs(
+        self, batch: InputBatch, hidden: torch.Tensor, result: ModelRunnerOutput
+    ) -> None:
+        """Logprobs of the prompt tokens that this step's tokens predict, of the requests that asked."""
+        if not self._num_prompt_logprobs:
+            return
+        for i, row in enumerate(batch.rows.tolist()):
+            if row not in self._num_prompt_logprobs:
+                continue
+            begin, num_prompt = int(batch.begins[i]), int(self.table.num_prompt_tokens[row])
+            # The token at p predicts the one at p + 1; the prompt's last predicts none of the prompt.
+            num_rows = min(int(batch.ends[i]), num_prompt - 1) - begin
+            if num_rows <= 0:
+                continue
+            first = int(batch.first_rows[i])
+            targets = torch.from_numpy(self.table.token_ids[row, begin + 1 : begin + 1 + num_rows]).long()
+            lists = self._score(hidden[first : first + num_rows], targets, self._num_prompt_logprobs[row])
+            if lists is None:
+                result.failed[batch.request_ids[i]] = NONFINITE
+            else:
+                result.prompt_logprobs[batch.request_ids[i]] = lists
+
+    def _score(self, hidden: torch.Tensor, targets: torch.Tensor, num_logprobs: int) -> LogprobsLists | None:
+        """Logprobs of `targets`, each predicted by a row of `hidden`; None if a row is not finite."""
+        parts = []
+        for rows, ids in zip(hidden.split(_PROMPT_LOGPROB_ROWS), targets.split(_PROMPT_LOGPROB_ROWS)):
+            logits = self.model.compute_logits(rows)
+            if self.sampler.nonfinite_rows(logits):
+                return None
+            parts.append(self.sampler.logprobs_of(logits, ids, num_logprobs))
+        return concatenate(parts)

@@ -1,0 +1,209 @@
+"""One device's share of the engine: resolves what is still automatic, loads the model, lays out the cache, runs steps.
+
+Every check that can be made without reading a weight is made before one is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from minivllm.attention.backend import AttentionBackend, AttentionSpec
+from minivllm.attention.registry import select_backend
+from minivllm.config.engine import EngineConfig
+from minivllm.exceptions import ConfigError
+from minivllm.logger import init_logger
+from minivllm.messages.kv_cache import KVCacheSpec
+from minivllm.messages.worker import ModelRunnerOutput, SchedulerOutput, WorkerReady
+from minivllm.models import loader
+from minivllm.models.decoder import DecoderForCausalLM
+from minivllm.models.registry import ModelRegistry
+from minivllm.platforms.platform import detect
+from minivllm.sample.sampler import Sampler
+from minivllm.worker import memory
+from minivllm.worker.model_runner import ModelRunner
+
+logger = init_logger(__name__)
+
+_DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "half": torch.float16,
+    "float32": torch.float32,
+    "float": torch.float32,
+}
+_DEFAULT_NUM_BATCHED_TOKENS = 2048
+_DEFAULT_NUM_SEQS = 128
+
+
+class Worker:
+    """Built cheaply; `initialize` does the work and may be called once."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config
+        self.platform = detect()
+        self.runner: ModelRunner | None = None
+
+    @torch.inference_mode()
+    def initialize(self, on_progress: Callable[[str], None]) -> WorkerReady:
+        """Load the model and lay out the KV cache; what was resolved.
+
+        Raises:
+            ModelFilesError: the checkpoint is not what config.json says, or not whole.
+            ConfigError: the model does not fit the machine or the arguments.
+        """
+        config, platform = self.config, self.platform
+        platform.prepare()
+        on_progress("checking the model")
+        dtype = resolve_dtype(config.model.dtype, config.hf_config.dtype)
+        if dtype not in platform.supported_dtypes:
+            raise ConfigError(f"--dtype {name_of(dtype)} is not served on {platform.name}")
+        max_model_len = resolve_max_model_len(config)
+        max_num_seqs = config.scheduler.max_num_seqs or _DEFAULT_NUM_SEQS
+        backend = self._attention_backend(dtype)
+        model = self._build_model(backend, max_model_len)
+        plan = self._check_files(model)
+        size = self._size_cache(model, backend, max_model_len, max_num_seqs)
+        max_num_batched_tokens = self._resolve_num_batched_tokens(size.max_model_len)
+
+        on_progress("loading weights")
+        if plan is None:
+            loader.load_dummy(model, dtype, config.model.seed, config.hf_config.initializer_range)
+        else:
+            loader.load_weights(plan, dtype, show_progress=config.load.use_tqdm_on_load)
+
+        on_progress("laying out the KV cache")
+        # Untouched pages take no memory: they are the system's until a block is written.
+        kv_caches = [
+            torch.empty(backend.kv_cache_shape(size.num_blocks), dtype=dtype, device=platform.device)
+            for _ in range(config.hf_config.num_hidden_layers)
+        ]
+        self.runner = ModelRunner(
+            model,
+            backend,
+            kv_caches,
+            Sampler(config.hf_config.vocab_size, config.model.logprobs_mode, device=platform.device),
+            max_model_len=size.max_model_len,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_num_seqs=max_num_seqs,
+        )
+        return WorkerReady(
+            max_model_len=size.max_model_len,
+            num_blocks=size.num_blocks,
+            block_size=size.block_size,
+            kv_cache_bytes=size.num_bytes,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            dtype=name_of(dtype),
+            numerics_id=platform.numerics_id,
+        )
+
+    def execute_model(self, plan: SchedulerOutput) -> None:
+        """Run the model on a plan's tokens."""
+        self._initialized().execute_model(plan)
+
+    def sample_tokens(self, grammar: bytes | None) -> ModelRunnerOutput:
+        """Sample from the last `execute_model`. grammar: a mask of allowed tokens; there is none yet."""
+        assert grammar is None, "structured output is not implemented"
+        return self._initialized().sample_tokens()
+
+    def shutdown(self) -> None:
+        """Let go of the model and the cache. May be called again."""
+        self.runner = None
+
+    def _initialized(self) -> ModelRunner:
+        assert self.runner is not None, "initialize comes first, and nothing after shutdown"
+        return self.runner
+
+    # Start -------------------------------------------------------------------
+
+    def _attention_backend(self, dtype: torch.dtype) -> AttentionBackend:
+        hf, block_size = self.config.hf_config, self.config.cache.block_size
+        block_size = self.platform.default_block_size if block_size is None else block_size
+        self.platform.check_block_size(block_size)
+        return select_backend(
+            AttentionSpec(
+                num_heads=hf.num_attention_heads,
+                num_kv_heads=hf.num_key_value_heads,
+                head_dim=hf.head_dim,
+                block_size=block_size,
+                dtype=dtype,
+                device=self.platform.device,
+            )
+        )
+
+    def _build_model(self, backend: AttentionBackend, max_model_len: int) -> DecoderForCausalLM:
+        """The model without its weights: pages that nobody has touched."""
+        model_class = ModelRegistry.load_class(self.config.hf_config.architecture)
+        return model_class(self.config.hf_config, backend, max_model_len)
+
+    def _check_files(self, model: DecoderForCausalLM) -> loader.LoadPlan | None:
+        """What will be read from where; None for made-up weights."""
+        if self.config.load.load_format == "dummy":
+            return None
+        return loader.make_plan(model, loader.check_files(Path(self.config.model.model)))
+
+    def _size_cache(
+        self, model: DecoderForCausalLM, backend: AttentionBackend, max_model_len: int, max_num_seqs: int
+    ) -> memory.KVCacheSize:
+        config = self.config
+        dtype_bytes = backend.spec.dtype.itemsize
+        spec = KVCacheSpec(
+            block_size=backend.spec.block_size,
+            block_bytes=backend.block_bytes,
+            num_layers=config.hf_config.num_hidden_layers,
+            layout_id=backend.layout_id,
+        )
+        num_tokens = config.scheduler.max_num_batched_tokens or _DEFAULT_NUM_BATCHED_TOKENS
+        budget = memory.Budget(
+            limit_bytes=self.platform.memory_limit_bytes(),
+            available_bytes=self.platform.memory_available_bytes(),
+            weight_bytes=sum(torch.Size(weight.shape).numel() for weight in model.weights()) * dtype_bytes,
+            step_bytes=memory.step_bytes(config.hf_config, num_tokens, max_num_seqs, dtype_bytes),
+        )
+        is_auto = config.model.max_model_len == "auto"
+        size = memory.size_kv_cache(config.cache, spec, budget, max_model_len, is_auto=is_auto)
+        logger.info("%s", memory.describe(size, budget))
+        return size
+
+    def _resolve_num_batched_tokens(self, max_model_len: int) -> int:
+        """Without chunking, a step must hold the longest prompt."""
+        scheduler = self.config.scheduler
+        given = scheduler.max_num_batched_tokens
+        if scheduler.enable_chunked_prefill:
+            return given or _DEFAULT_NUM_BATCHED_TOKENS
+        if given is not None and given < max_model_len:
+            raise ConfigError(
+                f"--max-num-batched-tokens {given} is less than max_model_len {max_model_len}, and without chunked "
+                "prefill a prompt must fit into one step; raise it, or drop --no-enable-chunked-prefill"
+            )
+        return given or max(_DEFAULT_NUM_BATCHED_TOKENS, max_model_len)
+
+
+def resolve_dtype(asked: str, checkpoint: str | None) -> torch.dtype:
+    """The type of weights and activations; `auto` is the checkpoint's own, bfloat16 where it names none."""
+    return _DTYPES[(checkpoint or "bfloat16") if asked == "auto" else asked]
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def resolve_max_model_len(config: EngineConfig) -> int:
+    """The longest prompt plus output: as asked, or what the model allows (`auto` may shorten it later).
+
+    Raises:
+        ConfigError: more is asked for than the model allows.
+    """
+    allowed = config.hf_config.max_context
+    asked = config.model.max_model_len
+    if asked is None or asked == "auto":
+        return allowed
+    if asked > allowed:
+        raise ConfigError(
+            f"--max-model-len {asked} is more than the {allowed} tokens that config.json allows "
+            "(max_position_embeddings and its rope scaling); lower it"
+        )
+    return asked

@@ -1,0 +1,299 @@
+"""AsyncLLM over real sockets to a real process, with a fake model in it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import threading
+
+import psutil
+import pytest
+
+from minivllm.engine.async_llm import AsyncLLM
+from minivllm.exceptions import EngineDeadError, EngineGenerateError, EngineStartError, RequestError
+from minivllm.sampling_params import RequestOutputKind, SamplingParams
+from tests.engine.engines import POISON, make_config
+
+ENDLESS = {"max_tokens": 100_000, "ignore_eos": True, "output_kind": RequestOutputKind.DELTA}
+LONG = 50_000  # tokens of context: a stream that is still open when something happens to it
+
+pytestmark = pytest.mark.usefixtures("run_dir")
+
+
+def run(
+    scenario, executor: str = "tests.fakes:FakeExecutor", *, max_model_len: int = 256, stat_loggers=()
+) -> None:
+    """Run `scenario(engine)` on a fresh loop with a fresh engine; both are gone afterwards."""
+    engine = AsyncLLM.from_engine_config(
+        make_config(executor, max_model_len=max_model_len), stat_loggers=stat_loggers
+    )
+    try:
+        asyncio.run(asyncio.wait_for(scenario(engine), 60))
+    finally:
+        engine.shutdown()
+    assert not psutil.pid_exists(engine.engine_core.core_pid)
+
+
+async def collect(engine, prompt=(1, 2, 3), request_id: str = "a", **params) -> tuple[list[int], str]:
+    """All tokens of a DELTA request and why it ended."""
+    tokens: list[int] = []
+    async for output in engine.generate(list(prompt), SamplingParams(**{**ENDLESS, **params}), request_id):
+        tokens += output.outputs[0].token_ids
+    assert output.finished
+    return tokens, output.outputs[0].finish_reason
+
+
+def test_many_at_once_equal_each_alone():
+    async def scenario(engine):
+        prompts = [[1 + i % 9, 2, i % 64] for i in range(40)]
+        asked = [collect(engine, p, f"r{i}", max_tokens=1 + i, seed=i) for i, p in enumerate(prompts)]
+        together = await asyncio.gather(*asked)
+        assert [len(tokens) for tokens, _ in together] == [1 + i for i in range(40)]
+        for i in (0, 7, 39):
+            assert await collect(engine, prompts[i], "alone", max_tokens=1 + i, seed=i) == together[i]
+
+    run(scenario)
+
+
+def test_equal_ids_are_two_requests():
+    async def scenario(engine):
+        first, second = await asyncio.gather(*(collect(engine, max_tokens=9, seed=1) for _ in range(2)))
+        assert first == second and len(first[0]) == 9
+
+    run(scenario)
+
+
+def test_n_answers_differ_and_repeat_with_the_seed():
+    async def scenario(engine):
+        params = SamplingParams(
+            n=3, seed=5, max_tokens=8, ignore_eos=True, output_kind=RequestOutputKind.FINAL_ONLY
+        )
+        twice = []
+        for _ in range(2):
+            [output] = [output async for output in engine.generate([1, 2], params, "n")]
+            assert output.finished and [answer.index for answer in output.outputs] == [0, 1, 2]
+            twice.append([answer.token_ids for answer in output.outputs])
+        assert twice[0] == twice[1] and len({tuple(tokens) for tokens in twice[0]}) == 3
+
+    run(scenario)
+
+
+def test_closing_the_generator_aborts_exactly_once():
+    async def scenario(engine):
+        sent: list[list[str]] = []
+        abort = engine.engine_core.abort_requests
+        engine.engine_core.abort_requests = lambda ids: (sent.append(ids) if ids else None, abort(ids))
+        stream = engine.generate([1], SamplingParams(**ENDLESS), "a")
+        await anext(stream)
+        await stream.aclose()
+        task = asyncio.create_task(collect(engine, request_id="b"))
+        await asyncio.sleep(0.05)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert [[id.rpartition("-")[0] for id in ids] for ids in sent] == [["a"], ["b"]]
+        assert engine.output_processor.num_unfinished_requests == 0
+        assert await reset_succeeds(engine)
+
+    run(scenario, max_model_len=LONG)
+
+
+async def reset_succeeds(engine) -> bool:
+    """Whether the core soon holds no block: its cache can be reset only then."""
+    for _ in range(100):
+        if await engine.reset_prefix_cache():
+            return True
+        await asyncio.sleep(0.02)
+    return False
+
+
+def test_an_abort_by_id_ends_the_stream_with_that_reason():
+    async def scenario(engine):
+        task = asyncio.create_task(collect(engine))
+        await asyncio.sleep(0.05)
+        await engine.abort("a")
+        assert (await task)[1] == "abort"
+        assert await reset_succeeds(engine)
+
+    run(scenario, max_model_len=LONG)
+
+
+def test_a_request_at_fault_is_refused_before_the_engine_sees_it():
+    async def scenario(engine):
+        with pytest.raises(RequestError, match="vocabulary"):
+            await collect(engine, [10_000])
+        assert len((await collect(engine, max_tokens=3))[0]) == 3
+
+    run(scenario)
+
+
+def test_a_request_that_fails_in_the_engine_leaves_the_others_alone():
+    async def scenario(engine):
+        good, bad = await asyncio.gather(
+            collect(engine, max_tokens=20), collect(engine, [POISON], "b"), return_exceptions=True
+        )
+        assert isinstance(bad, EngineGenerateError) and "non-finite" in str(bad)
+        assert len(good[0]) == 20
+
+    run(scenario, "tests.engine.engines:FailingRowExecutor")
+
+
+def test_an_undecodable_request_is_answered_with_an_error():
+    async def scenario(engine):
+        from minivllm.messages.codec import encode
+        from minivllm.messages.engine import RequestType
+
+        send = engine.engine_core.add_request
+        core = engine.engine_core._core
+        engine.engine_core.add_request = lambda request: core.send(
+            RequestType.ADD, encode([request.request_id, "no list", 3, "no seed"])
+        )
+        with pytest.raises(EngineGenerateError, match="cannot be decoded"):
+            await collect(engine)
+        engine.engine_core.add_request = send
+        assert len((await collect(engine, max_tokens=3))[0]) == 3
+
+    run(scenario)
+
+
+def test_a_slow_consumer_gets_every_token():
+    async def scenario(engine):
+        tokens: list[int] = []
+        num_outputs = 0
+        async for output in engine.generate([1], SamplingParams(**{**ENDLESS, "max_tokens": 200}), "slow"):
+            tokens += output.outputs[0].token_ids
+            num_outputs += 1
+            await asyncio.sleep(0.02)
+        assert len(tokens) == 200 > num_outputs
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSEGV])
+def test_the_death_of_the_core_is_told_to_everyone_by_its_signal(how):
+    async def scenario(engine):
+        tasks = [asyncio.create_task(collect(engine, request_id=f"r{i}")) for i in range(5)]
+        await asyncio.sleep(0.1)
+        os.kill(engine.engine_core.core_pid, how)
+        results = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 10)
+        assert {type(result) for result in results} == {EngineDeadError}
+        assert how.name in str(results[0]) and how.name in str(await engine.wait_dead())
+        assert engine.errored and not engine.is_running
+        for call in (engine.check_health, engine.reset_prefix_cache, lambda: collect(engine)):
+            with pytest.raises(EngineDeadError):
+                await call()
+
+    run(scenario, max_model_len=LONG)
+
+
+def test_the_death_of_an_idle_core_is_known_without_a_request():
+    async def scenario(engine):
+        await engine.check_health()
+        os.kill(engine.engine_core.core_pid, signal.SIGKILL)
+        assert "SIGKILL" in str(await engine.wait_dead())
+
+    run(scenario)
+
+
+def test_a_core_that_is_terminated_says_so():
+    async def scenario(engine):
+        task = asyncio.create_task(collect(engine))
+        await asyncio.sleep(0.1)
+        os.kill(engine.engine_core.core_pid, signal.SIGTERM)
+        with pytest.raises(EngineDeadError, match="SIGTERM"):
+            await task
+
+    run(scenario, max_model_len=LONG)
+
+
+@pytest.mark.parametrize(
+    ("executor", "cause"),
+    [
+        ("tests.engine.engines:PoisonedExecutor", "ValueError: the model met its poison"),
+        ("tests.engine.engines:DyingWorkerExecutor", "worker 0 was killed by SIGKILL"),
+    ],
+)
+def test_a_failure_in_a_step_gives_its_cause(executor, cause):
+    async def scenario(engine):
+        with pytest.raises(EngineDeadError, match=cause):
+            await collect(engine, [POISON], max_tokens=50)
+
+    run(scenario, executor)
+
+
+@pytest.mark.parametrize("in_loop", [True, False])
+def test_shutdown_ends_open_requests_as_aborted(in_loop):
+    async def scenario(engine):
+        tasks = [asyncio.create_task(collect(engine, request_id=f"r{i}")) for i in range(3)]
+        await asyncio.sleep(0.1)
+        engine.shutdown() if in_loop else await asyncio.to_thread(engine.shutdown)
+        assert {reason for _, reason in await asyncio.gather(*tasks)} == {"abort"}
+        with pytest.raises(EngineDeadError, match="shut down"):
+            await collect(engine)
+
+    run(scenario, max_model_len=LONG)
+
+
+def test_a_shutdown_with_time_lets_requests_finish():
+    async def scenario(engine):
+        tasks = [asyncio.create_task(collect(engine, request_id=f"r{i}", max_tokens=200)) for i in range(3)]
+        await asyncio.sleep(0.01)
+        await asyncio.to_thread(engine.shutdown, 30)
+        assert {(len(tokens), reason) for tokens, reason in await asyncio.gather(*tasks)} == {(200, "length")}
+
+    run(scenario)
+
+
+def test_the_engine_may_be_built_in_a_thread_that_ends():
+    built: list[AsyncLLM] = []
+    thread = threading.Thread(target=lambda: built.append(AsyncLLM.from_engine_config(make_config())))
+    thread.start()
+    thread.join()
+    try:
+        assert len(asyncio.run(collect(built[0], max_tokens=5))[0]) == 5
+        assert (
+            len(asyncio.run(collect(built[0], max_tokens=5))[0]) == 5
+        )  # and used by one loop after the other
+    finally:
+        built[0].shutdown()
+
+
+def test_stat_loggers_hear_of_every_step():
+    class Counter:
+        tokens, ended, running = 0, 0, []
+
+        def record(self, scheduler_stats, iteration):
+            self.tokens += iteration.num_generation_tokens
+            self.ended += len(iteration.finished_requests)
+            self.running.append(scheduler_stats.num_running_reqs)
+
+    counter = Counter()
+
+    async def scenario(engine):
+        await asyncio.gather(*(collect(engine, request_id=f"r{i}", max_tokens=5) for i in range(3)))
+        while counter.running[-1]:
+            await asyncio.sleep(0.01)
+        assert (counter.tokens, counter.ended) == (15, 3)
+
+    run(scenario, stat_loggers=[counter])
+
+
+@pytest.mark.parametrize(
+    ("executor", "message", "exit_code"),
+    [
+        ("tests.engine.engines:BrokenModelExecutor", "model.norm.weight has shape [63]", 3),
+        ("tests.engine.engines:CrashingStartExecutor", "killed by SIGKILL", 1),
+        ("nothing", "is no executor", 2),
+    ],
+)
+def test_a_start_that_fails_gives_one_line_and_an_exit_code(executor, message, exit_code):
+    with pytest.raises(EngineStartError) as failed:
+        AsyncLLM.from_engine_config(make_config(executor))
+    assert message in str(failed.value) and "\n" not in str(failed.value)
+    assert failed.value.exit_code == exit_code
+
+
+def test_a_crash_while_starting_names_the_phase():
+    with pytest.raises(EngineStartError, match="loading weights"):
+        AsyncLLM.from_engine_config(make_config("tests.engine.engines:CrashingStartExecutor"))

@@ -1,0 +1,108 @@
+"""EngineCore alone: what each client hears of each step."""
+
+from __future__ import annotations
+
+import pytest
+
+from minivllm.engine.core import EngineCore
+from minivllm.exceptions import ConfigError, ModelFilesError
+from minivllm.messages.engine import EngineCoreRequest, FinishReason, UtilityRequest
+from minivllm.sampling_params import SamplingParams
+from tests.engine.engines import POISON, make_config
+
+
+def make_core(executor: str = "tests.fakes:FakeExecutor") -> EngineCore:
+    return EngineCore(make_config(executor), on_death=lambda cause: None, on_progress=lambda phase: None)
+
+
+def request(request_id: str, prompt=(1, 2, 3), *, client_index: int = 0, **params) -> EngineCoreRequest:
+    params = SamplingParams(ignore_eos=True, **params)
+    return EngineCoreRequest(request_id, list(prompt), params, seed=1, client_index=client_index)
+
+
+def run(core: EngineCore) -> dict[str, list]:
+    """Step to the end; each request's outputs."""
+    heard: dict[str, list] = {}
+    while core.has_requests():
+        for message in core.step().values():
+            for output in message.outputs:
+                heard.setdefault(output.request_id, []).append(output)
+    return heard
+
+
+def ends(outputs) -> list[FinishReason]:
+    return [output.finish_reason for output in outputs if output.finish_reason is not None]
+
+
+def test_every_client_hears_of_its_own_requests():
+    core = make_core()
+    core.add_request(request("a", max_tokens=1))
+    core.add_request(request("b", max_tokens=1, client_index=1))
+    messages = core.step()
+    heard = {
+        client: [output.request_id for output in message.outputs] for client, message in messages.items()
+    }
+    assert heard == {0: ["a"], 1: ["b"]}
+    assert messages[0].scheduler_stats is not None and messages[1].scheduler_stats is None
+
+
+def test_a_request_the_scheduler_refuses_is_answered_with_an_error():
+    core = make_core()
+    core.add_request(request("a", prompt=()))
+    [output] = run(core)["a"]
+    assert output.finish_reason is FinishReason.ERROR and "empty" in output.error
+
+
+def test_a_failed_row_ends_that_request_alone():
+    core = make_core("tests.engine.engines:FailingRowExecutor")
+    core.add_request(request("good", max_tokens=5))
+    core.add_request(request("bad", prompt=(POISON, 1), max_tokens=5))
+    heard = run(core)
+    assert ends(heard["bad"]) == [FinishReason.ERROR] and heard["bad"][-1].error == "non-finite logits"
+    assert ends(heard["good"]) == [FinishReason.LENGTH] and len(heard["good"]) == 5
+
+
+def test_an_abort_that_arrives_during_the_step_wins_over_its_result():
+    core = make_core()
+    core.add_request(request("a", max_tokens=1))
+    [output] = core.step(lambda: core.abort_requests(["a"]))[0].outputs
+    assert (output.finish_reason, output.new_token_ids) == (FinishReason.ABORT, [])
+    assert run(core) == {}
+
+
+def test_after_an_abort_the_statistics_say_that_nothing_runs():
+    core = make_core()
+    core.add_request(request("a", max_tokens=50))
+    assert core.step()[0].scheduler_stats.num_running_reqs == 1
+    core.abort_requests(["a"])
+    assert core.has_requests()
+    assert core.step()[0].scheduler_stats.num_running_reqs == 0
+
+
+def test_abort_all_answers_everyone_once():
+    core = make_core()
+    for name in "abc":
+        core.add_request(request(name, max_tokens=50))
+    core.step()
+    outputs = core.abort_all()[0].outputs
+    assert sorted((o.request_id, str(o.finish_reason)) for o in outputs) == [
+        (name, "abort") for name in "abc"
+    ]
+
+
+def test_only_listed_utilities_can_be_called():
+    core = make_core()
+    assert core.call_utility(UtilityRequest(1, "reset_prefix_cache")).result is True
+    assert "no utility 'shutdown'" in core.call_utility(UtilityRequest(2, "shutdown")).failure
+
+
+def test_an_executor_that_is_none_is_a_config_error():
+    with pytest.raises(ConfigError, match="uni, ray"):
+        make_core("threads")
+    with pytest.raises(ConfigError, match="cannot load"):
+        make_core("tests.fakes:NoSuchExecutor")
+
+
+def test_what_the_worker_finds_wrong_comes_through():
+    with pytest.raises(ModelFilesError, match=r"model\.norm\.weight"):
+        make_core("tests.engine.engines:BrokenModelExecutor")

@@ -1,0 +1,127 @@
+"""What passes the processor cannot make a step fail; what does not is refused with the field's name."""
+
+from __future__ import annotations
+
+import pytest
+
+from minivllm.engine.parallel_sampling import child_seed
+from minivllm.engine.processor import Processor, default_sampling_params
+from minivllm.exceptions import RequestError
+from minivllm.messages.engine import EngineCoreReady
+from minivllm.sampling_params import SamplingParams
+from tests.engine.engines import VOCAB_SIZE, make_config
+from tests.engine.tokenizers import byte_level
+
+READY = EngineCoreReady(
+    max_model_len=32, num_gpu_blocks=4, block_size=16, kv_cache_bytes=1, max_num_seqs=4, max_num_batched_tokens=64,
+    dtype="fake", vocab_size=VOCAB_SIZE,
+)  # fmt: skip
+
+
+def processor(tokenizer=None, generation_config=None, **model) -> Processor:
+    config = make_config(**model)
+    if generation_config is not None:
+        object.__setattr__(config, "generation_config", generation_config)
+    return Processor(config, READY, tokenizer)
+
+
+def process(prompt, processor_=None, **params):
+    return (processor_ or processor()).process_inputs("id", prompt, SamplingParams(**params))[0]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "param"),
+    [
+        ([], {}, "prompt"),
+        ([VOCAB_SIZE], {}, "prompt"),
+        ([-1], {}, "prompt"),
+        (["a"], {}, "prompt"),
+        ([1.5], {}, "prompt"),
+        ([1] * 32, {}, "prompt"),
+        ("text", {}, "prompt"),
+        ({}, {}, "prompt"),
+        ({"prompt_token_ids": "ab"}, {}, "prompt"),
+        ({"prompt_token_ids": [1], "multi_modal_data": {}}, {}, "prompt"),
+        ({"prompt_token_ids": [1], "cache_salt": ""}, {}, "cache_salt"),
+        (3, {}, "prompt"),
+        ([1], {"logprobs": 21}, "logprobs"),
+        ([1], {"logprobs": -1}, "logprobs"),
+        ([1], {"prompt_logprobs": 21}, "prompt_logprobs"),
+        ([1], {"stop_token_ids": [VOCAB_SIZE]}, "stop_token_ids"),
+        ([1], {"allowed_token_ids": []}, "allowed_token_ids"),
+        ([1], {"allowed_token_ids": [VOCAB_SIZE]}, "allowed_token_ids"),
+        ([1], {"logit_bias": {VOCAB_SIZE: 1.0}}, "logit_bias"),
+        ([1], {"logit_bias": {1: float("nan")}}, "logit_bias"),
+        ([1], {"stop": ["x"]}, "stop"),
+        ([1] * 30, {"min_tokens": 5, "max_tokens": 5}, "min_tokens"),
+    ],
+)
+def test_what_does_not_fit_the_model_is_refused_by_name(prompt, params, param):
+    with pytest.raises(RequestError) as refused:
+        process(prompt, **params)
+    assert refused.value.param == param
+
+
+def test_max_tokens_ends_where_the_context_does():
+    assert process([1] * 10, max_tokens=None).sampling_params.max_tokens == 22
+    assert process([1] * 10, max_tokens=100).sampling_params.max_tokens == 22
+    assert process([1] * 10, max_tokens=5).sampling_params.max_tokens == 5
+
+
+def test_all_logprobs_need_max_logprobs_minus_one():
+    assert process([1], processor(max_logprobs=-1), logprobs=-1).sampling_params.logprobs == -1
+
+
+def test_text_is_tokenized_and_kept():
+    tokenizer = byte_level()
+    config = make_config()
+    object.__setattr__(config.hf_config, "vocab_size", tokenizer.vocab_size)
+    request, text = Processor(config, READY, tokenizer).process_inputs("id", "the fox", SamplingParams())
+    assert request.prompt_token_ids == tokenizer.encode("the fox")
+    assert text == "the fox"
+
+
+def test_a_second_end_token_acts_as_a_stop_token_unless_eos_is_ignored():
+    some = processor(generation_config={"eos_token_id": [2, 3]})
+    assert process([1], some).eos_token_ids == [2]
+    assert process([1], some, stop_token_ids=[5]).sampling_params.stop_token_ids == [5, 3]
+    assert process([1], some, ignore_eos=True).sampling_params.stop_token_ids == []
+
+
+def test_the_callers_parameters_are_left_alone():
+    params = SamplingParams(max_tokens=None, stop_token_ids=[5])
+    processor(generation_config={"eos_token_id": [2, 3]}).process_inputs("id", [1], params)
+    assert (params.max_tokens, params.stop_token_ids) == (None, [5])
+
+
+def test_every_request_has_a_seed_of_64_bits():
+    assert process([1], seed=7).seed == 7
+    assert process([1], seed=-2).seed == 2**64 - 2
+    fresh = {process([1]).seed for _ in range(20)}
+    assert len(fresh) == 20 and all(0 <= seed < 2**64 for seed in fresh)
+
+
+def test_children_have_seeds_of_their_own():
+    # Reference values: SplitMix64 started at 0, as its authors publish it.
+    assert [child_seed(0, i) for i in range(3)] == [
+        0xE220A8397B1DCDAF,
+        0x6E789E6AA1B965F4,
+        0x06C45D188009454F,
+    ]
+    assert len({child_seed(seed, i) for seed in (1, 2) for i in range(100)}) == 200
+
+
+def test_equal_ids_of_two_requests_do_not_collide():
+    first, second = process([1]), process([1])
+    assert first.request_id.startswith("id-") and first.request_id != second.request_id
+
+
+def test_a_priority_is_refused_until_there_is_a_policy_for_it():
+    with pytest.raises(RequestError) as refused:
+        processor().process_inputs("id", [1], SamplingParams(), priority=1)
+    assert refused.value.param == "priority"
+
+
+def test_the_generation_config_gives_defaults_under_our_names():
+    config = {"temperature": 0.6, "max_new_tokens": 9, "do_sample": True, "top_k": None}
+    assert default_sampling_params(config) == {"temperature": 0.6, "max_tokens": 9}

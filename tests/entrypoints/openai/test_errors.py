@@ -1,0 +1,179 @@
+"""What clients see when something is wrong: one body, the right status, nothing of the inside."""
+
+from __future__ import annotations
+
+import pytest
+
+from minivllm.exceptions import EngineDeadError, EngineGenerateError
+from tests.entrypoints.openai.conftest import Api
+from tests.entrypoints.openai.fakes import MAX_MODEL_LEN, FakeEngine
+
+JSON = {"content-type": "application/json"}
+
+
+def error_of(response) -> dict:
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["code"] == response.status_code
+    return error
+
+
+@pytest.mark.parametrize(
+    ("change", "param", "says"),
+    [
+        ({"prompt": None}, "prompt", "missing"),
+        ({"prompt": ""}, "prompt", "empty"),
+        ({"prompt": []}, "prompt", "empty"),
+        ({"prompt": ["a", ""]}, "prompt", "prompt[1]"),
+        ({"prompt": [1, "a"]}, "prompt", "token ids"),
+        ({"prompt": [1, -1]}, "prompt", "token ids"),
+        ({"prompt": [True]}, "prompt", "token ids"),
+        ({"prompt": {"a": 1}}, "prompt", "token ids"),
+        ({"prompt": [[1], 2]}, "prompt", "prompt[1]"),
+        ({"prompt": ["a"] * 1025}, "prompt", "1024"),
+        ({"prompt": [99999]}, "prompt", "99999"),
+        ({"prompt": "x" * MAX_MODEL_LEN}, "prompt", str(MAX_MODEL_LEN)),
+        ({"prompt": "x" * MAX_MODEL_LEN * 300}, "prompt", "characters"),
+        ({"max_tokens": 1000}, "max_tokens", "max_tokens=1000"),
+        ({"max_tokens": 0}, "max_tokens", "echo"),
+        ({"max_tokens": -1}, "max_tokens", "-1"),
+        ({"temperature": 3}, "temperature", "3"),
+        ({"temperature": 0, "n": 2}, "n", "greedy"),
+        ({"top_p": 0}, "top_p", "0"),
+        ({"n": 0}, "n", "0"),
+        ({"n": 20000}, "n", "16384"),
+        ({"seed": 2**70}, "seed", None),
+        ({"stop": ["a"] * 5}, "stop", "4"),
+        ({"stop": ""}, None, None),
+        ({"stop_token_ids": [5000]}, "stop_token_ids", "5000"),
+        ({"logit_bias": {"x": 1}}, "logit_bias", "x"),
+        ({"logit_bias": {"5000": 1}}, "logit_bias", "5000"),
+        ({"allowed_token_ids": []}, "allowed_token_ids", "empty"),
+        ({"logprobs": 21}, "logprobs", "20"),
+        ({"logprobs": -2}, "logprobs", "-2"),
+        ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs", "stream"),
+        ({"stream_options": {"include_usage": True}}, "stream_options", "stream"),
+        ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens", "0"),
+        ({"truncation_side": "middle"}, "truncation_side", "left"),
+        ({"cache_salt": "a/b"}, "cache_salt", "1 to 128"),
+        ({"request_id": "a\nb"}, "request_id", "printable"),
+        ({"min_tokens": 20, "max_tokens": 10}, "min_tokens", "10"),
+        ({"suffix": "end"}, "suffix", "not supported yet"),
+        ({"best_of": 3}, "best_of", "not supported yet"),
+        ({"guided_json": {}}, "guided_json", "not supported yet"),
+        ({"structured_outputs": {"regex": "a"}}, "structured_outputs", "not supported yet"),
+        ({"use_beam_search": True}, "use_beam_search", "not supported yet"),
+        ({"kv_transfer_params": {}}, "kv_transfer_params", "not supported yet"),
+        ({"bad_words": ["x"]}, "bad_words", "not supported yet"),
+    ],
+)
+def test_a_wrong_field_is_refused_by_name(api: Api, change: dict, param: str | None, says: str | None):
+    response = api.post("/v1/completions", {"prompt": "Hi", **change})
+    assert response.status_code == 400
+    error = error_of(response)
+    assert error["type"] == "BadRequestError"
+    if param:
+        assert error["param"] == param
+    assert (says or "") in error["message"]
+    assert api.engine.calls == []
+
+
+def test_a_field_of_the_wrong_type_is_a_validation_error(api: Api):
+    error = error_of(api.post("/v1/completions", {"prompt": "Hi", "temperature": "hot", "n": [1]}))
+    assert (error["type"], error["param"], error["code"]) == ("Bad Request", "body.n", 400)
+    assert error["message"].startswith("2 validation errors:")
+    assert "body.temperature" in error["message"] and "'hot'" in error["message"]
+
+
+@pytest.mark.parametrize("content", [b"{", b"", b"[1]", b'"x"', b"\xff", b"[" * 100_000])
+def test_a_body_that_is_no_object_is_a_400(api: Api, content: bytes):
+    response = api.request("POST", "/v1/completions", content=content, headers=JSON)
+    assert response.status_code == 400
+    error_of(response)
+
+
+@pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", ""])
+def test_another_content_type_is_a_400(api: Api, content_type: str):
+    headers = {"content-type": content_type}
+    response = api.request("POST", "/v1/completions", content=b'{"prompt": "x"}', headers=headers)
+    assert response.status_code == 400
+    assert "application/json" in error_of(response)["message"]
+
+
+def test_half_a_surrogate_pair_is_refused_and_never_breaks_the_answer(api: Api):
+    for body in (
+        rb'{"prompt": "\ud800"}',
+        rb'{"prompt": "x", "stop": "\udfff"}',
+        rb'{"prompt": "x", "model": "\ud800"}',
+    ):
+        response = api.request("POST", "/v1/completions", content=body, headers=JSON)
+        assert response.status_code in (400, 404)
+        error_of(response)
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"])
+def test_an_unknown_model_is_a_404_that_names_those_there_are(api: Api, path: str):
+    body = {"model": "nobody", "prompt": "x", "messages": [{"role": "user", "content": "x"}], "tokens": [1]}
+    error = error_of(api.post(path, body))
+    assert (error["code"], error["type"], error["param"]) == (404, "NotFoundError", "model")
+    assert "`nobody`" in error["message"] and "`fake`" in error["message"]
+
+
+def test_an_unknown_route_and_a_wrong_method_have_the_same_body(api: Api):
+    assert error_of(api.get("/v1/nothing"))["code"] == 404
+    response = api.get("/v1/completions")
+    assert error_of(response)["code"] == 405
+    assert response.headers["allow"] == "POST"
+
+
+def test_a_request_that_fails_in_the_engine_is_a_500(api: Api):
+    api.engine.fail_after, api.engine.failure = (
+        0,
+        EngineGenerateError("no such block at 0x7f0012345678 in /a/b/c.py"),
+    )
+    error = error_of(api.post("/v1/completions", {"prompt": "Hi"}))
+    assert (error["code"], error["type"]) == (500, "InternalServerError")
+    assert error["message"] == "no such block at … in …"
+
+
+def test_an_unexpected_failure_is_a_500_that_says_nothing_of_the_inside(api: Api):
+    api.engine.fail_after, api.engine.failure = 0, KeyError("secret")
+    error = error_of(api.post("/v1/completions", {"prompt": "Hi"}))
+    assert error["code"] == 500
+    assert "secret" not in error["message"]
+
+
+def test_an_answer_that_never_finished_is_an_error(api: Api):
+    api.engine.ends_early = True
+    assert error_of(api.post("/v1/completions", {"prompt": "Hi"}))["code"] == 500
+    assert "error" in api.stream()[-1]
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+@pytest.mark.parametrize(
+    "failure", [EngineDeadError(), EngineGenerateError("one step failed"), ValueError("secret")]
+)
+def test_a_stream_that_fails_ends_with_one_error_event(api: Api, path: str, failure: Exception):
+    api.engine.fail_after, api.engine.failure = 3, failure
+    chunks = api.stream(path)
+    assert chunks[-1]["error"]["code"] == 500
+    assert "secret" not in chunks[-1]["error"]["message"]
+    assert len(chunks) > 2
+
+
+def test_a_stream_that_fails_before_its_first_chunk_is_a_status(api: Api):
+    api.engine.fail_after, api.engine.failure = 0, EngineDeadError()
+    assert error_of(api.post("/v1/completions", {"prompt": "Hi", "stream": True}))["code"] == 500
+
+
+def test_one_prompt_that_fails_ends_the_others(api: Api):
+    api.engine.fail_after, api.engine.failure = 3, EngineGenerateError("one step failed")
+    assert "error" in api.stream(prompt=["a", "b", "c"])[-1]
+    assert api.engine.num_open == 0
+
+
+def test_a_dead_engine_is_not_healthy(api: Api, engine: FakeEngine):
+    assert (api.get("/health").status_code, api.get("/health").content) == (200, b"")
+    engine.dead_error = EngineDeadError()
+    assert api.get("/health").status_code == 503
+    assert api.get("/ping").status_code == api.post("/ping", None).status_code == 503

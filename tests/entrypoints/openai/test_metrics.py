@@ -1,0 +1,106 @@
+"""vLLM's metric names at /metrics, and the ten-second line."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from minivllm.messages.stats import FinishedRequestStats, IterationStats, PrefixCacheStats, SchedulerStats
+from minivllm.metrics.logging import LoggingStatLogger
+from minivllm.metrics.prometheus import request_tokens_buckets
+from tests.entrypoints.openai.conftest import Api
+
+FINISHED = FinishedRequestStats("stop", 10, 5, 4, 16, 1, 2.0, 0.25, 0.5, 1.0)
+ITERATION = IterationStats(10, 4, 7, [0.3], [0.02, 0.03], [FINISHED])
+SCHEDULER = SchedulerStats(3, 2, 0.5, PrefixCacheStats(10, 4), 1, 100)
+
+
+def samples(api: Api) -> dict[str, float]:
+    """Every sample by name, with the labels that are not the model's."""
+    found = {}
+    for family in text_string_to_metric_families(api.get("/metrics").text):
+        for sample in family.samples:
+            labels = {k: v for k, v in sample.labels.items() if k not in ("model_name", "engine")}
+            found[sample.name + ("".join(f"{{{v}}}" for v in labels.values()))] = sample.value
+    return found
+
+
+def test_what_the_engine_counts_is_exposed_under_vllms_names(api: Api):
+    api.stats.record(SCHEDULER, ITERATION)
+    api.stats.record(None, IterationStats(num_generation_tokens=1))
+    found = samples(api)
+    expected = {
+        "vllm:num_requests_running": 3,
+        "vllm:num_requests_waiting": 2,
+        "vllm:kv_cache_usage_perc": 0.5,
+        "vllm:prefix_cache_queries_total": 10,
+        "vllm:prefix_cache_hits_total": 4,
+        "vllm:num_preemptions_total": 1,
+        "vllm:prompt_tokens_total": 10,
+        "vllm:prompt_tokens_cached_total": 4,
+        "vllm:prompt_tokens_by_source_total{local_compute}": 6,
+        "vllm:prompt_tokens_by_source_total{local_cache_hit}": 4,
+        "vllm:generation_tokens_total": 8,
+        "vllm:request_success_total{stop}": 1,
+        "vllm:request_success_total{abort}": 0,
+        "vllm:iteration_tokens_total_sum": 100,
+        "vllm:time_to_first_token_seconds_sum": 0.3,
+        "vllm:time_to_first_token_seconds_bucket{0.25}": 0,
+        "vllm:time_to_first_token_seconds_bucket{0.5}": 1,
+        "vllm:inter_token_latency_seconds_count": 2,
+        "vllm:request_time_per_output_token_seconds_sum": 0.25,
+        "vllm:e2e_request_latency_seconds_sum": 2.0,
+        "vllm:request_queue_time_seconds_sum": 0.25,
+        "vllm:request_inference_time_seconds_sum": 1.5,
+        "vllm:request_prefill_time_seconds_sum": 0.5,
+        "vllm:request_decode_time_seconds_sum": 1.0,
+        "vllm:request_prompt_tokens_sum": 10,
+        "vllm:request_generation_tokens_sum": 5,
+        "vllm:request_max_num_generation_tokens_sum": 5,
+        "vllm:request_params_max_tokens_sum": 16,
+        "vllm:request_params_n_sum": 1,
+        "vllm:request_prefill_kv_computed_tokens_sum": 6,
+    }
+    assert {name: found.get(name) for name in expected} == expected
+    assert found["process_resident_memory_bytes"] > 0
+
+
+def test_every_metric_names_its_model(api: Api):
+    lines = [
+        line for line in api.get("/metrics").text.splitlines() if line.startswith("vllm:num_requests_running")
+    ]
+    assert lines == ['vllm:num_requests_running{engine="0",model_name="fake"} 0.0']
+
+
+def test_the_sizes_of_the_cache_are_labels(api: Api):
+    (line,) = [
+        line for line in api.get("/metrics").text.splitlines() if line.startswith("vllm:cache_config_info{")
+    ]
+    assert 'block_size="32"' in line and 'num_gpu_blocks="10"' in line
+
+
+def test_token_buckets_are_a_1_2_5_series_up_to_the_context():
+    assert request_tokens_buckets(1000) == [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000]
+    assert request_tokens_buckets(999)[-1] == 500
+
+
+def test_the_line_tells_rates_and_is_silent_when_idle(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(logging.getLogger("minivllm"), "propagate", True)
+    caplog.set_level(logging.INFO, logger="minivllm")
+    line = LoggingStatLogger(now=0.0)
+    line.log(10.0)
+    assert caplog.messages == []
+    line.record(SCHEDULER, ITERATION)
+    line.record(SchedulerStats(), IterationStats())
+    line.log(20.0)
+    line.log(30.0)
+    line.log(40.0)
+    busy, at_rest = caplog.messages
+    assert "Avg prompt throughput: 1.0 tokens/s" in busy
+    assert "Avg generation throughput: 0.7 tokens/s" in busy
+    assert "Prefix cache hit rate: 40.0%" in busy
+    assert "Avg generation throughput: 0.0 tokens/s, Running: 0 reqs" in at_rest

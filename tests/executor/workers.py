@@ -1,0 +1,60 @@
+"""A worker without a model, for executors that want a `Worker`; and executors that use it."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+from minivllm.config.engine import EngineConfig
+from minivllm.exceptions import ModelFilesError
+from minivllm.executor.ray import RayExecutor
+from minivllm.executor.uniproc import UniProcExecutor
+from minivllm.messages.worker import ModelRunnerOutput, SchedulerOutput, WorkerReady
+from tests.fakes import FakeWorker
+
+
+class PlainWorker:
+    """`worker.Worker`'s seam over a FakeWorker. A prompt may ask for trouble by its first token."""
+
+    RAISE, DIE = 13, 14
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config
+
+    def initialize(self, on_progress) -> WorkerReady:
+        if self.config.model.model == "broken":
+            raise ModelFilesError("model.norm.weight has shape [63], expected [64]")
+        on_progress("pretending to load")
+        self.worker = FakeWorker(num_blocks=64, block_size=16, vocab_size=self.config.hf_config.vocab_size)
+        return WorkerReady(256, 64, 16, 1024, 16, 256, "fake", "fake")
+
+    def execute_model(self, plan: SchedulerOutput) -> None:
+        first_tokens = {new.prompt_token_ids[0] for new in plan.scheduled_new_reqs}
+        if self.RAISE in first_tokens:
+            raise ValueError("the model met its poison")
+        if self.DIE in first_tokens:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.result = self.worker.run(plan)
+
+    def sample_tokens(self, grammar: bytes | None) -> ModelRunnerOutput:
+        return self.result
+
+    def echo(self, value):
+        return value
+
+    def shutdown(self) -> None:
+        pass
+
+
+class PlainUniExecutor(UniProcExecutor):
+    """The in-process executor over a PlainWorker."""
+
+    def initialize(self) -> WorkerReady:
+        self.worker = PlainWorker(self.config)
+        return self.worker.initialize(self.on_progress)
+
+
+class PlainRayExecutor(RayExecutor):
+    """The Ray executor over a PlainWorker."""
+
+    worker_class = "tests.executor.workers:PlainWorker"

@@ -1,0 +1,131 @@
+"""A small engine in one process: the real scheduler drives the real worker, step by step, without sockets."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from minivllm.config.cache import CacheConfig
+from minivllm.config.engine import EngineConfig
+from minivllm.config.hf_config import HFConfig
+from minivllm.config.load import LoadConfig
+from minivllm.config.model import ModelConfig
+from minivllm.config.scheduler import SchedulerConfig
+from minivllm.core.sched.scheduler import Scheduler
+from minivllm.messages.engine import EngineCoreOutput, EngineCoreRequest
+from minivllm.sampling_params import SamplingParams
+from minivllm.worker.worker import Worker
+
+BLOCK_SIZE = 32
+
+
+def engine_config(model: Path, **options: Any) -> EngineConfig:
+    """An EngineConfig for a model directory; options are fields of any of its parts."""
+    hf_config = HFConfig.from_dict(json.loads((model / "config.json").read_text()))
+    parts = {
+        "cache": (CacheConfig, {"block_size": BLOCK_SIZE}),
+        "scheduler": (SchedulerConfig, {}),
+        "load": (LoadConfig, {"use_tqdm_on_load": False}),
+        "model": (ModelConfig, {"model": str(model), "max_model_len": "auto"}),
+    }
+    made = {}
+    for name, (cls, values) in parts.items():
+        chosen = {key: options.pop(key) for key in list(options) if key in cls.__dataclass_fields__}
+        made[name] = cls(**values | chosen)
+    assert not options, options
+    return EngineConfig(hf_config=hf_config, **made)
+
+
+@dataclass
+class Answer:
+    """All that came back for one request."""
+
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[dict[int, float]] = field(default_factory=list)
+    ranks: list[int] = field(default_factory=list)
+    prompt_logprobs: list[dict[int, float]] = field(default_factory=list)
+    num_cached_tokens: int = field(default=0, compare=False)
+    finish_reason: str | None = None
+    error: str | None = None
+
+    def take(self, output: EngineCoreOutput) -> None:
+        assert self.finish_reason is None, "an output after the last one"
+        self.tokens += output.new_token_ids
+        for lists, rows in (
+            (output.new_logprobs, self.logprobs),
+            (output.new_prompt_logprobs, self.prompt_logprobs),
+        ):
+            if lists is not None:
+                rows += [dict(zip(ids, values)) for ids, values in zip(lists.token_ids, lists.logprobs)]
+        if output.new_logprobs is not None:
+            self.ranks += output.new_logprobs.ranks
+        self.num_cached_tokens = max(self.num_cached_tokens, output.num_cached_tokens)
+        if output.finish_reason is not None:
+            self.finish_reason, self.error = str(output.finish_reason), output.error
+
+
+class Loop:
+    """`run` answers requests; what the prefix cache holds stays from one run to the next."""
+
+    def __init__(self, model: Path, **options: Any) -> None:
+        self.config = engine_config(model, **{"num_gpu_blocks_override": 128, "max_num_seqs": 16} | options)
+        self.worker = Worker(self.config)
+        self.ready = self.worker.initialize(lambda phase: None)
+        self.scheduler = Scheduler(
+            max_num_batched_tokens=self.ready.max_num_batched_tokens,
+            max_num_seqs=self.ready.max_num_seqs,
+            max_model_len=self.ready.max_model_len,
+            num_blocks=self.ready.num_blocks,
+            block_size=self.ready.block_size,
+            enable_prefix_caching=self.config.cache.enable_prefix_caching,
+            enable_chunked_prefill=self.config.scheduler.enable_chunked_prefill,
+        )
+        self.num_preemptions = 0
+        self._num_requests = 0
+
+    def run(
+        self,
+        prompts: list[list[int]],
+        params: SamplingParams | list[SamplingParams],
+        *,
+        prior: list[list[int]] | None = None,
+        seeds: list[int] | None = None,
+        eos_token_ids: list[int] | None = None,
+        stagger: int = 0,
+    ) -> list[Answer]:
+        """Answer the prompts together; with `stagger`, each arrives so many steps after the one before."""
+        answers: dict[str, Answer] = {}
+        arriving: list[EngineCoreRequest] = []
+        for i, prompt in enumerate(prompts):
+            request_id = f"r{self._num_requests}"
+            self._num_requests += 1
+            answers[request_id] = Answer()
+            arriving.append(
+                EngineCoreRequest(
+                    request_id=request_id,
+                    prompt_token_ids=prompt,
+                    sampling_params=params if isinstance(params, SamplingParams) else params[i],
+                    seed=seeds[i] if seeds else i,
+                    eos_token_ids=eos_token_ids or [],
+                    prior_output_token_ids=prior[i] if prior else [],
+                )
+            )
+        num_steps = 0
+        while arriving or self.scheduler.has_requests():
+            while arriving and (not stagger or num_steps >= stagger * (len(answers) - len(arriving))):
+                self.scheduler.add_request(arriving.pop(0))
+            self._step(answers)
+            num_steps += 1
+        return list(answers.values())
+
+    def _step(self, answers: dict[str, Answer]) -> None:
+        plan = self.scheduler.schedule()
+        self.num_preemptions += len(plan.preempted_req_ids)
+        self.worker.execute_model(plan)
+        result = self.worker.sample_tokens(None)
+        for outputs in self.scheduler.update_from_output(plan, result).values():
+            for output in outputs:
+                answers[output.request_id].take(output)
+        self.scheduler.check_integrity()

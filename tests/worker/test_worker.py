@@ -1,0 +1,208 @@
+"""The worker as the executor sees it: what it resolves, what it refuses, and that answers are a request's alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from make_random_model import make_model
+
+from minivllm.exceptions import ConfigError
+from minivllm.messages.worker import ModelRunnerOutput, SchedulerOutput
+from minivllm.ops import native
+from minivllm.ops.op import OpSpec
+from minivllm.sample.sampler import NONFINITE
+from minivllm.sampling_params import SamplingParams
+from minivllm.worker.worker import Worker
+from tests.models.loop import Answer, Loop, engine_config
+
+NOT_NATIVE = native.why_not(OpSpec("cpu", torch.bfloat16))
+# The lengths at which a request soon needs one block more: five blocks of 32 cannot hold them all.
+PROMPTS = [[7 + (i * 13 + length) % 490 for i in range(length)] for length in (60, 3, 62, 33, 1)]
+
+
+@pytest.fixture(scope="module")
+def bf16_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("bf16"), arch="qwen3", dtype="bfloat16", head_dim=32, seed=5)
+
+
+def initialize(model: Path, **options):
+    return Worker(engine_config(model, **{"num_gpu_blocks_override": 128} | options)).initialize(
+        lambda phase: None
+    )
+
+
+# What it resolves ------------------------------------------------------------
+
+
+def test_it_reports_what_it_resolved(tiny_model: Path):
+    ready = initialize(
+        tiny_model, max_model_len=None, block_size=None, max_num_seqs=3, num_gpu_blocks_override=20
+    )
+    assert (ready.max_model_len, ready.num_blocks, ready.block_size) == (2048, 20, 128)
+    assert (
+        ready.kv_cache_bytes == 20 * 128 * 2 * 2 * 2 * 16 * 4
+    )  # tokens, K and V, layers, KV heads, head_dim, bytes
+    assert (ready.dtype, ready.max_num_seqs) == ("float32", 3)
+    assert ready.numerics_id.startswith("cpu-")
+
+
+def test_auto_takes_the_length_that_fits(tiny_model: Path):
+    assert initialize(tiny_model, max_model_len="auto", num_gpu_blocks_override=5).max_model_len == 5 * 32
+
+
+def test_dtype_auto_is_the_checkpoints_own(bf16_model: Path):
+    assert initialize(bf16_model).dtype == "bfloat16"
+    assert initialize(bf16_model, dtype="float").dtype == "float32"
+
+
+def test_progress_is_told_phase_by_phase(tiny_model: Path):
+    phases: list[str] = []
+    Worker(engine_config(tiny_model, num_gpu_blocks_override=8)).initialize(phases.append)
+    assert phases == ["checking the model", "loading weights", "laying out the KV cache"]
+
+
+# What it refuses -------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_model_len": 2049}, "--max-model-len 2049 is more than the 2048"),
+        ({"max_model_len": 200, "num_gpu_blocks_override": 6}, "--max-model-len 192 or auto"),
+        ({"block_size": 33}, "--block-size 33 is not a multiple of 32"),
+        (
+            {"max_model_len": 1024, "enable_chunked_prefill": False, "max_num_batched_tokens": 1000},
+            "--max-num-batched-tokens 1000 is less than max_model_len 1024",
+        ),
+        ({"num_gpu_blocks_override": 1 << 40}, "--num-gpu-blocks-override"),
+    ],
+)
+def test_arguments_that_cannot_be_met_are_refused_before_a_weight_is_read(
+    tiny_model: Path, options: dict, message: str
+):
+    phases: list[str] = []
+    with pytest.raises(ConfigError) as caught:
+        Worker(engine_config(tiny_model, **{"num_gpu_blocks_override": 128} | options)).initialize(
+            phases.append
+        )
+    assert message in str(caught.value)
+    assert phases == ["checking the model"]
+
+
+def test_without_chunked_prefill_a_step_holds_the_longest_prompt(tiny_model: Path):
+    model_len = {"max_model_len": 2048, "enable_chunked_prefill": False}
+    assert initialize(tiny_model, **model_len).max_num_batched_tokens == 2048
+
+
+# What it answers -------------------------------------------------------------
+
+
+def mixed_params() -> list[SamplingParams]:
+    common = {"max_tokens": 10, "ignore_eos": True, "logprobs": 2}
+    return [
+        SamplingParams(temperature=0, **common),
+        SamplingParams(temperature=0.8, top_p=0.9, **common),
+        SamplingParams(temperature=1.2, top_k=20, repetition_penalty=1.2, **common),
+        SamplingParams(temperature=0, presence_penalty=0.5, frequency_penalty=0.2, **common),
+        SamplingParams(temperature=1.0, min_p=0.05, logit_bias={5: 1.0}, **common),
+    ]
+
+
+@pytest.mark.skipif(NOT_NATIVE is not None, reason=f"only the native kernels promise bits: {NOT_NATIVE}")
+def test_in_bfloat16_a_crowd_chunks_and_preemption_change_no_bit(bf16_model: Path):
+    alone = [
+        Loop(bf16_model).run([prompt], [params], seeds=[seed])[0]
+        for seed, (prompt, params) in enumerate(zip(PROMPTS, mixed_params()))
+    ]
+    seeds = list(range(5))
+    crowd = Loop(bf16_model).run(PROMPTS, mixed_params(), seeds=seeds, stagger=2)
+    assert crowd == alone
+    tight = Loop(
+        bf16_model, max_num_batched_tokens=17, num_gpu_blocks_override=5, enable_prefix_caching=False
+    )
+    assert tight.run(PROMPTS, mixed_params(), seeds=seeds) == alone
+    assert tight.num_preemptions > 0
+
+
+def test_a_request_sent_again_with_its_output_so_far_goes_on_with_the_same_tokens(bf16_model: Path):
+    whole = Loop(bf16_model).run(PROMPTS, mixed_params())
+    prior = [answer.tokens[:4] for answer in whole]
+    rest = Loop(bf16_model).run(PROMPTS, mixed_params(), prior=prior)
+    assert [answer.tokens for answer in rest] == [answer.tokens[4:] for answer in whole]
+    assert [answer.logprobs for answer in rest] == [answer.logprobs[4:] for answer in whole]
+
+
+def test_min_tokens_holds_an_end_token_back(tiny_model: Path):
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    free = Loop(tiny_model).run([[9, 8, 7]], params)[0].tokens
+    ending = params.clone(ignore_eos=False)
+    assert Loop(tiny_model).run([[9, 8, 7]], ending, eos_token_ids=[free[2]])[0].tokens == free[:3]
+    held = Loop(tiny_model).run([[9, 8, 7]], ending.clone(min_tokens=6), eos_token_ids=[free[2]])[0].tokens
+    assert len(held) >= 6
+    assert held[:2] == free[:2]
+    assert free[2] not in held[:6]
+
+
+def test_a_prompt_and_its_output_may_fill_the_context(tiny_model: Path):
+    loop = Loop(tiny_model, max_model_len=64)
+    answers = loop.run([[5] * 60, [6] * 63], SamplingParams(temperature=0, max_tokens=100, ignore_eos=True))
+    assert [len(answer.tokens) for answer in answers] == [4, 1]
+    assert [answer.finish_reason for answer in answers] == ["length", "length"]
+
+
+def test_a_request_whose_logits_are_not_finite_fails_and_the_others_go_on(tiny_model: Path):
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    healthy = Loop(tiny_model).run(PROMPTS, params)
+    loop = Loop(tiny_model)
+    loop.worker.runner.model = PoisonedModel(loop.worker.runner.model, row=-1, step=3)
+    answers = loop.run(PROMPTS, params)
+    (failed,) = [i for i, answer in enumerate(answers) if answer.finish_reason == "error"]
+    assert answers[failed].error == NONFINITE
+    assert 0 < len(answers[failed].tokens) < 6
+    assert answers[failed].tokens == healthy[failed].tokens[: len(answers[failed].tokens)]
+    assert without(answers, failed) == without(healthy, failed)
+
+
+def test_a_step_without_tokens_gives_an_empty_result(tiny_model: Path):
+    worker = Loop(tiny_model).worker
+    worker.execute_model(SchedulerOutput(step=1, finished_req_ids=["nobody"]))
+    assert worker.sample_tokens(None) == ModelRunnerOutput()
+
+
+def test_shutdown_lets_go_and_may_be_repeated(tiny_model: Path):
+    worker = Loop(tiny_model).worker
+    worker.shutdown()
+    worker.shutdown()
+    assert worker.runner is None
+
+
+def test_a_model_without_a_named_dtype_is_bfloat16(tmp_path: Path):
+    path = make_model(tmp_path, arch="llama")
+    config = json.loads((path / "config.json").read_text())
+    config.pop("torch_dtype")
+    (path / "config.json").write_text(json.dumps(config))
+    assert initialize(path).dtype == "bfloat16"
+
+
+class PoisonedModel:
+    """A model that gives one NaN, in one row of one step's logits."""
+
+    def __init__(self, model, *, row: int, step: int) -> None:
+        self._model, self._row, self._step, self._num_steps = model, row, step, 0
+
+    def forward(self, *args) -> torch.Tensor:
+        return self._model.forward(*args)
+
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits = self._model.compute_logits(hidden)
+        if self._num_steps == self._step:
+            logits[self._row, 11] = float("nan")
+        self._num_steps += 1
+        return logits
+
+
+def without(answers: list[Answer], dropped: int) -> list[Answer]:
+    return [answer for i, answer in enumerate(answers) if i != dropped]
