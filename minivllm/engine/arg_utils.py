@@ -126,6 +126,7 @@ class EngineArgs(_Flat):
             load=load,
             parallel=parts["parallel"],
             observability=parts["observability"],
+            model_class=ModelRegistry.target(hf_config.architecture),
             generation_config=_read_generation_config(directory, model),
         )
 
@@ -226,7 +227,7 @@ def _read_hf_config(directory: Path, model: ModelConfig) -> HFConfig:
     path = directory / CONFIG
     raw = {**read_json(path), **model.hf_overrides}
     # Before the sizes: other families lack some of ours.
-    ModelRegistry.check(read_architecture(raw, str(path)))
+    ModelRegistry.target(read_architecture(raw, str(path)))
     hf_config = HFConfig.from_dict(raw, source=str(path))
     limit = hf_config.max_context
     if isinstance(model.max_model_len, int) and model.max_model_len > limit:

@@ -21,11 +21,15 @@ class ModelRegistry:
 
     @staticmethod
     def register_model(architecture: str, target: str | type) -> None:
-        """Serve `architecture` with `target`: a class, or "module:Class", imported when it is needed."""
+        """Serve `architecture` with `target`: a class, or "module:Class", imported by the worker's process.
+
+        Raises:
+            ValueError: no other process could import the target.
+        """
         if isinstance(target, type):
             target = f"{target.__module__}:{target.__qualname__}"
-        if ":" not in target:
-            raise ValueError(f"target {target!r} must be a class or written module:Class")
+        if ":" not in target or target.startswith("__main__:"):
+            raise ValueError(f"target {target!r} must be a class of a module that can be imported, or module:Class")
         _MODELS[architecture] = target
 
     @staticmethod
@@ -33,21 +37,28 @@ class ModelRegistry:
         return sorted(_MODELS)
 
     @staticmethod
-    def check(architecture: str) -> None:
-        """Raise ModelFilesError unless the architecture is served."""
+    def target(architecture: str) -> str:
+        """Where the code of an architecture is, as "module:Class".
+
+        Raises:
+            ModelFilesError: the architecture is not served.
+        """
         if architecture not in _MODELS:
             raise ModelFilesError(
                 f"architecture {architecture} in config.json is not served; these are: "
                 f"{', '.join(ModelRegistry.supported_architectures())}"
             )
+        return _MODELS[architecture]
 
-    @staticmethod
-    def load_class(architecture: str) -> Any:
-        """The class itself; imports torch.
 
-        Raises:
-            ModelFilesError: the architecture is not served.
-        """
-        ModelRegistry.check(architecture)
-        module, _, name = _MODELS[architecture].partition(":")
+def load_class(target: str) -> Any:
+    """The class at "module:Class"; imports torch.
+
+    Raises:
+        ModelFilesError: there is no such class.
+    """
+    module, _, name = target.partition(":")
+    try:
         return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ModelFilesError(f"the model class {target} cannot be imported: {error}") from error

@@ -22,6 +22,7 @@ class Budget:
     available_bytes: int  # what could be allocated now
     weight_bytes: int
     step_bytes: int  # activations and logits of the largest step
+    process_bytes: int = 0  # what this process already holds: the interpreter, torch
 
     @property
     def left_bytes(self) -> int:
@@ -104,11 +105,13 @@ def _num_blocks(cache: CacheConfig, spec: KVCacheSpec, budget: Budget) -> int:
         return asked // spec.bytes_per_block
     if cache.gpu_memory_utilization is not None:
         share = cache.gpu_memory_utilization
-        room = int(share * budget.limit_bytes) - budget.weight_bytes - budget.step_bytes
+        needed = budget.process_bytes + budget.weight_bytes + budget.step_bytes
+        room = int(share * budget.limit_bytes) - needed
         if room < spec.bytes_per_block:
             raise ConfigError(
                 f"--gpu-memory-utilization {share:g} of {gib(budget.limit_bytes)} leaves no KV cache beside "
-                f"{gib(budget.weight_bytes)} of weights and {gib(budget.step_bytes)} for a step; raise it"
+                f"{gib(budget.weight_bytes)} of weights, {gib(budget.step_bytes)} for a step and "
+                f"{gib(budget.process_bytes)} in use; raise it"
             )
         _check_room(f"--gpu-memory-utilization {share:g}", room, budget)
         return room // spec.bytes_per_block

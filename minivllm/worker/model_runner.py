@@ -75,9 +75,7 @@ class ModelRunner:
     def _follow(self, plan: SchedulerOutput) -> None:
         for request_id in plan.finished_req_ids:
             self._forget(request_id)
-        for request_id in plan.preempted_req_ids:
-            if request_id in self.table.row_of:
-                self.table.blocks.clear(self.table.row_of[request_id])
+        # Nothing to do for the preempted: their tokens stay, and their blocks are replaced when they resume.
         for request in plan.scheduled_new_reqs:
             self._remember(request)
         if plan.scheduled_cached_reqs.request_ids:

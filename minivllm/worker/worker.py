@@ -19,7 +19,7 @@ from minivllm.messages.kv_cache import KVCacheSpec
 from minivllm.messages.worker import ModelRunnerOutput, SchedulerOutput, WorkerReady
 from minivllm.models import loader
 from minivllm.models.decoder import DecoderForCausalLM
-from minivllm.models.registry import ModelRegistry
+from minivllm.models.registry import load_class
 from minivllm.platforms.platform import detect
 from minivllm.sample.sampler import Sampler
 from minivllm.worker import memory
@@ -136,7 +136,7 @@ class Worker:
 
     def _build_model(self, backend: AttentionBackend, max_model_len: int) -> DecoderForCausalLM:
         """The model without its weights: pages that nobody has touched."""
-        model_class = ModelRegistry.load_class(self.config.hf_config.architecture)
+        model_class = load_class(self.config.model_class)
         return model_class(self.config.hf_config, backend, max_model_len)
 
     def _check_files(self, model: DecoderForCausalLM) -> loader.LoadPlan | None:
@@ -162,6 +162,7 @@ class Worker:
             available_bytes=self.platform.memory_available_bytes(),
             weight_bytes=sum(torch.Size(weight.shape).numel() for weight in model.weights()) * dtype_bytes,
             step_bytes=memory.step_bytes(config.hf_config, num_tokens, max_num_seqs, dtype_bytes),
+            process_bytes=self.platform.process_memory_bytes(),
         )
         is_auto = config.model.max_model_len == "auto"
         size = memory.size_kv_cache(config.cache, spec, budget, max_model_len, is_auto=is_auto)

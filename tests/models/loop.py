@@ -15,10 +15,12 @@ from minivllm.config.model import ModelConfig
 from minivllm.config.scheduler import SchedulerConfig
 from minivllm.core.sched.scheduler import Scheduler
 from minivllm.messages.engine import EngineCoreOutput, EngineCoreRequest
+from minivllm.models.registry import ModelRegistry
 from minivllm.sampling_params import SamplingParams
 from minivllm.worker.worker import Worker
 
 BLOCK_SIZE = 32
+MOST_STEPS = 2000
 
 
 def engine_config(model: Path, **options: Any) -> EngineConfig:
@@ -35,7 +37,7 @@ def engine_config(model: Path, **options: Any) -> EngineConfig:
         chosen = {key: options.pop(key) for key in list(options) if key in cls.__dataclass_fields__}
         made[name] = cls(**values | chosen)
     assert not options, options
-    return EngineConfig(hf_config=hf_config, **made)
+    return EngineConfig(hf_config=hf_config, model_class=ModelRegistry.target(hf_config.architecture), **made)
 
 
 @dataclass
@@ -118,6 +120,7 @@ class Loop:
                 self.scheduler.add_request(arriving.pop(0))
             self._step(answers)
             num_steps += 1
+            assert num_steps < MOST_STEPS, "the requests do not end"
         return list(answers.values())
 
     def _step(self, answers: dict[str, Answer]) -> None:
