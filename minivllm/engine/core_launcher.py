@@ -53,6 +53,8 @@ class CoreProcess:
     def __init__(self, config: EngineConfig, *, on_death: Callable[[str], None]) -> None:
         self._on_death = on_death
         self._stopping = threading.Event()
+        self._watcher: threading.Thread | None = None
+        self._started = threading.Event()  # or failed to: set once `_process` will not change any more
         self._ended = threading.Event()  # set by the only thread that reaps the child …
         self._left_nothing = threading.Event()  # … once what the child had started is gone too
         self._stop_lock = threading.Lock()
@@ -86,25 +88,24 @@ class CoreProcess:
         Linux kills a child when the *thread* that started it ends (prctl(2), PR_SET_PDEATHSIG); this thread
         lives as long as the child, whichever thread builds the engine.
         """
-        started: list[BaseException | None] = []
-        done = threading.Event()
+        failure: list[BaseException] = []
 
         def start_and_watch() -> None:
             try:
                 addresses = (self._run_directory.address("in"), self._run_directory.address("out"))
                 self._process = spawn(run_engine_core, (*addresses, log_level), name="EngineCore")
-                started.append(None)
             except BaseException as error:
-                started.append(error)
-                return
+                failure.append(error)
             finally:
-                done.set()
-            self._watch()
+                self._started.set()
+            if self._process is not None:
+                self._watch()
 
-        threading.Thread(target=start_and_watch, name="watch-core", daemon=True).start()
-        done.wait()
-        if started[0] is not None:
-            raise started[0]
+        self._watcher = threading.Thread(target=start_and_watch, name="watch-core", daemon=True)
+        self._watcher.start()
+        self._started.wait()
+        if failure:
+            raise failure[0]
 
     # -- handshake
 
@@ -226,6 +227,9 @@ class CoreProcess:
         self.context.destroy(linger=0)
 
     def _stop_process(self, timeout_s: float) -> None:
+        if self._watcher is None or not (self._watcher.is_alive() or self._started.is_set()):
+            return
+        self._started.wait()  # an interrupt may come while the child is being started
         process = self._process
         if process is None:
             return

@@ -44,7 +44,7 @@ from minivllm.messages.engine import (
     StartProgress,
     UtilityRequest,
 )
-from minivllm.utils.process import die_with_parent, kill_session, watch_parent
+from minivllm.utils.process import die_with_parent, kill_session, unblock_interrupts, watch_parent
 
 logger = logging.init_logger(__name__)
 
@@ -59,6 +59,7 @@ def run_engine_core(input_address: str, output_address: str, log_level: str) -> 
     """The process's entry point. All arguments are plain strings; the configuration comes over the socket."""
     logging.configure("EngineCore", log_level)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the client decides
+    unblock_interrupts()
     _make_progress_bars_leave_nothing()
     os.setsid()  # so that whatever we start can be found, should we be killed
     end = _End(input_address)

@@ -194,7 +194,8 @@ class _Fetched(Future):
 def _import_ray() -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if "ray" not in sys.modules and not os.environ.get("RAY_ADDRESS"):
-        # Both are read while ray is imported. The name is historical: 0 keeps the addresses of a local cluster on loopback, on every system.
+        # These are read while ray is imported. The first name is historical: 0 keeps the addresses of a local
+        # cluster on loopback, on every system.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         # A token of our own, so that no other user of the machine can join, and none is written to the home directory.
         os.environ.setdefault("RAY_AUTH_MODE", "token")

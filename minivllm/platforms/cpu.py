@@ -43,6 +43,9 @@ class CpuPlatform(Platform):
                 room.append(max(0, limit - _read_used(group)))
         return min(room)
 
+    def process_memory_bytes(self) -> int:
+        return psutil.Process().memory_info().rss
+
     def prepare(self) -> None:
         if _native() is not None:
             # The kernels have a thread pool of their own; a second one would fight it for the cores.

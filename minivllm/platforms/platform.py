@@ -37,6 +37,10 @@ class Platform(ABC):
         """What could be allocated now without reaching the limit."""
 
     @abstractmethod
+    def process_memory_bytes(self) -> int:
+        """What this process holds now."""
+
+    @abstractmethod
     def prepare(self) -> None:
         """Set up the process once, before anything is computed."""
 

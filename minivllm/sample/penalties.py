@@ -41,7 +41,6 @@ class _Counts:
         logits[distinct] = chosen - self.frequency * count - self.presence * (count > 0).astype(np.float32)
 
 
-
 class Penalties(LogitsStep[_Counts]):
     def user(self, params: SamplingParams, eos_token_ids: list[int]) -> _Counts | None:
         is_used = (

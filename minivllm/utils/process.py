@@ -15,6 +15,7 @@ import sys
 import threading
 import types
 from collections.abc import Callable
+from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -27,16 +28,29 @@ def spawn(target: Callable[..., None], args: tuple, *, name: str) -> BaseProcess
     multiprocessing's spawn re-imports the main module in the child, so that a script without an
     `if __name__ == "__main__"` guard would start itself again, and a server would be loaded twice.
     Nothing of ours needs it: while the child starts, an empty module stands in.
+
+    The child starts with SIGINT blocked, lest Ctrl-C break it while Python starts: it is to choose a handler,
+    then call `unblock_interrupts`.
     """
     process = multiprocessing.get_context("spawn").Process(target=target, args=args, name=name)
     with _spawn_lock:
+        resource_tracker.ensure_running()  # its start would unblock SIGINT again
+        blocked = signal.pthread_sigmask(
+            signal.SIG_BLOCK, {signal.SIGINT}
+        )  # of this thread; a child inherits it
         main = sys.modules["__main__"]
         sys.modules["__main__"] = types.ModuleType("__main__")
         try:
             process.start()
         finally:
             sys.modules["__main__"] = main
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     return process
+
+
+def unblock_interrupts() -> None:
+    """For a child of `spawn`, once it has chosen what SIGINT does."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def die_with_parent(signum: int = signal.SIGTERM) -> None:

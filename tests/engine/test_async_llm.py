@@ -11,7 +11,10 @@ import psutil
 import pytest
 
 from minivllm.engine.async_llm import AsyncLLM
+from minivllm.engine.core_client import SyncMPClient
 from minivllm.exceptions import EngineDeadError, EngineGenerateError, EngineStartError, RequestError
+from minivllm.messages.codec import encode
+from minivllm.messages.engine import EngineCoreRequest, FinishReason, RequestType
 from minivllm.sampling_params import RequestOutputKind, SamplingParams
 from tests.engine.engines import POISON, make_config
 
@@ -141,9 +144,6 @@ def test_a_request_that_fails_in_the_engine_leaves_the_others_alone():
 
 def test_an_undecodable_request_is_answered_with_an_error():
     async def scenario(engine):
-        from minivllm.messages.codec import encode
-        from minivllm.messages.engine import RequestType
-
         send = engine.engine_core.add_request
         core = engine.engine_core._core
         engine.engine_core.add_request = lambda request: core.send(
@@ -243,6 +243,19 @@ def test_a_shutdown_with_time_lets_requests_finish():
         assert {(len(tokens), reason) for tokens, reason in await asyncio.gather(*tasks)} == {(200, "length")}
 
     run(scenario)
+
+
+def test_a_core_that_ends_answers_what_is_open():
+    client = SyncMPClient(make_config(max_model_len=LONG))
+    client.wait_ready()
+    client.add_request(EngineCoreRequest("a", [1], SamplingParams(max_tokens=None, ignore_eos=True), seed=1))
+    client.get_output()
+    client._core.stop()
+    reasons = [client.get_output().outputs[-1].finish_reason]
+    while reasons[-1] is None:
+        reasons.append(client.get_output().outputs[-1].finish_reason)
+    assert reasons[-1] is FinishReason.ABORT
+    client.shutdown()
 
 
 def test_the_engine_may_be_built_in_a_thread_that_ends():

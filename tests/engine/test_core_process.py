@@ -15,6 +15,7 @@ import pytest
 from minivllm.engine.llm_engine import LLMEngine
 from minivllm.exceptions import ConfigError, EngineDeadError
 from minivllm.sampling_params import SamplingParams
+from minivllm.utils.process import spawn, unblock_interrupts
 from minivllm.utils.sockets import MAX_UNIX_PATH, RunDirectory
 from tests.engine.engines import make_config
 
@@ -77,6 +78,18 @@ def test_the_core_goes_with_its_parent_however_that_ends(tmp_path, run_dir, how,
     process.send_signal(how)
     process.wait(60)
     assert wait_gone(core_pid)
+
+
+def test_ctrl_c_while_the_child_starts_python_does_not_break_it():
+    process = spawn(end_unless_interrupted, (), name="child")
+    os.kill(process.pid, signal.SIGINT)
+    process.join(30)
+    assert process.exitcode == 0
+
+
+def end_unless_interrupted() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    unblock_interrupts()
 
 
 def test_ctrl_c_on_the_whole_group_is_left_to_the_parent(run_dir):

@@ -119,6 +119,13 @@ def test_a_stop_string_cuts_exactly_wherever_tokens_end(text, stops, include):
     assert "".join(deltas) == shown
 
 
+@pytest.mark.parametrize(("stops", "found"), [(["call", "tool"], "tool"), (["l>", "call>"], "call>")])
+def test_of_two_stop_strings_in_one_token_the_first_to_end_or_the_longer_counts(stops, found):
+    tokenizer = byte_level()
+    deltas, stop = stream(tokenizer, [tokenizer.hf.convert_tokens_to_ids("<tool call>")], stop=stops)
+    assert (stop, "".join(deltas)) == (found, "<tool call>".partition(found)[0])
+
+
 def test_what_may_begin_a_stop_string_is_held_back():
     tokenizer = byte_level()
     detokenizer = IncrementalDetokenizer(tokenizer, [], SamplingParams(stop=["END"]))

@@ -47,7 +47,7 @@ def test_sampled_tokens_are_the_next_steps_input():
     table.append_tokens(np.array([row]), np.array([77]))
     table.num_computed_tokens[row] = 1
     batch = InputBuffers(8, 1, 4).prepare({"a": 1}, table)
-    assert (batch.input_ids.tolist(), batch.positions.tolist()) == ([77], [1])
+    assert (batch.input_ids.tolist(), batch.positions.tolist(), batch.samples.tolist()) == ([77], [1], [0])
 
 
 def test_the_token_after_the_longest_context_is_not_kept():

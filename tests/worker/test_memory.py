@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from minivllm.config.cache import CacheConfig
@@ -42,6 +44,10 @@ def test_a_number_of_blocks_wins_over_both():
 
 def test_the_share_is_of_the_limit_and_covers_weights_and_step():
     assert size(gpu_memory_utilization=0.5).num_bytes == 4 * GIB  # 16 / 2 - 3 - 1
+
+
+def test_the_share_covers_what_the_process_already_holds():
+    assert size(gpu_memory_utilization=0.5, given=replace(budget(), process_bytes=GIB)).num_bytes == 3 * GIB
 
 
 def test_a_share_that_the_weights_use_up_is_refused():

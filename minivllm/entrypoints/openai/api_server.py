@@ -14,13 +14,15 @@ import errno
 import gc
 import hashlib
 import json
+import multiprocessing
+import os
 import shlex
 import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
@@ -42,6 +44,8 @@ if TYPE_CHECKING:
 
 logger = init_logger("minivllm.entrypoints.openai.api_server")  # __name__ is __main__ when run as a module
 
+END_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+TERMINATE_S = 0.5  # for a core that is still loading to end after SIGTERM, before SIGKILL
 NUM_OPEN_FILES = 65535  # a connection is one
 ALL_INTERFACES = ("", "0.0.0.0", "::")
 _APP_MODULES = (
@@ -73,7 +77,7 @@ def setup_server(args: Namespace) -> tuple[str, socket.socket]:
         ConfigError: the address cannot be bound; the message names it, and who holds it if that can be seen.
     """
     frontend = frontend_config(args)
-    for signum in (signal.SIGINT, signal.SIGTERM):
+    for signum in END_SIGNALS:
         signal.signal(signum, _exit_on_signal)
     _raise_open_files_limit()
     sock = create_server_socket(frontend.host or "", frontend.port)
@@ -163,10 +167,8 @@ def _raise_open_files_limit() -> None:
 
 
 def _exit_on_signal(signum: int, _frame: Any) -> NoReturn:
-    """Before the server serves: unwind the start, which ends the engine core, and exit as shells expect."""
-    for again in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(again, signal.SIG_IGN)  # the clean-up must not be interrupted; it is bounded
-    raise SystemExit(128 + signum)
+    """Before anything is spawned there is nothing to clean up: end at once, as shells expect."""
+    os._exit(128 + signum)
 
 
 def _url(host: str, sock: socket.socket) -> str:
@@ -197,6 +199,8 @@ async def run_server_worker(url: str, sock: socket.socket, args: Namespace) -> N
 
         app = build_app(args)
         init_app_state(engine, args, app, stats)
+        gc.collect()
+        gc.freeze()  # what lives as long as the server is not to be scanned again and again
         statistics = asyncio.ensure_future(_log_statistics(stats))
         try:
             await serve_http(
@@ -231,11 +235,47 @@ async def build_async_engine_client(
     # The core needs seconds to import torch and read the weights; FastAPI and the routes are imported meanwhile.
     threading.Thread(target=_import_app, name="import-app", daemon=True).start()
     loggers = [] if stats is None or config.observability.disable_log_stats else [stats]
-    engine = AsyncLLM.from_engine_config(config, stat_loggers=loggers)
+    engine = await _start_unless_signalled(lambda: AsyncLLM.from_engine_config(config, stat_loggers=loggers))
     try:
         yield engine
     finally:
         engine.shutdown(timeout_s=0)
+
+
+async def _start_unless_signalled(start_engine: Callable[[], AsyncLLM]) -> AsyncLLM:
+    """Start the engine on a thread; SIGINT or SIGTERM ends its processes, and then ours, as shells expect.
+
+    A signal handler that raises would be simpler, and wrong: amid imports the exception can be lost, or leave an
+    import lock held for good.
+    """
+    loop = asyncio.get_running_loop()
+    signalled: asyncio.Future[int] = loop.create_future()
+    for signum in END_SIGNALS:
+        loop.add_signal_handler(
+            signum, lambda signum=signum: signalled.done() or signalled.set_result(signum)
+        )
+    starting = loop.run_in_executor(None, start_engine)
+    await asyncio.wait({starting, signalled}, return_when=asyncio.FIRST_COMPLETED)
+    if not signalled.done():
+        return starting.result()
+    logger.info("%s while the engine starts", signal.Signals(signalled.result()).name)
+    await _end_start(starting)
+    raise SystemExit(128 + signalled.result())
+
+
+async def _end_start(starting: asyncio.Future[AsyncLLM]) -> None:
+    """Terminate what the start has spawned, or is about to, until it gives up and has cleaned up behind itself."""
+    first_seen: dict[int, float] = {}
+    while not starting.done():
+        for child in multiprocessing.active_children():
+            if child.pid not in first_seen:
+                first_seen[child.pid] = time.monotonic()
+                child.terminate()
+            elif time.monotonic() - first_seen[child.pid] > TERMINATE_S:
+                child.kill()
+        await asyncio.wait({starting}, timeout=0.02)
+    if starting.exception() is None:
+        starting.result().shutdown(timeout_s=0)
 
 
 def _import_app() -> None:
@@ -317,8 +357,6 @@ def init_app_state(engine: AsyncLLM, args: Namespace, app: FastAPI, stats: StatL
     state.serving_completion = ServingCompletion(*common)
     state.serving_chat = ServingChat(*common)
     state.serving_tokenize = ServingTokenize(state.models, renderer)
-    gc.collect()
-    gc.freeze()  # what lives as long as the server is not to be scanned again and again
 
 
 def _fingerprint(engine: AsyncLLM, name: str) -> str:

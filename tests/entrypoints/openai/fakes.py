@@ -102,6 +102,18 @@ class FakeEngine:
         self.go_on = asyncio.Event()  # cleared: every answer stops after its first token
         self.go_on.set()
         self.dead_error: EngineDeadError | None = None
+        self._dead = asyncio.Event()
+
+    def die(self) -> None:
+        """As if the core was killed: open requests hear of it."""
+        self.dead_error = EngineDeadError("the engine core was killed by SIGKILL")
+        self._dead.set()
+        self.fail_after, self.failure = 1, self.dead_error
+        self.go_on.set()
+
+    async def wait_dead(self) -> BaseException:
+        await self._dead.wait()
+        return self.dead_error
 
     @property
     def errored(self) -> bool:

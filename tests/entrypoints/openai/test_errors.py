@@ -42,6 +42,7 @@ def error_of(response) -> dict:
         ({"top_p": 0}, "top_p", "0"),
         ({"n": 0}, "n", "0"),
         ({"n": 20000}, "n", "16384"),
+        ({"n": 16384, "prompt": ["a", "b"]}, "n", "16384"),
         ({"seed": 2**70}, "seed", None),
         ({"stop": ["a"] * 5}, "stop", "4"),
         ({"stop": ""}, None, None),

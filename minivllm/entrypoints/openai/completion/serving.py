@@ -24,6 +24,8 @@ from minivllm.entrypoints.openai.protocol import Usage, json_response
 from minivllm.entrypoints.openai.serving_base import Answering, ServingBase, check_output, in_order
 from minivllm.entrypoints.openai.sse import EventStream
 from minivllm.entrypoints.openai.utils import merge
+from minivllm.exceptions import RequestError
+from minivllm.sampling_params import MAX_N
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -94,6 +96,11 @@ class ServingCompletion(ServingBase):
         prompts = [
             await self._prompt(i, prompt, request) for i, prompt in enumerate(read_prompts(request.prompt))
         ]
+        if len(prompts) * prompts[0].params.n > MAX_N:
+            raise RequestError(
+                f"{len(prompts)} prompts with n={request.n} are more than {MAX_N} answers; send several requests",
+                param="n",
+            )
         tokenizer = self._engine.tokenizer
         formatter = LogprobsFormatter(tokenizer, as_token_ids=self._shows_token_ids(request))
         job = _Job(request, answering, prompts, formatter)

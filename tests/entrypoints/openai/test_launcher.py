@@ -1,0 +1,184 @@
+"""The HTTP server on a real socket: how it begins, and the ways it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shlex
+import signal
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import httpx
+import pytest
+
+from minivllm.entrypoints.openai import api_server
+from minivllm.entrypoints.openai.launcher import serve_http
+from minivllm.exceptions import EngineDeadError
+from tests.entrypoints.openai.conftest import Api, events
+from tests.entrypoints.openai.fakes import FakeEngine, server_args
+
+STREAM = {"prompt": "Hi", "stream": True, "max_tokens": 100}
+
+
+def serve(
+    api: Api, talk: Callable[[httpx.AsyncClient], Awaitable[None]], *, shutdown_timeout_s: float = 0
+) -> None:
+    """Serve the app, talk to it, and return once the server has ended by itself."""
+
+    async def main() -> None:
+        sock = api_server.create_server_socket("127.0.0.1", 0)
+        url = f"http://127.0.0.1:{sock.getsockname()[1]}"
+        listening = asyncio.Event()
+        server = asyncio.ensure_future(
+            serve_http(
+                api.app,
+                sock,
+                engine=api.engine,
+                lifecycle=api.lifecycle,
+                shutdown_timeout_s=shutdown_timeout_s,
+                on_listening=listening.set,
+                log_level="warning",
+            )
+        )
+        await asyncio.wait(
+            [server, asyncio.ensure_future(listening.wait())], return_when=asyncio.FIRST_COMPLETED
+        )
+        async with httpx.AsyncClient(base_url=url) as client:
+            await talk(client)
+            await server
+        assert sock.fileno() == -1
+
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        asyncio.run(main())
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+async def open_streams(api: Api, client: httpx.AsyncClient, count: int) -> list[asyncio.Task[httpx.Response]]:
+    """Streams that have started and hang after their first token."""
+    api.engine.go_on.clear()
+    streams = [asyncio.ensure_future(client.post("/v1/completions", json=STREAM)) for _ in range(count)]
+    while api.engine.num_open < count:
+        await asyncio.sleep(0.001)
+    return streams
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_an_idle_server(api: Api, signum: signal.Signals):
+    async def talk(client: httpx.AsyncClient) -> None:
+        assert (await client.get("/health")).status_code == 200
+        os.kill(os.getpid(), signum)
+
+    serve(api, talk)
+
+
+def test_a_signal_ends_open_streams_with_an_error_event(api: Api):
+    async def talk(client: httpx.AsyncClient) -> None:
+        streams = await open_streams(api, client, 4)
+        os.kill(os.getpid(), signal.SIGTERM)
+        for stream in streams:
+            assert events((await stream).text)[-1]["error"]["code"] == 503
+
+    serve(api, talk)
+
+
+def test_with_a_shutdown_timeout_open_streams_finish(api: Api):
+    async def talk(client: httpx.AsyncClient) -> None:
+        (stream,) = await open_streams(api, client, 1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        while not api.lifecycle.draining:
+            await asyncio.sleep(0.001)
+        assert (await client.post("/v1/completions", json=STREAM)).status_code == 503
+        api.engine.go_on.set()
+        assert events((await stream).text)[-1]["choices"][0]["finish_reason"] == "stop"
+
+    serve(api, talk, shutdown_timeout_s=60)
+
+
+def test_a_second_signal_does_not_wait(api: Api):
+    async def talk(client: httpx.AsyncClient) -> None:
+        (stream,) = await open_streams(api, client, 1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        while not api.lifecycle.draining:
+            await asyncio.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert "error" in events((await stream).text)[-1]
+
+    serve(api, talk, shutdown_timeout_s=3600)
+
+
+def test_the_engines_death_answers_everyone_and_ends_the_server_with_its_cause(api: Api):
+    async def talk(client: httpx.AsyncClient) -> None:
+        streams = await open_streams(api, client, 3)
+        api.engine.die()
+        for stream in streams:
+            assert "SIGKILL" in events((await stream).text)[-1]["error"]["message"]
+
+    with pytest.raises(EngineDeadError, match="SIGKILL"):
+        serve(api, talk)
+
+
+def test_an_engine_that_dies_idle_ends_the_server_too(api: Api):
+    async def talk(_client: httpx.AsyncClient) -> None:
+        api.engine.die()
+
+    with pytest.raises(EngineDeadError):
+        serve(api, talk)
+
+
+def test_the_curl_line_names_the_server_and_the_model(engine: FakeEngine, capsys: pytest.CaptureFixture):
+    api = Api(engine)
+    api_server._announce(engine, api.app, "http://127.0.0.1:8000", needs_key=True)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "curl" in line]
+    words = shlex.split(line.split("try", 1)[1])
+    assert "http://127.0.0.1:8000/v1/chat/completions" in words
+    assert "Authorization: Bearer $MINIVLLM_API_KEY" in words
+    body = words[words.index("-d") + 1].encode()
+    response = api.request(
+        "POST", "/v1/chat/completions", content=body, headers={"content-type": "application/json"}
+    )
+    assert response.status_code == 200
+
+
+def test_a_chat_template_is_a_file_or_the_text_itself(tmp_path: Path):
+    path = tmp_path / "template.jinja"
+    path.write_text("{{ messages }}")
+    assert api_server.read_chat_template(str(path)) == api_server.read_chat_template("{{ messages }}")
+    assert api_server.read_chat_template(None) is None
+
+
+@pytest.mark.parametrize(
+    ("args", "loud"),
+    [
+        ({"host": None}, True),
+        ({"host": "0.0.0.0"}, True),
+        ({"host": "0.0.0.0", "api_key": ["k"]}, False),
+        ({"host": "127.0.0.1"}, False),
+    ],
+)
+def test_listening_everywhere_without_a_key_is_said_loudly(
+    args: dict, loud: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    # The socket is a loopback one all the same: a test opens nothing to the network.
+    monkeypatch.setattr(
+        api_server,
+        "create_server_socket",
+        lambda host, port, make=api_server.create_server_socket: make("127.0.0.1", 0),
+    )
+    monkeypatch.setattr(api_server.logger.parent, "propagate", True)
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        url, sock = api_server.setup_server(server_args(**args))
+        sock.close()
+        exits: list[int] = []
+        monkeypatch.setattr(os, "_exit", exits.append)
+        signal.raise_signal(signal.SIGTERM)
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+    assert exits == [128 + signal.SIGTERM]
+    assert url.startswith("http://127.0.0.1:")
+    assert any("ALL INTERFACES" in message for message in caplog.messages) == loud
