@@ -63,6 +63,7 @@ class CoreProcess:
         self._config = encode(config)
         self._process: BaseProcess | None = None
         self._core_identity = b""
+        self._is_ready = False  # until then the core reads no messages
         self.context = zmq.Context()
         self._run_directory = RunDirectory()
         atexit.register(self.shutdown)
@@ -134,6 +135,7 @@ class CoreProcess:
             elif isinstance(message, StartFailed):
                 raise EngineStartError(message.message, message.exit_code)
             else:
+                self._is_ready = True
                 logger.info("engine core ready after %.1f s", time.monotonic() - began)
                 return message
 
@@ -233,7 +235,7 @@ class CoreProcess:
         process = self._process
         if process is None:
             return
-        if self._core_identity and not self._ended.is_set():
+        if self._is_ready and not self._ended.is_set():
             self.send(RequestType.SHUTDOWN, encode(float(timeout_s)))
             self._ended.wait(timeout_s + _STOP_S)
         if not self._ended.is_set():

@@ -157,6 +157,7 @@ class OutputProcessor:
         self._stream_interval = stream_interval
         self._states: dict[str, RequestState] = {}
         self._by_external_id: defaultdict[str, set[str]] = defaultdict(set)
+        self._aborted: list[FinishedRequestStats] = []  # since the last batch of outputs
 
     @property
     def num_unfinished_requests(self) -> int:
@@ -201,6 +202,9 @@ class OutputProcessor:
         (aborted meanwhile) is dropped.
         """
         done = ProcessedOutputs()
+        if stats is not None:
+            stats.finished_requests += self._aborted
+        self._aborted.clear()
         # The only Python loop over outputs on this path; add per-request work here.
         for output in outputs:
             state = self._states.get(output.request_id)
@@ -270,6 +274,8 @@ class OutputProcessor:
     def _abort(self, state: RequestState) -> None:
         state.detokenizer.update([], ended_by_stop_token=False, finished=True)
         self._forget(state)
+        state.metrics.finished_time = time.monotonic()
+        self._aborted.append(_finished_stats(state, FinishReason.ABORT, state.metrics.finished_time))
         made = state.make_output(FinishReason.ABORT, None)
         if made is not None and state.collector is not None:
             state.collector.put(made)

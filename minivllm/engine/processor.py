@@ -6,6 +6,7 @@ and internal request ids. What passes here cannot make a step of the engine fail
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import time
@@ -15,10 +16,13 @@ from dataclasses import dataclass
 from typing import Any, TypedDict
 
 from minivllm.config.engine import EngineConfig
+from minivllm.engine.parallel_sampling import child_seed
 from minivllm.exceptions import RequestError, UnsupportedError
 from minivllm.messages.engine import EngineCoreReady, EngineCoreRequest
 from minivllm.sampling_params import SamplingParams
 from minivllm.tokenizer.tokenizer import Tokenizer
+
+_MASK_64 = (1 << 64) - 1
 
 
 class _TextPrompt(TypedDict):
@@ -108,11 +112,17 @@ def parse_prompt(prompt: Prompt) -> ParsedPrompt:
 
 
 class Processor:
-    """Makes requests for one engine. Holds no state of any request; its methods may run in any thread."""
+    """Makes requests for one engine. Holds no state of any request; its methods may run in any thread.
+
+    A request without a seed gets one from `--seed` and its place in the order of requests: a script run again
+    samples the same, and equal requests still differ.
+    """
 
     def __init__(self, config: EngineConfig, ready: EngineCoreReady, tokenizer: Tokenizer | None) -> None:
         self.tokenizer = tokenizer
         self.max_model_len = ready.max_model_len
+        self._seed = config.model.seed & _MASK_64
+        self._num_seeded = itertools.count()  # next() is atomic
         self.vocab_size = config.hf_config.vocab_size
         max_logprobs = config.model.max_logprobs
         self.max_logprobs = self.vocab_size if max_logprobs == -1 else max_logprobs
@@ -150,7 +160,7 @@ class Processor:
             request_id=f"{request_id}-{os.urandom(4).hex()}",
             prompt_token_ids=token_ids,
             sampling_params=self._complete(params, len(token_ids)),
-            seed=_seed(params),
+            seed=self._seed_of(params),
             eos_token_ids=self.eos_token_ids,
             arrival_time=time.monotonic(),
             priority=priority,
@@ -253,9 +263,8 @@ class Processor:
             changes["detokenize"] = False
         return params.clone(**changes)
 
-
-def _seed(params: SamplingParams) -> int:
-    """0 … 2**64 - 1: the request's own, a negative one in two's complement, or fresh from the system."""
-    if params.seed is None:
-        return int.from_bytes(os.urandom(8), "little")
-    return params.seed & ((1 << 64) - 1)
+    def _seed_of(self, params: SamplingParams) -> int:
+        """0 … 2**64 - 1: the request's own, a negative one in two's complement, or the next of ours."""
+        if params.seed is None:
+            return child_seed(self._seed, next(self._num_seeded))
+        return params.seed & _MASK_64

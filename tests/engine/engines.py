@@ -81,8 +81,10 @@ class CrashingStartExecutor(FakeExecutor):
 
     def initialize(self) -> WorkerReady:
         import os
+import time
         import signal
 
         self.on_progress("loading weights")
+        time.sleep(0.5)  # a real crash comes late enough for the socket's thread to have sent this
         os.kill(os.getpid(), signal.SIGKILL)
         raise AssertionError("unreachable")

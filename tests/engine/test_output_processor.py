@@ -173,6 +173,8 @@ def test_an_abort_is_the_last_output():
             True,
         )
         assert front.processor.abort_requests(["a"]) == []
+        front.feed("x")
+        assert [request.finish_reason for request in front.stats.finished_requests] == ["abort"]
 
     asyncio.run(consume())
 

@@ -97,8 +97,15 @@ def test_the_callers_parameters_are_left_alone():
 def test_every_request_has_a_seed_of_64_bits():
     assert process([1], seed=7).seed == 7
     assert process([1], seed=-2).seed == 2**64 - 2
-    fresh = {process([1]).seed for _ in range(20)}
-    assert len(fresh) == 20 and all(0 <= seed < 2**64 for seed in fresh)
+
+
+def test_seeds_of_unseeded_requests_differ_and_repeat_with_the_engines_seed():
+    def seeds(**model) -> list[int]:
+        engine = processor(**model)
+        return [process([1], engine).seed for _ in range(20)]
+
+    assert len(set(seeds())) == 20 and all(0 <= seed < 2**64 for seed in seeds())
+    assert seeds(seed=3) == seeds(seed=3) != seeds(seed=4)
 
 
 def test_children_have_seeds_of_their_own():
