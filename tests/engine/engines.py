@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from concurrent.futures import Future
 
 from minivllm.config.cache import CacheConfig
@@ -80,10 +83,6 @@ class CrashingStartExecutor(FakeExecutor):
     """Dies while it starts, without a word."""
 
     def initialize(self) -> WorkerReady:
-        import os
-import time
-        import signal
-
         self.on_progress("loading weights")
         time.sleep(0.5)  # a real crash comes late enough for the socket's thread to have sent this
         os.kill(os.getpid(), signal.SIGKILL)
