@@ -50,6 +50,7 @@ TORCH_FREE = [
     "minivllm.messages.engine",
     "minivllm.messages.worker",
     "minivllm.models.registry",
+    "minivllm.utils.native",
 ]
 
 
@@ -114,6 +115,10 @@ def _violations() -> list[str]:
 
 def test_every_import_follows_the_table():
     assert _violations() == []
+
+
+def test_the_extension_has_one_door():
+    assert [_name(path) for path in _modules() if "_native" in _imports(path)] == ["utils.native"]
 
 
 def test_the_table_has_no_cycle():

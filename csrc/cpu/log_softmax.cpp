@@ -48,16 +48,8 @@ void log_softmax(float* out, const float* logits, int64_t num_rows, int64_t voca
     });
 }
 
-void argmax(int64_t* out, const float* logits, int64_t num_rows, int64_t vocab_size, int64_t row_stride) {
-    const Chunks chunks{logits, num_rows, vocab_size, row_stride};
-    auto* peaks = static_cast<Peak*>(thread_scratch(0, size_t(chunks.count() + num_rows) * sizeof(Peak)));
-    Peak* rows = peaks + chunks.count();
-    find_peaks(chunks, peaks, rows);
-    for (int64_t r = 0; r < num_rows; ++r) out[r] = rows[r].index;
-}
-
 }  // namespace
 
-const LogSoftmaxKernels log_softmax_kernels = {&log_softmax, &argmax};
+const LogSoftmaxKernels log_softmax_kernels = {&log_softmax};
 
 }  // namespace minivllm::MINIVLLM_ISA

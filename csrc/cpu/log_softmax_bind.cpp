@@ -14,9 +14,6 @@ MINIVLLM_BIND(log_softmax, m) {
     m.def("log_softmax", [](uintptr_t out, uintptr_t logits, Shape shape, int64_t row_stride) {
         log_softmax_kernels().log_softmax(ptr<float>(out), ptr<const float>(logits), shape[0], shape[1], row_stride);
     }, release_gil);
-    m.def("argmax", [](uintptr_t out, uintptr_t logits, Shape shape, int64_t row_stride) {
-        log_softmax_kernels().argmax(ptr<int64_t>(out), ptr<const float>(logits), shape[0], shape[1], row_stride);
-    }, release_gil);
 }
 
 }  // namespace minivllm

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+KV_TILE = 32  # absolute positions a tile of attention; a block is a multiple, so that a tile lies in one block
+
 
 @dataclass(frozen=True)
 class CacheConfig:

@@ -13,8 +13,21 @@ import msgspec
 
 from minivllm.exceptions import ModelFilesError
 
+# What the layers serve; they read it here, so that a config can be refused before torch is imported.
+HIDDEN_ACTS = ("silu", "swish")
+HEAD_DIM_STEP = 16  # attention's: one AVX-512 vector of float32
+# Rope types and the parameters they cannot do without. yarn takes a factor of null, and works it out.
+ROPE_TYPES: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor",),
+}
+_ROPE_NUMBERS = (
+    "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings", "rope_theta",
+)  # fmt: skip
 _DTYPES = ("bfloat16", "float16", "float32")
-_STRETCHING = ("linear", "dynamic", "yarn")  # rope types whose factor lengthens the context
+_STRETCHING = ("linear", "yarn")  # rope types whose factor lengthens the context
 
 
 @dataclass(frozen=True)
@@ -50,7 +63,7 @@ class HFConfig:
         """Read a parsed config.json.
 
         Raises:
-            ModelFilesError: a value is missing or of the wrong kind; the message names the key.
+            ModelFilesError: a value is missing, of the wrong kind or not served; the message names the key.
         """
         read = _Reader(raw, source)
         hidden_size = read.size("hidden_size")
@@ -91,6 +104,14 @@ class HFConfig:
             msgspec.convert(msgspec.to_builtins(self), HFConfig)  # what `from_dict` took over as it stood
         except msgspec.ValidationError as error:
             raise ModelFilesError(f"{source}: {str(error).replace('`', '')}") from None
+        if self.hidden_act not in HIDDEN_ACTS:
+            raise ModelFilesError(
+                f"{source}: hidden_act {self.hidden_act!r} is not served; these are: {', '.join(HIDDEN_ACTS)}"
+            )
+        if self.head_dim % HEAD_DIM_STEP:
+            raise ModelFilesError(
+                f"{source}: head_dim {self.head_dim} is not served; a multiple of {HEAD_DIM_STEP} is"
+            )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ModelFilesError(
                 f"{source}: num_attention_heads={self.num_attention_heads} is not a multiple of "
@@ -167,11 +188,25 @@ class _Reader:
         rope = dict(rope)
         if "type" in rope:
             rope.setdefault("rope_type", rope.pop("type"))
-        for key in ("factor", "original_max_position_embeddings", "rope_theta"):
+        for key in _ROPE_NUMBERS:
             value = rope.get(key)
             if value is not None and (not isinstance(value, (int, float)) or isinstance(value, bool) or value <= 0):
                 self._fail(f"rope_parameters.{key}", value, "a positive number")
+        self._check_rope_is_served(rope)
         return rope
+
+    def _check_rope_is_served(self, rope: dict[str, Any]) -> None:
+        rope_type = rope.get("rope_type", "default")
+        if not isinstance(rope_type, str) or rope_type not in ROPE_TYPES:
+            raise ModelFilesError(
+                f"{self.source}: rope_type {rope_type!r} is not served; these are: {', '.join(ROPE_TYPES)}"
+            )
+        for key in ROPE_TYPES[rope_type]:
+            if key not in rope or (rope[key] is None and rope_type != "yarn"):
+                raise ModelFilesError(f"{self.source}: rope_type {rope_type!r} needs {key!r}; add it")
+        part = rope.get("partial_rotary_factor", self.raw.get("partial_rotary_factor"))
+        if part not in (None, 1):
+            raise ModelFilesError(f"{self.source}: partial_rotary_factor {part!r} is not served; 1.0 is")
 
     def rope_theta(self, rope: dict[str, Any]) -> float:
         """Taken out of `rope` where transformers 5 keeps it."""

@@ -1,7 +1,7 @@
 """The files of a checkpoint as the front end sees them before anything starts: names and sizes, never weights.
 
 Owns what can be said in milliseconds without torch: JSON files are read, shards are there and not empty, a tokenizer
-is there. Headers, tensor names and shapes are the worker's to check.
+is there and is one, chat templates compile. Headers, tensor names and shapes are the worker's to check.
 """
 
 from __future__ import annotations
@@ -10,12 +10,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from minivllm.exceptions import ModelFilesError
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 INDEX = "model.safetensors.index.json"
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
+TOKENIZER = "tokenizer.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+_VOCABULARIES = (TOKENIZER, "*.model", "vocab.json", "vocab.txt", "*.tiktoken")  # of any tokenizer we know of
 _PICKLES = ("*.bin", "*.pt", "*.pth")
 
 
@@ -88,12 +92,72 @@ def _why_no_shards(directory: Path) -> str:
 
 
 def check_tokenizer(directory: Path) -> None:
-    """Raise ModelFilesError unless the directory has the files of some tokenizer."""
-    if not any((directory / name).is_file() for name in _TOKENIZERS):
+    """Raise ModelFilesError unless the directory has the files of some tokenizer, and those we can judge are right."""
+    path = directory / TOKENIZER_CONFIG
+    config = read_json(path) if path.exists() else {}
+    # "auto_map": the tokenizer is code in the directory, which knows its own files.
+    if "auto_map" not in config and not any(any(directory.glob(name)) for name in _VOCABULARIES):
         raise ModelFilesError(
-            f"{directory} has no tokenizer (no {_TOKENIZERS[0]}); pass --tokenizer, or --skip-tokenizer-init to "
+            f"{directory} has no tokenizer (no {TOKENIZER}); pass --tokenizer, or --skip-tokenizer-init to "
             "exchange token ids"
         )
+    if (directory / TOKENIZER).exists():
+        _check_tokenizer_json(directory / TOKENIZER)
+    for source, template in _chat_templates(directory, config):
+        if reason := why_no_template(template):
+            raise ModelFilesError(f"the chat template in {source} is not a Jinja template: {reason}; correct it")
+
+
+class _TokenizerFile(msgspec.Struct):
+    """What is looked at of a tokenizer.json, which has millions of characters: that the whole is JSON, and this."""
+
+    model: dict[str, msgspec.Raw]
+
+
+def _check_tokenizer_json(path: Path) -> None:
+    try:
+        msgspec.json.decode(path.read_bytes(), type=_TokenizerFile)
+    except OSError as error:
+        raise ModelFilesError(f"{path} cannot be read: {error.strerror}") from error
+    except msgspec.ValidationError:
+        raise ModelFilesError(f'{path} has no "model": it is not a tokenizer; fetch it again') from None
+    except (msgspec.DecodeError, ValueError) as error:
+        raise ModelFilesError(f"{path} is not JSON: {error}; fetch it again") from error
+
+
+def _chat_templates(directory: Path, config: dict[str, Any]) -> list[tuple[Path, str]]:
+    """The chat templates of a tokenizer: a file of their own, or one or several named ones in its config."""
+    path = directory / "chat_template.jinja"
+    if path.is_file():
+        return [(path, path.read_text(encoding="utf-8", errors="replace"))]
+    found = config.get("chat_template")
+    templates = [one.get("template") for one in found if isinstance(one, dict)] if isinstance(found, list) else [found]
+    return [(directory / TOKENIZER_CONFIG, template) for template in templates if isinstance(template, str)]
+
+
+def why_no_template(text: str) -> str | None:
+    """Why a chat template does not compile, or None. Nothing of it is run."""
+    from jinja2 import TemplateSyntaxError, nodes
+    from jinja2.ext import Extension
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """transformers' own tag, which marks what the assistant says."""
+
+        tags = {"generation"}
+
+        def parse(self, parser: Any) -> list[nodes.Node]:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    environment = ImmutableSandboxedEnvironment(extensions=[Generation, "jinja2.ext.loopcontrols"])
+    try:
+        environment.compile(text)
+    except TemplateSyntaxError as error:
+        return f"{error.message} (line {error.lineno})"
+    except RecursionError:
+        return "it is nested too deeply"
+    return None
 
 
 def read_generation_config(model: Path, source: str, overrides: dict[str, Any]) -> dict[str, Any]:

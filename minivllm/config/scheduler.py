@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+from minivllm.exceptions import ConfigError
+
+Usage = Literal["serve", "offline"]
+# max_num_batched_tokens, max_num_seqs on a CPU; vLLM's.
+_STEP_DEFAULTS: dict[Usage, tuple[int, int]] = {"serve": (2048, 128), "offline": (4096, 256)}
 
 
 @dataclass(frozen=True)
@@ -15,3 +22,32 @@ class SchedulerConfig:
     """Cut long prompts over several steps. Without it a prompt must fit into one step."""
     stream_interval: int = 1
     """Tokens between two chunks of a stream; the first and the last are sent at once."""
+
+
+def step_limits(scheduler: SchedulerConfig, usage: Usage, max_model_len: int) -> tuple[int, int]:
+    """max_num_batched_tokens and max_num_seqs.
+
+    A default gives way to a limit that was given; two given ones must agree.
+    max_model_len: what a step must hold without chunked prefill; 0 while it is not known yet.
+
+    Raises:
+        ConfigError: they contradict each other; the message names both.
+    """
+    tokens, seqs = scheduler.max_num_batched_tokens, scheduler.max_num_seqs
+    default_tokens, default_seqs = _STEP_DEFAULTS[usage]
+    longest = 0 if scheduler.enable_chunked_prefill else max_model_len
+    if seqs is None:
+        seqs = min(default_seqs, tokens or default_seqs)
+    if tokens is None:
+        tokens = max(default_tokens, seqs, longest)
+    if tokens < seqs:
+        raise ConfigError(
+            f"max_num_batched_tokens={tokens} is less than max_num_seqs={seqs}: a step holds at least a token of "
+            "each request; raise the first or lower the second"
+        )
+    if tokens < longest:
+        raise ConfigError(
+            f"max_num_batched_tokens={tokens} is less than max_model_len={longest}, and without chunked prefill a "
+            "prompt must fit into one step; raise the first, lower the second, or leave chunked prefill on"
+        )
+    return tokens, seqs

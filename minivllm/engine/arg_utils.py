@@ -1,8 +1,8 @@
 """From flat arguments (keywords or a command line) to a checked EngineConfig.
 
-Owns defaults that depend on the use, and the preflight: everything that the arguments, config.json and the names of
-the files show is refused here, in well under two seconds, without torch and before any process is started. Headers of
-weight files, tensors and memory are the worker's to check.
+Owns the preflight: everything that the arguments, config.json and the names of the files show is refused here, in
+well under two seconds, without torch and before any process is started. Headers of weight files, tensors and memory are
+the worker's to check, and what is still `auto` or None is the worker's to resolve.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import importlib.util
 import os
 from dataclasses import field, fields, make_dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
-from minivllm.config.cache import CacheConfig
+from minivllm.config.cache import KV_TILE, CacheConfig
 from minivllm.config.docs import field_docs, summary
 from minivllm.config.engine import EngineConfig
 from minivllm.config.hf_config import HFConfig, read_architecture, read_token_ids
@@ -32,7 +32,7 @@ from minivllm.config.model_files import (
 from minivllm.config.not_yet import NOT_YET, asks_for_nothing, refusal
 from minivllm.config.observability import ObservabilityConfig
 from minivllm.config.parallel import ParallelConfig
-from minivllm.config.scheduler import SchedulerConfig
+from minivllm.config.scheduler import SchedulerConfig, Usage, step_limits
 from minivllm.engine.processor import default_sampling_params
 from minivllm.exceptions import ConfigError, ModelFilesError, RequestError
 from minivllm.models.registry import ModelRegistry
@@ -41,7 +41,6 @@ from minivllm.utils.argparse_utils import add_dataclass_arguments, default_of
 from minivllm.utils.hub import TOKENIZER_FILES, resolve_directory
 from minivllm.utils.text import nearest, parse_size
 
-Usage = Literal["serve", "offline"]
 T = TypeVar("T")
 Parser = TypeVar("Parser", bound=argparse.ArgumentParser)
 
@@ -54,10 +53,7 @@ PARTS = {
     "parallel": ParallelConfig,
     "observability": ObservabilityConfig,
 }
-_BLOCK_MULTIPLE = 32  # the tile of the attention kernels: see DESIGN's attention contract
 _DTYPE_ALIASES = {"half": "float16", "float": "float32"}
-# max_num_batched_tokens, max_num_seqs on a CPU; vLLM's.
-_STEP_DEFAULTS: dict[Usage, tuple[int, int]] = {"serve": (2048, 128), "offline": (4096, 256)}
 _AT_LEAST_ONE = (
     "block_size", "kv_cache_memory_bytes", "num_gpu_blocks_override", "max_num_batched_tokens", "max_num_seqs",
     "stream_interval", "max_model_len",
@@ -118,16 +114,18 @@ class EngineArgs(_Flat):
         hf_config = _read_hf_config(directory, model)
         if load.load_format != "dummy":
             find_shards(directory)
+        _check_scheduler(parts["scheduler"], model.max_model_len, hf_config, usage)
         return EngineConfig(
             model=_resolve_model(model, load, directory),
             hf_config=hf_config,
             cache=parts["cache"],
-            scheduler=_resolve_scheduler(parts["scheduler"], model.max_model_len, hf_config, usage),
+            scheduler=parts["scheduler"],
             load=load,
             parallel=parts["parallel"],
             observability=parts["observability"],
             model_class=ModelRegistry.target(hf_config.architecture),
             generation_config=_read_generation_config(directory, model),
+            usage=usage,
         )
 
     def _values(self) -> dict[str, Any]:
@@ -201,10 +199,10 @@ def _check_ranges(values: dict[str, Any]) -> None:
         if isinstance(value, int) and value < 1:
             raise ConfigError(f"{name}={value} must be at least 1")
     block_size = values["block_size"]
-    if block_size is not None and block_size % _BLOCK_MULTIPLE:
+    if block_size is not None and block_size % KV_TILE:
         raise ConfigError(
-            f"block_size={block_size} must be a multiple of {_BLOCK_MULTIPLE}: attention reads the cache in tiles of "
-            f"{_BLOCK_MULTIPLE} tokens; {-(-block_size // _BLOCK_MULTIPLE) * _BLOCK_MULTIPLE} is the next"
+            f"block_size={block_size} must be a multiple of {KV_TILE}: attention reads the cache in tiles of "
+            f"{KV_TILE} tokens; {-(-block_size // KV_TILE) * KV_TILE} is the next"
         )
     share = values["gpu_memory_utilization"]
     if share is not None and not 0 < share <= 1:
@@ -271,25 +269,9 @@ def _read_generation_config(directory: Path, model: ModelConfig) -> dict[str, An
     return found
 
 
-def _resolve_scheduler(
+def _check_scheduler(
     scheduler: SchedulerConfig, max_model_len: int | str | None, hf_config: HFConfig, usage: Usage
-) -> SchedulerConfig:
-    """The step's limits. A default gives way to a limit that was given; two given ones must agree."""
-    tokens, seqs = scheduler.max_num_batched_tokens, scheduler.max_num_seqs
-    default_tokens, default_seqs = _STEP_DEFAULTS[usage]
-    longest = max_model_len if isinstance(max_model_len, int) else hf_config.max_context
-    if seqs is None:
-        seqs = min(default_seqs, tokens or default_seqs)
-    if tokens is None:
-        tokens = max(default_tokens, seqs, 0 if scheduler.enable_chunked_prefill else longest)
-    if tokens < seqs:
-        raise ConfigError(
-            f"max_num_batched_tokens={tokens} is less than max_num_seqs={seqs}: a step holds at least a token of "
-            "each request; raise the first or lower the second"
-        )
-    if not scheduler.enable_chunked_prefill and tokens < longest:
-        raise ConfigError(
-            f"max_num_batched_tokens={tokens} is less than max_model_len={longest}, and without chunked prefill a "
-            "prompt must fit into one step; raise the first, lower the second, or leave chunked prefill on"
-        )
-    return replace(scheduler, max_num_batched_tokens=tokens, max_num_seqs=seqs)
+) -> None:
+    """Refuse now what the worker, who knows the length that `auto` gives, would refuse in any case."""
+    longest = {None: hf_config.max_context, "auto": 0}.get(max_model_len, max_model_len)
+    step_limits(scheduler, usage, longest)

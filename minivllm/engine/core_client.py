@@ -248,6 +248,8 @@ class InprocClient:
             self.dead_error = EngineDeadError(cause)
 
     def add_request(self, request: EngineCoreRequest) -> None:
+        if self.dead_error is not None:
+            raise self.dead_error
         self._core.add_request(request)
 
     def abort_requests(self, request_ids: list[str]) -> None:

@@ -43,6 +43,19 @@ _TERMINATE_S = 1.0  # … and after SIGTERM, before SIGKILL
 _POLL_MS = 100
 
 
+_cores: set[CoreProcess] = set()  # of this program, until they are shut down
+
+
+def stop_all() -> None:
+    """Stop every core of this program, also those that are still starting. From any thread.
+
+    For a signal that comes while another thread builds an engine, and nobody holds it yet: `wait_ready` then raises
+    in that thread, which cleans up.
+    """
+    for core in list(_cores):
+        core.stop()
+
+
 class CoreProcess:
     """One engine core in a child process.
 
@@ -67,6 +80,7 @@ class CoreProcess:
         self.context = zmq.Context()
         self._run_directory = RunDirectory()
         atexit.register(self.shutdown)
+        _cores.add(self)
         try:
             self.input_socket = self._bind(zmq.ROUTER, "in")
             self.output_socket = self._bind(zmq.PULL, "out")
@@ -148,6 +162,11 @@ class CoreProcess:
                 return payload
             if self._stopping.is_set():
                 raise EngineStartError("the engine was shut down while it started")
+            if not self._core_identity and not self._run_directory.path.is_dir():
+                raise EngineStartError(
+                    f"the socket directory {self._run_directory.path} was removed before the engine core connected; "
+                    "start again, with MINIVLLM_RUN_DIR where nobody cleans up"
+                )
             if ended:
                 how = describe_exit(self._process.exitcode)
                 raise EngineStartError(
@@ -224,6 +243,7 @@ class CoreProcess:
                 return
             self._closed = True
         atexit.unregister(self.shutdown)
+        _cores.discard(self)
         self._run_directory.remove()
         sweep()  # a core that was killed leaves its own
         self.context.destroy(linger=0)

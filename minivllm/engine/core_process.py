@@ -11,6 +11,7 @@ message or SIGTERM (exit code 0), by an error in a step (1, after telling the cl
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import multiprocessing.connection
 import os
@@ -21,7 +22,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -91,16 +92,32 @@ class _End:
 
     def __init__(self, input_address: str) -> None:
         self._run_directory = Path(input_address.removeprefix("ipc://")).parent
+        self._is_held = False
+        self._is_told = False
 
     def listen(self) -> None:
         self.listen_to_sigterm()
         die_with_parent(signal.SIGTERM)
         watch_parent(self._on_orphaned)
 
-    @staticmethod
-    def listen_to_sigterm() -> None:
+    def listen_to_sigterm(self) -> None:
         """Also to be called after code that installs a handler of its own (Ray does)."""
-        signal.signal(signal.SIGTERM, _raise_terminated)
+        signal.signal(signal.SIGTERM, self._on_sigterm)
+
+    def _on_sigterm(self, signum: int, frame: Any) -> None:
+        self._is_told = True
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not interrupt the cleaning up
+        if not self._is_held:
+            raise _Terminated
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """What must be done whole or not at all: a SIGTERM that comes meanwhile is raised at its end."""
+        self._is_held = True
+        yield
+        self._is_held = False
+        if self._is_told:
+            raise _Terminated
 
     def _on_orphaned(self) -> None:
         """Nobody is left to answer: end the main thread as SIGTERM does, and without it if it is slow."""
@@ -119,11 +136,6 @@ class _End:
             shutil.rmtree(self._run_directory, ignore_errors=True)
 
 
-def _raise_terminated(signum: int, frame: Any) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not interrupt the cleaning up
-    raise _Terminated
-
-
 class _CoreProcess:
     """One core and its sockets, from the first message to the last."""
 
@@ -134,6 +146,7 @@ class _CoreProcess:
         self._input_socket.setsockopt(zmq.IDENTITY, _IDENTITY)
         self._output_socket = self._context.socket(zmq.PUSH)
         self._input_thread: threading.Thread | None = None
+        self._output_thread: threading.Thread | None = None
         for socket, address in ((self._input_socket, input_address), (self._output_socket, output_address)):
             socket.set_hwm(0)
             socket.setsockopt(zmq.LINGER, _FLUSH_MS)
@@ -150,10 +163,12 @@ class _CoreProcess:
         except _StartFailed as failure:
             return failure.exit_code
         self._core = core
-        output_thread = self._start_thread(self._send_outputs, "outputs")
-        self._input_thread = self._start_thread(self._receive_inputs, "inputs")
         cause = None
         try:
+            with self._end.held():
+                self._tell(core.ready)
+                self._output_thread = self._start_thread(self._send_outputs, "outputs")
+                self._input_thread = self._start_thread(self._receive_inputs, "inputs")
             self._busy_loop()
         except _Terminated:
             cause = _ENDED_BY_SIGNAL
@@ -162,7 +177,8 @@ class _CoreProcess:
             cause = f"the engine core failed: {_one_line(error)}"
         finally:
             self._outputs.put(None)
-            output_thread.join()
+            if self._output_thread is not None:
+                self._output_thread.join()
             if cause is not None:
                 self._output_socket.send_multipart([ENGINE_CORE_DEAD, cause.encode()])
             core.shutdown()
@@ -178,7 +194,7 @@ class _CoreProcess:
     # -- start
 
     def _start(self) -> Any:
-        """Introduce ourselves, take the configuration, build the core, say that it is ready."""
+        """Introduce ourselves, take the configuration, build the core."""
         self._tell(Hello(os.getpid()))
         config = Decoder(EngineConfig)(self._input_socket.recv())
         try:
@@ -195,7 +211,6 @@ class _CoreProcess:
         # What was made so far lives as long as the process; the collector need not look at it again.
         gc.collect()
         gc.freeze()
-        self._tell(core.ready)
         return core
 
     def _start_failed(self, message: str, exit_code: int) -> _StartFailed:

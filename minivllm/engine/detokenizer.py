@@ -11,9 +11,8 @@ from minivllm.sampling_params import SamplingParams
 from minivllm.tokenizer.tokenizer import Tokenizer
 
 _CONTEXT_TOKENS = 8  # of the prompt's tail; enough for the up to three open bytes of a divided character
-_MAX_PENDING_TOKENS = (
-    8  # for a tokenizer of unknown kind: what then still ends in U+FFFD is no divided character
-)
+# For a tokenizer of unknown kind: what then still ends in U+FFFD is no divided character.
+_MAX_PENDING_TOKENS = 8
 
 
 class ByteDecoder:

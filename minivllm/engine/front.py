@@ -18,7 +18,11 @@ from minivllm.tokenizer.tokenizer import Tokenizer
 class StatLogger(Protocol):
     """Whatever counts what the engine does."""
 
-    def record(self, scheduler_stats: SchedulerStats | None, iteration: IterationStats) -> None: ...
+    def record(self, scheduler_stats: SchedulerStats | None, iteration: IterationStats) -> None:
+        """Add one message of the engine core."""
+
+    def log(self, now: float) -> None:
+        """Say what came since the last call, if there is a place to say it. Called by whoever owns the clock."""
 
 
 class _Core(Protocol):

@@ -25,12 +25,12 @@ from minivllm.engine.arg_utils import AsyncEngineArgs
 from minivllm.engine.async_llm import AsyncLLM
 from minivllm.entrypoints.errors import exit_on_error
 from minivllm.entrypoints.openai.api_server import build_async_engine_client, setup_server
-from minivllm.entrypoints.openai.cli_args import refuse_option
+from minivllm.entrypoints.openai.cli_args import check_environment, refuse_option
 from minivllm.entrypoints.openai.errors import install_error_handlers
 from minivllm.entrypoints.openai.health.router import router as health_router
 from minivllm.entrypoints.openai.launcher import serve_http
 from minivllm.entrypoints.openai.lifecycle import Lifecycle
-from minivllm.entrypoints.openai.middleware import Admission
+from minivllm.entrypoints.openai.middleware import Admission, BodyLimit
 from minivllm.entrypoints.openai.utils import ClientDisconnected, attend, require_json, with_cancellation
 from minivllm.exceptions import MinivllmError, RequestError
 from minivllm.logger import configure, init_logger
@@ -64,20 +64,22 @@ def parse_body(body: bytes) -> tuple[Any, bool, SamplingParams]:
     """
     try:
         fields = msgspec.json.decode(body)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError) as error:
         raise RequestError(f"the body is not JSON: {error}") from error
     if not isinstance(fields, dict):
         raise RequestError('the body must be a JSON object, such as {"prompt": "Once upon a time"}')
     prompt, stream = fields.pop("prompt", None), fields.pop("stream", False)
     if prompt is None:
         raise RequestError("the body has no prompt", param="prompt")
+    if isinstance(prompt, list) and any(isinstance(one, (str, list)) for one in prompt):
+        raise RequestError("prompt must be one text or one list of token ids; send a request for each", param="prompt")
     if not isinstance(stream, bool):
         raise RequestError(f"stream must be true or false, got {stream!r}", param="stream")
     for name in fields.keys() - _FIELDS:
         guess = nearest(name, _FIELDS)
         raise RequestError(f"unknown field {name!r}" + (f"; did you mean {guess!r}?" if guess else ""), param=name)
     try:
-        params = msgspec.convert(fields, SamplingParams)
+        params = msgspec.convert(fields, SamplingParams, str_keys=True)
     except msgspec.ValidationError as error:
         cause = error.__cause__
         raise cause if isinstance(cause, RequestError) else RequestError(str(error)) from None
@@ -91,12 +93,17 @@ def texts(output: RequestOutput) -> bytes:
     return msgspec.json.encode({"text": [prompt + answer.text for answer in output.outputs]})
 
 
+async def _read_body(raw_request: Request) -> bytes:
+    """A dependency, so that it is done before `with_cancellation` listens to the connection too."""
+    return await raw_request.body()
+
+
 @router.post("/generate")
 @with_cancellation
-async def generate(raw_request: Request) -> Response:
+async def generate(raw_request: Request, body: bytes = Depends(_read_body)) -> Response:
     """Answer one prompt, whole or line by line."""
     state = raw_request.app.state
-    prompt, stream, params = parse_body(await raw_request.body())
+    prompt, stream, params = parse_body(body)
     outputs = state.engine.generate(prompt, params, uuid.uuid4().hex)
     if stream:
         return await LineStream(outputs, state.lifecycle).start()
@@ -114,6 +121,7 @@ def build_app(engine: AsyncLLM) -> FastAPI:
     app.include_router(health_router)
     app.include_router(router)
     install_error_handlers(app)
+    app.add_middleware(BodyLimit)
     app.add_middleware(Admission, lifecycle=app.state.lifecycle)
     return app
 
@@ -180,6 +188,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """`python -m minivllm.entrypoints.api_server`."""
     with exit_on_error():
         args = make_arg_parser().parse_args(argv)
+        check_environment()
         configure("APIServer", args.log_level)
         asyncio.run(run_server(args))
 

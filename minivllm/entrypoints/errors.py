@@ -25,8 +25,10 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells count
 def exit_on_error() -> Iterator[None]:
     """End the process with one line for our own errors; for others with the traceback, then one line.
 
-    As a decorator or in a `with`. A traceback of our own errors is shown only at log level DEBUG.
+    As a decorator or in a `with`, around all that a program does. A traceback of our own errors is shown only at log
+    level DEBUG.
     """
+    _open_standard_streams()
     try:
         yield
     except MinivllmError as error:
@@ -41,6 +43,17 @@ def exit_on_error() -> Iterator[None]:
     except Exception as error:
         traceback.print_exc()
         exit_with(f"internal error: {type(error).__name__}: {error}; please report it, with minivllm collect-env", 1)
+
+
+def _open_standard_streams() -> None:
+    """Open /dev/null where a parent has closed descriptor 0, 1 or 2: the next socket would take its number."""
+    for fd, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it is fd: the lowest that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(fd, mode, closefd=False))
 
 
 def exit_with(message: str, code: int) -> NoReturn:

@@ -9,6 +9,7 @@ import contextlib
 import copy
 import itertools
 import os
+import threading
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -64,6 +65,7 @@ class LLM:
         configure("LLM", engine_args.log_level)
         self._chat_template = read_template(chat_template)
         self._ids = itertools.count()
+        self._turn = threading.Lock()
         self.llm_engine = LLMEngine.from_engine_args(engine_args)
 
     def generate(
@@ -79,6 +81,7 @@ class LLM:
         prompts: a text, token ids, a dict (see TextPrompt, TokensPrompt), or a list of any of these.
         sampling_params: one for all, one for each, or None for the model's defaults.
 
+        One call at a time runs; calls of other threads wait for their turn.
         A request that fails inside the engine comes back with finish_reason "error" and `error` set; the others go on.
         Ctrl-C aborts them all.
 
@@ -95,15 +98,16 @@ class LLM:
         priorities = priority or [0] * len(prompts)
         checked = [self._check(*item, index) for index, item in enumerate(zip(prompts, params, priorities))]
         ids = [str(next(self._ids)) for _ in prompts]
-        try:
-            for item in zip(ids, checked, params, priorities):
-                self.llm_engine.add_request(*item)
-            outputs = self._run(set(ids), use_tqdm)
-        except BaseException:
-            # Also for what is no Exception: an interrupted call must not leave work running behind the next one.
-            with contextlib.suppress(Exception):
-                self.llm_engine.abort_request(ids)
-            raise
+        with self._turn:
+            try:
+                for item in zip(ids, checked, params, priorities):
+                    self.llm_engine.add_request(*item)
+                outputs = self._run(set(ids), use_tqdm)
+            except BaseException:
+                # Also for what is no Exception: an interrupted call must not leave work running behind the next one.
+                with contextlib.suppress(Exception):
+                    self.llm_engine.abort_request(ids)
+                raise
         return [outputs[request_id] for request_id in ids]
 
     def chat(
@@ -157,9 +161,8 @@ class LLM:
 
     def shutdown(self) -> None:
         """End the engine; a second call does nothing."""
-        engine = self.__dict__.pop("llm_engine", None)
-        if engine is not None:
-            engine.shutdown()
+        if "llm_engine" in self.__dict__:  # not when the start failed
+            self.llm_engine.shutdown()
 
     def __enter__(self) -> LLM:
         return self
@@ -176,6 +179,12 @@ class LLM:
         if given is None:
             given = self.get_default_sampling_params()
         params = [given] * len(prompts) if isinstance(given, SamplingParams) else list(given)
+        for each in params:
+            if not isinstance(each, SamplingParams):
+                raise RequestError(
+                    f"sampling_params must hold SamplingParams, got {each!r}; write SamplingParams(temperature=…)",
+                    param="sampling_params",
+                )
         if len(params) != len(prompts):
             raise RequestError(
                 f"{len(prompts)} prompts but {len(params)} sampling_params; give one each, or one for all",

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
-from minivllm import envs
 from minivllm.exceptions import ConfigError, EngineError, ModelFilesError
 from minivllm.executor.abstract import Executor
 from minivllm.executor.ray_worker import RayWorker, Reply
@@ -36,11 +35,16 @@ class RayExecutor(Executor):
 
     worker_class = "minivllm.worker.worker:Worker"
 
-    def initialize(self) -> WorkerReady:
-        self._ray = _import_ray()
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._ray: Any = None
+        self._has_joined = False
         self._stopping = False
         self._run_directory: RunDirectory | None = None
         self._placement_group = self._actor = self._watcher = None
+
+    def initialize(self) -> WorkerReady:
+        self._ray = _import_ray()
         self._has_joined = self._ray.is_initialized()  # this program's own connection; we leave it open
         self._decode_reply, self._decode_output = Decoder(Reply), Decoder(ModelRunnerOutput)
         self._connect()
@@ -159,7 +163,7 @@ class RayExecutor(Executor):
     # -- end
 
     def shutdown(self) -> None:
-        if self.__dict__.get("_stopping", True):
+        if self._stopping or self._ray is None:
             return
         self._stopping = True
         try:
@@ -210,13 +214,15 @@ def _import_ray() -> Any:
 
 
 def _num_cpus() -> int:
-    """What the worker's thread pool will use here: MINIVLLM_CPU_THREADS, or the processors this process may use."""
-    threads = envs.get("MINIVLLM_CPU_THREADS")
-    if threads is not None and not (threads.isdigit() and int(threads)):
-        raise ConfigError(f"MINIVLLM_CPU_THREADS={threads!r} must be a whole number, at least 1")
-    if threads is not None:
-        return int(threads)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """What the kernels' thread pool uses on this machine: MINIVLLM_CPU_THREADS, else the processors this process may
+    use, or fewer where a control group grants less time.
+
+    Raises:
+        ConfigError: the variable is no number.
+    """
+    from minivllm.utils.native import lib
+
+    return lib.num_threads() if lib is not None else os.cpu_count() or 1
 
 
 def _reason(error: BaseException) -> str:

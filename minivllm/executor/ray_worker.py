@@ -74,9 +74,6 @@ class RayWorker:
         """Call any method of the worker; args and result are encoded plain values."""
         return _reply(lambda: getattr(self._worker, method)(*Decoder(list)(args)))
 
-    def shutdown(self) -> bytes:
-        return _reply(self._worker.shutdown)
-
 
 def _reply(call: Callable[..., Any], *args: Any) -> bytes:
     try:

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from minivllm.executor.abstract import Executor
 from minivllm.messages.worker import ModelRunnerOutput, SchedulerOutput, WorkerReady
 
+if TYPE_CHECKING:
+    from minivllm.worker.worker import Worker
+
 
 class UniProcExecutor(Executor):
     """One worker, called directly."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.worker: Worker | None = None
 
     def initialize(self) -> WorkerReady:
         self.on_progress("importing torch")
@@ -30,7 +37,7 @@ class UniProcExecutor(Executor):
         return [getattr(self.worker, method)(*args)]
 
     def shutdown(self) -> None:
-        worker = self.__dict__.pop("worker", None)
+        worker, self.worker = self.worker, None
         if worker is not None:
             worker.shutdown()
 

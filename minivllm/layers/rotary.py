@@ -13,24 +13,18 @@ from typing import Any
 import torch
 
 from minivllm.config.hf_config import HFConfig
-from minivllm.exceptions import ModelFilesError
 from minivllm.ops.op import OpSpec
 from minivllm.ops.rotary import rotary
 
-Frequencies = tuple[
-    torch.Tensor, float
-]  # [head_dim / 2] float32 in radians a token; factor of cosine and sine
+# [head_dim / 2] float32 in radians a token; factor of cosine and sine.
+Frequencies = tuple[torch.Tensor, float]
 
 
 class RotaryEmbedding:
     """Turns queries and keys by their positions, in place."""
 
     def __init__(self, config: HFConfig, max_positions: int, *, dtype: torch.dtype, device: str) -> None:
-        """max_positions: length of the table, in tokens.
-
-        Raises:
-            ModelFilesError: the rope type is not known, or its parameters are incomplete.
-        """
+        """max_positions: length of the table, in tokens."""
         frequencies, factor = rope_frequencies(config)
         angles = torch.outer(torch.arange(max_positions, dtype=torch.float32), frequencies)
         self.cos_sin = torch.cat([angles.cos() * factor, angles.sin() * factor], dim=-1).to(device)
@@ -42,27 +36,9 @@ class RotaryEmbedding:
 
 
 def rope_frequencies(config: HFConfig) -> Frequencies:
-    """The frequencies that the config's rope type gives.
-
-    Raises:
-        ModelFilesError: the type is not known, or a parameter it needs is missing.
-    """
+    """The frequencies that the config's rope type gives; `HFConfig` has checked that its parameters are there."""
     parameters = config.rope_parameters
-    rope_type = parameters.get("rope_type", "default")
-    if rope_type not in _ROPE_TYPES:
-        raise ModelFilesError(
-            f"rope_type {rope_type!r} in config.json is not served; these are: {', '.join(_ROPE_TYPES)}"
-        )
-    if parameters.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ModelFilesError(
-            f"partial_rotary_factor {parameters['partial_rotary_factor']} in config.json is not served; 1.0 is"
-        )
-    try:
-        return _ROPE_TYPES[rope_type](config, parameters)
-    except KeyError as missing:
-        raise ModelFilesError(
-            f"config.json: rope_type {rope_type!r} needs {missing.args[0]!r}; add it"
-        ) from None
+    return _FREQUENCIES[parameters.get("rope_type", "default")](config, parameters)
 
 
 def _default(config: HFConfig, parameters: dict[str, Any]) -> Frequencies:
@@ -132,7 +108,8 @@ def _yarn_attention_factor(factor: float, parameters: dict[str, Any]) -> float:
     return scale(1.0)
 
 
-_ROPE_TYPES: dict[str, Callable[[HFConfig, dict[str, Any]], Frequencies]] = {
+# One for each of `hf_config.ROPE_TYPES`.
+_FREQUENCIES: dict[str, Callable[[HFConfig, dict[str, Any]], Frequencies]] = {
     "default": _default,
     "linear": _linear,
     "llama3": _llama3,

@@ -5,11 +5,15 @@ Owns names, labels and buckets. A logger has its own registry: nothing is global
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.gc_collector import GCCollector
 from prometheus_client.process_collector import ProcessCollector
+from prometheus_client.registry import Collector
 
 from minivllm.messages.engine import EngineCoreReady, FinishReason
 from minivllm.messages.stats import FinishedRequestStats, IterationStats, SchedulerStats
@@ -108,6 +112,34 @@ def make_registry() -> CollectorRegistry:
     return registry
 
 
+class BulkHistogram(Collector):
+    """A histogram for a value a token: prometheus_client's own takes a lock and several calls for each."""
+
+    def __init__(self, name: str, text: str, buckets: list[float], labels: dict[str, str]) -> None:
+        self._name, self._text, self._labels = name, text, labels
+        self._buckets = buckets
+        self._counts = [0] * (len(buckets) + 1)  # not cumulated; the last is above every bucket
+        self._sum = 0.0
+
+    def observe_all(self, values: list[float]) -> None:
+        """Add values; one equal to a bucket's bound is in it."""
+        buckets, counts = self._buckets, self._counts
+        for value in values:
+            counts[bisect_left(buckets, value)] += 1
+        self._sum += sum(values)
+
+    def collect(self) -> Iterable[HistogramMetricFamily]:
+        family = HistogramMetricFamily(self._name, self._text, labels=list(self._labels))
+        family.add_metric(list(self._labels.values()), list(self._cumulated()), self._sum)
+        yield family
+
+    def _cumulated(self) -> Iterator[tuple[str, float]]:
+        total = 0
+        for bound, count in zip([*map(float, self._buckets), "+Inf"], self._counts):
+            total += count
+            yield str(bound), total
+
+
 class PrometheusStatLogger:
     """Counts into `registry`; every metric exists, at zero, from the start."""
 
@@ -181,11 +213,13 @@ class PrometheusStatLogger:
         self._ttft = histogram(
             "time_to_first_token_seconds", "Time to first token.", TIME_TO_FIRST_TOKEN_BUCKETS
         )
-        self._itl = histogram(
-            "inter_token_latency_seconds",
+        self._itl = BulkHistogram(
+            "vllm:inter_token_latency_seconds",
             "Time between two tokens of a request.",
             INTER_TOKEN_LATENCY_BUCKETS,
+            self._labels,
         )
+        self._registry.register(self._itl)
         self._tpot = histogram(
             "request_time_per_output_token_seconds", "Mean time per token after the first, per request.",
             INTER_TOKEN_LATENCY_BUCKETS,
@@ -238,10 +272,12 @@ class PrometheusStatLogger:
         self._generation_tokens.inc(iteration.num_generation_tokens)
         for seconds in iteration.time_to_first_tokens_s:
             self._ttft.observe(seconds)
-        for seconds in iteration.inter_token_latencies_s:
-            self._itl.observe(seconds)
+        self._itl.observe_all(iteration.inter_token_latencies_s)
         for finished in iteration.finished_requests:
             self._record_finished(finished)
+
+    def log(self, now: float) -> None:
+        """Nothing to say: it is scraped."""
 
     def _record_scheduler(self, stats: SchedulerStats) -> None:
         self._num_running.set(stats.num_running_reqs)

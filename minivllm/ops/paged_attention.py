@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import torch
 
+from minivllm.config.cache import KV_TILE
+from minivllm.config.hf_config import HEAD_DIM_STEP
 from minivllm.ops import native
 from minivllm.ops.checks import require
 from minivllm.ops.op import Impl, Op, OpSpec
 
-KV_TILE = 32  # absolute positions a tile; the block size is a multiple, so a tile lies in one block
 SEGMENT = 1024  # absolute positions a segment; fixed, so that a row's sums never depend on its length
-HEAD_DIM_STEP = 16  # one AVX-512 vector of float32
 
 
 def reference(

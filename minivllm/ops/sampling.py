@@ -11,7 +11,6 @@ import torch
 
 from minivllm.ops import native
 from minivllm.ops.checks import require
-from minivllm.ops.log_softmax import argmax_reference
 from minivllm.ops.op import Impl, Op, OpSpec
 
 SAMPLE = 0  # the counter's last word says what the noise is for; 0: the token at a position
@@ -38,7 +37,9 @@ def gumbel_argmax_reference(
     sampled = temperature > 0
     scaled = logits / torch.where(sampled, temperature, 1.0).unsqueeze(1)
     noise = gumbel_noise(seeds, positions, logits.shape[1])
-    return argmax_reference(torch.where(sampled.unsqueeze(1), scaled + noise, logits))
+    perturbed = torch.where(sampled.unsqueeze(1), scaled + noise, logits)
+    # Not torch's argmax, which promises no order among ties.
+    return (perturbed == perturbed.amax(dim=-1, keepdim=True)).to(torch.uint8).argmax(dim=-1)
 
 
 def gumbel_noise(seeds: torch.Tensor, positions: torch.Tensor, vocab_size: int) -> torch.Tensor:

@@ -8,7 +8,9 @@ from pathlib import Path
 import psutil
 import torch
 
+from minivllm.config.cache import KV_TILE
 from minivllm.platforms.platform import Platform
+from minivllm.utils import native
 
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
 
@@ -17,7 +19,7 @@ class CpuPlatform(Platform):
     name = "cpu"
     device = "cpu"
     default_block_size = 128
-    block_size_multiple = 32
+    block_size_multiple = KV_TILE
     supported_dtypes = (torch.bfloat16, torch.float16, torch.float32)
     graphs = None
 
@@ -28,8 +30,7 @@ class CpuPlatform(Platform):
 
     @property
     def numerics_id(self) -> str:
-        lib = _native()
-        return f"cpu-{lib.isa()}" if lib is not None else "cpu-torch"
+        return f"cpu-{native.lib.isa()}" if native.unavailable is None else "cpu-torch"
 
     def memory_limit_bytes(self) -> int:
         limits = [_read_limit(group) for group in self._cgroups]
@@ -47,18 +48,9 @@ class CpuPlatform(Platform):
         return psutil.Process().memory_info().rss
 
     def prepare(self) -> None:
-        if _native() is not None:
+        if native.unavailable is None:
             # The kernels have a thread pool of their own; a second one would fight it for the cores.
             torch.set_num_threads(1)
-
-
-def _native():
-    """The native extension, or None where it is not built or cannot run."""
-    try:
-        from minivllm import _native as lib
-    except ImportError:
-        return None
-    return lib if lib.isa() != "none" else None
 
 
 # Control groups --------------------------------------------------------------

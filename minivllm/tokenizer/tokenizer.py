@@ -17,9 +17,8 @@ from typing import Any, Literal
 
 from minivllm.exceptions import ModelFilesError, RequestError
 
-os.environ.setdefault(
-    "TOKENIZERS_PARALLELISM", "false"
-)  # its thread pool would fight the event loop for cores
+# Its thread pool would fight the event loop for cores.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _SPACE = "\u2581"  # SentencePiece's visible space
@@ -130,7 +129,7 @@ class Tokenizer:
         return self.encode(text, add_special_tokens=False)
 
     def render_chat_template(
-        self, messages: list[dict], *, chat_template: str | None = None, **kwargs: Any
+        self, messages: list[dict], /, *, chat_template: str | None = None, **kwargs: Any
     ) -> str:
         """The conversation as text, before tokenization.
 

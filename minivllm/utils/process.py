@@ -35,9 +35,8 @@ def spawn(target: Callable[..., None], args: tuple, *, name: str) -> BaseProcess
     process = multiprocessing.get_context("spawn").Process(target=target, args=args, name=name)
     with _spawn_lock:
         resource_tracker.ensure_running()  # its start would unblock SIGINT again
-        blocked = signal.pthread_sigmask(
-            signal.SIG_BLOCK, {signal.SIGINT}
-        )  # of this thread; a child inherits it
+        # Of this thread; a child inherits it.
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         main = sys.modules["__main__"]
         sys.modules["__main__"] = types.ModuleType("__main__")
         try:
@@ -104,14 +103,3 @@ def describe_exit(exitcode: int | None) -> str:
         name = f"signal {-exitcode}"
     hint = " (out of memory?)" if -exitcode == signal.SIGKILL else ""
     return f"was killed by {name}{hint}"
-
-
-def is_running(pid: int) -> bool:
-    """Whether a process with this id exists (one we may not signal counts)."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

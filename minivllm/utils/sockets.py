@@ -6,6 +6,7 @@ of what is said on the sockets.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import secrets
@@ -16,16 +17,19 @@ from pathlib import Path
 from minivllm import envs
 from minivllm.exceptions import ConfigError
 from minivllm.logger import init_logger
-from minivllm.utils.process import is_running
 
 logger = init_logger(__name__)
 
 MAX_UNIX_PATH = 107  # bytes: sockaddr_un.sun_path without its final NUL, unix(7)
-_DIRECTORY = re.compile(r"minivllm-(\d+)-[0-9a-f]{8}")
+_DIRECTORY = re.compile(r"minivllm-\d+-[0-9a-f]{8}")
+_LOCK = "lock"
 
 
 class RunDirectory:
     """A fresh 0700 directory `minivllm-<pid>-<random>` under MINIVLLM_RUN_DIR or the temporary directory.
+
+    Its owner holds a lock on a file in it, which the system lets go of when the owner dies: that is how a sweep
+    knows, in whatever container it runs (a pid says nothing outside its namespace).
 
     longest_name: bytes of the longest socket path inside it.
 
@@ -40,7 +44,12 @@ class RunDirectory:
         self.path = base / name
         try:
             base.mkdir(parents=True, exist_ok=True)
-            self.path.mkdir(mode=0o700)
+            # Under its name only once it is locked: a sweep never sees it unowned.
+            unnamed = self.path.with_suffix(".new")
+            unnamed.mkdir(mode=0o700)
+            self._lock = os.open(unnamed / _LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+            unnamed.rename(self.path)
         except OSError as error:
             raise ConfigError(
                 f"cannot make the socket directory {self.path}: {error.strerror}; "
@@ -53,7 +62,10 @@ class RunDirectory:
 
     def remove(self) -> None:
         """Remove the directory and what is in it; once it is gone, do nothing."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        if self._lock is not None:
+            shutil.rmtree(self.path, ignore_errors=True)
+            os.close(self._lock)
+            self._lock = None
 
 
 def _candidates() -> list[Path]:
@@ -81,8 +93,8 @@ def sweep() -> None:
 
 def _sweep(base: Path) -> None:
     for path in base.iterdir():
-        match = _DIRECTORY.fullmatch(path.name)
-        if match and not path.is_symlink() and _is_ours(path) and not is_running(int(match[1])):
+        named = _DIRECTORY.fullmatch(path.name)
+        if named and not path.is_symlink() and _is_ours(path) and not _has_owner(path):
             logger.debug("removing %s, left by a process that was killed", path)
             shutil.rmtree(path, ignore_errors=True)
 
@@ -92,3 +104,18 @@ def _is_ours(path: Path) -> bool:
         return path.stat().st_uid == os.getuid()
     except OSError:
         return False
+
+
+def _has_owner(path: Path) -> bool:
+    """Whether a process holds the directory's lock; True as well when that cannot be found out."""
+    try:
+        lock = os.open(path / _LOCK, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return True
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(lock)
+    return False

@@ -23,9 +23,8 @@ class InputBatch:
     begins: np.ndarray  # [num_reqs] int64: tokens computed before this step
     ends: np.ndarray  # [num_reqs] int64: and after it
     first_rows: np.ndarray  # [num_reqs] int64: of each request in input_ids
-    samples: (
-        np.ndarray
-    )  # [num_sampled] int64: which requests get a token: those whose last known one is in the step
+    # [num_sampled] int64: which requests get a token: those whose last known one is in the step.
+    samples: np.ndarray
     input_ids: torch.Tensor  # [num_tokens] int64
     positions: torch.Tensor  # [num_tokens] int64
     step: StepInputs

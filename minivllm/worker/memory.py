@@ -76,10 +76,11 @@ def size_kv_cache(
     size = KVCacheSize(num_blocks, spec.block_size, num_blocks * spec.bytes_per_block, max_model_len)
     if fitting_len < max_model_len:
         needed = blocks_for(max_model_len, spec.block_size) * spec.bytes_per_block
+        more = "--kv-cache-memory-bytes" if cache.num_gpu_blocks_override is None else "--num-gpu-blocks-override"
         remedy = f"pass --max-model-len {fitting_len} or auto, or" if fitting_len else "pass"
         raise ConfigError(
             f"one request of max_model_len {max_model_len} needs {gib(needed)} of KV cache and there are "
-            f"{gib(size.num_bytes)}, which hold {fitting_len} tokens; {remedy} a larger --kv-cache-memory-bytes"
+            f"{gib(size.num_bytes)}, which hold {fitting_len} tokens; {remedy} a larger {more}"
         )
     return size
 

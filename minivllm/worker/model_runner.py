@@ -1,5 +1,6 @@
-"""Runs one step: follows the scheduler's plan, runs the model, samples. One class for every device.
+"""Runs one step: follows the scheduler's plan, runs the model, samples.
 
+A step's inputs are made in host memory, which so far is the device's own: the CPU.
 Owns the state of requests between steps and the KV cache's tensors. Does not know how a plan came about, nor
 how its result is sent.
 """
@@ -19,9 +20,8 @@ from minivllm.sample.step import SampleBatch
 from minivllm.worker.input_batch import InputBatch, InputBuffers
 from minivllm.worker.request_state import RequestTable
 
-_PROMPT_LOGPROB_ROWS = (
-    64  # logits of a prompt held at once: a whole chunk over a large vocabulary is a gigabyte
-)
+# Logits of a prompt held at once: a whole chunk over a large vocabulary is a gigabyte.
+_PROMPT_LOGPROB_ROWS = 64
 
 
 class ModelRunner:

@@ -13,6 +13,7 @@ import torch
 from minivllm.attention.backend import AttentionBackend, AttentionSpec
 from minivllm.attention.registry import select_backend
 from minivllm.config.engine import EngineConfig
+from minivllm.config.scheduler import step_limits
 from minivllm.exceptions import ConfigError
 from minivllm.logger import init_logger
 from minivllm.messages.kv_cache import KVCacheSpec
@@ -34,8 +35,6 @@ _DTYPES = {
     "float32": torch.float32,
     "float": torch.float32,
 }
-_DEFAULT_NUM_BATCHED_TOKENS = 2048
-_DEFAULT_NUM_SEQS = 128
 
 
 class Worker:
@@ -61,12 +60,10 @@ class Worker:
         if dtype not in platform.supported_dtypes:
             raise ConfigError(f"--dtype {name_of(dtype)} is not served on {platform.name}")
         max_model_len = resolve_max_model_len(config)
-        max_num_seqs = config.scheduler.max_num_seqs or _DEFAULT_NUM_SEQS
         backend = self._attention_backend(dtype)
         model = self._build_model(backend, max_model_len)
         plan = self._check_files(model)
-        size = self._size_cache(model, backend, max_model_len, max_num_seqs)
-        max_num_batched_tokens = self._resolve_num_batched_tokens(size.max_model_len)
+        size, (max_num_batched_tokens, max_num_seqs) = self._size_cache_and_step(model, backend, max_model_len)
 
         on_progress("loading weights")
         if plan is None:
@@ -145,9 +142,28 @@ class Worker:
             return None
         return loader.make_plan(model, loader.check_files(Path(self.config.model.model)))
 
+    def _size_cache_and_step(
+        self, model: DecoderForCausalLM, backend: AttentionBackend, max_model_len: int
+    ) -> tuple[memory.KVCacheSize, tuple[int, int]]:
+        """The cache, max_num_batched_tokens and max_num_seqs.
+
+        With max_model_len `auto` the length follows from the cache, the cache from what a step needs, and without
+        chunked prefill the step from the length. The least step gives a length that a larger step can only shorten:
+        a step of that length is large enough.
+        """
+        config = self.config
+        is_auto = config.model.max_model_len == "auto"
+        limits = step_limits(config.scheduler, config.usage, 0 if is_auto else max_model_len)
+        size, budget = self._size_cache(model, backend, max_model_len, limits)
+        if is_auto and not config.scheduler.enable_chunked_prefill:
+            limits = step_limits(config.scheduler, config.usage, size.max_model_len)
+            size, budget = self._size_cache(model, backend, size.max_model_len, limits)
+        logger.info("%s", memory.describe(size, budget))
+        return size, limits
+
     def _size_cache(
-        self, model: DecoderForCausalLM, backend: AttentionBackend, max_model_len: int, max_num_seqs: int
-    ) -> memory.KVCacheSize:
+        self, model: DecoderForCausalLM, backend: AttentionBackend, max_model_len: int, limits: tuple[int, int]
+    ) -> tuple[memory.KVCacheSize, memory.Budget]:
         config = self.config
         dtype_bytes = backend.spec.dtype.itemsize
         spec = KVCacheSpec(
@@ -156,31 +172,15 @@ class Worker:
             num_layers=config.hf_config.num_hidden_layers,
             layout_id=backend.layout_id,
         )
-        num_tokens = config.scheduler.max_num_batched_tokens or _DEFAULT_NUM_BATCHED_TOKENS
         budget = memory.Budget(
             limit_bytes=self.platform.memory_limit_bytes(),
             available_bytes=self.platform.memory_available_bytes(),
             weight_bytes=sum(torch.Size(weight.shape).numel() for weight in model.weights()) * dtype_bytes,
-            step_bytes=memory.step_bytes(config.hf_config, num_tokens, max_num_seqs, dtype_bytes),
+            step_bytes=memory.step_bytes(config.hf_config, *limits, dtype_bytes),
             process_bytes=self.platform.process_memory_bytes(),
         )
         is_auto = config.model.max_model_len == "auto"
-        size = memory.size_kv_cache(config.cache, spec, budget, max_model_len, is_auto=is_auto)
-        logger.info("%s", memory.describe(size, budget))
-        return size
-
-    def _resolve_num_batched_tokens(self, max_model_len: int) -> int:
-        """Without chunking, a step must hold the longest prompt."""
-        scheduler = self.config.scheduler
-        given = scheduler.max_num_batched_tokens
-        if scheduler.enable_chunked_prefill:
-            return given or _DEFAULT_NUM_BATCHED_TOKENS
-        if given is not None and given < max_model_len:
-            raise ConfigError(
-                f"--max-num-batched-tokens {given} is less than max_model_len {max_model_len}, and without chunked "
-                "prefill a prompt must fit into one step; raise it, or drop --no-enable-chunked-prefill"
-            )
-        return given or max(_DEFAULT_NUM_BATCHED_TOKENS, max_model_len)
+        return memory.size_kv_cache(config.cache, spec, budget, max_model_len, is_auto=is_auto), budget
 
 
 def resolve_dtype(asked: str, checkpoint: str | None) -> torch.dtype:

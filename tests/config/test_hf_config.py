@@ -18,6 +18,13 @@ LLAMA = {
     "vocab_size": 300,
     "max_position_embeddings": 4096,
 }
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 512,
+}
 
 
 def read(**changes: Any) -> HFConfig:
@@ -56,7 +63,7 @@ def test_one_end_token_or_several_are_a_list():
         ({}, 4096),
         ({"rope_type": "default"}, 4096),
         ({"rope_type": "linear", "factor": 4.0}, 16384),
-        ({"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 512}, 4096),
+        (LLAMA3, 4096),
         ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}, 8192),
         ({"rope_type": "yarn", "factor": 4.0}, 16384),
     ],
@@ -81,6 +88,9 @@ def test_the_context_is_what_the_rope_scaling_makes_of_it(rope: dict, limit: int
         ("eos_token_id", "</s>"),
         ("eos_token_id", [1, "2"]),
         ("hidden_act", 7),
+        ("hidden_act", "gelu"),
+        ("head_dim", 24),
+        ("partial_rotary_factor", 0.5),
         ("layer_types", ["full_attention"]),
         ("sliding_window", "wide"),
     ],
@@ -89,6 +99,28 @@ def test_a_wrong_value_is_named_with_its_file(key: str, value: Any):
     with pytest.raises(ModelFilesError, match=key) as error:
         read(**{key: value})
     assert "some/config.json" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("rope", "name"),
+    [
+        ({"rope_type": "longrope"}, "longrope"),
+        ({"rope_type": ["yarn"]}, "rope_type"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+        ({"rope_type": "linear"}, "'factor'"),
+        ({"rope_type": "linear", "factor": None}, "'factor'"),
+        ({"rope_type": "yarn"}, "'factor'"),
+        ({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}, "'high_freq_factor'"),
+    ],
+)
+def test_a_rope_that_is_not_served_is_refused_by_name(rope: dict, name: str):
+    with pytest.raises(ModelFilesError, match=name) as error:
+        read(rope_parameters=rope)
+    assert "some/config.json" in str(error.value)
+
+
+def test_yarn_works_out_a_factor_of_null():
+    assert read(rope_parameters={"rope_type": "yarn", "factor": None}).rope_parameters["factor"] is None
 
 
 @pytest.mark.parametrize("architectures", [None, [], "LlamaForCausalLM", [3]])

@@ -7,7 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from minivllm.config.model_files import INDEX, check_tokenizer, find_shards, read_generation_config, read_json
+from minivllm.config.model_files import (
+    INDEX,
+    check_tokenizer,
+    find_shards,
+    read_generation_config,
+    read_json,
+    why_no_template,
+)
 from minivllm.exceptions import ModelFilesError
 
 
@@ -83,6 +90,44 @@ def test_a_json_file_that_is_none_is_named(tmp_path: Path, text: str, reason: st
 def test_a_missing_tokenizer_names_both_ways_out(tmp_path: Path):
     with pytest.raises(ModelFilesError, match="--tokenizer, or --skip-tokenizer-init"):
         check_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [("{", "not JSON"), ("[]", "not a tokenizer"), ("{}", "not a tokenizer"), ('{"model": 1}', "not a tokenizer"),
+     ('{"model": {"a": 1}, "x": tru}', "not JSON"), ("", "not JSON"), ("[" * 100_000, "tokenizer.json")],
+)  # fmt: skip
+def test_a_tokenizer_that_is_none_is_named(tmp_path: Path, text: str, reason: str):
+    put(tmp_path, tokenizer__json=text, tokenizer_config__json="{}")
+    with pytest.raises(ModelFilesError, match=reason) as error:
+        check_tokenizer(tmp_path)
+    assert str(tmp_path / "tokenizer.json") in str(error.value)
+
+
+def test_the_settings_of_a_tokenizer_are_none_unless_they_name_code(tmp_path: Path):
+    put(tmp_path, tokenizer_config__json="{}")
+    with pytest.raises(ModelFilesError, match=r"no tokenizer\.json"):
+        check_tokenizer(tmp_path)
+    put(tmp_path, tokenizer_config__json='{"auto_map": {"AutoTokenizer": ["own.Tokenizer", null]}}')
+    check_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [{"chat_template": "{% if %}"}, {"chat_template": [{"name": "default", "template": "{{ x | no_such_filter }}"}]}],
+)
+def test_a_broken_chat_template_is_named_with_the_reason(tmp_path: Path, config: dict):
+    put(tmp_path, tokenizer__json='{"model": {}}', tokenizer_config__json=json.dumps(config))
+    with pytest.raises(ModelFilesError, match=r"tokenizer_config\.json is not a Jinja template: .*line 1"):
+        check_tokenizer(tmp_path)
+    put(tmp_path, chat_template__jinja="{% endif %}")
+    with pytest.raises(ModelFilesError, match=r"chat_template\.jinja is not a Jinja template"):
+        check_tokenizer(tmp_path)
+
+
+def test_what_transformers_adds_to_jinja_is_known():
+    text = "{% for m in messages %}{% if not m %}{% continue %}{% endif %}{{ raise_exception('x') }}{{ m | tojson }}"
+    assert why_no_template(text + "{% generation %}{{ strftime_now('%d') }}{% endgeneration %}{% endfor %}") is None
 
 
 def test_the_generation_config_is_the_models_own_another_or_only_its_end_tokens(tmp_path: Path):

@@ -97,6 +97,14 @@ class BrokenModelExecutor(FakeExecutor):
         )
 
 
+class EndlessStartExecutor(FakeExecutor):
+    """Has a model to load that is larger than our patience."""
+
+    def initialize(self) -> WorkerReady:
+        time.sleep(600)
+        raise AssertionError("unreachable")
+
+
 class CrashingStartExecutor(FakeExecutor):
     """Dies while it starts, without a word."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import psutil
 import pytest
 
 from minivllm.engine.llm_engine import LLMEngine
-from minivllm.exceptions import ConfigError, EngineDeadError
+from minivllm.exceptions import ConfigError, EngineDeadError, EngineStartError
 from minivllm.sampling_params import SamplingParams
 from minivllm.utils.process import spawn, unblock_interrupts
 from minivllm.utils.sockets import MAX_UNIX_PATH, RunDirectory
@@ -145,19 +146,32 @@ def test_aborted_requests_give_no_output(run_dir):
     engine.shutdown()
 
 
-def test_the_run_directory_is_private_and_stale_ones_are_swept(run_dir):
-    ended = subprocess.Popen(["true"])
-    ended.wait()
-    stale, strange = run_dir / f"minivllm-{ended.pid}-0123abcd", run_dir / "minivllm-notours"
+def test_the_run_directory_is_private_and_only_those_without_an_owner_are_swept(run_dir):
+    # Whether an owner lives is asked of the lock: its pid may be of another namespace, or taken anew.
+    stale, strange = run_dir / f"minivllm-{os.getpid()}-0123abcd", run_dir / "minivllm-notours"
     stale.mkdir()
-    (stale / "in").touch()
+    (stale / "lock").touch()
     strange.mkdir()
+    first = RunDirectory()
+    first.path.rename(first.path.with_name("minivllm-999999999-0123abcd"))  # alive, though no such pid is seen here
+    first.path = first.path.with_name("minivllm-999999999-0123abcd")
     mine = RunDirectory()
     assert mine.path.stat().st_mode & 0o777 == 0o700
-    assert sorted(run_dir.iterdir()) == sorted([mine.path, strange])
-    mine.remove()
-    mine.remove()
+    assert sorted(run_dir.iterdir()) == sorted([first.path, mine.path, strange])
+    for directory in (first, mine, mine):
+        directory.remove()
     strange.rmdir()
+
+
+def test_a_core_that_cannot_connect_is_a_failed_start(run_dir, monkeypatch):
+    def spawn_after_cleaning(*args, **kwargs):
+        for path in run_dir.iterdir():
+            shutil.rmtree(path)
+        return spawn(*args, **kwargs)
+
+    monkeypatch.setattr("minivllm.engine.core_launcher.spawn", spawn_after_cleaning)
+    with pytest.raises(EngineStartError, match="MINIVLLM_RUN_DIR"):
+        LLMEngine.from_engine_config(make_config(), in_process=False)
 
 
 def test_a_run_directory_too_long_for_sockets_is_passed_over(monkeypatch, tmp_path):

@@ -193,3 +193,19 @@ def test_a_keyword_of_vllm_that_is_not_here_yet_is_refused():
     with pytest.raises(ConfigError, match="tensor_parallel_size=2 .* does not support yet"):
         EngineArgs("m", tensor_parallel_size=2)
     assert EngineArgs("m", tensor_parallel_size=1, quantization=None) == EngineArgs("m")
+
+
+def test_a_misspelt_variable_of_ours_is_answered_with_the_nearest(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MINIVLLM_CPU_THREAD", "4")
+    with pytest.raises(ConfigError, match="MINIVLLM_CPU_THREAD is unknown; did you mean MINIVLLM_CPU_THREADS"):
+        validate_args(make_arg_parser().parse_args(["some/model"]))
+
+
+@pytest.mark.parametrize("as_file", [True, False])
+def test_a_broken_chat_template_is_refused_with_the_reason(tmp_path: Path, as_file: bool):
+    template = "{% if %}"
+    if as_file:
+        (tmp_path / "template.jinja").write_text(template)
+        template = str(tmp_path / "template.jinja")
+    with pytest.raises(ConfigError, match=r"--chat-template.* is not a Jinja template: .*line 1"):
+        validate_args(make_arg_parser().parse_args(["some/model", "--chat-template", template]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -115,6 +117,23 @@ def test_the_key_is_sent_from_the_option_or_the_environment(server: StubServer, 
     monkeypatch.setenv("MINIVLLM_API_KEY", "k2")
     main(["complete", "--url", f"{server.url}/v1", "-q", "x"])
     assert [headers["authorization"] for headers in server.headers] == ["Bearer k1", "Bearer k2"]
+
+
+def test_a_key_need_not_be_ascii(server: StubServer):
+    main(["complete", "--url", f"{server.url}/v1", "-q", "x", "--api-key", "schlüssel"])
+    sent = server.headers[0]["authorization"]
+    assert sent.encode("latin-1").decode() == "Bearer schlüssel"
+
+
+def test_a_program_whose_standard_streams_are_closed_gives_their_numbers_to_nothing_else():
+    script = (
+        "import os, sys; from minivllm.entrypoints.errors import exit_on_error\n"
+        "with exit_on_error():\n"
+        "    os._exit(7) if os.open('/', os.O_RDONLY) <= 2 else print('to nobody', file=sys.stderr)\n"
+        "    raise KeyboardInterrupt"
+    )
+    command = ["/bin/sh", "-c", 'exec "$0" -c "$1" <&- >&- 2>&-', sys.executable, script]
+    assert subprocess.run(command, timeout=60).returncode == 130
 
 
 def test_no_server_is_said_with_the_remedy(capsys):

@@ -50,11 +50,11 @@ class GrowingEngine:
             self.num_open -= 1
 
 
-def post(engine: GrowingEngine, content: str | dict, **headers: str) -> httpx.Response:
+def post(engine: GrowingEngine, content: Any, **headers: str) -> httpx.Response:
     async def talk() -> httpx.Response:
         transport = httpx.ASGITransport(build_app(engine), raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-            text = content if isinstance(content, str) else json.dumps(content)
+            text = json.dumps(content) if isinstance(content, (dict, list)) else content
             return await client.post(
                 "/generate", content=text, headers={"content-type": "application/json", **headers}
             )
@@ -70,6 +70,20 @@ def test_the_whole_answer_follows_the_prompt():
     assert engine.num_open == 0
 
 
+def test_biases_are_keyed_by_token_ids_as_json_spells_them():
+    engine = GrowingEngine()
+    assert post(engine, {"prompt": "x", "logit_bias": {"1": 5}}).status_code == 200
+    assert engine.params.logit_bias == {1: 5.0}
+
+
+def test_a_body_may_come_in_pieces():
+    async def pieces() -> AsyncGenerator[bytes]:
+        for piece in (b'{"prompt": ', b'"Count:", ', b'"n": 2', b"}"):
+            yield piece
+
+    assert post(GrowingEngine(), pieces()).json() == {"text": ["Count: one two three"] * 2}
+
+
 def test_a_stream_is_lines_that_grow():
     response = post(GrowingEngine(), {"prompt": "Count:", "stream": True})
     lines = [json.loads(line) for line in response.text.splitlines()]
@@ -81,7 +95,11 @@ def test_a_stream_is_lines_that_grow():
     [
         ("{", "not JSON"),
         ("[]", "JSON object"),
+        ("[" * 100_000, "not JSON"),
         ({}, "no prompt"),
+        ({"prompt": ["a", "b"]}, "one text or one list of token ids"),
+        ({"prompt": [[1], [2]]}, "one text or one list of token ids"),
+        ({"prompt": "x", "logit_bias": {"x": 5}}, "logit_bias"),
         ({"prompt": ""}, "the prompt is empty"),
         ({"prompt": "", "stream": True}, "the prompt is empty"),
         ({"prompt": "x", "stream": "yes"}, "stream"),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from minivllm import LLM, SamplingParams
-from minivllm.exceptions import RequestError
+from minivllm.exceptions import EngineDeadError, RequestError
 from minivllm.outputs import RequestOutput
 
 FAKE = {"distributed_executor_backend": "tests.fakes:FakeExecutor", "max_model_len": 128, "log_level": "WARNING"}
@@ -145,7 +146,8 @@ def test_in_a_process_of_its_own_the_answers_are_the_same_and_the_process_ends(l
     with LLM(tiny_model, **FAKE) as other:
         assert tokens(generate(other, ["hello", [1, 2, 3]])) == expected
     other.shutdown()  # a second time, which does nothing
-    assert not hasattr(other, "llm_engine")
+    with pytest.raises(EngineDeadError, match="shut down"):
+        generate(other, "hello")
 
 
 def test_without_a_tokenizer_token_ids_go_in_and_out(tiny_model: Path):
@@ -154,3 +156,15 @@ def test_without_a_tokenizer_token_ids_go_in_and_out(tiny_model: Path):
         for call in (lambda: generate(llm, "text"), llm.get_tokenizer, lambda: llm.chat([])):
             with pytest.raises(RequestError, match="tokenizer"):
                 call()
+
+
+def test_threads_take_turns(llm: LLM):
+    prompts = [[1, i] for i in range(4)]
+    alone = [tokens(generate(llm, prompt)) for prompt in prompts]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda prompt: tokens(generate(llm, prompt)), prompts)) == alone
+
+
+def test_parameters_that_are_none_are_named(llm: LLM):
+    with pytest.raises(RequestError, match="SamplingParams.*'temperature'"):
+        generate(llm, "hello", [{"temperature": 0}])

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from minivllm.config.engine import EngineConfig
+from minivllm.config.scheduler import step_limits
 from minivllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from minivllm.exceptions import ConfigError, ModelFilesError
 from minivllm.messages.codec import Decoder, encode
@@ -70,8 +71,15 @@ def test_making_a_config_leaves_the_arguments_as_they_were(tiny_model: Path):
     ],
 )
 def test_a_default_gives_way_to_what_is_given(tiny_model: Path, usage: str, options: dict, tokens: int, seqs: int):
-    scheduler = config(tiny_model, usage, **options).scheduler
-    assert (scheduler.max_num_batched_tokens, scheduler.max_num_seqs) == (tokens, seqs)
+    made = config(tiny_model, usage, **options)
+    assert step_limits(made.scheduler, made.usage, made.hf_config.max_context) == (tokens, seqs)
+
+
+def test_with_auto_the_step_is_left_to_the_length_that_will_fit(tiny_model: Path):
+    made = config(tiny_model, "serve", max_model_len="auto", enable_chunked_prefill=False, max_num_batched_tokens=512)
+    assert made.scheduler.max_num_batched_tokens == 512
+    made = config(tiny_model, "serve", max_model_len="auto", enable_chunked_prefill=False)
+    assert made.scheduler.max_num_batched_tokens is None
 
 
 def test_the_length_is_left_open_for_the_worker(tiny_model: Path):
@@ -122,6 +130,10 @@ def test_a_wrong_argument_is_named_with_its_value(tiny_model: Path, options: dic
         (lambda m: (m / "config.json").write_text("{"), ["config.json", "not JSON"]),
         (edit_config(architectures=["MambaForCausalLM"]), ["MambaForCausalLM", "Qwen3ForCausalLM"]),
         (edit_config(vocab_size=None), ["config.json", "vocab_size"]),
+        (edit_config(hidden_act="gelu"), ["config.json", "hidden_act", "gelu", "silu"]),
+        (edit_config(head_dim=24), ["config.json", "head_dim 24", "16"]),
+        (edit_config(rope_parameters={"rope_type": "spiral"}), ["config.json", "spiral", "yarn"]),
+        (edit_config(rope_parameters={"partial_rotary_factor": 0.5}), ["config.json", "partial_rotary_factor 0.5"]),
         (remove("model.safetensors"), ["safetensors"]),
         (lambda m: (m / "model.safetensors").write_bytes(b""), ["model.safetensors", "empty"]),
         (lambda m: (m / "generation_config.json").write_text("[]"), ["generation_config.json"]),

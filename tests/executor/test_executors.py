@@ -14,10 +14,12 @@ import pytest
 
 from minivllm.exceptions import ConfigError
 from minivllm.executor.abstract import EXECUTORS, Executor, get_executor_class
+from minivllm.executor.ray import _num_cpus
 from minivllm.executor.ray_worker import RayWorker, Reply
 from minivllm.messages.codec import Decoder, encode
 from minivllm.messages.worker import NewRequestData, SchedulerOutput
 from minivllm.sampling_params import SamplingParams
+from minivllm.utils import native
 from tests.engine.engines import make_config
 from tests.executor.workers import PlainRayExecutor, PlainUniExecutor, PlainWorker
 
@@ -125,6 +127,18 @@ def test_a_start_that_fails_in_the_actor_keeps_its_exit_code():
     worker = RayWorker(encode(make_config(model="broken")), "tests.executor.workers:PlainWorker")
     reply = Decoder(Reply)(worker.initialize())
     assert reply.exit_code == 3 and "model.norm.weight" in reply.failure
+
+
+@pytest.mark.parametrize("executor_class", [PlainUniExecutor, PlainRayExecutor])
+def test_an_executor_that_was_never_started_has_nothing_to_end(executor_class: type[Executor]):
+    executor, _ = start(executor_class)
+    executor.shutdown()
+
+
+@pytest.mark.skipif(native.lib is None, reason="no native extension here")
+def test_the_actor_asks_for_as_many_processors_as_the_kernels_use(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(native.lib, "num_threads", lambda: 7)  # as where a control group grants so much time
+    assert _num_cpus() == 7
 
 
 def test_without_ray_the_message_is_the_command(monkeypatch):

@@ -9,9 +9,8 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from minivllm.config.hf_config import HFConfig
-from minivllm.exceptions import ModelFilesError
-from minivllm.layers.rotary import RotaryEmbedding
+from minivllm.config.hf_config import ROPE_TYPES, HFConfig
+from minivllm.layers.rotary import _FREQUENCIES, RotaryEmbedding
 
 POSITIONS = 700
 LLAMA3 = {
@@ -51,7 +50,5 @@ def test_the_table_is_that_of_transformers_to_the_bit(rope: dict[str, Any]):
     assert torch.equal(ours, expected)
 
 
-@pytest.mark.parametrize("rope", [{"rope_type": "longrope"}, {"partial_rotary_factor": 0.5}])
-def test_what_is_not_served_is_refused_by_name(rope: dict[str, Any]):
-    with pytest.raises(ModelFilesError, match="longrope|partial_rotary_factor 0.5"):
-        RotaryEmbedding(HFConfig.from_dict(config(rope)), 8, dtype=torch.float32, device="cpu")
+def test_every_type_that_a_config_may_name_has_frequencies():
+    assert set(_FREQUENCIES) == set(ROPE_TYPES)

@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from minivllm import envs
+from minivllm.exceptions import ConfigError
 from minivllm.ops import activation, native
 from minivllm.ops.op import OpSpec
+from minivllm.utils import native as door
 
 needs_kernels = pytest.mark.skipif(
     native.lib is None or native.lib.isa() == "none", reason="no native kernels here"
@@ -60,8 +62,8 @@ def test_the_variables_lower_the_instruction_set_and_set_the_threads():
 )
 def test_a_variable_that_cannot_be_parsed_is_an_error_that_names_it(monkeypatch, name, value):
     monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match=f"{name}='{value}'"):
-        native._apply_environment(native.lib)
+    with pytest.raises(ConfigError, match=f"{name}='{value}'"):
+        door._apply_environment(native.lib)
 
 
 @needs_kernels
@@ -126,7 +128,7 @@ raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 
 
 def test_without_the_extension_the_reason_says_so(monkeypatch):
-    monkeypatch.setattr(native, "_unavailable", "the native extension is not built: no such file")
+    monkeypatch.setattr(native, "unavailable", "the native extension is not built: no such file")
     assert native.why_not(OpSpec("cpu", torch.float32)) == "the native extension is not built: no such file"
     assert activation.silu_mul.select(OpSpec("cpu", torch.float32)) is activation.reference
 

@@ -130,12 +130,14 @@ def test_seeds_and_positions_give_independent_draws(sample):
 
 
 @both_samplers
-def test_temperature_zero_is_argmax_with_ties_to_the_lowest_index(sample):
-    logits = torch.zeros(2, 9000)
-    logits[0, [5000, 100]] = 3.0
-    logits[1, 8999] = 1.0
+@pytest.mark.parametrize("ties", [[3, 5], [4095, 4096], [17, 9000], [0, 9999]])
+def test_temperature_zero_is_argmax_with_ties_to_the_lowest_index(sample, ties):
+    logits = torch.full((2, 10000), -1.0)
+    logits[0, ties] = 3.0
+    logits[1] = -INF
+    logits[1, 9998] = -1e30
     zeros = torch.zeros(2, dtype=torch.int64)
-    assert sample(logits, torch.zeros(2), zeros, zeros).tolist() == [100, 8999]
+    assert sample(logits, torch.zeros(2), zeros, zeros).tolist() == [ties[0], 9998]
 
 
 @both_samplers

@@ -9,6 +9,7 @@ import pytest
 import torch
 from make_random_model import make_model
 
+from minivllm.config import scheduler
 from minivllm.exceptions import ConfigError
 from minivllm.messages.worker import ModelRunnerOutput, SchedulerOutput
 from minivllm.ops import native
@@ -75,7 +76,7 @@ def test_progress_is_told_phase_by_phase(tiny_model: Path):
         ({"block_size": 33}, "--block-size 33 is not a multiple of 32"),
         (
             {"max_model_len": 1024, "enable_chunked_prefill": False, "max_num_batched_tokens": 1000},
-            "--max-num-batched-tokens 1000 is less than max_model_len 1024",
+            "max_num_batched_tokens=1000 is less than max_model_len=1024",
         ),
         ({"num_gpu_blocks_override": 1 << 40}, "--num-gpu-blocks-override"),
     ],
@@ -95,6 +96,19 @@ def test_arguments_that_cannot_be_met_are_refused_before_a_weight_is_read(
 def test_without_chunked_prefill_a_step_holds_the_longest_prompt(tiny_model: Path):
     model_len = {"max_model_len": 2048, "enable_chunked_prefill": False}
     assert initialize(tiny_model, **model_len).max_num_batched_tokens == 2048
+
+
+@pytest.mark.parametrize("num_blocks", [10, 128])
+def test_without_chunked_prefill_a_step_holds_the_length_that_auto_found(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch, num_blocks: int
+):
+    monkeypatch.setitem(scheduler._STEP_DEFAULTS, "serve", (64, 4))
+    limits = {"max_model_len": "auto", "enable_chunked_prefill": False}
+    ready = initialize(tiny_model, **limits, num_gpu_blocks_override=num_blocks)
+    assert ready.max_model_len == min(2048, num_blocks * 32)
+    assert ready.max_num_batched_tokens == ready.max_model_len
+    with pytest.raises(ConfigError, match=f"=48 is less than max_model_len={ready.max_model_len}"):
+        initialize(tiny_model, **limits, num_gpu_blocks_override=num_blocks, max_num_batched_tokens=48)
 
 
 # What it answers -------------------------------------------------------------

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 
 from minivllm.attention.backend import AttentionBackend, AttentionSpec, StepInputs
+from minivllm.config.cache import KV_TILE
+from minivllm.config.hf_config import HEAD_DIM_STEP
 from minivllm.ops.kv_write import kv_write
 from minivllm.ops.op import OpSpec
-from minivllm.ops.paged_attention import HEAD_DIM_STEP, KV_TILE, paged_attention
+from minivllm.ops.paged_attention import paged_attention
 
 
 class CpuNativeBackend(AttentionBackend):

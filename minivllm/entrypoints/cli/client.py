@@ -61,7 +61,7 @@ class Client:
     def __init__(self, url: str, *, model: str | None = None, api_key: str | None = None) -> None:
         """Raises ConfigError if nobody answers there, ServerError if the server refuses."""
         key = api_key or envs.get("MINIVLLM_API_KEY")
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        headers = {"Authorization": f"Bearer {key}".encode()} if key else {}
         self.url = url.rstrip("/")
         self._http = httpx.Client(headers=headers, timeout=_TIMEOUT, trust_env=False)
         self.model = model or self._first_model()

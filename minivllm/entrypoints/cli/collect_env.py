@@ -61,11 +61,11 @@ def main() -> None:
 
 
 def _native() -> str:
-    try:
-        from minivllm import _native as native
-    except ImportError as error:
-        return f"not built ({error})"
-    return f"{native.isa()} of {', '.join(native.supported_isas())}; {native.num_threads()} threads"
+    from minivllm.utils.native import lib, unavailable
+
+    if lib is None:
+        return unavailable
+    return f"{lib.isa()} of {', '.join(lib.supported_isas())}; {lib.num_threads()} threads"
 
 
 def _package(name: str) -> str:

@@ -14,7 +14,6 @@ import errno
 import gc
 import hashlib
 import json
-import multiprocessing
 import os
 import shlex
 import signal
@@ -40,12 +39,12 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
     from minivllm.engine.async_llm import AsyncLLM
+    from minivllm.engine.front import StatLogger
     from minivllm.messages.stats import IterationStats, SchedulerStats
 
 logger = init_logger("minivllm.entrypoints.openai.api_server")  # __name__ is __main__ when run as a module
 
 END_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-TERMINATE_S = 0.5  # for a core that is still loading to end after SIGTERM, before SIGKILL
 NUM_OPEN_FILES = 65535  # a connection is one
 ALL_INTERFACES = ("", "0.0.0.0", "::")
 _APP_MODULES = (
@@ -61,11 +60,15 @@ class StatLoggers:
     """Hands the engine's numbers to loggers that are made once the engine is known."""
 
     def __init__(self) -> None:
-        self.loggers: list[Any] = []
+        self.loggers: list[StatLogger] = []
 
     def record(self, scheduler_stats: SchedulerStats | None, iteration: IterationStats) -> None:
         for stat_logger in self.loggers:
             stat_logger.record(scheduler_stats, iteration)
+
+    def log(self, now: float) -> None:
+        for stat_logger in self.loggers:
+            stat_logger.log(now)
 
 
 def setup_server(args: Namespace) -> tuple[str, socket.socket]:
@@ -83,6 +86,8 @@ def setup_server(args: Namespace) -> tuple[str, socket.socket]:
     sock = create_server_socket(frontend.host or "", frontend.port)
     url = _url(frontend.host or "", sock)
     logger.info("minivllm %s: %s is bound; it answers when the model is loaded", __version__, url)
+    if os.environ.get("VLLM_API_KEY") and not api_keys(frontend):
+        logger.warning("VLLM_API_KEY is not read: no key is needed; set MINIVLLM_API_KEY or pass --api-key to need one")
     if (frontend.host or "") in ALL_INTERFACES and not api_keys(frontend):
         logger.warning(
             "THE SERVER LISTENS ON ALL INTERFACES WITHOUT A KEY: whoever reaches port %d can use it; "
@@ -119,9 +124,8 @@ def create_server_socket(host: str, port: int) -> socket.socket:
         except OSError as error:
             if error.errno != errno.EADDRINUSE:
                 raise
-            sock.setsockopt(
-                socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
-            )  # connections in TIME_WAIT do not count
+            # Connections in TIME_WAIT do not count.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             sock.bind((host, port))
     except (OSError, OverflowError) as error:
         sock.close()
@@ -215,6 +219,7 @@ async def run_server_worker(url: str, sock: socket.socket, args: Namespace) -> N
             )
         finally:
             statistics.cancel()
+            app.state.renderer.shutdown()  # the interpreter would wait for what is still queued there
 
 
 @contextlib.asynccontextmanager
@@ -264,15 +269,11 @@ async def _start_unless_signalled(start_engine: Callable[[], AsyncLLM]) -> Async
 
 
 async def _end_start(starting: asyncio.Future[AsyncLLM]) -> None:
-    """Terminate what the start has spawned, or is about to, until it gives up and has cleaned up behind itself."""
-    first_seen: dict[int, float] = {}
+    """Stop the core that the start has made, or is about to, until it gives up and has cleaned up behind itself."""
+    from minivllm.engine.core_launcher import stop_all
+
     while not starting.done():
-        for child in multiprocessing.active_children():
-            if child.pid not in first_seen:
-                first_seen[child.pid] = time.monotonic()
-                child.terminate()
-            elif time.monotonic() - first_seen[child.pid] > TERMINATE_S:
-                child.kill()
+        await asyncio.get_running_loop().run_in_executor(None, stop_all)
         await asyncio.wait({starting}, timeout=0.02)
     if starting.exception() is None:
         starting.result().shutdown(timeout_s=0)
@@ -295,7 +296,7 @@ def build_app(args: Namespace) -> FastAPI:
     from minivllm.entrypoints.openai.health.router import router as health_router
     from minivllm.entrypoints.openai.lifecycle import Lifecycle
     from minivllm.entrypoints.openai.metrics.router import router as metrics_router
-    from minivllm.entrypoints.openai.middleware import Admission, Authentication
+    from minivllm.entrypoints.openai.middleware import Admission, Authentication, BodyLimit
     from minivllm.entrypoints.openai.models.router import router as models_router
     from minivllm.entrypoints.openai.tokenize.router import router as tokenize_router
 
@@ -308,6 +309,7 @@ def build_app(args: Namespace) -> FastAPI:
         app.include_router(router)
     install_error_handlers(app)
     # The last added is the first a request meets.
+    app.add_middleware(BodyLimit)
     app.add_middleware(Admission, lifecycle=app.state.lifecycle)
     if keys := api_keys(frontend):
         app.add_middleware(Authentication, keys=keys)
@@ -342,7 +344,7 @@ def init_app_state(engine: AsyncLLM, args: Namespace, app: FastAPI, stats: StatL
             PrometheusStatLogger(state.registry, names[0], ready),
             LoggingStatLogger(time.monotonic()),
         ]
-    renderer = Renderer(
+    renderer = state.renderer = Renderer(
         engine.tokenizer,
         chat_template=read_chat_template(frontend.chat_template),
         max_model_len=ready.max_model_len,
@@ -377,9 +379,7 @@ async def _log_statistics(stats: StatLoggers) -> None:
 
     while True:
         await asyncio.sleep(INTERVAL_S)
-        for stat_logger in stats.loggers:
-            if hasattr(stat_logger, "log"):
-                stat_logger.log(time.monotonic())
+        stats.log(time.monotonic())
 
 
 def _announce(engine: AsyncLLM, app: FastAPI, url: str, needs_key: bool) -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from minivllm import envs
 from minivllm.config.docs import field_docs, summary
 from minivllm.config.frontend import FrontendConfig
+from minivllm.config.model_files import why_no_template
 from minivllm.config.not_yet import ALIASES, NOT_YET, refusal, words_to_ignore
 from minivllm.engine.arg_utils import AsyncEngineArgs
 from minivllm.exceptions import ConfigError
 from minivllm.utils.argparse_utils import FlexibleArgumentParser, add_dataclass_arguments
+from minivllm.utils.text import nearest
 
 # What bare --help shows.
 COMMON = (
@@ -49,6 +52,15 @@ def environment_help() -> str:
     return "\n".join(["environment variables:", *lines])
 
 
+def check_environment() -> None:
+    """Raises ConfigError when a variable of ours is misspelt."""
+    for name in sorted(os.environ):
+        if name.startswith("MINIVLLM_") and name not in envs.VARIABLES:
+            known = nearest(name, envs.VARIABLES)
+            hint = f"did you mean {known}?" if known else f"there are {', '.join(envs.VARIABLES)}"
+            raise ConfigError(f"the environment variable {name} is unknown; {hint}")
+
+
 def refuse_option(option: str, value: str | None) -> str | int | None:
     """What to say about an option that is not ours (see FlexibleArgumentParser)."""
     name = ALIASES.get(option, "")
@@ -66,6 +78,7 @@ def validate_args(args: argparse.Namespace) -> None:
     Raises:
         ConfigError: an argument is wrong; the message names it.
     """
+    check_environment()
     if args.model_tag:
         if args.model and args.model != args.model_tag:
             raise ConfigError(f"two models are named, {args.model_tag} and --model {args.model}; name one")
@@ -89,7 +102,20 @@ def validate_args(args: argparse.Namespace) -> None:
 
 def _check_chat_template(template: str | None) -> None:
     """A template is a file, or text with Jinja braces; anything else is a mistyped file name."""
-    if template is None or any(brace in template for brace in ("{{", "{%", "{#")):
+    if template is None:
         return
-    if not Path(template).is_file():
+    if any(brace in template for brace in ("{{", "{%", "{#")):
+        text, source = template, "--chat-template"
+    elif Path(template).is_file():
+        text, source = _read_text(template), f"--chat-template {template}"
+    else:
         raise ConfigError(f"--chat-template {template} is neither a file nor Jinja text; check the path")
+    if reason := why_no_template(text):
+        raise ConfigError(f"{source} is not a Jinja template: {reason}")
+
+
+def _read_text(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--chat-template {path} cannot be read: {error}") from error

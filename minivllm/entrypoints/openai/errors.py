@@ -25,6 +25,7 @@ logger = init_logger(__name__)
 
 MAX_LISTED_ERRORS = 10
 MAX_SHOWN_INPUT = 60  # characters
+MAX_MESSAGE_CHARS = 1000  # a message may quote the request
 # What an exception from the engine may carry and a client need not see: addresses and absolute paths.
 _PRIVATE = re.compile(r"0x[0-9a-fA-F]{4,}|(?<![\w.])(?:[a-z]+://)?/(?:[\w.@+-]+/)+[\w.@+-]*")
 
@@ -58,9 +59,15 @@ _encode = msgspec.json.Encoder().encode
 def error_info(error: BaseException) -> ErrorInfo:
     """The body of any exception; what is not raised on purpose says nothing of its inside."""
     info = _info(error)
-    # A message may quote the request, and a request may hold half a surrogate pair.
-    info.message = info.message.encode("utf-8", "replace").decode()
+    info.message = _quotable(info.message)
+    info.param = None if info.param is None else _quotable(info.param)
     return info
+
+
+def _quotable(text: str) -> str:
+    """Of what may come from the request: not all if it is long, and no half of a surrogate pair."""
+    text = text if len(text) <= MAX_MESSAGE_CHARS else text[:MAX_MESSAGE_CHARS] + "…"
+    return text.encode("utf-8", "replace").decode()
 
 
 def _info(error: BaseException) -> ErrorInfo:
@@ -128,8 +135,36 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
     return error_response(error, dict(error.headers or {}))
 
 
+class Failures:
+    """Answers with a 500 what no handler knows.
+
+    Starlette's own way raises it again once answered, and uvicorn then cuts a connection that the client believes to
+    be kept alive.
+    """
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        started = False
+
+        async def watched(message: Any) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self.app(scope, receive, watched)
+        except Exception as error:
+            if scope["type"] != "http" or started:
+                raise
+            logger.exception("%s %s failed", scope["method"], scope["path"])
+            await error_response(error)(scope, receive, send)
+
+
 def install_error_handlers(app: FastAPI) -> None:
     """Give every failure of every route, routing itself included, the one body."""
+    app.add_middleware(Failures)
     app.add_exception_handler(MinivllmError, _on_error)
     app.add_exception_handler(RequestValidationError, _on_error)
     app.add_exception_handler(HTTPException, _on_http_error)

@@ -27,7 +27,7 @@ logger = init_logger(__name__)
 BACKLOG = 2048
 KEEP_ALIVE_S = 5
 LAST_BYTES_S = 2  # for ended answers to reach clients that read slowly
-ANSWER_DEATH_S = 1.0  # for open requests to hear that the engine died, before connections are closed
+ANSWER_DEATH_S = 1.0  # after the engine's death, for open requests to hear of it and probes to see 503
 
 
 class _Server(uvicorn.Server):
@@ -83,10 +83,10 @@ class _Stopper:
 
 
 async def _stop_when_dead(engine: AsyncLLM, server: _Server, lifecycle: Lifecycle) -> None:
-    """The watchdog. The engine itself ends the open requests with its error."""
+    """The watchdog. The engine itself ends the open requests with its error; /health says 503 until the exit."""
     await engine.wait_dead()
     lifecycle.begin_drain()
-    await lifecycle.wait_idle(ANSWER_DEATH_S)
+    await asyncio.sleep(ANSWER_DEATH_S)
     lifecycle.close()
     server.should_exit = True
 

@@ -41,9 +41,8 @@ class LogprobsFormatter:
         )
 
     def _chat_token(self, token_id: int, row: dict[int, Logprob], num_top: int) -> ChatLogprob:
-        likeliest = sorted(
-            row, key=lambda candidate: -row[candidate].logprob
-        )  # stable: the token itself first
+        # Stable: the token itself first.
+        likeliest = sorted(row, key=lambda candidate: -row[candidate].logprob)
         top = likeliest if num_top == -1 else likeliest[:num_top]
         return ChatLogprob(
             token=self._text(token_id, row),

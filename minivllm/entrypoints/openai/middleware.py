@@ -1,4 +1,4 @@
-"""What every request passes before its route. Plain ASGI: nothing here touches a body or a streamed chunk."""
+"""What every request passes before its route. Plain ASGI: bodies are counted, streamed chunks not touched."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 from minivllm.entrypoints.openai.errors import ServerClosingError, error_response
 from minivllm.entrypoints.openai.lifecycle import Lifecycle
 
+MAX_BODY_BYTES = 64 << 20
 OPEN_PATHS = frozenset({"/health", "/ping", "/metrics"})  # what probes and scrapers call, without a key
 
 
@@ -21,7 +22,7 @@ class Authentication:
 
     def __init__(self, app: Any, keys: Iterable[str]) -> None:
         self.app = app
-        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+        self._digests = [hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest() for key in keys]
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "http" and not self._admits(scope):
@@ -37,21 +38,55 @@ class Authentication:
         return (
             scope["method"] == "OPTIONS"
             or _route_path(scope) in OPEN_PATHS
-            or self._is_key(Headers(scope=scope).get("authorization", ""))
+            or self._is_key(dict(scope["headers"]).get(b"authorization", b""))
         )
 
-    def _is_key(self, header: str) -> bool:
-        scheme, _, key = header.partition(" ")
-        digest = hashlib.sha256(key.strip().encode()).digest()
+    def _is_key(self, header: bytes) -> bool:
+        scheme, _, key = header.partition(b" ")
+        digest = hashlib.sha256(key.strip()).digest()  # bytes, as sent: a key need not be ASCII
         # Every key is compared, in constant time: how long it takes tells nothing.
         matches = [hmac.compare_digest(digest, known) for known in self._digests]
-        return scheme.lower() == "bearer" and any(matches)
+        return scheme.lower() == b"bearer" and any(matches)
 
 
 def _route_path(scope: Any) -> str:
     """The path that is routed: the request's own, without --root-path. Never a URL built from the Host header."""
     path, root = scope["path"], scope.get("root_path", "").rstrip("/")
     return path.removeprefix(root) if root and path.startswith(f"{root}/") else path
+
+
+class BodyLimit:
+    """Refuses a body of more than MAX_BODY_BYTES before it is in memory, whether or not its length is announced."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        announced = Headers(scope=scope).get("content-length", "")
+        if announced.isdecimal() and int(announced[:20]) > MAX_BODY_BYTES:
+            refusal = _too_large()
+            await error_response(refusal, dict(refusal.headers))(scope, receive, send)
+            return
+        num_bytes = 0
+
+        async def counted() -> Any:
+            nonlocal num_bytes
+            message = await receive()
+            num_bytes += len(message.get("body", b""))
+            if num_bytes > MAX_BODY_BYTES:
+                raise _too_large()
+            return message
+
+        await self.app(scope, counted, send)
+
+
+def _too_large() -> HTTPException:
+    # What is left of the body is not read, so the connection cannot be used again.
+    message = f"the body has more than {MAX_BODY_BYTES} bytes; send several requests"
+    return HTTPException(413, message, {"Connection": "close"})
 
 
 class Admission:

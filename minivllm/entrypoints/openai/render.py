@@ -48,16 +48,14 @@ class Renderer:
         Raises:
             RequestError: it is longer than any text that fits, or no Unicode text.
         """
-        self._check_text(text)
+        self.check_text(text)
         return await self._off_loop(
-            lambda: self.tokenizer.encode(text, add_special_tokens=add_special_tokens), self.tokenizer
+            lambda: self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
         )
 
     async def decode(self, token_ids: list[int]) -> str:
         """Text of token ids, special tokens shown."""
-        return await self._off_loop(
-            lambda: self.tokenizer.decode(token_ids, skip_special_tokens=False), self.tokenizer
-        )
+        return await self._off_loop(lambda: self.tokenizer.decode(token_ids, skip_special_tokens=False))
 
     async def chat(self, request: ChatFields) -> list[int]:
         """Token ids of a conversation under the server's chat template, which writes the special tokens.
@@ -66,7 +64,7 @@ class Renderer:
             RequestError: a message has a form we do not take, or the template refuses the conversation.
         """
         messages = parse_messages(request.messages)
-        return await self._off_loop(lambda: self._render(messages, request), self.tokenizer)
+        return await self._off_loop(lambda: self._render(messages, request))
 
     def _render(self, messages: list[dict[str, Any]], request: ChatFields) -> list[int]:
         text = self.tokenizer.render_chat_template(
@@ -77,10 +75,11 @@ class Renderer:
             tools=request.tools or None,
             **(request.chat_template_kwargs or {}),
         )
-        self._check_text(text)
+        self.check_text(text)
         return self.tokenizer.encode(text, add_special_tokens=request.add_special_tokens)
 
-    def _check_text(self, text: str) -> None:
+    def check_text(self, text: str) -> None:
+        """Raises RequestError when it is longer than any text that fits, or no Unicode text."""
         longest = self._max_model_len * MAX_CHARS_PER_TOKEN
         if len(text) > longest:
             raise RequestError(
@@ -89,10 +88,11 @@ class Renderer:
             )
         check_unicode(text, "prompt")
 
-    async def _off_loop(self, work: Callable[[], T], _needs: Any) -> T:
+    async def _off_loop(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._pool, work)
 
     def shutdown(self) -> None:
+        """Drop what is queued; the text being tokenized is finished."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 

@@ -22,7 +22,6 @@ logger = init_logger(__name__)
 
 MAX_LOGIT_BIAS = 100.0
 MAX_ID_CHARS = 256
-MAX_CACHE_SALT_CHARS = 128
 # What a model's generation_config.json may set.
 WITH_MODEL_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
@@ -138,23 +137,12 @@ class SamplingFields(BaseModel):
             check_request_id(self.request_id)
         if self.truncation_side not in (None, "left", "right"):
             raise RequestError("truncation_side must be left or right", param="truncation_side")
-        self._check_cache_salt()
+        check_unicode(self.cache_salt or "", "cache_salt")
         for text in [self.stop] if isinstance(self.stop, str) else self.stop or []:
             check_unicode(text, "stop")
         if self.model_extra and (unknown := self.model_extra.keys() - NOT_YET.keys()):
             logger.debug("ignored unknown request fields: %s", ", ".join(sorted(unknown)))
         return self
-
-    def _check_cache_salt(self) -> None:
-        salt = self.cache_salt
-        check_unicode(salt or "", "cache_salt")
-        if salt is not None and (
-            not 1 <= len(salt) <= MAX_CACHE_SALT_CHARS or any(c in salt for c in "@/\\\0")
-        ):
-            raise RequestError(
-                f"cache_salt must be 1 to {MAX_CACHE_SALT_CHARS} characters without @ / \\ and NUL",
-                param="cache_salt",
-            )
 
     @property
     def include_usage(self) -> bool:

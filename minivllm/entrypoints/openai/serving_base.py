@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from minivllm.entrypoints.openai.lifecycle import Lifecycle
 from minivllm.entrypoints.openai.models.serving import ServedModels
+from minivllm.entrypoints.openai.protocol import json_response
 from minivllm.entrypoints.openai.render import Renderer, truncate
 from minivllm.entrypoints.openai.sampling_fields import SamplingFields, check_request_id
+from minivllm.entrypoints.openai.sse import EventStream
 from minivllm.exceptions import EngineGenerateError, RequestError
 
 if TYPE_CHECKING:
     from starlette.requests import Request
+    from starlette.responses import Response
 
     from minivllm.engine.async_llm import AsyncLLM
     from minivllm.outputs import RequestOutput
@@ -41,7 +45,9 @@ class Answering:
     created: int
 
 
-class ServingBase:
+class ServingBase(ABC):
+    """A subclass turns its requests into a job, which holds `request` and `answering`, and the job into bodies."""
+
     id_prefix: str
 
     def __init__(
@@ -58,6 +64,7 @@ class ServingBase:
         self._lifecycle = lifecycle
         self._settings = settings
         self._max_model_len = models.max_model_len
+        self._vocab_size = engine.config.hf_config.vocab_size
         self._defaults = engine.default_sampling_params
 
     def _begin(self, request: SamplingFields, raw_request: Request) -> Answering:
@@ -70,6 +77,15 @@ class ServingBase:
         given = raw_request.headers.get("x-request-id")
         base = check_request_id(given) if given else request.request_id or uuid.uuid4().hex
         return Answering(f"{self.id_prefix}-{base}", model, int(time.time()))
+
+    def _check_length(self, num_prompt_tokens: int) -> None:
+        """Raises RequestError when the prompt leaves no room for an answer."""
+        if num_prompt_tokens >= self._max_model_len:
+            raise RequestError(
+                f"the prompt has {num_prompt_tokens} tokens, and the model's context of {self._max_model_len} must "
+                "also hold the answer; shorten the prompt or raise --max-model-len",
+                param="prompt",
+            )
 
     def _truncate(self, token_ids: list[int], request: SamplingFields, max_tokens: int | None) -> list[int]:
         longest = max(1, self._max_model_len - max(1, max_tokens or 1))
@@ -103,6 +119,26 @@ class ServingBase:
             prompt["cache_salt"] = request.cache_salt
         # `priority` is read and dropped: under first come, first served it changes nothing, in vLLM too.
         return self._engine.generate(prompt, params, request_id)
+
+    async def _answer(self, job: Any, outputs: AsyncGenerator[Any, None], num_choices: int) -> Response:
+        """The outputs as one body, or as a stream that has begun."""
+        if not job.request.stream:
+            return json_response(await self._whole(job, outputs))
+        stream = EventStream(
+            self._chunks(job, outputs),
+            num_choices=num_choices,
+            request_id=job.answering.id,
+            lifecycle=self._lifecycle,
+        )
+        return await stream.start()
+
+    @abstractmethod
+    async def _whole(self, job: Any, outputs: AsyncGenerator[Any, None]) -> Any:
+        """The body of a whole answer."""
+
+    @abstractmethod
+    def _chunks(self, job: Any, outputs: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:
+        """The bodies of a streamed answer."""
 
     def _shows_token_ids(self, request: SamplingFields) -> bool:
         if request.return_tokens_as_token_ids is None:

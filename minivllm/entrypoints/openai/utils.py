@@ -52,10 +52,10 @@ async def _until_disconnect(receive: Callable[[], Awaitable[Any]]) -> None:
 
 
 async def _cancel(task: asyncio.Future[Any]) -> None:
-    if not task.done():
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError, Exception):
-            await task
+    """End a task whose outcome nobody asks for. One that failed is read too: asyncio logs errors never read."""
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError, Exception):
+        await task
 
 
 def with_cancellation(handler: Callable[..., Coroutine[Any, Any, Response]]) -> Callable[..., Any]:
@@ -98,7 +98,10 @@ async def require_json(raw_request: Request) -> None:
 
 
 async def merge(streams: list[AsyncGenerator[T, None]]) -> AsyncGenerator[tuple[int, T], None]:
-    """Items of several generators as they come, each with its generator's index; all are closed at the end."""
+    """Items of several generators as they come, each with its generator's index; all are closed at the end.
+
+    Raises whatever the first of them to fail raises; what others raise is dropped.
+    """
     waiting: dict[asyncio.Task[T], int] = {}
     try:
         if len(streams) == 1:  # the common case needs no tasks

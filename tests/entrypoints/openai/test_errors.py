@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import gc
+import json
+from typing import Any
+
 import pytest
 
+from minivllm.entrypoints.openai import middleware
+from minivllm.entrypoints.openai.errors import MAX_MESSAGE_CHARS
 from minivllm.exceptions import EngineDeadError, EngineGenerateError
 from tests.entrypoints.openai.conftest import Api
-from tests.entrypoints.openai.fakes import MAX_MODEL_LEN, FakeEngine
+from tests.entrypoints.openai.fakes import MAX_MODEL_LEN, VOCAB_SIZE, ByteTokenizer, FakeEngine
 
 JSON = {"content-type": "application/json"}
 
@@ -32,6 +38,9 @@ def error_of(response) -> dict:
         ({"prompt": [[1], 2]}, "prompt", "prompt[1]"),
         ({"prompt": ["a"] * 1025}, "prompt", "1024"),
         ({"prompt": [99999]}, "prompt", "99999"),
+        ({"prompt": [[1], [VOCAB_SIZE]]}, "prompt", str(VOCAB_SIZE)),
+        ({"prompt": ["a", "x" * MAX_MODEL_LEN]}, "prompt", str(MAX_MODEL_LEN)),
+        ({"prompt": [1] * MAX_MODEL_LEN}, "prompt", str(MAX_MODEL_LEN)),
         ({"prompt": "x" * MAX_MODEL_LEN}, "prompt", str(MAX_MODEL_LEN)),
         ({"prompt": "x" * MAX_MODEL_LEN * 300}, "prompt", "characters"),
         ({"max_tokens": 1000}, "max_tokens", "max_tokens=1000"),
@@ -114,7 +123,8 @@ def test_half_a_surrogate_pair_is_refused_and_never_breaks_the_answer(api: Api):
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"])
 def test_an_unknown_model_is_a_404_that_names_those_there_are(api: Api, path: str):
-    body = {"model": "nobody", "prompt": "x", "messages": [{"role": "user", "content": "x"}], "tokens": [1]}
+    asked = {"messages": [{"role": "user", "content": "x"}]} if "chat" in path else {"prompt": "x", "tokens": [1]}
+    body = {"model": "nobody", **asked}
     error = error_of(api.post(path, body))
     assert (error["code"], error["type"], error["param"]) == (404, "NotFoundError", "model")
     assert "`nobody`" in error["message"] and "`fake`" in error["message"]
@@ -178,3 +188,107 @@ def test_a_dead_engine_is_not_healthy(api: Api, engine: FakeEngine):
     engine.dead_error = EngineDeadError()
     assert api.get("/health").status_code == 503
     assert api.get("/ping").status_code == api.post("/ping", None).status_code == 503
+
+
+@pytest.mark.parametrize(
+    ("prompts", "num_tokenized"),
+    [
+        (["a", "x" * MAX_MODEL_LEN * 300], 0),  # seen before any is tokenized
+        (["a", [VOCAB_SIZE]], 0),
+        (["a", [1] * MAX_MODEL_LEN], 0),
+        (["x" * MAX_MODEL_LEN, *["a"] * 9], 1),  # seen once it is
+    ],
+)
+def test_prompts_are_tokenized_no_further_than_to_the_first_that_does_not_fit(prompts: list, num_tokenized: int):
+    class Counting(ByteTokenizer):
+        num_tokenized = 0
+
+        def encode(self, text: str, **options: Any) -> list[int]:
+            self.num_tokenized += 1
+            return super().encode(text, **options)
+
+    tokenizer = Counting()
+    api = Api(FakeEngine(tokenizer=tokenizer))
+    assert error_of(api.post("/v1/completions", {"prompt": prompts}))["param"] == "prompt"
+    assert tokenizer.num_tokenized == num_tokenized
+    assert api.engine.calls == []
+
+
+def test_token_ids_that_are_truncated_may_be_longer_than_the_context(api: Api):
+    api.complete(prompt=[1] * 2 * MAX_MODEL_LEN, truncate_prompt_tokens=-1)
+
+
+def test_prompts_that_fail_at_once_leave_no_unread_error(api: Api, caplog: pytest.LogCaptureFixture):
+    api.engine.fail_after, api.engine.failure = 0, EngineGenerateError("no")
+    assert error_of(api.post("/v1/completions", {"prompt": ["a"] * 20}))["code"] == 500
+    gc.collect()
+    assert [record.message for record in caplog.records if record.name == "asyncio"] == []
+
+
+@pytest.mark.parametrize("announced", [True, False])
+@pytest.mark.parametrize("path", ["/v1/completions", "/tokenize"])
+def test_a_body_beyond_the_limit_is_refused_before_it_is_read(
+    api: Api, monkeypatch: pytest.MonkeyPatch, path: str, announced: bool
+):
+    monkeypatch.setattr(middleware, "MAX_BODY_BYTES", 1000)
+    num_sent = 0
+
+    async def chunks():
+        nonlocal num_sent
+        for _ in range(100):
+            num_sent += 1
+            yield b" " * 100
+
+    headers = {**JSON, "content-length": "10000"} if announced else JSON
+    response = api.run(lambda client: client.post(path, content=chunks(), headers=headers))
+    error = error_of(response)
+    assert (error["code"], response.headers["connection"]) == (413, "close")
+    assert "1000 bytes" in error["message"]
+    assert num_sent == (0 if announced else 11)
+
+
+def test_a_body_at_the_limit_is_taken(api: Api, monkeypatch: pytest.MonkeyPatch):
+    content = json.dumps({"prompt": "Hi"}).encode()
+    monkeypatch.setattr(middleware, "MAX_BODY_BYTES", len(content))
+    assert api.request("POST", "/v1/completions", content=content, headers=JSON).status_code == 200
+
+
+@pytest.mark.parametrize("name", ["self", "messages", "tokenize", "chat_template", "return_dict"])
+def test_a_template_argument_that_is_not_the_clients_is_refused_by_name(api: Api, name: str):
+    body = {"messages": [{"role": "user", "content": "Hi"}], "chat_template_kwargs": {name: 1}}
+    for path in ("/v1/chat/completions", "/tokenize"):
+        error = error_of(api.post(path, body))
+        assert (error["code"], error["param"]) == (400, "chat_template_kwargs")
+        assert name in error["message"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"logit_bias": {"x" * 10_000: "y"}},
+        {"response_format": {"type": "text"}, "n": "x" * 10_000},
+        {"messages": [{"role": "x" * 10_000, "content": "Hi"}]},
+        {"request_id": "x" * 10_000},
+    ],
+)
+def test_an_error_does_not_give_a_long_input_back(api: Api, change: dict):
+    body = {"messages": [{"role": "user", "content": "Hi"}], **change}
+    error = error_of(api.post("/v1/chat/completions", body))
+    assert error["code"] == 400
+    assert max(len(error["message"]), len(error["param"] or "")) <= MAX_MESSAGE_CHARS + 1
+    response = api.request("PATCH", "/v1/models/" + "x" * 10_000)
+    assert len(error_of(response)["message"]) <= MAX_MESSAGE_CHARS + 1
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+def test_too_few_tokens_are_refused_under_the_name_they_were_asked_by(api: Api, name: str):
+    body = {"messages": [{"role": "user", "content": "Hi"}], name: 0}
+    error = error_of(api.post("/v1/chat/completions", body))
+    assert (error["code"], error["param"]) == (400, name)
+    assert name in error["message"]
+
+
+def test_tokenize_takes_a_prompt_or_messages_but_not_both(api: Api):
+    body = {"messages": [{"role": "user", "content": "Hi"}], "prompt": "Hi"}
+    assert error_of(api.post("/tokenize", body))["code"] == 400
+    assert api.post("/tokenize", {**body, "prompt": None}).status_code == 200

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import multiprocessing
 import os
 import shlex
 import signal
+import threading
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import httpx
 import pytest
 
-from minivllm.entrypoints.openai import api_server
+from minivllm.engine.async_llm import AsyncLLM
+from minivllm.entrypoints.openai import api_server, launcher, middleware
 from minivllm.entrypoints.openai.launcher import serve_http
 from minivllm.exceptions import EngineDeadError
+from tests.engine.engines import make_config
 from tests.entrypoints.openai.conftest import Api, events
 from tests.entrypoints.openai.fakes import FakeEngine, server_args
 
@@ -129,6 +135,104 @@ def test_an_engine_that_dies_idle_ends_the_server_too(api: Api):
         serve(api, talk)
 
 
+def test_after_the_engines_death_there_is_time_to_see_503_at_health(api: Api):
+    async def talk(client: httpx.AsyncClient) -> None:
+        api.engine.die()
+        await asyncio.sleep(launcher.ANSWER_DEATH_S / 2)
+        assert (await client.get("/health")).status_code == 503
+
+    with pytest.raises(EngineDeadError):
+        serve(api, talk)
+
+
+def test_a_server_that_ends_drops_the_texts_that_wait_for_the_tokenizer(
+    engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+):
+    release, begun, encoded = threading.Event(), threading.Event(), []
+
+    def encode(text: str, **_options: object) -> list[int]:
+        begun.set()
+        assert release.wait(60)
+        encoded.append(text)
+        return [1]
+
+    @contextlib.asynccontextmanager
+    async def fake_client(_args: object, _stats: object):
+        yield engine
+
+    async def serve_three_texts(app, _sock, **_options: object) -> None:
+        waiting.extend(asyncio.ensure_future(app.state.renderer.encode(text)) for text in ("a", "b", "c"))
+        while not begun.is_set():
+            await asyncio.sleep(0.001)
+
+    async def main() -> None:
+        await api_server.run_server_worker("", None, server_args())
+        release.set()
+        await asyncio.wait(waiting)
+
+    waiting: list[asyncio.Future[list[int]]] = []
+    monkeypatch.setattr(engine.tokenizer, "encode", encode)
+    monkeypatch.setattr(api_server, "build_async_engine_client", fake_client)
+    monkeypatch.setattr(launcher, "serve_http", serve_three_texts)
+    asyncio.run(main())
+    assert encoded == ["a"]
+
+
+def test_a_signal_during_the_start_ends_the_core_and_nobody_else():
+    bystander = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
+    bystander.start()
+
+    def start() -> AsyncLLM:
+        config = make_config("tests.engine.engines:EndlessStartExecutor")
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        return AsyncLLM.from_engine_config(config)
+
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with pytest.raises(SystemExit) as ended:
+            asyncio.run(api_server._start_unless_signalled(start))
+        assert ended.value.code == 128 + signal.SIGTERM
+        assert multiprocessing.active_children() == [bystander]
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+        bystander.kill()
+        bystander.join()
+
+
+def test_a_connection_outlives_a_failure_nobody_expected(api: Api):
+    """Both requests go over one connection, which a client would otherwise lose in the middle of the second."""
+
+    async def talk(client: httpx.AsyncClient) -> None:
+        reader, writer = await asyncio.open_connection(client.base_url.host, client.base_url.port)
+        body = b'{"prompt": "Hi"}'
+        headers = ("Host: x", "Content-Type: application/json", f"Content-Length: {len(body)}")
+        head = "\r\n".join(["POST /v1/completions HTTP/1.1", *headers, "", ""]).encode()
+        for fail_after, status in ((0, b"500"), (None, b"200")):
+            api.engine.fail_after, api.engine.failure = fail_after, KeyError("secret")
+            writer.write(head + body)
+            answer = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 30)
+            assert answer.split()[1] == status
+            (length,) = [line for line in answer.lower().split(b"\r\n") if line.startswith(b"content-length")]
+            await reader.readexactly(int(length.split(b":")[1]))
+        writer.close()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    serve(api, talk)
+
+
+def test_a_client_hears_that_its_body_is_too_large(api: Api, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(middleware, "MAX_BODY_BYTES", 1 << 20)
+
+    async def talk(client: httpx.AsyncClient) -> None:
+        response = await client.post("/v1/completions", json={"prompt": "x" * (2 << 20)})
+        assert (response.status_code, response.json()["error"]["code"]) == (413, 413)
+        assert (await client.get("/health")).status_code == 200
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    serve(api, talk)
+
+
 def test_the_curl_line_names_the_server_and_the_model(engine: FakeEngine, capsys: pytest.CaptureFixture):
     api = Api(engine)
     api_server._announce(engine, api.app, "http://127.0.0.1:8000", needs_key=True)
@@ -182,3 +286,22 @@ def test_listening_everywhere_without_a_key_is_said_loudly(
     assert exits == [128 + signal.SIGTERM]
     assert url.startswith("http://127.0.0.1:")
     assert any("ALL INTERFACES" in message for message in caplog.messages) == loud
+
+
+@pytest.mark.parametrize(("keys", "warned"), [(None, True), (["k"], False)])
+def test_a_key_for_vllm_is_said_not_to_count(
+    keys: list[str] | None, warned: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    monkeypatch.setattr(api_server.logger.parent, "propagate", True)
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        _, sock = api_server.setup_server(server_args(host="127.0.0.1", port=0, api_key=keys))
+        sock.close()
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+    said = [message for message in caplog.messages if "VLLM_API_KEY is not read" in message]
+    assert bool(said) == warned
+    assert not any("secret" in message for message in caplog.messages)
+    assert all("MINIVLLM_API_KEY" in message for message in said)

@@ -5,11 +5,16 @@ from __future__ import annotations
 import logging
 
 import pytest
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from minivllm.messages.stats import FinishedRequestStats, IterationStats, PrefixCacheStats, SchedulerStats
 from minivllm.metrics.logging import LoggingStatLogger
-from minivllm.metrics.prometheus import request_tokens_buckets
+from minivllm.metrics.prometheus import (
+    INTER_TOKEN_LATENCY_BUCKETS,
+    BulkHistogram,
+    request_tokens_buckets,
+)
 from tests.entrypoints.openai.conftest import Api
 
 FINISHED = FinishedRequestStats("stop", 10, 5, 4, 16, 1, 2.0, 0.25, 0.5, 1.0)
@@ -79,6 +84,27 @@ def test_the_sizes_of_the_cache_are_labels(api: Api):
         line for line in api.get("/metrics").text.splitlines() if line.startswith("vllm:cache_config_info{")
     ]
     assert 'block_size="32"' in line and 'num_gpu_blocks="10"' in line
+
+
+def test_bulk_counting_gives_what_prometheus_clients_own_histogram_gives():
+    values, buckets = [0.0, 0.01, 0.0100001, 0.3, 80, 81, 1e9], INTER_TOKEN_LATENCY_BUCKETS
+    ours, theirs = CollectorRegistry(), CollectorRegistry()
+    bulk = BulkHistogram("a:b_seconds", "Text.", buckets, {"model_name": "m", "engine": "0"})
+    ours.register(bulk)
+    one_by_one = Histogram("a:b_seconds", "Text.", ["model_name", "engine"], buckets=buckets, registry=theirs)
+    child = one_by_one.labels(model_name="m", engine="0")
+    assert bodies(ours) == bodies(theirs)  # nothing seen yet
+    for value in values:
+        child.observe(value)
+    bulk.observe_all(values[:3])
+    bulk.observe_all(values[3:])
+    assert bodies(ours) == bodies(theirs)
+
+
+def bodies(registry: CollectorRegistry) -> list[str]:
+    """The lines of a scrape, without the times at which metrics were made."""
+    lines = generate_latest(registry).decode().splitlines()
+    return [line for line in lines if "_created" not in line]
 
 
 def test_token_buckets_are_a_1_2_5_series_up_to_the_context():

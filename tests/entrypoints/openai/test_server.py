@@ -27,6 +27,7 @@ def test_models_are_listed_under_their_served_names():
         assert (card["object"], card["root"], card["max_model_len"]) == ("model", "some/model", MAX_MODEL_LEN)
     assert api.get("/v1/models/org/b").json()["id"] == "org/b"
     assert api.get("/v1/models/c").status_code == 404
+    assert api.get("/v1/models/").json() == cards
     assert api.complete(model="org/b")["model"] == "org/b"
     assert api.complete()["model"] == "a"
 
@@ -51,6 +52,13 @@ def test_every_route_but_the_probes_needs_the_key(engine: FakeEngine, monkeypatc
         assert api.get("/version", headers={"Authorization": header}).status_code == 401
     for key in ("first", "second", "third"):
         assert api.get("/version", headers={"Authorization": f"Bearer {key}"}).status_code == 200
+
+
+def test_a_key_may_have_any_characters(engine: FakeEngine):
+    api = Api(engine, api_key=["schlüssel-鍵à"])
+    for key, status in (("schlüssel-鍵à", 200), ("schlüssel-鍵", 401), ("schlussel", 401)):
+        header = f"Bearer {key}".encode()
+        assert api.get("/version", headers={"Authorization": header}).status_code == status
 
 
 def test_a_browser_may_ask_first_without_a_key(engine: FakeEngine):

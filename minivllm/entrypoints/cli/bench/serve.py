@@ -250,7 +250,8 @@ def first_model(base_url: str, headers: dict[str, str], name: str | None) -> dic
         ConfigError: nobody answers there, or there is no such model.
     """
     try:
-        response = httpx.get(f"{base_url}/v1/models", headers=headers, timeout=10, trust_env=False)
+        values = {name: value.encode() for name, value in headers.items()}  # a str would have to be ASCII
+        response = httpx.get(f"{base_url}/v1/models", headers=values, timeout=10, trust_env=False)
         response.raise_for_status()
         cards = response.json()["data"]
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as error:

@@ -12,16 +12,24 @@ from minivllm.entrypoints.openai.protocol import PromptLogprobsBody, Usage
 from minivllm.entrypoints.openai.sampling_fields import SamplingFields
 from minivllm.exceptions import RequestError, UnsupportedError
 
-# What the server itself gives to the template; a request may not.
+# What the server gives to the template itself, or the library's function takes for its own; a request may not.
 RESERVED_TEMPLATE_KWARGS = frozenset(
     (
         "add_generation_prompt",
         "chat_template",
         "continue_final_message",
         "conversation",
+        "max_length",
         "messages",
+        "padding",
+        "return_assistant_tokens_mask",
+        "return_dict",
+        "return_tensors",
+        "self",
         "tokenize",
+        "tokenizer_kwargs",
         "tools",
+        "truncation",
     )
 )
 
@@ -65,6 +73,11 @@ class ChatCompletionRequest(ChatFields):
         if self.tools and self.tool_choice != "none":
             raise UnsupportedError(
                 'tools is not supported yet; leave it out or set tool_choice="none"', param="tools"
+            )
+        if self.max_completion_tokens is not None and self.max_completion_tokens < 1:
+            raise RequestError(
+                f"max_completion_tokens must be at least 1, got {self.max_completion_tokens}",
+                param="max_completion_tokens",
             )
         if self.top_logprobs and not self.logprobs:
             raise RequestError("top_logprobs needs logprobs=true", param="top_logprobs")

@@ -21,9 +21,8 @@ from minivllm.entrypoints.openai.chat_completion.protocol import (
     Message,
 )
 from minivllm.entrypoints.openai.logprobs import LogprobsFormatter, prompt_logprobs_body
-from minivllm.entrypoints.openai.protocol import Usage, json_response
+from minivllm.entrypoints.openai.protocol import Usage
 from minivllm.entrypoints.openai.serving_base import Answering, ServingBase, check_output, in_order
-from minivllm.entrypoints.openai.sse import EventStream
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -82,15 +81,7 @@ class ServingChat(ServingBase):
         formatter = LogprobsFormatter(tokenizer, as_token_ids=self._shows_token_ids(request))
         job = _Job(request, answering, token_ids, params.n, role, echo, formatter)
         outputs = self._generate(token_ids, params, request, answering.id)
-        if request.stream:
-            stream = EventStream(
-                self._chunks(job, outputs),
-                num_choices=params.n,
-                request_id=answering.id,
-                lifecycle=self._lifecycle,
-            )
-            return await stream.start()
-        return json_response(await self._whole(job, outputs))
+        return await self._answer(job, outputs, params.n)
 
     def _role_and_echo(self, request: ChatCompletionRequest) -> tuple[str, str]:
         """Who answers, and what of the last message comes back with `echo`."""

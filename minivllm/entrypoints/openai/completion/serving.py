@@ -20,9 +20,8 @@ from minivllm.entrypoints.openai.completion.protocol import (
     read_prompts,
 )
 from minivllm.entrypoints.openai.logprobs import LogprobsFormatter, prompt_logprobs_body
-from minivllm.entrypoints.openai.protocol import Usage, json_response
+from minivllm.entrypoints.openai.protocol import Usage
 from minivllm.entrypoints.openai.serving_base import Answering, ServingBase, check_output, in_order
-from minivllm.entrypoints.openai.sse import EventStream
 from minivllm.entrypoints.openai.utils import merge
 from minivllm.exceptions import RequestError
 from minivllm.sampling_params import MAX_N
@@ -93,9 +92,10 @@ class ServingCompletion(ServingBase):
             RequestError: the request is wrong; EngineError: it failed before its first chunk.
         """
         answering = self._begin(request, raw_request)
-        prompts = [
-            await self._prompt(i, prompt, request) for i, prompt in enumerate(read_prompts(request.prompt))
-        ]
+        given = read_prompts(request.prompt)
+        for prompt in given:  # what can be seen of all, before any takes time
+            self._check_prompt(prompt, request)
+        prompts = [await self._prompt(i, prompt, request) for i, prompt in enumerate(given)]
         if len(prompts) * prompts[0].params.n > MAX_N:
             raise RequestError(
                 f"{len(prompts)} prompts with n={request.n} are more than {MAX_N} answers; send several requests",
@@ -110,15 +110,19 @@ class ServingCompletion(ServingBase):
                 for prompt in prompts
             ]
         )
-        if request.stream:
-            stream = EventStream(
-                self._chunks(job, outputs),
-                num_choices=job.num_choices,
-                request_id=answering.id,
-                lifecycle=self._lifecycle,
+        return await self._answer(job, outputs, job.num_choices)
+
+    def _check_prompt(self, prompt: str | list[int], request: CompletionRequest) -> None:
+        """Raises RequestError when it cannot fit, however it is tokenized, or is outside the vocabulary."""
+        if isinstance(prompt, str):
+            self._renderer.check_text(prompt)
+            return
+        if max(prompt) >= self._vocab_size:
+            raise RequestError(
+                f"token id {max(prompt)} is outside the vocabulary of {self._vocab_size}", param="prompt"
             )
-            return await stream.start()
-        return json_response(await self._whole(job, outputs))
+        if request.truncate_prompt_tokens is None:
+            self._check_length(len(prompt))
 
     async def _prompt(self, index: int, prompt: str | list[int], request: CompletionRequest) -> _Prompt:
         if isinstance(prompt, str):
@@ -126,6 +130,7 @@ class ServingCompletion(ServingBase):
         else:
             token_ids = prompt
         kept = self._truncate(token_ids, request, request.max_tokens)
+        self._check_length(len(kept))  # the engine would, but after all the other prompts are tokenized
         asked = 1 if request.only_echoes else request.max_tokens
         params = request.to_sampling_params(
             self._defaults,

@@ -11,6 +11,7 @@ router = APIRouter()
 
 
 @router.get("/v1/models")
+@router.get("/v1/models/", include_in_schema=False)
 async def list_models(raw_request: Request) -> Response:
     return json_response(raw_request.app.state.models.list())
 

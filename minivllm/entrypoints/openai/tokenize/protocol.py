@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Annotated, Any, Union
 
 import msgspec
-from pydantic import BaseModel, ConfigDict, Discriminator, Tag
+from pydantic import BaseModel, ConfigDict, Discriminator, Tag, model_validator
 
 from minivllm.entrypoints.openai.chat_completion.protocol import ChatFields
+from minivllm.exceptions import RequestError
 
 
 class TokenizeCompletionRequest(BaseModel):
@@ -21,6 +22,12 @@ class TokenizeCompletionRequest(BaseModel):
 
 class TokenizeChatRequest(ChatFields):
     return_token_strs: bool | None = False
+
+    @model_validator(mode="after")
+    def _check_form(self) -> TokenizeChatRequest:
+        if (self.model_extra or {}).get("prompt") is not None:
+            raise RequestError("send a prompt or messages, not both", param="prompt")
+        return self
 
 
 def _form(body: Any) -> str:
