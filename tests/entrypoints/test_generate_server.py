@@ -79,6 +79,7 @@ def test_biases_are_keyed_by_token_ids_as_json_spells_them():
 def test_a_body_may_come_in_pieces():
     async def pieces() -> AsyncGenerator[bytes]:
         for piece in (b'{"prompt": ', b'"Count:", ', b'"n": 2', b"}"):
+            await asyncio.sleep(0)  # as over a network: who listens to the connection must not take one
             yield piece
 
     assert post(GrowingEngine(), pieces()).json() == {"text": ["Count: one two three"] * 2}
