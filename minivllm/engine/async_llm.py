@@ -20,7 +20,7 @@ from minivllm.exceptions import EngineDeadError
 from minivllm.logger import init_logger
 from minivllm.messages.engine import EngineCoreOutputs, EngineCoreRequest
 from minivllm.messages.stats import IterationStats, SchedulerStats
-from minivllm.outputs import RequestOutput
+from minivllm.outputs import RequestOutput, SampleLogprobs
 from minivllm.sampling_params import SamplingParams
 from minivllm.tokenizer.tokenizer import Tokenizer
 
@@ -99,9 +99,18 @@ class AsyncLLM:
     # -- requests
 
     async def generate(
-        self, prompt: Prompt, sampling_params: SamplingParams, request_id: str, *, priority: int = 0
+        self,
+        prompt: Prompt | EngineCoreRequest,
+        sampling_params: SamplingParams,
+        request_id: str,
+        *,
+        priority: int = 0,
+        prior_logprobs: SampleLogprobs | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Answer a prompt: outputs as `sampling_params.output_kind` says, the last one finished.
+
+        An EngineCoreRequest is a resend: it goes on where its prior output ends, whose rows of logprobs, if
+        any were asked for, are handed over in `prior_logprobs`.
 
         Closing the generator, or cancelling its consumer, aborts the request.
 
@@ -115,7 +124,7 @@ class AsyncLLM:
         request, text = await self._process(prompt, sampling_params, request_id, priority)
         self._raise_if_dead()
         collector = RequestOutputCollector(sampling_params.output_kind)
-        ids = self._add_request(request, text, request_id, collector)
+        ids = self._add_request(request, text, request_id, collector, prior_logprobs)
         finished = False
         try:
             while not finished:
@@ -127,9 +136,11 @@ class AsyncLLM:
                 self._abort(ids)
 
     async def _process(
-        self, prompt: Prompt, params: SamplingParams, request_id: str, priority: int
+        self, prompt: Prompt | EngineCoreRequest, params: SamplingParams, request_id: str, priority: int
     ) -> tuple[EngineCoreRequest, str | None]:
         """Check the request; text is tokenized on a thread, so that a long one does not hold up the others."""
+        if isinstance(prompt, EngineCoreRequest):
+            return self.processor.check_resend(prompt, params), None
         call = (request_id, prompt, params, priority)
         if isinstance(prompt, list) or (isinstance(prompt, dict) and "prompt_token_ids" in prompt):
             return self.processor.process_inputs(*call)
@@ -142,13 +153,20 @@ class AsyncLLM:
         text: str | None,
         external_id: str,
         collector: RequestOutputCollector,
+        prior_logprobs: SampleLogprobs | None,
     ) -> list[str]:
         """Expect its outputs, then send it, or its n children; the internal ids."""
         parent = ParentRequest(request) if request.sampling_params.n > 1 else None
         requests = [request] if parent is None else parent.child_requests()
         for index, child in enumerate(requests):
             self.output_processor.add_request(
-                child, external_id=external_id, prompt=text, parent=parent, index=index, collector=collector
+                child,
+                external_id=external_id,
+                prompt=text,
+                parent=parent,
+                index=index,
+                collector=collector,
+                prior_logprobs=prior_logprobs,
             )
         for child in requests:
             self.engine_core.add_request(child)

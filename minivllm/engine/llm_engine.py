@@ -15,8 +15,9 @@ from minivllm.engine.core_client import InprocClient, SyncMPClient
 from minivllm.engine.output_processor import OutputProcessor
 from minivllm.engine.parallel_sampling import ParentRequest
 from minivllm.engine.processor import Processor, Prompt, default_sampling_params
+from minivllm.messages.engine import EngineCoreRequest
 from minivllm.messages.stats import IterationStats
-from minivllm.outputs import RequestOutput
+from minivllm.outputs import RequestOutput, SampleLogprobs
 from minivllm.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -60,19 +61,38 @@ class LLMEngine:
         """Start the core in its own process, or in this one."""
         return cls(config, in_process=in_process)
 
-    def add_request(self, request_id: str, prompt: Prompt, params: SamplingParams, priority: int = 0) -> str:
+    def add_request(
+        self,
+        request_id: str,
+        prompt: Prompt | EngineCoreRequest,
+        params: SamplingParams,
+        priority: int = 0,
+        *,
+        prior_logprobs: SampleLogprobs | None = None,
+    ) -> str:
         """Queue a request; its outputs come from `step` under `request_id`, which is returned.
+
+        An EngineCoreRequest is a resend: it goes on where its prior output ends, whose rows of logprobs, if
+        any were asked for, are handed over in `prior_logprobs`.
 
         Raises:
             RequestError: the request is at fault; the engine has not seen it.
             EngineDeadError: the engine is gone.
         """
-        request, text = self.processor.process_inputs(request_id, prompt, params, priority)
+        if isinstance(prompt, EngineCoreRequest):
+            request, text = self.processor.check_resend(prompt, params), None
+        else:
+            request, text = self.processor.process_inputs(request_id, prompt, params, priority)
         parent = ParentRequest(request) if request.sampling_params.n > 1 else None
         requests = [request] if parent is None else parent.child_requests()
         for index, child in enumerate(requests):
             self.output_processor.add_request(
-                child, external_id=request_id, prompt=text, parent=parent, index=index
+                child,
+                external_id=request_id,
+                prompt=text,
+                parent=parent,
+                index=index,
+                prior_logprobs=prior_logprobs,
             )
             self.engine_core.add_request(child)
         return request_id

@@ -59,9 +59,7 @@ class Answer:
 
     def after(self, num_tokens: int) -> Answer:
         """What is left of it once so many tokens have been delivered."""
-        return Answer(
-            self.token_ids[num_tokens:], self.logprobs[num_tokens:], self.prompt_logprobs, self.end
-        )
+        return Answer(self.token_ids[num_tokens:], self.logprobs[num_tokens:], self.prompt_logprobs, self.end)
 
     def assert_begins(self, whole: Answer) -> None:
         """It was cut short, and up to there it is the whole one."""
@@ -155,7 +153,9 @@ def make_subjects(lengths: list[int], *, max_tokens: int = 24, seed: int = 0) ->
             EngineCoreRequest(
                 request_id=f"subject {i}",
                 prompt_token_ids=pick.choice(stems)[:num_shared] + tail,
-                sampling_params=SamplingParams(max_tokens=pick.randint(max_tokens // 2, max_tokens), **params),
+                sampling_params=SamplingParams(
+                    max_tokens=pick.randint(max_tokens // 2, max_tokens), **params
+                ),
                 seed=pick.randrange(2**64),
                 eos_token_ids=[pick.randrange(VOCAB)],
             )

@@ -26,19 +26,20 @@ pytestmark = [pytest.mark.skipif(UNAVAILABLE is not None, reason=str(UNAVAILABLE
 
 ISAS = native.lib.supported_isas() if native.lib is not None else []
 DTYPES = ["float32", "bfloat16", "float16"]
-SHORT = [5, 33, 71, 96, 130, 64, 31, 180, 12, 100, 65, 2, 128, 160, 97, 40]
+# Many end shortly before a block does: they soon need one more, and the pool may have none.
+SHORT = [5, 31, 62, 95, 126, 64, 30, 180, 12, 94, 61, 2, 127, 158, 33, 28]
 # model, lengths of the prompts, token budgets; the longest request fills `num_blocks` blocks
 SHAPES = {
-    "grouped heads": ({"arch": "qwen3", "num_heads": 8, "num_kv_heads": 2}, SHORT, [1, 3, 19, 64, 150, 700]),
-    "a window and biases": ({"arch": "qwen2", "sliding_window": 40}, SHORT, [2, 7, 32, 100, 333, 2048]),
+    "grouped heads": ({"arch": "qwen3", "num_heads": 8, "num_kv_heads": 2}, SHORT, [3, 19, 64, 64, 150, 700]),
+    "a window and biases": ({"arch": "qwen2", "sliding_window": 40}, SHORT, [7, 32, 50, 100, 333, 2048]),
     "long prompts": (
         {"arch": "llama3", "head_dim": 32, "tie_word_embeddings": False},
-        [1030, 40, 1100, 1024, 70, 1023, 600, 5],
+        [1030, 30, 1090, 1024, 62, 990, 31, 5, 94, 63],
         [150, 512, 1025, 2048],
     ),
 }
 CASES = [(shape, dtype, isa) for shape in SHAPES for dtype in DTYPES for isa in ISAS]
-MAX_TOKENS = 24
+MAX_TOKENS = 40
 
 
 @pytest.fixture
@@ -47,9 +48,9 @@ def num_steps(walk_steps: int) -> int:
 
 
 @pytest.fixture
-def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Engine]:
-    """An engine of a case; the instruction set is in use for the length of the test."""
-    shape, dtype, isa = request.param
+def engine(case: tuple[str, str, str], tmp_path: Path) -> Iterator[Engine]:
+    """The engine of a case; its instruction set is in use for the length of the test."""
+    shape, dtype, isa = case
     isa_before, threads_before = native.lib.isa(), native.lib.num_threads()
     native.lib.set_isa(isa)
     yield Engine(make_model(tmp_path, dtype=dtype, seed=3, **SHAPES[shape][0]))
@@ -60,11 +61,11 @@ def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Engine]:
 class Walk:
     """Schedule after schedule on one engine."""
 
-    def __init__(self, engine: Engine, shape: str, seed: int) -> None:
-        _, lengths, self.budgets = SHAPES[shape]
+    def __init__(self, engine: Engine, case: tuple[str, str, str]) -> None:
+        _, lengths, self.budgets = SHAPES[case[0]]
         self.engine = engine
-        self.random = random.Random(f"{shape} {seed}")
-        self.subjects = make_subjects(lengths, max_tokens=MAX_TOKENS, seed=seed)
+        self.random = random.Random(f"walk {case}")
+        self.subjects = make_subjects(lengths, max_tokens=MAX_TOKENS, seed=CASES.index(case))
         self.max_model_len = max(lengths) + MAX_TOKENS
         self.num_steps = self.num_schedules = self.num_preemptions = self.num_cached_tokens = 0
         native.lib.set_num_threads(1)
@@ -77,8 +78,8 @@ class Walk:
         run = Run(self.engine, self._scheduler())
         expected: dict[str, Answer] = {}
         aborted: set[str] = set()
-        num_requests = pick.randint(3, 12)
-        pace = pick.choice([0.1, 0.5, 1.0])  # chance of an arrival before each step
+        num_requests = pick.randint(4, 12)
+        pace = pick.choice([0.2, 0.6, 1.0])  # chance of an arrival before each step
         while run.is_busy or len(expected) < num_requests:
             while len(expected) < num_requests and pick.random() < pace:
                 self._arrive(run, expected)
@@ -96,9 +97,9 @@ class Walk:
         least = -(-self.max_model_len // 32)
         return self.engine.scheduler(
             max_num_batched_tokens=budget,
-            max_num_seqs=min(budget, pick.choice([1, 2, 3, 8, 16])),
+            max_num_seqs=min(budget, pick.choice([1, 3, 8, 16, 16])),
             max_model_len=self.max_model_len,
-            num_blocks=pick.choice([least, least + 2, 2 * least, self.engine.ready.num_blocks]),
+            num_blocks=pick.choice([least, least, least + 1, least + 2, self.engine.ready.num_blocks]),
             enable_prefix_caching=pick.random() < 0.8,
         )
 
@@ -132,19 +133,17 @@ class Walk:
                 assert answer == expected[request_id], request_id
 
 
-@pytest.mark.parametrize(
-    ("engine", "shape"),
-    [(case, case[0]) for case in CASES],
-    ids=[" ".join(case).replace(" ", "-") for case in CASES],
-    indirect=["engine"],
-)
-def test_any_schedule_gives_the_answer_of_the_request_alone(engine: Engine, shape: str, num_steps: int):
-    walk = Walk(engine, shape, seed=0)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: " ".join(case).replace(" ", "-"))
+def test_any_schedule_gives_the_answer_of_the_request_alone(case, engine: Engine, num_steps: int):
+    walk = Walk(engine, case)
     while walk.num_steps < num_steps:
         walk.schedule()
-    print(f"{walk.num_schedules} schedules, {walk.num_steps} steps, {walk.num_preemptions} preemptions")
-    if num_steps >= 1000:  # else a walk may be too short to meet both
-        assert walk.num_preemptions > 10 and walk.num_cached_tokens > 1000
+    print(
+        f"{walk.num_schedules} schedules, {walk.num_steps} steps, {walk.num_preemptions} preemptions, "
+        f"{walk.num_cached_tokens} tokens found in the cache"
+    )
+    if num_steps >= 700:  # else a walk may be too short to meet both
+        assert walk.num_preemptions and walk.num_cached_tokens
 
 
 @pytest.mark.skipif(UNAVAILABLE is not None, reason=str(UNAVAILABLE))
