@@ -28,12 +28,26 @@ ISAS = native.lib.supported_isas() if native.lib is not None else []
 DTYPES = ["float32", "bfloat16", "float16"]
 # Many end shortly before a block does: they soon need one more, and the pool may have none.
 SHORT = [5, 31, 62, 95, 126, 64, 30, 180, 12, 94, 61, 2, 127, 158, 33, 28]
-# model, lengths of the prompts, token budgets; the longest request fills `num_blocks` blocks
+# model, lengths of the prompts, token budgets; sizes that split over threads, and sizes that fill no tile
 SHAPES = {
-    "grouped heads": ({"arch": "qwen3", "num_heads": 8, "num_kv_heads": 2}, SHORT, [3, 19, 64, 64, 150, 700]),
-    "a window and biases": ({"arch": "qwen2", "sliding_window": 40}, SHORT, [7, 32, 50, 100, 333, 2048]),
+    "grouped heads": (
+        {"arch": "qwen3", "hidden_size": 256, "intermediate_size": 704, "num_heads": 8, "head_dim": 64},
+        SHORT,
+        [3, 19, 64, 64, 150, 700],
+    ),
+    "a window and biases": (
+        {
+            "arch": "qwen2",
+            "sliding_window": 40,
+            "hidden_size": 80,
+            "intermediate_size": 208,
+            "vocab_size": 3001,
+        },
+        SHORT,
+        [7, 32, 50, 100, 333, 2048],
+    ),
     "long prompts": (
-        {"arch": "llama3", "head_dim": 32, "tie_word_embeddings": False},
+        {"arch": "llama3", "head_dim": 32, "num_kv_heads": 1, "tie_word_embeddings": False},
         [1030, 30, 1090, 1024, 62, 990, 31, 5, 94, 63],
         [150, 512, 1025, 2048],
     ),
