@@ -192,7 +192,7 @@ def test_a_resend_that_does_not_fit_is_refused():
     with pytest.raises(RequestError, match="differ"):
         engine.add_request("x", request, SamplingParams())
     params = SamplingParams(max_tokens=4)
-    for prior, message in (([64], "vocabulary"), ([1] * 255, "257 tokens")):
+    for prior, message in (([64], "vocabulary"), ([1] * 255, "2 and 255 tokens")):
         request = EngineCoreRequest("x", [1, 2], params, seed=0, prior_output_token_ids=prior)
         with pytest.raises(RequestError, match=message):
             engine.add_request("x", request, params)
