@@ -93,9 +93,9 @@ class Engine:
         }
         return Scheduler(**sizes | changes)
 
-    def alone(self, request: EngineCoreRequest) -> Answer:
+    def alone(self, request: EngineCoreRequest, max_model_len: int) -> Answer:
         """The answer with nothing else in the batch, nothing cached and the prompt in one piece."""
-        run = Run(self, self.scheduler(enable_prefix_caching=False))
+        run = Run(self, self.scheduler(enable_prefix_caching=False, max_model_len=max_model_len))
         run.add(request)
         while run.is_busy:
             run.step()
@@ -141,7 +141,7 @@ class Run:
 
 
 def make_subjects(lengths: list[int], *, max_tokens: int = 24, seed: int = 0) -> list[EngineCoreRequest]:
-    """Requests of so many prompt tokens: stems in common, all of `PARAMS` in turn."""
+    """Requests of so many prompt tokens: stems in common, all of `PARAMS` in turn. The longest fills the context."""
     pick = random.Random(f"subjects {seed}")
     stems = [[pick.randrange(VOCAB) for _ in range(max(lengths))] for _ in range(2)]
     subjects = []
@@ -149,13 +149,12 @@ def make_subjects(lengths: list[int], *, max_tokens: int = 24, seed: int = 0) ->
         num_shared = min(length, pick.choice([0, 32, 64, length - length // 8]))
         tail = [pick.randrange(VOCAB) for _ in range(length - num_shared)]
         params = PARAMS[i % len(PARAMS)]
+        limit = None if length == max(lengths) else pick.randint(max_tokens // 2, max_tokens)
         subjects.append(
             EngineCoreRequest(
                 request_id=f"subject {i}",
                 prompt_token_ids=pick.choice(stems)[:num_shared] + tail,
-                sampling_params=SamplingParams(
-                    max_tokens=pick.randint(max_tokens // 2, max_tokens), **params
-                ),
+                sampling_params=SamplingParams(max_tokens=limit, **params),
                 seed=pick.randrange(2**64),
                 eos_token_ids=[pick.randrange(VOCAB)],
             )

@@ -83,7 +83,7 @@ class Walk:
         self.max_model_len = max(lengths) + MAX_TOKENS
         self.num_steps = self.num_schedules = self.num_preemptions = self.num_cached_tokens = 0
         native.lib.set_num_threads(1)
-        self.alone = [engine.alone(subject) for subject in self.subjects]
+        self.alone = [engine.alone(subject, self.max_model_len) for subject in self.subjects]
 
     def schedule(self) -> None:
         """One random schedule from its first arrival to its last answer."""
@@ -115,6 +115,7 @@ class Walk:
             max_model_len=self.max_model_len,
             num_blocks=pick.choice([least, least, least + 1, least + 2, self.engine.ready.num_blocks]),
             enable_prefix_caching=pick.random() < 0.8,
+            enable_chunked_prefill=budget < self.max_model_len or pick.random() < 0.5,
         )
 
     def _arrive(self, run: Run, expected: dict[str, Answer]) -> None:
@@ -165,6 +166,6 @@ def test_the_subjects_end_in_every_way_and_say_different_things(tmp_path: Path):
     """Else the walks would show little."""
     engine = Engine(make_model(tmp_path, dtype="bfloat16", seed=3))
     subjects: list[EngineCoreRequest] = make_subjects(SHORT, max_tokens=MAX_TOKENS)
-    answers = [engine.alone(subject) for subject in subjects]
+    answers = [engine.alone(subject, max(SHORT) + MAX_TOKENS) for subject in subjects]
     assert {answer.end[0] for answer in answers} == {"length", "stop"}
     assert all(len(set(answer.token_ids)) > 3 for answer in answers)
