@@ -44,6 +44,15 @@ def _check_int(name: str, value: Any, low: int, high: int) -> None:
         raise RequestError(f"{name} must be a whole number from {low} to {high}, got {value!r}", param=name)
 
 
+def check_encodable(name: str, text: str) -> None:
+    """Refuse half of a surrogate pair, which JSON can spell and UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        where = f"{error.reason} at position {error.start}"
+        raise RequestError(f"{name} is not valid Unicode: {where}", param=name) from None
+
+
 class SamplingParams(msgspec.Struct, omit_defaults=True, kw_only=True):
     """vLLM's names, defaults and limits.
 
@@ -129,6 +138,7 @@ class SamplingParams(msgspec.Struct, omit_defaults=True, kw_only=True):
         for text in self.stop:
             if not isinstance(text, str) or not text:
                 raise RequestError(f"stop must hold non-empty strings, got {text!r}", param="stop")
+            check_encodable("stop", text)
         if self.stop and not self.detokenize:
             raise RequestError("stop strings need detokenize=True; use stop_token_ids instead", param="stop")
         for token in self.stop_token_ids:

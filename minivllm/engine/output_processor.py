@@ -190,6 +190,14 @@ class OutputProcessor:
     def has_unfinished_requests(self) -> bool:
         return bool(self._states)
 
+    def check_unused(self, request_ids: Iterable[str]) -> None:
+        """Raises:
+        RequestError: one of these internal ids is that of an open request.
+        """
+        for request_id in request_ids:
+            if request_id in self._states:
+                raise RequestError(f"request id {request_id!r} is in use; choose another", param="request_id")
+
     def add_request(
         self,
         request: EngineCoreRequest,
@@ -204,14 +212,7 @@ class OutputProcessor:
         """Expect outputs of this request. To be called before the core hears of it.
 
         prior_logprobs: of the request's prior output, one row a token, as they had been sent.
-
-        Raises:
-            RequestError: a request of this internal id is open.
         """
-        if request.request_id in self._states:
-            raise RequestError(
-                f"request id {request.request_id!r} is in use; choose another", param="request_id"
-            )
         self._states[request.request_id] = RequestState(
             request,
             external_id=external_id,
@@ -281,6 +282,8 @@ class OutputProcessor:
         if finish_reason is FinishReason.ERROR and state.collector is not None:
             state.collector.put(EngineGenerateError(error or "the request failed in the engine"))
             return
+        if state.parent is not None:
+            error = state.parent.first_error(error)
         made = state.make_output(finish_reason, stop_reason)
         if made is None:
             return

@@ -200,3 +200,4 @@ def test_a_resend_that_does_not_fit_is_refused():
     engine.add_request("x", request, params)
     with pytest.raises(RequestError, match="in use"):
         engine.add_request("y", request, params)
+    assert engine.has_unfinished_requests()  # the first one is still there
