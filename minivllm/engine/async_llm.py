@@ -20,7 +20,7 @@ from minivllm.exceptions import EngineDeadError
 from minivllm.logger import init_logger
 from minivllm.messages.engine import EngineCoreOutputs, EngineCoreRequest
 from minivllm.messages.stats import IterationStats
-from minivllm.outputs import RequestOutput
+from minivllm.outputs import RequestOutput, SampleLogprobs
 from minivllm.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -75,9 +75,18 @@ class AsyncLLM:
     # -- requests
 
     async def generate(
-        self, prompt: Prompt, sampling_params: SamplingParams, request_id: str, *, priority: int = 0
+        self,
+        prompt: Prompt | EngineCoreRequest,
+        sampling_params: SamplingParams,
+        request_id: str,
+        *,
+        priority: int = 0,
+        prior_logprobs: SampleLogprobs | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Answer a prompt: outputs as `sampling_params.output_kind` says, the last one finished.
+
+        An EngineCoreRequest is a resend: it goes on where its prior output ends, whose rows of logprobs, if
+        any were asked for, are handed over in `prior_logprobs`.
 
         Closing the generator, or cancelling its consumer, aborts the request.
 
@@ -92,7 +101,13 @@ class AsyncLLM:
         self._raise_if_dead()
         collector = RequestOutputCollector(sampling_params.output_kind)
         ids = submit(
-            request, self.engine_core, self.output_processor, external_id=request_id, prompt=text, collector=collector
+            request,
+            self.engine_core,
+            self.output_processor,
+            external_id=request_id,
+            prompt=text,
+            collector=collector,
+            prior_logprobs=prior_logprobs,
         )
         finished = False
         try:
@@ -105,9 +120,11 @@ class AsyncLLM:
                 self._abort(ids)
 
     async def _process(
-        self, prompt: Prompt, params: SamplingParams, request_id: str, priority: int
+        self, prompt: Prompt | EngineCoreRequest, params: SamplingParams, request_id: str, priority: int
     ) -> tuple[EngineCoreRequest, str | None]:
         """Check the request; text is tokenized on a thread, so that a long one does not hold up the others."""
+        if isinstance(prompt, EngineCoreRequest):
+            return self.processor.check_resend(prompt, params), None
         call = (request_id, prompt, params, priority)
         if isinstance(prompt, list) or (isinstance(prompt, dict) and "prompt_token_ids" in prompt):
             return self.processor.process_inputs(*call)

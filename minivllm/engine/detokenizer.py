@@ -81,7 +81,10 @@ class WindowDecoder:
 
 
 class IncrementalDetokenizer:
-    """The text of one answer so far, and what of it may be shown."""
+    """The text of one answer so far, and what of it may be shown.
+
+    An answer that was begun elsewhere goes on from its tokens: `continue_from`.
+    """
 
     def __init__(
         self, tokenizer: Tokenizer | None, prompt_token_ids: list[int], params: SamplingParams
@@ -94,10 +97,29 @@ class IncrementalDetokenizer:
         self._include_stop = params.include_stop_str_in_output
         # A stop string may have begun in what is there; its last character cannot have come yet.
         self._held_back = max(map(len, self._stop)) - 1 if self._stop and not self._include_stop else 0
+        self._stop_before: str | None = None  # the stop string that had already ended what this continues
         self._decoder = None
         if tokenizer is not None and params.detokenize:
             make = WindowDecoder if tokenizer.kind == "other" else ByteDecoder
             self._decoder = make(tokenizer, prompt_token_ids, params.skip_special_tokens)
+
+    def continue_from(self, token_ids: list[int], *, ended_by_stop_token: bool) -> None:
+        """Take what had been generated, and shown token by token, before this detokenizer was made.
+
+        Should a stop string end in it, the tokens behind that are left out, and so are all that follow.
+        """
+        for i, token in enumerate(token_ids):
+            last = i == len(token_ids) - 1
+            stop = self.update([token], ended_by_stop_token=last and ended_by_stop_token, finished=False)
+            if stop is not None:
+                self._stop_before = stop
+                return
+            self.next_text(finished=False, delta=True)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether a stop string stands in what it continued from: nothing that comes counts."""
+        return self._stop_before is not None
 
     def update(self, new_token_ids: list[int], *, ended_by_stop_token: bool, finished: bool) -> str | None:
         """Take new tokens; the stop string that now ends the text, if one does.
@@ -105,6 +127,8 @@ class IncrementalDetokenizer:
         A stop token's own text is left out unless include_stop_str_in_output. Once a stop string is found
         the text is cut there, and nothing more may be added.
         """
+        if self._stop_before is not None:
+            return self._stop_before
         if self._decoder is None:
             self.token_ids += new_token_ids
             return None

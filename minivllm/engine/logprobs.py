@@ -18,6 +18,14 @@ class LogprobsProcessor:
         # Nothing predicts the first token of a prompt.
         self.prompt_logprobs: PromptLogprobs | None = None if params.prompt_logprobs is None else [None]
 
+    def continue_from(self, rows: SampleLogprobs) -> None:
+        """Take the rows of an answer begun elsewhere, one for each of its tokens, the token itself first."""
+        if self.logprobs is None:
+            return
+        for row in rows:
+            self.logprobs.append(row)
+            self.cumulative_logprob += next(iter(row.values())).logprob
+
     def update(self, output: EngineCoreOutput) -> None:
         """Append the rows of one step."""
         if output.new_logprobs is not None and self.logprobs is not None:

@@ -284,3 +284,34 @@ class Processor:
         if params.seed is None:
             return child_seed(self._seed, next(self._num_seeded))
         return params.seed & _MASK_64
+
+    # Resends
+
+    def check_resend(self, request: EngineCoreRequest, params: SamplingParams) -> EngineCoreRequest:
+        """A request made before, by this front end or another: it keeps its id, seed and prior output.
+
+        Raises:
+            RequestError: it does not fit this model, or `params` are not its own.
+        """
+        if params != request.sampling_params:
+            raise RequestError(
+                "sampling_params differ from those the request carries; pass request.sampling_params",
+                param="sampling_params",
+            )
+        if params.n > 1 and request.prior_output_token_ids:
+            raise RequestError(
+                f"n={params.n} answers have each a prior output of their own; resend each as a request with n=1",
+                param="n",
+            )
+        prompt, prior = request.prompt_token_ids, request.prior_output_token_ids
+        self._check_token_ids(prompt)
+        if prior:
+            self._check_token_ids(prior)
+        if len(prompt) >= self.max_model_len or len(prompt) + len(prior) > self.max_model_len:
+            raise RequestError(
+                f"prompt and prior output have {len(prompt)} and {len(prior)} tokens, and the model's context is "
+                f"{self.max_model_len}; raise --max-model-len to what it was",
+                param="prompt",
+            )
+        self._check_params(params)
+        return request

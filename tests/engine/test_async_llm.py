@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 
+import msgspec
 import psutil
 import pytest
 
@@ -187,6 +188,40 @@ def test_the_death_of_the_core_is_told_to_everyone_by_its_signal(how):
                 await call()
 
     run(scenario, max_model_len=LONG)
+
+
+def test_a_stream_cut_by_the_cores_death_goes_on_in_another_engine():
+    params = SamplingParams(**{**ENDLESS, "max_tokens": 1_500}, logprobs=0)
+    before, whole, after = [], [], []
+    requests = []
+
+    def rows(output) -> list[tuple]:
+        answer = output.outputs[0]
+        return [(token, row[token].logprob) for token, row in zip(answer.token_ids, answer.logprobs)]
+
+    async def dies(engine):
+        request, _ = engine.processor.process_inputs("a", [1, 2, 3], params)
+        requests.append(request)
+        with pytest.raises(EngineDeadError):
+            async for output in engine.generate(request, request.sampling_params, "a"):
+                before.extend(rows(output))
+                if not engine.errored:
+                    os.kill(engine.engine_core.core_pid, signal.SIGKILL)
+
+    async def goes_on(engine):
+        prior = [token for token, _ in before]
+        resent = msgspec.structs.replace(requests[0], prior_output_token_ids=prior)
+        async for output in engine.generate(resent, resent.sampling_params, "a"):
+            after.extend(rows(output))
+        assert output.outputs[0].finish_reason == "length"
+        again = msgspec.structs.replace(requests[0], request_id="again")
+        async for output in engine.generate(again, again.sampling_params, "b"):
+            whole.extend(rows(output))
+
+    run(dies, max_model_len=LONG)
+    run(goes_on, max_model_len=LONG)
+    assert 0 < len(before) < 1_500
+    assert before + after == whole
 
 
 def test_the_death_of_an_idle_core_is_known_without_a_request():
