@@ -50,6 +50,7 @@ Prompt = str | list[int] | TextPrompt | TokensPrompt
 
 _PROMPT_KEYS = {"prompt", "prompt_token_ids", "cache_salt"}
 _MAX_CACHE_SALT = 1024  # characters
+_MAX_BAD_WORDS_TOKENS = 1024  # of all bad words together
 # generation_config.json's names -> SamplingParams' names
 _DEFAULTS = {
     "temperature": "temperature",
@@ -149,7 +150,7 @@ class Processor:
             RequestError: the prompt or a parameter does not fit this model; `param` names it.
         """
         parsed = parse_prompt(prompt)
-        token_ids = self._token_ids(parsed)
+        token_ids = self._token_ids(parsed, params)
         self._check_params(params)
         if priority != 0:
             raise UnsupportedError(
@@ -168,7 +169,7 @@ class Processor:
         )
         return request, parsed.text
 
-    def _token_ids(self, parsed: ParsedPrompt) -> list[int]:
+    def _token_ids(self, parsed: ParsedPrompt, params: SamplingParams) -> list[int]:
         token_ids = parsed.token_ids
         if token_ids is None:
             if self.tokenizer is None:
@@ -178,6 +179,7 @@ class Processor:
                 )
             token_ids = self.tokenizer.encode(parsed.text)
         self._check_token_ids(token_ids)
+        token_ids = self._truncate(token_ids, params)
         if len(token_ids) >= self.max_model_len:
             raise RequestError(
                 f"the prompt has {len(token_ids)} tokens, and the model's context of {self.max_model_len} must also "
@@ -185,6 +187,20 @@ class Processor:
                 param="prompt",
             )
         return token_ids
+
+    def _truncate(self, token_ids: list[int], params: SamplingParams) -> list[int]:
+        """The prompt's last `truncate_prompt_tokens` tokens; -1: as many as fit before the answer asked for."""
+        limit = params.truncate_prompt_tokens
+        if limit is None:
+            return token_ids
+        longest = max(1, self.max_model_len - (params.max_tokens or 1))
+        if limit > longest:
+            raise RequestError(
+                f"truncate_prompt_tokens={limit} is more than the {longest} tokens that fit before the answer; "
+                "lower it, or give -1",
+                param="truncate_prompt_tokens",
+            )
+        return token_ids[-(longest if limit == -1 else limit) :]
 
     def _check_token_ids(self, token_ids: list[int]) -> None:
         if not token_ids:
@@ -203,9 +219,11 @@ class Processor:
             )
 
     def _check_params(self, params: SamplingParams) -> None:
-        for name in ("logprobs", "prompt_logprobs"):
-            self._check_logprobs(name, getattr(params, name))
+        if params.logprob_token_ids is None:
+            self._check_logprobs("logprobs", params.logprobs)
+        self._check_logprobs("prompt_logprobs", params.prompt_logprobs)
         self._check_in_vocabulary("stop_token_ids", params.stop_token_ids)
+        self._check_in_vocabulary("logprob_token_ids", params.logprob_token_ids)
         if params.allowed_token_ids is not None:
             if not params.allowed_token_ids:
                 raise RequestError(
@@ -215,6 +233,10 @@ class Processor:
         if params.logit_bias:
             self._check_in_vocabulary("logit_bias", params.logit_bias)
             self._check_biases(params.logit_bias)
+        if params.bad_words and self.tokenizer is None:
+            raise RequestError(
+                "bad_words need a tokenizer; use logit_bias, or drop --skip-tokenizer-init", param="bad_words"
+            )
         if params.stop and self.tokenizer is None:
             raise RequestError(
                 "stop strings need a tokenizer; use stop_token_ids, or drop --skip-tokenizer-init",
@@ -261,7 +283,32 @@ class Processor:
             changes["stop_token_ids"] = [*params.stop_token_ids, *self.extra_stop_token_ids]
         if self.tokenizer is None:
             changes["detokenize"] = False
+        changes["bad_words_token_ids"] = self._bad_words(params.bad_words)
         return params.clone(**changes)
+
+    def _bad_words(self, words: list[str]) -> list[list[int]]:
+        """Token ids of each word at the start of a text, and within one, where a space before it makes another
+        first token but no further ones (vLLM's rule).
+
+        Raises:
+            RequestError: a word has a token that the model does not, or they have too many tokens.
+        """
+        found: list[list[int]] = []
+        for word in words:
+            alone = self.tokenizer.encode(word.lstrip(), add_special_tokens=False)
+            spaced = self.tokenizer.encode(" " + word.lstrip(), add_special_tokens=False)
+            found.append(alone)
+            if len(spaced) == len(alone) and spaced[:1] != alone[:1]:
+                found.append(spaced)
+        found = [ids for ids in found if ids]
+        for ids in found:
+            self._check_in_vocabulary("bad_words", ids)
+        num_tokens = sum(map(len, found))
+        if num_tokens > _MAX_BAD_WORDS_TOKENS:
+            raise RequestError(
+                f"bad_words are {num_tokens} tokens; at most {_MAX_BAD_WORDS_TOKENS} fit", param="bad_words"
+            )
+        return found
 
     def _seed_of(self, params: SamplingParams) -> int:
         """0 … 2**64 - 1: the request's own, a negative one in two's complement, or the next of ours."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from minivllm.sample.step import LogitsStep, SampleBatch
@@ -22,6 +23,19 @@ class AllowedTokens(LogitsStep[torch.Tensor]):
         kept = logits[user]
         logits.fill_(_MASKED)
         logits[user] = kept
+
+
+class BadWords(LogitsStep[list[list[int]]]):
+    """`bad_words`: the last token of a word cannot follow the others, where they end the output."""
+
+    def user(self, params: SamplingParams, eos_token_ids: list[int]) -> list[list[int]] | None:
+        return params.bad_words_token_ids or None
+
+    def apply_one(self, logits: torch.Tensor, user: list[list[int]], i: int, batch: SampleBatch) -> None:
+        output = batch.token_ids[batch.rows[i], batch.num_prompt_tokens[i] : batch.num_tokens[i]]
+        for *begin, last in user:
+            if len(begin) <= len(output) and np.array_equal(output[len(output) - len(begin) :], begin):
+                logits[last] = _MASKED
 
 
 class _EndsLater(NamedTuple):

@@ -15,14 +15,14 @@ from minivllm.messages.engine import LogprobsLists
 from minivllm.ops.log_softmax import log_softmax
 from minivllm.ops.op import OpSpec
 from minivllm.ops.sampling import gumbel_argmax, nonfinite_rows, top_k_top_p_min_p
-from minivllm.sample.constraints import AllowedTokens, LogitBias, MinTokens
-from minivllm.sample.logprobs import gather_logprobs
+from minivllm.sample.constraints import AllowedTokens, BadWords, LogitBias, MinTokens
+from minivllm.sample.logprobs import gather_logprobs, logprobs_of_tokens
 from minivllm.sample.penalties import Penalties
 from minivllm.sample.step import LogitsStep, SampleBatch
 from minivllm.sampling_params import SamplingParams
 
 NONFINITE = "the model gave logits that are not finite numbers; the request cannot go on"
-NOTHING_ALLOWED = "allowed_token_ids, min_tokens and logit_bias leave no token that could be chosen"
+NOTHING_ALLOWED = "allowed_token_ids, bad_words, min_tokens and logit_bias leave no token that could be chosen"
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,13 @@ class Sampler:
         # The order is vLLM's.
         self._steps: list[LogitsStep] = [
             AllowedTokens(vocab_size),
+            BadWords(vocab_size),
             MinTokens(vocab_size),
             LogitBias(vocab_size),
             Penalties(vocab_size),
         ]
         self._num_logprobs: dict[int, int] = {}  # by table row
+        self._logprob_token_ids: dict[int, list[int]] = {}  # by table row
         self._columns = _Columns()
 
     # Requests ----------------------------------------------------------------
@@ -60,11 +62,14 @@ class Sampler:
         self._columns.set(row, params, seed)
         if params.logprobs is not None:
             self._num_logprobs[row] = params.logprobs
+        if params.logprob_token_ids is not None:
+            self._logprob_token_ids[row] = params.logprob_token_ids
         for step in self._steps:
             step.add_request(row, params, eos_token_ids)
 
     def remove_request(self, row: int) -> None:
         self._num_logprobs.pop(row, None)
+        self._logprob_token_ids.pop(row, None)
         for step in self._steps:
             step.remove_request(row)
 
@@ -128,8 +133,11 @@ class Sampler:
         """Gathered request by request: how ties fall must not depend on what a neighbour asked for."""
         found = {}
         for at, i in enumerate(asking):
-            wanted = self._num_logprobs[int(batch.rows[i])]
-            found[i] = gather_logprobs(values[at : at + 1], token_ids[i : i + 1], wanted)
+            row, own = int(batch.rows[i]), token_ids[i : i + 1]
+            if row in self._logprob_token_ids:
+                found[i] = logprobs_of_tokens(values[at : at + 1], own, self._logprob_token_ids[row])
+            else:
+                found[i] = gather_logprobs(values[at : at + 1], own, self._num_logprobs[row])
         return found
 
 

@@ -38,7 +38,6 @@ def _null(value: Any) -> bool:
 # Fields vLLM has, which would change the answer: name -> the values that change nothing, and are accepted.
 NOT_YET: dict[str, Callable[[Any], bool]] = {
     "audio": _null,
-    "bad_words": _empty,
     "best_of": lambda v: v in (None, 1),
     "chat_template": _null,
     "documents": _empty,
@@ -51,14 +50,12 @@ NOT_YET: dict[str, Callable[[Any], bool]] = {
     "guided_regex": _null,
     "kv_transfer_params": _null,
     "logits_processors": _empty,
-    "logprob_token_ids": _null,
     "media_io_kwargs": _empty,
     "mm_payload": _null,
     "mm_processor_kwargs": _empty,
     "modalities": lambda v: v in (None, ["text"]),
     "prompt_embeds": _null,
     "reasoning_effort": _null,
-    "repetition_detection": _null,
     "response_format": lambda v: v is None or (isinstance(v, dict) and v.get("type") == "text"),
     "return_mm_kwargs": _empty,
     "return_prompt_text": _empty,
@@ -69,7 +66,6 @@ NOT_YET: dict[str, Callable[[Any], bool]] = {
     "thinking_token_budget": lambda v: v in (None, -1),
     "tool_choice": lambda v: v in (None, "none"),
     "use_beam_search": _empty,
-    "vllm_xargs": _empty,
     "watermarking": _null,
     "web_search_options": _null,
 }
@@ -103,8 +99,12 @@ class SamplingFields(BaseModel):
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     min_tokens: int = 0
+    bad_words: list[str] | None = None
+    logprob_token_ids: list[int] | None = None
+    repetition_detection: dict[str, Any] | None = None
+    vllm_xargs: dict[str, Any] | None = None
     skip_special_tokens: bool = True
-    spaces_between_special_tokens: bool = True  # only slow tokenizers knew the difference
+    spaces_between_special_tokens: bool = True
     prompt_logprobs: int | None = None
 
     echo: bool = False
@@ -139,6 +139,8 @@ class SamplingFields(BaseModel):
         if self.truncation_side not in (None, "left", "right"):
             raise RequestError("truncation_side must be left or right", param="truncation_side")
         self._check_cache_salt()
+        for text in self.bad_words or []:
+            check_unicode(text, "bad_words")
         for text in [self.stop] if isinstance(self.stop, str) else self.stop or []:
             check_unicode(text, "stop")
         if self.model_extra and (unknown := self.model_extra.keys() - NOT_YET.keys()):
@@ -193,10 +195,15 @@ class SamplingFields(BaseModel):
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
             skip_special_tokens=self.skip_special_tokens,
+            spaces_between_special_tokens=self.spaces_between_special_tokens,
             output_kind=RequestOutputKind.DELTA if self.stream else RequestOutputKind.FINAL_ONLY,
             stream_interval=self.stream_interval,
             logit_bias=_logit_bias(self.logit_bias),
             allowed_token_ids=self.allowed_token_ids,
+            bad_words=self.bad_words,
+            logprob_token_ids=self.logprob_token_ids,
+            repetition_detection=self.repetition_detection,
+            extra_args=self.vllm_xargs or None,
             **{name: value for name, value in chosen.items() if value is not None},
         )
 

@@ -255,6 +255,17 @@ def test_a_request_id_names_the_answer_and_the_engines_request(api: Api):
     assert api.engine.calls[-1].request_id.startswith("cmpl-header")
 
 
+def test_sampling_options_reach_the_engine(api: Api):
+    api.complete(
+        bad_words=["x"], logprobs=2, logprob_token_ids=[7, 9], vllm_xargs={"mine": [1]},
+        spaces_between_special_tokens=False, repetition_detection={"max_pattern_size": 4, "min_count": 3},
+    )  # fmt: skip
+    params = api.engine.calls[-1].params
+    assert (params.bad_words, params.logprob_token_ids, params.logprobs) == (["x"], [7, 9], 2)
+    assert params.extra_args == {"mine": [1]} and not params.spaces_between_special_tokens
+    assert params.repetition_detection.min_count == 3
+
+
 def test_unknown_fields_are_ignored_and_harmless_values_of_later_ones_accepted(api: Api):
     api.complete(
         best_of=1, use_beam_search=False, response_format={"type": "text"}, bad_words=[], nonsense={"a": 1}

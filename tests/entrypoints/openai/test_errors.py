@@ -65,7 +65,16 @@ def error_of(response) -> dict:
         ({"structured_outputs": {"regex": "a"}}, "structured_outputs", "not supported yet"),
         ({"use_beam_search": True}, "use_beam_search", "not supported yet"),
         ({"kv_transfer_params": {}}, "kv_transfer_params", "not supported yet"),
-        ({"bad_words": ["x"]}, "bad_words", "not supported yet"),
+        ({"thinking_token_budget": 5}, "thinking_token_budget", "not supported yet"),
+        ({"bad_words": [" "]}, "bad_words", "empty"),
+        ({"bad_words": ["x"] * 129}, "bad_words", "128"),
+        ({"logprob_token_ids": [1]}, "logprob_token_ids", "needs logprobs=1"),
+        ({"logprob_token_ids": [1], "logprobs": 2}, "logprobs", "leave it out"),
+        ({"logprob_token_ids": [9999], "logprobs": 1}, "logprob_token_ids", "9999"),
+        ({"logprob_token_ids": [1], "logprobs": 1, "echo": True, "max_tokens": 0}, "logprob_token_ids", "answer"),
+        ({"repetition_detection": {"max_pattern_size": 3}}, "repetition_detection.min_count", "2"),
+        ({"repetition_detection": {"pattern": 3}}, "repetition_detection", "pattern"),
+        ({"vllm_xargs": {"a": 2**63}}, "extra_args", "64 bit"),
     ],
 )
 def test_a_wrong_field_is_refused_by_name(api: Api, change: dict, param: str | None, says: str | None):
@@ -105,6 +114,7 @@ def test_half_a_surrogate_pair_is_refused_and_never_breaks_the_answer(api: Api):
     for body in (
         rb'{"prompt": "\ud800"}',
         rb'{"prompt": "x", "stop": "\udfff"}',
+        rb'{"prompt": "x", "bad_words": ["\udfff"]}',
         rb'{"prompt": "x", "model": "\ud800"}',
     ):
         response = api.request("POST", "/v1/completions", content=body, headers=JSON)

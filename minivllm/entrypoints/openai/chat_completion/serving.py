@@ -55,7 +55,8 @@ class _Job:
     def logprobs(self, answer: CompletionOutput) -> ChatLogprobs | None:
         if self.request.num_logprobs is None or not answer.logprobs:
             return None
-        return self.formatter.chat(answer.token_ids, answer.logprobs, self.request.num_logprobs)
+        num_top = -1 if self.request.logprob_token_ids is not None else self.request.num_logprobs
+        return self.formatter.chat(answer.token_ids, answer.logprobs, num_top)
 
 
 class ServingChat(ServingBase):

@@ -26,6 +26,11 @@ class CompletionRequest(SamplingFields):
     def _check_echo(self) -> CompletionRequest:
         if self.max_tokens == 0 and not self.echo:
             raise RequestError("max_tokens=0 generates nothing; it needs echo=true", param="max_tokens")
+        if self.logprob_token_ids is not None and (self.logprobs is None or self.max_tokens == 0):
+            raise RequestError(
+                f"logprob_token_ids needs logprobs={len(self.logprob_token_ids)} and an answer to report them of",
+                param="logprob_token_ids",
+            )
         return self
 
     @property
