@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from minivllm.engine.llm_engine import LLMEngine
     from minivllm.engine.processor import TextPrompt, TokensPrompt
     from minivllm.entrypoints.llm import LLM
+    from minivllm.logits_processors import LogitsProcessor
     from minivllm.models.registry import ModelRegistry
     from minivllm.outputs import CompletionOutput, RequestOutput
     from minivllm.sampling_params import SamplingParams
@@ -29,6 +30,7 @@ _MODULE_OF = {
     "TextPrompt": "minivllm.engine.processor",
     "TokensPrompt": "minivllm.engine.processor",
     "ModelRegistry": "minivllm.models.registry",
+    "LogitsProcessor": "minivllm.logits_processors",
 }
 
 __all__ = [
@@ -38,6 +40,7 @@ __all__ = [
     "CompletionOutput",
     "EngineArgs",
     "LLMEngine",
+    "LogitsProcessor",
     "ModelRegistry",
     "RequestOutput",
     "SamplingParams",

@@ -15,6 +15,7 @@ from minivllm.engine.core_client import InprocClient, SyncMPClient
 from minivllm.engine.output_processor import OutputProcessor
 from minivllm.engine.parallel_sampling import ParentRequest
 from minivllm.engine.processor import Processor, Prompt, default_sampling_params
+from minivllm.logits_processors import load_logits_processors
 from minivllm.messages.stats import IterationStats
 from minivllm.outputs import RequestOutput
 from minivllm.sampling_params import SamplingParams
@@ -38,6 +39,7 @@ class LLMEngine:
         self.engine_core = InprocClient(config) if in_process else SyncMPClient(config)
         try:
             self.tokenizer = load_tokenizer(config)
+            load_logits_processors(config.model.logits_processors)  # the slow import, meanwhile
             self.ready = self.engine_core.wait_ready()
         except BaseException:
             self.engine_core.shutdown()

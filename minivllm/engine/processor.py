@@ -18,6 +18,7 @@ from typing import Any, TypedDict
 from minivllm.config.engine import EngineConfig
 from minivllm.engine.parallel_sampling import child_seed
 from minivllm.exceptions import RequestError, UnsupportedError
+from minivllm.logits_processors import load_logits_processors
 from minivllm.messages.engine import EngineCoreReady, EngineCoreRequest
 from minivllm.sampling_params import SamplingParams
 from minivllm.tokenizer.tokenizer import Tokenizer
@@ -126,6 +127,7 @@ class Processor:
         self._num_seeded = itertools.count()  # next() is atomic
         self.vocab_size = config.hf_config.vocab_size
         max_logprobs = config.model.max_logprobs
+        self._logits_processors = load_logits_processors(config.model.logits_processors)
         self.max_logprobs = self.vocab_size if max_logprobs == -1 else max_logprobs
         self.eos_token_ids, self.extra_stop_token_ids = self._end_tokens(config)
 
@@ -233,6 +235,13 @@ class Processor:
         if params.logit_bias:
             self._check_in_vocabulary("logit_bias", params.logit_bias)
             self._check_biases(params.logit_bias)
+        for custom in self._logits_processors:
+            try:
+                custom.validate_params(params)
+            except RequestError:
+                raise
+            except Exception as error:  # the operator's own check says no in its own way
+                raise RequestError(f"{custom.__name__}: {error}", param="extra_args") from error
         if params.bad_words and self.tokenizer is None:
             raise RequestError(
                 "bad_words need a tokenizer; use logit_bias, or drop --skip-tokenizer-init", param="bad_words"
