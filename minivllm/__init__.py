@@ -15,12 +15,14 @@ if TYPE_CHECKING:
     from minivllm.entrypoints.llm import LLM
     from minivllm.logits_processors import LogitsProcessor
     from minivllm.models.registry import ModelRegistry
-    from minivllm.outputs import CompletionOutput, RequestOutput
-    from minivllm.sampling_params import SamplingParams
+    from minivllm.outputs import BeamSearchOutput, CompletionOutput, RequestOutput
+    from minivllm.sampling_params import BeamSearchParams, SamplingParams
 
 _MODULE_OF = {
     "LLM": "minivllm.entrypoints.llm",
     "SamplingParams": "minivllm.sampling_params",
+    "BeamSearchParams": "minivllm.sampling_params",
+    "BeamSearchOutput": "minivllm.outputs",
     "AsyncLLM": "minivllm.engine.async_llm",
     "LLMEngine": "minivllm.engine.llm_engine",
     "EngineArgs": "minivllm.engine.arg_utils",
@@ -37,6 +39,8 @@ __all__ = [
     "LLM",
     "AsyncEngineArgs",
     "AsyncLLM",
+    "BeamSearchOutput",
+    "BeamSearchParams",
     "CompletionOutput",
     "EngineArgs",
     "LLMEngine",

@@ -226,6 +226,35 @@ class SamplingParams(msgspec.Struct, omit_defaults=True, kw_only=True):
         return msgspec.structs.replace(self, **changes)
 
 
+class BeamSearchParams(msgspec.Struct, omit_defaults=True):
+    """What a request may ask of beam search. vLLM's names, defaults and limits.
+
+    Raises (on construction):
+        RequestError: a value is outside its range; `param` names the field.
+    """
+
+    beam_width: int
+    max_tokens: int
+    ignore_eos: bool = False
+    temperature: float = 0.0  # above 0, a sampled token joins the likeliest that each beam offers
+    length_penalty: float = 1.0  # above 1 favours long answers
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        _check_int("beam_width", self.beam_width, 1, MAX_N)
+        _check_int("max_tokens", self.max_tokens, 1, 2**31 - 1)
+        _check_number("temperature", self.temperature, 0, 2)
+        _check_number("length_penalty", self.length_penalty, -10, 10)
+        for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
+            _check_flag(name, getattr(self, name))
+
+    @property
+    def n(self) -> int:
+        """How many answers there are."""
+        return self.beam_width
+
+
 def _repetition_detection(given: dict[str, Any]) -> RepetitionDetectionParams:
     """From a request's body. Raises RequestError: a name is unknown or a value is no whole number."""
     try:

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 from minivllm.entrypoints.openai.protocol import StreamOptions
 from minivllm.exceptions import RequestError, UnsupportedError
 from minivllm.logger import init_logger
-from minivllm.sampling_params import RequestOutputKind, SamplingParams
+from minivllm.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
 
 logger = init_logger(__name__)
 
@@ -65,9 +65,29 @@ NOT_YET: dict[str, Callable[[Any], bool]] = {
     "suffix": _empty,
     "thinking_token_budget": lambda v: v in (None, -1),
     "tool_choice": lambda v: v in (None, "none"),
-    "use_beam_search": _empty,
     "watermarking": _null,
     "web_search_options": _null,
+}
+
+# What beam search would not heed: name -> the values that ask for nothing. Others are refused beside it.
+NOT_WITH_BEAMS: dict[str, Callable[[Any], bool]] = {
+    "stream": _empty,
+    "top_p": lambda v: v in (None, 1),
+    "top_k": lambda v: v in (None, 0, -1),
+    "min_p": _empty,
+    "presence_penalty": _empty,
+    "frequency_penalty": _empty,
+    "repetition_penalty": lambda v: v in (None, 1),
+    "logit_bias": _empty,
+    "allowed_token_ids": _null,
+    "stop": _empty,
+    "stop_token_ids": _empty,
+    "min_tokens": _empty,
+    "bad_words": _empty,
+    "logprob_token_ids": _null,
+    "repetition_detection": _null,
+    "vllm_xargs": _empty,
+    "prompt_logprobs": _null,
 }
 
 
@@ -107,6 +127,9 @@ class SamplingFields(BaseModel):
     spaces_between_special_tokens: bool = True
     prompt_logprobs: int | None = None
 
+    use_beam_search: bool = False
+    length_penalty: float = 1.0
+
     echo: bool = False
     truncate_prompt_tokens: int | None = None
     truncation_side: str | None = None
@@ -138,6 +161,7 @@ class SamplingFields(BaseModel):
             check_request_id(self.request_id)
         if self.truncation_side not in (None, "left", "right"):
             raise RequestError("truncation_side must be left or right", param="truncation_side")
+        self._check_beams()
         self._check_cache_salt()
         for text in self.bad_words or []:
             check_unicode(text, "bad_words")
@@ -146,6 +170,15 @@ class SamplingFields(BaseModel):
         if self.model_extra and (unknown := self.model_extra.keys() - NOT_YET.keys()):
             logger.debug("ignored unknown request fields: %s", ", ".join(sorted(unknown)))
         return self
+
+    def _check_beams(self) -> None:
+        if not self.use_beam_search:
+            if self.length_penalty != 1:
+                raise RequestError("length_penalty needs use_beam_search=true", param="length_penalty")
+            return
+        for name, asks_for_nothing in NOT_WITH_BEAMS.items():
+            if not asks_for_nothing(getattr(self, name)):
+                raise RequestError(f"{name} does not go together with use_beam_search; leave it out", param=name)
 
     def _check_cache_salt(self) -> None:
         salt = self.cache_salt
@@ -206,6 +239,28 @@ class SamplingFields(BaseModel):
             extra_args=self.vllm_xargs or None,
             **{name: value for name, value in chosen.items() if value is not None},
         )
+
+    def to_beam_search_params(self, *, max_tokens: int, num_logprobs: int | None) -> BeamSearchParams:
+        """n is the width. Without a temperature there is none, so that a search is the same each time.
+
+        Raises:
+            RequestError: a value is outside its range.
+        """
+        params = BeamSearchParams(
+            beam_width=1 if self.n is None else self.n,
+            max_tokens=max_tokens,
+            ignore_eos=self.ignore_eos,
+            temperature=self.temperature or 0.0,
+            length_penalty=self.length_penalty,
+            include_stop_str_in_output=self.include_stop_str_in_output,
+            skip_special_tokens=self.skip_special_tokens,
+        )
+        if num_logprobs is not None and not 0 <= num_logprobs <= 2 * params.beam_width:
+            raise RequestError(
+                f"logprobs={num_logprobs}: a search of {params.beam_width} beams has from 0 to {2 * params.beam_width}",
+                param="logprobs",
+            )
+        return params
 
 
 def _logit_bias(bias: dict[str, float] | None) -> dict[int, float] | None:

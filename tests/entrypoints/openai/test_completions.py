@@ -277,3 +277,15 @@ def test_without_a_tokenizer_token_ids_are_served():
     body = api.complete(prompt=[1, 2], max_tokens=2, logprobs=1, return_token_ids=True)
     assert body["choices"][0]["token_ids"] == [80, 97]
     assert api.post("/v1/completions", {"prompt": "text"}).status_code == 400
+
+
+def test_a_beam_search_answers_best_first(api: Api):
+    # The fake engine's likeliest tokens are 0, 1, 2, …, each a hundredth less likely than the one before.
+    body = api.complete(prompt=["ab", "c"], use_beam_search=True, n=3, max_tokens=2, logprobs=1, return_token_ids=True)
+    assert [choice["index"] for choice in body["choices"]] == list(range(6))
+    assert [choice["token_ids"] for choice in body["choices"]] == [[0, 0], [0, 1], [1, 0]] * 2
+    assert {choice["finish_reason"] for choice in body["choices"]} == {"length"}
+    assert body["choices"][2]["logprobs"]["token_logprobs"] == [-0.01, 0.0]
+    assert body["choices"][2]["logprobs"]["top_logprobs"] == [{"\x01": -0.01, "\0": 0.0}, {"\0": 0.0}]
+    assert body["usage"]["completion_tokens"] == 12
+    assert len(api.engine.calls) == 2 * (1 + 3) and api.engine.calls[-1].params.logprobs == 6

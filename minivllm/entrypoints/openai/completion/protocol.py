@@ -33,6 +33,14 @@ class CompletionRequest(SamplingFields):
             )
         return self
 
+    @model_validator(mode="after")
+    def _check_beams_and_echo(self) -> CompletionRequest:
+        if self.use_beam_search and self.echo and (self.logprobs is not None or self.max_tokens == 0):
+            raise RequestError(
+                "echo with logprobs or max_tokens=0 does not go together with use_beam_search", param="echo"
+            )
+        return self
+
     @property
     def only_echoes(self) -> bool:
         """The prompt is all that is asked for. The engine runs one token, which is dropped."""

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from starlette.responses import Response
 
     from minivllm.outputs import CompletionOutput, PromptLogprobs, RequestOutput
-    from minivllm.sampling_params import SamplingParams
+    from minivllm.sampling_params import BeamSearchParams, SamplingParams
 
 DEFAULT_MAX_TOKENS = 16
 
@@ -43,7 +43,7 @@ class _Prompt:
 
     index: int
     token_ids: list[int]
-    params: SamplingParams
+    params: SamplingParams | BeamSearchParams
     echo: str | None  # its text, when it is to be given back
     logprobs: PromptLogprobs | None = None
 
@@ -106,7 +106,9 @@ class ServingCompletion(ServingBase):
         job = _Job(request, answering, prompts, formatter)
         outputs = merge(
             [
-                self._generate(prompt.token_ids, prompt.params, request, f"{answering.id}-{prompt.index}")
+                self._generate(
+                    prompt.token_ids, prompt.params, request, f"{answering.id}-{prompt.index}", request.logprobs
+                )
                 for prompt in prompts
             ]
         )
@@ -127,12 +129,16 @@ class ServingCompletion(ServingBase):
             token_ids = prompt
         kept = self._truncate(token_ids, request, request.max_tokens)
         asked = 1 if request.only_echoes else request.max_tokens
-        params = request.to_sampling_params(
-            self._defaults,
-            max_tokens=self._max_tokens(asked, DEFAULT_MAX_TOKENS, len(kept), param="max_tokens"),
-            logprobs=request.logprobs,
-            prompt_logprobs=request.num_prompt_logprobs,
-        )
+        max_tokens = self._max_tokens(asked, DEFAULT_MAX_TOKENS, len(kept), param="max_tokens")
+        if request.use_beam_search:
+            params = request.to_beam_search_params(max_tokens=max_tokens, num_logprobs=request.logprobs)
+        else:
+            params = request.to_sampling_params(
+                self._defaults,
+                max_tokens=max_tokens,
+                logprobs=request.logprobs,
+                prompt_logprobs=request.num_prompt_logprobs,
+            )
         echo = None
         if request.echo:
             echo = (
