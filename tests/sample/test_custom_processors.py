@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +118,17 @@ def test_one_that_raises_fails_the_requests_of_its_step_and_no_later_one():
     again = run(sampler, logits[:1], healthy)
     assert again.failed == {}
     assert again.token_ids.tolist() == run(sampler_with(Broken, Sharpen), logits[:1], healthy).token_ids.tolist()
+
+
+def test_the_processor_of_the_documentation_works():
+    page = (Path(__file__).parents[2] / "docs" / "sampling.md").read_text()
+    (block,) = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
+    names: dict = {}
+    exec(block, names)
+    even = SamplingParams(extra_args={"even": True})
+    logits = torch.zeros(40, VOCAB)
+    tokens = run(sampler_with(names["OnlyEven"]), logits, *[even, SamplingParams()] * 20).token_ids.tolist()
+    assert all(token % 2 == 0 for token in tokens[::2]) and any(token % 2 for token in tokens[1::2])
 
 
 class Cut(Tracking):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -82,3 +83,9 @@ def test_every_field_survives_the_way_to_the_core():
     )  # fmt: skip
     assert Decoder(SamplingParams)(encode(params)) == params
     assert msgspec.structs.asdict(params.clone())["repetition_detection"].min_count == 3
+
+
+def test_the_table_of_fields_is_whole():
+    table = (Path(__file__).parents[2] / "docs" / "sampling.md").read_text()
+    rows = "".join(line.split("|")[1] for line in table.splitlines() if line.startswith("|"))
+    assert [name for name in SamplingParams.__struct_fields__ if f"`{name}`" not in rows] == []
