@@ -289,3 +289,25 @@ def test_a_beam_search_answers_best_first(api: Api):
     assert body["choices"][2]["logprobs"]["top_logprobs"] == [{"\x01": -0.01, "\0": 0.0}, {"\0": 0.0}]
     assert body["usage"]["completion_tokens"] == 12
     assert len(api.engine.calls) == 2 * (1 + 3) and api.engine.calls[-1].params.logprobs == 6
+
+
+class Scored(FakeEngine):
+    """Answer i is the likelier, per token, the larger i is; even ones are twice as long."""
+
+    def _answer(self, index, params):
+        answer = super()._answer(index, params)
+        answer.token_ids = [65 + index] * (4 if index % 2 == 0 else 2)
+        answer.cumulative_logprob = (index - 10) * len(answer.token_ids)
+        return answer
+
+
+def test_best_of_gives_the_likeliest_per_token_and_counts_them_all():
+    api = Api(Scored())
+    body = api.complete(prompt=["a", "b"], n=2, best_of=4, return_token_ids=True)
+    assert [choice["index"] for choice in body["choices"]] == [0, 1, 2, 3]
+    assert [choice["token_ids"] for choice in body["choices"]] == [[68, 68], [67] * 4] * 2
+    assert body["usage"]["completion_tokens"] == 2 * (4 + 2 + 4 + 2)
+    assert [choice["logprobs"] for choice in body["choices"]] == [None] * 4
+    assert api.engine.calls[-1].params.n == 4
+    refused = api.post("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "best_of": 4})
+    assert refused.json()["error"]["param"] == "best_of"

@@ -57,6 +57,7 @@ class _Choice:
     started: bool = False
     num_tokens: int = 0
     num_chars: int = 0
+    cumulative_logprob: float = 0.0
 
 
 @dataclass
@@ -136,9 +137,11 @@ class ServingCompletion(ServingBase):
             params = request.to_sampling_params(
                 self._defaults,
                 max_tokens=max_tokens,
-                logprobs=request.logprobs,
+                logprobs=(request.logprobs or 0) if request.chooses else request.logprobs,
                 prompt_logprobs=request.num_prompt_logprobs,
             )
+            if request.chooses:
+                params = params.clone(n=request.best_of)
         echo = None
         if request.echo:
             echo = (
@@ -152,9 +155,11 @@ class ServingCompletion(ServingBase):
             async for index, output in outputs:
                 for choice, answer in self._answers(job, index, output):
                     body = bodies[choice.index] = self._body(job, choice, answer)
+                    choice.cumulative_logprob = answer.cumulative_logprob or 0.0
                     if job.request.prompt_logprobs is not None:
                         body.prompt_logprobs = prompt_logprobs_body(choice.prompt.logprobs)
-        return self._completion(job, in_order(bodies, job.num_choices), job.usage)
+        choices = in_order(bodies, job.num_choices)
+        return self._completion(job, _best(job, choices) if job.request.chooses else choices, job.usage)
 
     async def _chunks(
         self, job: _Job, outputs: AsyncGenerator[tuple[int, RequestOutput], None]
@@ -227,3 +232,20 @@ class ServingCompletion(ServingBase):
             usage=usage,
             system_fingerprint=self._settings.system_fingerprint,
         )
+
+
+def _best(job: _Job, bodies: list[CompletionChoice]) -> list[CompletionChoice]:
+    """Of each prompt's choices the n with the highest logprob per token, as OpenAI defines `best_of`; numbered anew."""
+
+    def score(body: CompletionChoice) -> float:
+        choice = job.choices[body.index]
+        return choice.cumulative_logprob / max(choice.num_tokens, 1)
+
+    chosen = [
+        body
+        for begin in range(0, len(bodies), job.n)
+        for body in sorted(bodies[begin : begin + job.n], key=score, reverse=True)[: job.request.num_answers]
+    ]
+    for index, body in enumerate(chosen):
+        body.index = index
+    return chosen
