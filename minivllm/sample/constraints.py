@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from minivllm.sample.step import LogitsStep, SampleBatch
@@ -25,17 +24,33 @@ class AllowedTokens(LogitsStep[torch.Tensor]):
         logits[user] = kept
 
 
-class BadWords(LogitsStep[list[list[int]]]):
+class _Words(NamedTuple):
+    single: torch.Tensor  # words of one token
+    longer: list[tuple[list[int], int]]  # all tokens of a word but the last, and the last
+    longest: int
+
+
+class BadWords(LogitsStep[_Words]):
     """`bad_words`: the last token of a word cannot follow the others, where they end the output."""
 
-    def user(self, params: SamplingParams, eos_token_ids: list[int]) -> list[list[int]] | None:
-        return params.bad_words_token_ids or None
+    def user(self, params: SamplingParams, eos_token_ids: list[int]) -> _Words | None:
+        words = params.bad_words_token_ids
+        if not words:
+            return None
+        longer = [(word[:-1], word[-1]) for word in words if len(word) > 1]
+        single = self._token_tensor([word[0] for word in words if len(word) == 1])
+        return _Words(single, longer, max(map(len, words)))
 
-    def apply_one(self, logits: torch.Tensor, user: list[list[int]], i: int, batch: SampleBatch) -> None:
-        output = batch.token_ids[batch.rows[i], batch.num_prompt_tokens[i] : batch.num_tokens[i]]
-        for *begin, last in user:
-            if len(begin) <= len(output) and np.array_equal(output[len(output) - len(begin) :], begin):
-                logits[last] = _MASKED
+    def apply_one(self, logits: torch.Tensor, user: _Words, i: int, batch: SampleBatch) -> None:
+        logits[user.single] = _MASKED
+        if not user.longer:
+            return
+        end = batch.num_tokens[i]
+        begin = max(batch.num_prompt_tokens[i], end - user.longest)
+        tail = batch.token_ids[batch.rows[i], begin:end].tolist()
+        masked = [last for before, last in user.longer if tail[-len(before) :] == before]
+        if masked:
+            logits[masked] = _MASKED
 
 
 class _EndsLater(NamedTuple):
