@@ -1,4 +1,4 @@
-"""Every sampling option through the real scheduler, worker and kernels: no crowd, preemption or resend changes a bit."""
+"""Every sampling option through the real scheduler, worker and kernels: no crowd, preemption or resend changes it."""
 
 from __future__ import annotations
 
