@@ -71,6 +71,15 @@ class RepetitionDetectionParams(msgspec.Struct, omit_defaults=True, forbid_unkno
         _check_int(f"{name}.min_count", self.min_count, 2 if self.max_pattern_size else 0, 2**31 - 1)
 
 
+def check_encodable(name: str, text: str) -> None:
+    """Refuse half of a surrogate pair, which JSON can spell and UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        where = f"{error.reason} at position {error.start}"
+        raise RequestError(f"{name} is not valid Unicode: {where}", param=name) from None
+
+
 class SamplingParams(msgspec.Struct, omit_defaults=True, kw_only=True):
     """vLLM's names, defaults and limits.
 
@@ -183,6 +192,7 @@ class SamplingParams(msgspec.Struct, omit_defaults=True, kw_only=True):
         for text in self.stop:
             if not isinstance(text, str) or not text:
                 raise RequestError(f"stop must hold non-empty strings, got {text!r}", param="stop")
+            check_encodable("stop", text)
         if self.stop and not self.detokenize:
             raise RequestError("stop strings need detokenize=True; use stop_token_ids instead", param="stop")
         for token in self.stop_token_ids:
@@ -196,6 +206,7 @@ class SamplingParams(msgspec.Struct, omit_defaults=True, kw_only=True):
         for word in self.bad_words:
             if not isinstance(word, str) or not word.strip():
                 raise RequestError(f"bad_words must hold words that are not empty, got {word!r}", param="bad_words")
+            check_encodable("bad_words", word)
 
     def _verify_logprob_token_ids(self) -> None:
         ids = self.logprob_token_ids
@@ -291,9 +302,13 @@ def _check_extra_value(value: Any) -> None:
         wrong = next((key for key in value if not isinstance(key, str)), None)
         if wrong is not None:
             raise RequestError(f"extra_args: the key {wrong!r} is not a string", param="extra_args")
+        for key in value:
+            check_encodable("extra_args", key)
+    elif isinstance(value, str):
+        check_encodable("extra_args", value)
     elif isinstance(value, int) and not -(2**63) <= value < 2**63:
         raise RequestError(f"extra_args: {value} does not fit into 64 bits", param="extra_args")
-    elif value is not None and not isinstance(value, (bool, int, float, str, list, tuple)):
+    elif value is not None and not isinstance(value, (bool, int, float, list, tuple)):
         raise RequestError(
             f"extra_args: {type(value).__name__} is no value that JSON has", param="extra_args"
         )

@@ -9,21 +9,20 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from minivllm.config.engine import EngineConfig
 from minivllm.engine.core_client import AsyncMPClient
+from minivllm.engine.front import StatLogger, load_tokenizer, submit
 from minivllm.engine.output_processor import OutputProcessor, RequestOutputCollector
-from minivllm.engine.parallel_sampling import ParentRequest
 from minivllm.engine.processor import Processor, Prompt, default_sampling_params
 from minivllm.exceptions import EngineDeadError
 from minivllm.logger import init_logger
 from minivllm.logits_processors import load_logits_processors
 from minivllm.messages.engine import EngineCoreOutputs, EngineCoreRequest
-from minivllm.messages.stats import IterationStats, SchedulerStats
+from minivllm.messages.stats import IterationStats
 from minivllm.outputs import RequestOutput
 from minivllm.sampling_params import SamplingParams
-from minivllm.tokenizer.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from minivllm.engine.arg_utils import AsyncEngineArgs
@@ -31,29 +30,6 @@ if TYPE_CHECKING:
 logger = init_logger(__name__)
 
 _CHUNK = 128  # outputs processed before other tasks of the loop get a turn
-
-
-class StatLogger(Protocol):
-    """Whatever counts what the engine does."""
-
-    def record(self, scheduler_stats: SchedulerStats | None, iteration: IterationStats) -> None: ...
-
-
-def load_tokenizer(config: EngineConfig) -> Tokenizer | None:
-    """The tokenizer of an engine, or None with --skip-tokenizer-init.
-
-    Raises:
-        ModelFilesError: there is none that loads.
-    """
-    model = config.model
-    if model.skip_tokenizer_init:
-        return None
-    return Tokenizer.from_pretrained(
-        model.tokenizer or model.model,
-        mode=model.tokenizer_mode,
-        revision=model.tokenizer_revision,
-        trust_remote_code=model.trust_remote_code,
-    )
 
 
 class AsyncLLM:
@@ -117,7 +93,9 @@ class AsyncLLM:
         request, text = await self._process(prompt, sampling_params, request_id, priority)
         self._raise_if_dead()
         collector = RequestOutputCollector(sampling_params.output_kind)
-        ids = self._add_request(request, text, request_id, collector)
+        ids = submit(
+            request, self.engine_core, self.output_processor, external_id=request_id, prompt=text, collector=collector
+        )
         finished = False
         try:
             while not finished:
@@ -137,24 +115,6 @@ class AsyncLLM:
             return self.processor.process_inputs(*call)
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._tokenizing, self.processor.process_inputs, *call)
-
-    def _add_request(
-        self,
-        request: EngineCoreRequest,
-        text: str | None,
-        external_id: str,
-        collector: RequestOutputCollector,
-    ) -> list[str]:
-        """Expect its outputs, then send it, or its n children; the internal ids."""
-        parent = ParentRequest(request) if request.sampling_params.n > 1 else None
-        requests = [request] if parent is None else parent.child_requests()
-        for index, child in enumerate(requests):
-            self.output_processor.add_request(
-                child, external_id=external_id, prompt=text, parent=parent, index=index, collector=collector
-            )
-        for child in requests:
-            self.engine_core.add_request(child)
-        return [child.request_id for child in requests]
 
     async def abort(self, request_id: str | Iterable[str]) -> None:
         """End requests by the ids given to `generate`; their generators get a last output that says "abort"."""
@@ -185,11 +145,7 @@ class AsyncLLM:
             self._on_dead(EngineDeadError(f"the output handler failed: {type(error).__name__}: {error}"))
 
     async def _handle(self, message: EngineCoreOutputs) -> None:
-        stats = (
-            IterationStats(time_to_first_tokens_s=[], inter_token_latencies_s=[], finished_requests=[])
-            if self._stat_loggers
-            else None
-        )
+        stats = IterationStats() if self._stat_loggers else None
         for start in range(0, len(message.outputs), _CHUNK):
             if start:
                 await asyncio.sleep(0)

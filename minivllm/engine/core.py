@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 
 from minivllm.config.engine import EngineConfig
 from minivllm.core.sched.scheduler import Scheduler
-from minivllm.exceptions import RequestError
+from minivllm.exceptions import ConfigError, RequestError
 from minivllm.executor.abstract import get_executor_class
 from minivllm.logger import init_logger
 from minivllm.messages.engine import (
@@ -50,6 +50,11 @@ class EngineCore:
         executor_class = get_executor_class(config.parallel.distributed_executor_backend)
         self.log_stats = not config.observability.disable_log_stats
         self.executor = executor_class(config, on_death=on_death, on_progress=on_progress)
+        if self.executor.max_concurrent_batches != 1:
+            raise ConfigError(
+                f"{executor_class.__name__} asks for {self.executor.max_concurrent_batches} batches in flight; the "
+                "scheduler accounts for one at a time"
+            )
         try:
             worker = self.executor.initialize()
             self.scheduler = Scheduler(

@@ -30,7 +30,7 @@ import zmq
 
 from minivllm import logger as logging
 from minivllm.config.engine import EngineConfig
-from minivllm.exceptions import ConfigError, EngineError, MinivllmError
+from minivllm.exceptions import ConfigError, EngineError, MinivllmError, RequestError
 from minivllm.messages.codec import Decoder, encode
 from minivllm.messages.engine import (
     ENGINE_CORE_DEAD,
@@ -150,10 +150,8 @@ class _CoreProcess:
         except _StartFailed as failure:
             return failure.exit_code
         self._core = core
-        output_thread = threading.Thread(target=self._send_outputs, name="outputs", daemon=True)
-        output_thread.start()
-        self._input_thread = threading.Thread(target=self._receive_inputs, name="inputs", daemon=True)
-        self._input_thread.start()
+        output_thread = self._start_thread(self._send_outputs, "outputs")
+        self._input_thread = self._start_thread(self._receive_inputs, "inputs")
         cause = None
         try:
             self._busy_loop()
@@ -187,7 +185,7 @@ class _CoreProcess:
             self._progress("importing the engine")
             from minivllm.engine.core import EngineCore
 
-            core = EngineCore(config, on_death=self._on_worker_death, on_progress=self._progress)
+            core = EngineCore(config, on_death=self._fail, on_progress=self._progress)
         except ConfigError as error:
             raise self._start_failed(str(error), error.exit_code) from error
         except Exception as error:
@@ -210,6 +208,20 @@ class _CoreProcess:
     def _progress(self, phase: str) -> None:
         self._tell(StartProgress(phase))
 
+    def _start_thread(self, run: Callable[[], None], name: str) -> threading.Thread:
+        """Run one end of the conversation; if it fails, the busy loop does, and the client hears of it."""
+
+        def guarded() -> None:
+            try:
+                run()
+            except Exception as error:
+                logger.exception("the %s thread failed", name)
+                self._fail(f"the {name} thread of the engine core failed: {_one_line(error)}")
+
+        thread = threading.Thread(target=guarded, name=name, daemon=True)
+        thread.start()
+        return thread
+
     # -- input thread
 
     def _receive_inputs(self) -> None:
@@ -225,16 +237,15 @@ class _CoreProcess:
             if kind == RequestType.ADD.value:
                 try:
                     request = decode_request(payload)
-                except (msgspec.DecodeError, msgspec.ValidationError) as error:
+                except (msgspec.DecodeError, msgspec.ValidationError, RequestError) as error:
                     self._reject_undecodable(payload, error)
                 else:
                     put(lambda request=request: self._add(request))
             elif kind == RequestType.ABORT.value:
                 ids = decode_ids(payload)
                 self._late_aborts.append(ids)  # for the step that is running …
-                put(
-                    lambda ids=ids: core.abort_requests(ids)
-                )  # … and for an ADD that still waits in the queue
+                # … and for an ADD that still waits in the queue
+                put(lambda ids=ids: core.abort_requests(ids))
             elif kind == RequestType.UTILITY.value:
                 request = decode_utility(payload)
                 put(lambda request=request: self._call_utility(request))
@@ -309,7 +320,7 @@ class _CoreProcess:
         for client_index, outputs in self._core.abort_all().items():
             self._outputs.put((client_index, outputs))
 
-    def _on_worker_death(self, cause: str) -> None:
+    def _fail(self, cause: str) -> None:
         """From any thread: make the busy loop raise."""
 
         def fail() -> None:

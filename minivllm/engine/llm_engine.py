@@ -10,10 +10,9 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from minivllm.config.engine import EngineConfig
-from minivllm.engine.async_llm import StatLogger, load_tokenizer
 from minivllm.engine.core_client import InprocClient, SyncMPClient
+from minivllm.engine.front import StatLogger, load_tokenizer, submit
 from minivllm.engine.output_processor import OutputProcessor
-from minivllm.engine.parallel_sampling import ParentRequest
 from minivllm.engine.processor import Processor, Prompt, default_sampling_params
 from minivllm.logits_processors import load_logits_processors
 from minivllm.messages.stats import IterationStats
@@ -70,13 +69,7 @@ class LLMEngine:
             EngineDeadError: the engine is gone.
         """
         request, text = self.processor.process_inputs(request_id, prompt, params, priority)
-        parent = ParentRequest(request) if request.sampling_params.n > 1 else None
-        requests = [request] if parent is None else parent.child_requests()
-        for index, child in enumerate(requests):
-            self.output_processor.add_request(
-                child, external_id=request_id, prompt=text, parent=parent, index=index
-            )
-            self.engine_core.add_request(child)
+        submit(request, self.engine_core, self.output_processor, external_id=request_id, prompt=text)
         return request_id
 
     def step(self) -> list[RequestOutput]:
@@ -90,7 +83,7 @@ class LLMEngine:
         if not self.has_unfinished_requests():
             return []
         message = self.engine_core.get_output()
-        stats = IterationStats(time_to_first_tokens_s=[], inter_token_latencies_s=[], finished_requests=[])
+        stats = IterationStats()
         done = self.output_processor.process_outputs(message.outputs, message.timestamp, stats)
         self.engine_core.abort_requests(done.requests_to_abort)
         for stat_logger in self._stat_loggers:

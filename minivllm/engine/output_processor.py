@@ -248,6 +248,8 @@ class OutputProcessor:
         if finish_reason is FinishReason.ERROR and state.collector is not None:
             state.collector.put(EngineGenerateError(error or "the request failed in the engine"))
             return
+        if state.parent is not None:
+            error = state.parent.first_error(error)
         made = state.make_output(finish_reason, stop_reason)
         if made is None:
             return

@@ -35,6 +35,7 @@ class ParentRequest:
         self.child_ids = [f"{i}_{request.request_id}" for i in range(self.n)]
         self._unfinished = set(range(self.n))
         self._answers: dict[int, CompletionOutput] = {}
+        self._error: str | None = None
 
     def child_requests(self) -> list[EngineCoreRequest]:
         """The n requests, each with n = 1, its own id and its own seed."""
@@ -52,6 +53,11 @@ class ParentRequest:
     @property
     def finished(self) -> bool:
         return not self._unfinished
+
+    def first_error(self, error: str | None) -> str | None:
+        """The first error among the children, `error` of the one that speaks now included."""
+        self._error = self._error or error
+        return self._error
 
     def add(self, answer: CompletionOutput) -> list[CompletionOutput]:
         """Take one child's news; the answers to show now, by index.

@@ -20,10 +20,11 @@ from minivllm.engine.parallel_sampling import child_seed
 from minivllm.exceptions import RequestError, UnsupportedError
 from minivllm.logits_processors import load_logits_processors
 from minivllm.messages.engine import EngineCoreReady, EngineCoreRequest
-from minivllm.sampling_params import SamplingParams
+from minivllm.sampling_params import SamplingParams, check_encodable
 from minivllm.tokenizer.tokenizer import Tokenizer
 
 _MASK_64 = (1 << 64) - 1
+_UNSEEDED = 0x756E736565646564  # keeps what --seed gives apart from what equal seeds of requests give
 
 
 class _TextPrompt(TypedDict):
@@ -50,8 +51,10 @@ class TokensPrompt(_TokensPrompt, total=False):
 Prompt = str | list[int] | TextPrompt | TokensPrompt
 
 _PROMPT_KEYS = {"prompt", "prompt_token_ids", "cache_salt"}
-_MAX_CACHE_SALT = 1024  # characters
 _MAX_BAD_WORDS_TOKENS = 1024  # of all bad words together
+_MAX_CACHE_SALT = 128  # characters
+_NOT_IN_CACHE_SALT = set("@/\\\0")
+_MAX_FANNED_OUT_TOKENS = 1 << 22  # prompt tokens of the n requests together: each holds its own list in the core
 # generation_config.json's names -> SamplingParams' names
 _DEFAULTS = {
     "temperature": "temperature",
@@ -106,11 +109,16 @@ def parse_prompt(prompt: Prompt) -> ParsedPrompt:
         raise RequestError("prompt_token_ids must be a list of token ids", param="prompt")
     if text is None and token_ids is None:
         raise RequestError('a prompt dict needs "prompt" or "prompt_token_ids"', param="prompt")
-    if salt is not None and not (isinstance(salt, str) and 0 < len(salt) <= _MAX_CACHE_SALT):
+    if salt is not None and not _is_cache_salt(salt):
         raise RequestError(
-            f"cache_salt must be a string of 1 to {_MAX_CACHE_SALT} characters", param="cache_salt"
+            f"cache_salt must be a string of 1 to {_MAX_CACHE_SALT} characters without @, /, \\ and NUL",
+            param="cache_salt",
         )
     return ParsedPrompt(text, None if token_ids is None else list(token_ids), salt)
+
+
+def _is_cache_salt(salt: Any) -> bool:
+    return isinstance(salt, str) and 0 < len(salt) <= _MAX_CACHE_SALT and not _NOT_IN_CACHE_SALT & set(salt)
 
 
 class Processor:
@@ -123,7 +131,7 @@ class Processor:
     def __init__(self, config: EngineConfig, ready: EngineCoreReady, tokenizer: Tokenizer | None) -> None:
         self.tokenizer = tokenizer
         self.max_model_len = ready.max_model_len
-        self._seed = config.model.seed & _MASK_64
+        self._seed = (config.model.seed ^ _UNSEEDED) & _MASK_64
         self._num_seeded = itertools.count()  # next() is atomic
         self.vocab_size = config.hf_config.vocab_size
         max_logprobs = config.model.max_logprobs
@@ -151,9 +159,16 @@ class Processor:
         Raises:
             RequestError: the prompt or a parameter does not fit this model; `param` names it.
         """
+        check_encodable("request_id", request_id)
         parsed = parse_prompt(prompt)
         token_ids = self._token_ids(parsed, params)
         self._check_params(params)
+        if params.n * len(token_ids) > _MAX_FANNED_OUT_TOKENS:
+            raise RequestError(
+                f"n={params.n} answers to a prompt of {len(token_ids)} tokens are more than {_MAX_FANNED_OUT_TOKENS} "
+                "prompt tokens together; lower n or send several requests",
+                param="n",
+            )
         if priority != 0:
             raise UnsupportedError(
                 f"priority={priority} needs priority scheduling, which is not supported yet; leave it 0",
@@ -179,6 +194,7 @@ class Processor:
                     "text prompts need a tokenizer; send token ids, or drop --skip-tokenizer-init",
                     param="prompt",
                 )
+            check_encodable("prompt", parsed.text)
             token_ids = self.tokenizer.encode(parsed.text)
         self._check_token_ids(token_ids)
         token_ids = self._truncate(token_ids, params)

@@ -7,6 +7,8 @@ import signal
 import time
 from concurrent.futures import Future
 
+import numpy as np
+
 from minivllm.config.cache import CacheConfig
 from minivllm.config.engine import EngineConfig
 from minivllm.config.hf_config import HFConfig
@@ -68,6 +70,22 @@ class DyingWorkerExecutor(FakeExecutor):
     def sample_tokens(self, grammar: bytes | None) -> Future[ModelRunnerOutput]:
         self.on_death("worker 0 was killed by SIGKILL")
         return super().sample_tokens(grammar)
+
+
+class UnencodableExecutor(FakeExecutor):
+    """Gives tokens that the scheduler takes and no message can hold."""
+
+    def sample_tokens(self, grammar: bytes | None) -> Future[ModelRunnerOutput]:
+        future = super().sample_tokens(grammar)
+        sampled = future.result().sampled_token_ids
+        sampled[:] = [[np.int64(token_id) for token_id in token_ids] for token_ids in sampled]
+        return future
+
+
+class HastyExecutor(FakeExecutor):
+    """Wants more in flight than the scheduler can account for."""
+
+    max_concurrent_batches = 2
 
 
 class BrokenModelExecutor(FakeExecutor):

@@ -12,6 +12,8 @@ import pytest
 
 from minivllm.engine.async_llm import AsyncLLM
 from minivllm.engine.core_client import SyncMPClient
+from minivllm.engine.front import submit
+from minivllm.engine.output_processor import RequestOutputCollector
 from minivllm.exceptions import EngineDeadError, EngineGenerateError, EngineStartError, RequestError
 from minivllm.messages.codec import encode
 from minivllm.messages.engine import EngineCoreRequest, FinishReason, RequestType
@@ -212,6 +214,7 @@ def test_a_core_that_is_terminated_says_so():
     [
         ("tests.engine.engines:PoisonedExecutor", "ValueError: the model met its poison"),
         ("tests.engine.engines:DyingWorkerExecutor", "worker 0 was killed by SIGKILL"),
+        ("tests.engine.engines:UnencodableExecutor", "the outputs thread of the engine core failed"),
     ],
 )
 def test_a_failure_in_a_step_gives_its_cause(executor, cause):
@@ -220,6 +223,43 @@ def test_a_failure_in_a_step_gives_its_cause(executor, cause):
             await collect(engine, [POISON], max_tokens=50)
 
     run(scenario, executor)
+
+
+def test_an_undecodable_message_that_is_no_request_ends_the_core_with_the_cause():
+    async def scenario(engine):
+        task = asyncio.create_task(collect(engine, [1], max_tokens=10_000))
+        await asyncio.sleep(0.1)
+        engine.engine_core._core.send(RequestType.ABORT, b"\xc1")
+        with pytest.raises(EngineDeadError, match="the inputs thread of the engine core failed"):
+            await task
+
+    run(scenario, max_model_len=LONG)
+
+
+def test_a_request_whose_parameters_the_core_refuses_fails_alone():
+    async def scenario(engine):
+        request, _ = engine.processor.process_inputs("bad", [1], SamplingParams())
+        request.sampling_params.top_p = 7.0  # as if the front end's check had a hole
+        collector = RequestOutputCollector(RequestOutputKind.FINAL_ONLY)
+        engine._start_reading()
+        front = (engine.engine_core, engine.output_processor)
+        submit(request, *front, external_id="bad", prompt=None, collector=collector)
+        with pytest.raises(EngineGenerateError, match="top_p"):
+            await collector.get()
+        assert len(await collect(engine, [1], max_tokens=3)) == 2
+
+    run(scenario)
+
+
+def test_a_request_that_cannot_be_sent_leaves_nothing_expected():
+    async def scenario(engine):
+        request, _ = engine.processor.process_inputs("bad", [1], SamplingParams(n=2, temperature=1.0))
+        request.cache_salt = "\ud800"
+        with pytest.raises(UnicodeEncodeError):
+            submit(request, engine.engine_core, engine.output_processor, external_id="bad", prompt=None)
+        assert not engine.output_processor.has_unfinished_requests()
+
+    run(scenario)
 
 
 @pytest.mark.parametrize("in_loop", [True, False])
@@ -298,6 +338,7 @@ def test_stat_loggers_hear_of_every_step():
         ("tests.engine.engines:BrokenModelExecutor", "model.norm.weight has shape [63]", 3),
         ("tests.engine.engines:CrashingStartExecutor", "killed by SIGKILL", 1),
         ("nothing", "is no executor", 2),
+        ("tests.engine.engines:HastyExecutor", "2 batches in flight", 2),
     ],
 )
 def test_a_start_that_fails_gives_one_line_and_an_exit_code(executor, message, exit_code):

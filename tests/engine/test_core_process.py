@@ -119,24 +119,22 @@ def test_a_stopped_core_is_killed_in_the_end(run_dir):
     assert not psutil.pid_exists(engine.engine_core.core_pid)
 
 
-@pytest.mark.parametrize("in_process", [True, False])
-def test_both_places_give_the_same_tokens(run_dir, in_process):
-    engine = LLMEngine.from_engine_config(make_config(), in_process=in_process)
-    for i in range(5):
-        engine.add_request(f"r{i}", [1, 2, i], SamplingParams(max_tokens=4, ignore_eos=True, seed=i))
-    finished = {}
-    while engine.has_unfinished_requests():
-        finished.update({output.request_id: output for output in engine.step() if output.finished})
-    assert engine.reset_prefix_cache()
-    engine.shutdown()
-    engine.shutdown()
-    tokens = {id: output.outputs[0].token_ids for id, output in finished.items()}
-    assert tokens == dict(sorted(tokens.items())) and all(len(t) == 4 for t in tokens.values())
-    SEEN.append(tokens)
-    assert SEEN[0] == tokens
+def test_both_places_give_the_same_tokens(run_dir):
+    def answers(in_process: bool) -> dict[str, list[int]]:
+        engine = LLMEngine.from_engine_config(make_config(), in_process=in_process)
+        for i in range(5):
+            engine.add_request(f"r{i}", [1, 2, i], SamplingParams(max_tokens=4, ignore_eos=True, seed=i))
+        finished = {}
+        while engine.has_unfinished_requests():
+            finished |= {output.request_id: output for output in engine.step() if output.finished}
+        assert engine.reset_prefix_cache()
+        engine.shutdown()
+        engine.shutdown()
+        return {request_id: output.outputs[0].token_ids for request_id, output in finished.items()}
 
-
-SEEN: list[dict] = []
+    in_process = answers(True)
+    assert answers(False) == in_process
+    assert sorted(in_process) == [f"r{i}" for i in range(5)] and all(len(t) == 4 for t in in_process.values())
 
 
 def test_aborted_requests_give_no_output(run_dir):

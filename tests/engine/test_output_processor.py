@@ -186,6 +186,14 @@ def test_an_abort_by_the_users_id_ends_all_n_answers():
     assert not front.processor.has_unfinished_requests()
 
 
+def test_the_error_of_one_of_n_answers_reaches_the_last_output():
+    front = Front()
+    first, second = front.add(n=2, output_kind=FINAL_ONLY)
+    assert front.feed("", first, finish_reason=FinishReason.ERROR, error="non-finite logits") == []
+    [output] = front.feed("ab", second, finish_reason=FinishReason.LENGTH)
+    assert (output.error, output.outputs[0].finish_reason) == ("non-finite logits", "error")
+
+
 def test_a_failed_request_raises_and_a_dead_engine_fails_all():
     async def consume():
         front = Front()

@@ -43,6 +43,7 @@ def process(prompt, processor_=None, **params):
         ({"prompt_token_ids": "ab"}, {}, "prompt"),
         ({"prompt_token_ids": [1], "multi_modal_data": {}}, {}, "prompt"),
         ({"prompt_token_ids": [1], "cache_salt": ""}, {}, "cache_salt"),
+        ({"prompt_token_ids": [1], "cache_salt": "a/b"}, {}, "cache_salt"),
         (3, {}, "prompt"),
         ([1], {"logprobs": 21}, "logprobs"),
         ([1], {"logprobs": -1}, "logprobs"),
@@ -63,6 +64,23 @@ def test_what_does_not_fit_the_model_is_refused_by_name(prompt, params, param):
     with pytest.raises(RequestError) as refused:
         process(prompt, **params)
     assert refused.value.param == param
+
+
+@pytest.mark.parametrize("half", ["\ud800", "ok \udfff"])
+def test_half_a_surrogate_pair_is_refused(half):
+    with pytest.raises(RequestError, match="not valid Unicode"):
+        SamplingParams(stop=[half])
+    for prompt, request_id in ((half, "id"), ("text", half)):
+        with pytest.raises(RequestError, match="not valid Unicode"):
+            processor(byte_level()).process_inputs(request_id, prompt, SamplingParams())
+
+
+def test_answers_times_prompt_tokens_are_bounded():
+    engine = processor()
+    engine.max_model_len = 100_000
+    with pytest.raises(RequestError, match="n=16384 .* 5000 tokens") as refused:
+        process([1] * 5000, engine, n=16384)
+    assert refused.value.param == "n"
 
 
 def test_max_tokens_ends_where_the_context_does():

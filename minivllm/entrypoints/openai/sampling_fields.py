@@ -165,8 +165,6 @@ class SamplingFields(BaseModel):
             raise RequestError("truncation_side must be left or right", param="truncation_side")
         self._check_beams()
         self._check_cache_salt()
-        for text in self.bad_words or []:
-            check_unicode(text, "bad_words")
         for text in [self.stop] if isinstance(self.stop, str) else self.stop or []:
             check_unicode(text, "stop")
         if self.model_extra and (unknown := self.model_extra.keys() - NOT_YET.keys()):

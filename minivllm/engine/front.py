@@ -1,0 +1,75 @@
+"""What the two front ends, AsyncLLM and LLMEngine, do alike: load the tokenizer, and send a request.
+
+Holds no state.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from minivllm.config.engine import EngineConfig
+from minivllm.engine.output_processor import OutputProcessor, RequestOutputCollector
+from minivllm.engine.parallel_sampling import ParentRequest
+from minivllm.messages.engine import EngineCoreRequest
+from minivllm.messages.stats import IterationStats, SchedulerStats
+from minivllm.tokenizer.tokenizer import Tokenizer
+
+
+class StatLogger(Protocol):
+    """Whatever counts what the engine does."""
+
+    def record(self, scheduler_stats: SchedulerStats | None, iteration: IterationStats) -> None: ...
+
+
+class _Core(Protocol):
+    """What sending needs of a client of the core."""
+
+    def add_request(self, request: EngineCoreRequest) -> None: ...
+    def abort_requests(self, request_ids: list[str]) -> None: ...
+
+
+def load_tokenizer(config: EngineConfig) -> Tokenizer | None:
+    """The tokenizer of an engine, or None with --skip-tokenizer-init.
+
+    Raises:
+        ModelFilesError: there is none that loads.
+    """
+    model = config.model
+    if model.skip_tokenizer_init:
+        return None
+    return Tokenizer.from_pretrained(
+        model.tokenizer or model.model,
+        mode=model.tokenizer_mode,
+        revision=model.tokenizer_revision,
+        trust_remote_code=model.trust_remote_code,
+    )
+
+
+def submit(
+    request: EngineCoreRequest,
+    core: _Core,
+    output_processor: OutputProcessor,
+    *,
+    external_id: str,
+    prompt: str | None,
+    collector: RequestOutputCollector | None = None,
+) -> list[str]:
+    """Expect a request's outputs, then send it, or its n children; the internal ids.
+
+    Expected first: an output can never meet a request that nobody expects. If it cannot be sent, nothing is
+    expected any more.
+    """
+    parent = ParentRequest(request) if request.sampling_params.n > 1 else None
+    requests = [request] if parent is None else parent.child_requests()
+    ids = [child.request_id for child in requests]
+    try:
+        for index, child in enumerate(requests):
+            output_processor.add_request(
+                child, external_id=external_id, prompt=prompt, parent=parent, index=index, collector=collector
+            )
+        for child in requests:
+            core.add_request(child)
+    except BaseException:
+        core.abort_requests(output_processor.abort_requests(ids))
+        raise
+    return ids
