@@ -42,7 +42,7 @@ NOT_YET = frozenset(
     jit_monitor_verbose kda_decode_backend kda_prefill_backend kernel_config kv_cache_dtype
     kv_cache_dtype_skip_layers kv_cache_metrics kv_cache_metrics_sample kv_events_config kv_offloading_backend
     kv_offloading_size kv_sharing_fast_prefill kv_transfer_config language_model_only limit_mm_per_prompt
-    linear_backend log_config_file log_error_stack logging_config logits_processors long_prefill_token_threshold
+    linear_backend log_config_file log_error_stack logging_config long_prefill_token_threshold
     long_prefill_token_threshold_adaptive lora_dtype lora_modules lora_target_modules mamba_backend
     mamba_block_size mamba_cache_dtype mamba_cache_mode mamba_cache_philox_rounds mamba_ssm_cache_dtype
     mamba_ssu_algorithm master_addr master_port max_cpu_loras max_cudagraph_capture_size max_log_len

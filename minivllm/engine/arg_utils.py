@@ -35,6 +35,7 @@ from minivllm.config.parallel import ParallelConfig
 from minivllm.config.scheduler import SchedulerConfig, Usage, step_limits
 from minivllm.engine.processor import default_sampling_params
 from minivllm.exceptions import ConfigError, ModelFilesError, RequestError
+from minivllm.logits_processors import check_names, name_of
 from minivllm.models.registry import ModelRegistry
 from minivllm.sampling_params import SamplingParams
 from minivllm.utils.argparse_utils import add_dataclass_arguments, default_of
@@ -109,6 +110,7 @@ class EngineArgs(_Flat):
         }
         _check_ranges(values)
         _check_executor(parts["parallel"])
+        check_names(values["logits_processors"] or ())
         model, load = parts["model"], parts["load"]
         directory = resolve_directory(_required(model.model), revision=model.revision, download_dir=load.download_dir)
         hf_config = _read_hf_config(directory, model)
@@ -135,6 +137,9 @@ class EngineArgs(_Flat):
         values["kv_cache_memory_bytes"] = _read_size("kv_cache_memory_bytes", self.kv_cache_memory_bytes)
         dtype = str(self.dtype).removeprefix("torch.")  # scripts pass torch.float16
         values["dtype"] = _DTYPE_ALIASES.get(dtype, dtype)
+        if self.logits_processors is not None:
+            given = self.logits_processors
+            values["logits_processors"] = [name_of(one) for one in ([given] if isinstance(given, str) else given)]
         if isinstance(self.served_model_name, str):
             values["served_model_name"] = [self.served_model_name]
         return values

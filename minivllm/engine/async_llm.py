@@ -18,6 +18,7 @@ from minivllm.engine.output_processor import OutputProcessor, RequestOutputColle
 from minivllm.engine.processor import Processor, Prompt, default_sampling_params
 from minivllm.exceptions import EngineDeadError
 from minivllm.logger import init_logger
+from minivllm.logits_processors import load_logits_processors
 from minivllm.messages.engine import EngineCoreOutputs, EngineCoreRequest
 from minivllm.messages.stats import IterationStats
 from minivllm.outputs import RequestOutput, SampleLogprobs
@@ -44,6 +45,7 @@ class AsyncLLM:
         self.engine_core = AsyncMPClient(config)
         try:
             self.tokenizer = load_tokenizer(config)  # while the core loads the model
+            load_logits_processors(config.model.logits_processors)  # the slow import, meanwhile
             self.ready = self.engine_core.wait_ready()
         except BaseException:
             self.engine_core.shutdown()

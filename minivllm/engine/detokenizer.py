@@ -51,11 +51,20 @@ class WindowDecoder:
     """Any other tokenizer: decode a short window with and without the new token; the difference is the new text.
 
     The window reaches from one place where the text was whole to the next, as in TGI and vLLM.
+    joined: added tokens, as the library spells them; of two that follow each other, the space between is left out.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt_token_ids: list[int], skip_special_tokens: bool) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_token_ids: list[int],
+        skip_special_tokens: bool,
+        joined: frozenset[int] = frozenset(),
+    ) -> None:
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
+        self._joined = joined
+        self._after_joined = False
         self._context = prompt_token_ids[-_CONTEXT_TOKENS:]
         self._pending: list[int] = []
 
@@ -67,7 +76,9 @@ class WindowDecoder:
         before, after = self._decode(self._context), self._decode(self._context + self._pending)
         if after.endswith("\ufffd") and len(self._pending) < _MAX_PENDING_TOKENS:
             return ""
-        return self._advance(before, after)
+        text = self._advance(before, after)
+        after_joined, self._after_joined = self._after_joined, token in self._joined
+        return text.lstrip(" ") if after_joined and self._after_joined else text
 
     def flush(self) -> str:
         return self._advance(self._decode(self._context), self._decode(self._context + self._pending))
@@ -100,8 +111,7 @@ class IncrementalDetokenizer:
         self._stop_before: str | None = None  # the stop string that had already ended what this continues
         self._decoder = None
         if tokenizer is not None and params.detokenize:
-            make = WindowDecoder if tokenizer.kind == "other" else ByteDecoder
-            self._decoder = make(tokenizer, prompt_token_ids, params.skip_special_tokens)
+            self._decoder = _decoder(tokenizer, prompt_token_ids, params)
 
     def continue_from(self, token_ids: list[int], *, ended_by_stop_token: bool) -> None:
         """Take what had been generated, and shown token by token, before this detokenizer was made.
@@ -178,3 +188,14 @@ class IncrementalDetokenizer:
             return self.text[:end]
         shown, self._shown = self._shown, max(end, self._shown)
         return self.text[shown:end]
+
+
+def _decoder(
+    tokenizer: Tokenizer, prompt_token_ids: list[int], params: SamplingParams
+) -> ByteDecoder | WindowDecoder:
+    """The decoder for a tokenizer's kind. Only the libraries put spaces between special tokens."""
+    if tokenizer.kind != "other":
+        return ByteDecoder(tokenizer, prompt_token_ids, params.skip_special_tokens)
+    is_joined = not (params.skip_special_tokens or params.spaces_between_special_tokens)
+    joined = tokenizer.added_ids if is_joined else frozenset()
+    return WindowDecoder(tokenizer, prompt_token_ids, params.skip_special_tokens, joined)

@@ -14,6 +14,7 @@ from minivllm.engine.core_client import InprocClient, SyncMPClient
 from minivllm.engine.front import StatLogger, load_tokenizer, submit
 from minivllm.engine.output_processor import OutputProcessor
 from minivllm.engine.processor import Processor, Prompt, default_sampling_params
+from minivllm.logits_processors import load_logits_processors
 from minivllm.messages.engine import EngineCoreRequest
 from minivllm.messages.stats import IterationStats
 from minivllm.outputs import RequestOutput, SampleLogprobs
@@ -38,6 +39,7 @@ class LLMEngine:
         self.engine_core = InprocClient(config) if in_process else SyncMPClient(config)
         try:
             self.tokenizer = load_tokenizer(config)
+            load_logits_processors(config.model.logits_processors)  # the slow import, meanwhile
             self.ready = self.engine_core.wait_ready()
         except BaseException:
             self.engine_core.shutdown()

@@ -42,8 +42,8 @@ from minivllm.utils.text import nearest
 logger = init_logger(__name__)
 router = APIRouter(dependencies=[Depends(require_json)])
 
-# Of SamplingParams' fields: how outputs follow each other is the server's business.
-_FIELDS = frozenset(SamplingParams.__struct_fields__) - {"output_kind"}
+# Of SamplingParams' fields: how outputs follow each other is the server's business, and one is the engine's own.
+_FIELDS = frozenset(SamplingParams.__struct_fields__) - {"output_kind", "bad_words_token_ids"}
 
 
 def make_arg_parser() -> FlexibleArgumentParser:

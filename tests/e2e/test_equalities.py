@@ -6,6 +6,7 @@ import asyncio
 import random
 from pathlib import Path
 
+import httpx
 import pytest
 from openai import AsyncOpenAI
 
@@ -82,3 +83,19 @@ def test_llm_gives_the_tokens_of_the_server(server: Server, tiny_model: Path):
     finally:
         llm.shutdown()
     assert [output.outputs[0].token_ids for output in outputs] == asyncio.run(ask())
+
+
+def test_a_beam_search_of_the_server_is_that_of_llm_and_reuses_what_beams_share(server: Server, tiny_model: Path):
+    from minivllm import LLM, BeamSearchParams, SamplingParams
+
+    prompt = [7 + i % 90 for i in range(300)]
+    body = {"model": "tiny", "prompt": prompt, "max_tokens": 8, "n": 4, "use_beam_search": True, "ignore_eos": True}
+    answer = httpx.post(f"{server.url}/v1/completions", json=body | {"return_token_ids": True}, timeout=60).json()
+    with LLM(str(tiny_model), max_model_len=1024, kv_cache_memory_bytes=64 << 20) as llm:
+        (found,) = llm.beam_search(prompt, BeamSearchParams(beam_width=4, max_tokens=8, ignore_eos=True))
+        (again,) = llm.generate(found.sequences[0].tokens, SamplingParams(max_tokens=1), use_tqdm=False)
+    assert [choice["token_ids"] for choice in answer["choices"]] == [s.tokens[300:] for s in found.sequences]
+    assert again.num_cached_tokens == 256  # two blocks of 128
+    chat = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 3, "n": 2, "use_beam_search": True}
+    choices = httpx.post(f"{server.url}/v1/chat/completions", json=chat, timeout=60).json()["choices"]
+    assert [choice["index"] for choice in choices] == [0, 1]

@@ -115,7 +115,9 @@ def test_token_buckets_are_a_1_2_5_series_up_to_the_context():
 def test_the_line_tells_rates_and_is_silent_when_idle(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
+    # An earlier test may have configured our logger: the lines are to be heard once, at the root.
     monkeypatch.setattr(logging.getLogger("minivllm"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("minivllm"), "handlers", [])
     caplog.set_level(logging.INFO, logger="minivllm")
     line = LoggingStatLogger(now=0.0)
     line.log(10.0)
