@@ -21,8 +21,7 @@ class _BlockTable:
 class KVCacheManager:
     """Block tables over one `BlockPool`.
 
-    A request is admitted with blocks for every token it has, so that computing its prompt needs no more; then it
-    grows block by block.
+    A request is admitted with blocks for its first `num_tokens` tokens; then it grows block by block.
     """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
@@ -51,18 +50,21 @@ class KVCacheManager:
             return []
         return request.block_hashes[: (request.num_tokens - 1) // self.block_size]
 
-    def num_blocks_lacking(self, request: Request, cached_prefix: list[KVCacheBlock]) -> int:
-        """How many blocks are missing before this request can be admitted; 0 when it can."""
-        num_new = self._num_blocks(request.num_tokens) - len(cached_prefix)
+    def num_blocks_lacking(self, num_tokens: int, cached_prefix: list[KVCacheBlock], num_kept: int = 0) -> int:
+        """How many blocks are missing before a request can be admitted with `num_tokens`; 0 when it can.
+
+        num_kept: blocks that must be free after it.
+        """
+        num_new = self._num_blocks(num_tokens) - len(cached_prefix)
         # A found block that nobody holds is itself in the free list, and will leave it.
         num_revived = sum(block.ref_cnt == 0 for block in cached_prefix)
-        return max(0, num_new + num_revived - self.pool.num_free_blocks)
+        return max(0, num_new + num_revived + num_kept - self.pool.num_free_blocks)
 
-    def admit(self, request: Request, cached_prefix: list[KVCacheBlock]) -> list[int]:
-        """Hold the found blocks and new ones for all tokens known. Returns the whole block table."""
+    def admit(self, request: Request, cached_prefix: list[KVCacheBlock], num_tokens: int) -> list[int]:
+        """Hold the found blocks and new ones for the first `num_tokens` tokens. Returns the whole block table."""
         assert request.request_id not in self._tables, f"{request.request_id} holds blocks already"
         self.pool.touch(cached_prefix)
-        num_new = self._num_blocks(request.num_tokens) - len(cached_prefix)
+        num_new = self._num_blocks(num_tokens) - len(cached_prefix)
         blocks = cached_prefix + self.pool.allocate(num_new)
         self._tables[request.request_id] = _BlockTable(blocks, len(cached_prefix))
         if request.num_preemptions == 0:  # a recompute is no news about the cache

@@ -28,7 +28,7 @@ class Request:
     """
 
     __slots__ = (
-        "request_id", "client_index", "sampling_params", "seed", "cache_salt",
+        "request_id", "client_index", "sampling_params", "seed", "cache_salt", "priority", "arrival_time", "order",
         "prompt_token_ids", "prior_output_token_ids", "all_token_ids", "num_prompt_tokens", "block_hashes",
         "status", "num_computed_tokens", "num_confirmed_tokens", "known_to_worker", "num_preemptions",
         "finish_reason", "stop_reason", "error",
@@ -44,6 +44,9 @@ class Request:
         self.sampling_params = params
         self.seed = message.seed
         self.cache_salt = message.cache_salt
+        self.priority = message.priority
+        self.arrival_time = message.arrival_time
+        self.order: tuple = ()  # its place among all requests; set by the scheduler's policy, see request_queue
         self.prompt_token_ids = message.prompt_token_ids
         self.prior_output_token_ids = message.prior_output_token_ids
         self.eos_token_ids = message.eos_token_ids
