@@ -60,7 +60,7 @@ _DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 _STEP_DEFAULTS: dict[Usage, tuple[int, int]] = {"serve": (2048, 128), "offline": (4096, 256)}
 _AT_LEAST_ONE = (
     "block_size", "kv_cache_memory_bytes", "num_gpu_blocks_override", "max_num_batched_tokens", "max_num_seqs",
-    "stream_interval", "max_model_len",
+    "stream_interval", "max_model_len", "max_num_active_seqs", "max_num_queued_reqs", "max_num_queued_tokens",
 )  # fmt: skip
 
 
@@ -209,6 +209,11 @@ def _check_ranges(values: dict[str, Any]) -> None:
     share = values["gpu_memory_utilization"]
     if share is not None and not 0 < share <= 1:
         raise ConfigError(f"gpu_memory_utilization={share} must be above 0 and at most 1")
+    if not 0 <= values["watermark"] < 1:
+        raise ConfigError(f"watermark={values['watermark']} must be at least 0 and below 1")
+    threshold = values["long_prefill_token_threshold"]
+    if threshold < 0:
+        raise ConfigError(f"long_prefill_token_threshold={threshold} must be at least 0; 0 sets no limit")
     if values["max_logprobs"] < -1:
         raise ConfigError(f"max_logprobs={values['max_logprobs']} must be at least 0, or -1 for the whole vocabulary")
     if not -(2**63) <= values["seed"] < 2**63:
@@ -286,6 +291,17 @@ def _resolve_scheduler(
         raise ConfigError(
             f"max_num_batched_tokens={tokens} is less than max_num_seqs={seqs}: a step holds at least a token of "
             "each request; raise the first or lower the second"
+        )
+    active = scheduler.max_num_active_seqs
+    if active is not None and active > seqs:
+        raise ConfigError(
+            f"max_num_active_seqs={active} is more than max_num_seqs={seqs}, which is the limit already; lower the "
+            "first or raise the second"
+        )
+    if not scheduler.enable_chunked_prefill and scheduler.long_prefill_token_threshold:
+        raise ConfigError(
+            f"long_prefill_token_threshold={scheduler.long_prefill_token_threshold} cuts prompts, which needs chunked "
+            "prefill; drop one of the two"
         )
     if not scheduler.enable_chunked_prefill and tokens < longest:
         raise ConfigError(

@@ -60,6 +60,11 @@ class EngineCore:
                 block_size=worker.block_size,
                 enable_prefix_caching=config.cache.enable_prefix_caching,
                 enable_chunked_prefill=config.scheduler.enable_chunked_prefill,
+                policy=config.scheduler.scheduling_policy,
+                max_num_active_seqs=config.scheduler.max_num_active_seqs,
+                long_prefill_token_threshold=config.scheduler.long_prefill_token_threshold,
+                watermark=config.scheduler.watermark,
+                reserve_full_isl=config.scheduler.scheduler_reserve_full_isl,
             )
         except BaseException:
             self.executor.shutdown()

@@ -97,6 +97,7 @@ async def generate(raw_request: Request) -> Response:
     """Answer one prompt, whole or line by line."""
     state = raw_request.app.state
     prompt, stream, params = parse_body(await raw_request.body())
+    state.engine.check_admission(params.n)
     outputs = state.engine.generate(prompt, params, uuid.uuid4().hex)
     if stream:
         return await LineStream(outputs, state.lifecycle).start()

@@ -158,6 +158,14 @@ class PrometheusStatLogger:
         )  # fmt: skip
         self._computed_here = sources.labels(**self._labels, source="local_compute")
         self._found_here = sources.labels(**self._labels, source="local_cache_hit")
+        rejections = Counter(
+            "vllm:admission_rejections", "Requests answered with 503, by limit.", (*LABELS, "reason"),
+            registry=self._registry,
+        )  # fmt: skip
+        self._rejections = {
+            reason: rejections.labels(**self._labels, reason=reason)
+            for reason in ("max_num_queued_reqs", "max_num_queued_tokens")
+        }
         success = Counter(
             "vllm:request_success",
             "Requests ended, by reason.",
@@ -240,6 +248,8 @@ class PrometheusStatLogger:
             self._ttft.observe(seconds)
         for seconds in iteration.inter_token_latencies_s:
             self._itl.observe(seconds)
+        for reason in iteration.rejected_by:
+            self._rejections[reason].inc()
         for finished in iteration.finished_requests:
             self._record_finished(finished)
 

@@ -154,3 +154,13 @@ def test_without_a_tokenizer_token_ids_go_in_and_out(tiny_model: Path):
         for call in (lambda: generate(llm, "text"), llm.get_tokenizer, lambda: llm.chat([])):
             with pytest.raises(RequestError, match="tokenizer"):
                 call()
+
+
+def test_priorities_change_the_order_of_work_and_no_answer(tiny_model: Path):
+    prompts = [[i + 1] * 30 for i in range(6)]
+    options = {"scheduling_policy": "priority", "max_num_seqs": 2, "num_gpu_blocks_override": 8, "block_size": 32}
+    with LLM(tiny_model, **FAKE, **options, disable_frontend_multiprocessing=True) as llm:
+        by_priority = generate(llm, prompts, priority=[5, 4, 3, 2, 1, 0])
+        ends = [output.metrics.finished_time for output in by_priority]
+        assert ends == sorted(ends, reverse=True)
+        assert tokens(by_priority) == tokens(generate(llm, prompts))

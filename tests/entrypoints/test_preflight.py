@@ -74,6 +74,26 @@ def test_a_default_gives_way_to_what_is_given(tiny_model: Path, usage: str, opti
     assert (scheduler.max_num_batched_tokens, scheduler.max_num_seqs) == (tokens, seqs)
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"max_num_active_seqs": 9, "max_num_seqs": 8}, "max_num_active_seqs=9 is more than max_num_seqs=8"),
+        ({"max_num_active_seqs": 0}, "max_num_active_seqs=0 must be at least 1"),
+        ({"max_num_queued_reqs": 0}, "max_num_queued_reqs=0"),
+        ({"watermark": 1.0}, "watermark=1.0"),
+        ({"long_prefill_token_threshold": -1}, "long_prefill_token_threshold=-1"),
+        (
+            {"long_prefill_token_threshold": 5, "enable_chunked_prefill": False},
+            "long_prefill_token_threshold=5 cuts prompts",
+        ),
+        ({"scheduling_policy": "lifo"}, "scheduling_policy='lifo'"),
+    ],
+)
+def test_limits_of_the_scheduler_that_make_no_sense_are_refused(tiny_model: Path, options: dict, says: str):
+    with pytest.raises(ConfigError, match=says):
+        config(tiny_model, **options)
+
+
 def test_the_length_is_left_open_for_the_worker(tiny_model: Path):
     assert config(tiny_model).model.max_model_len is None
     assert config(tiny_model, max_model_len=-1).model.max_model_len == "auto"

@@ -101,8 +101,7 @@ class ServingBase:
         prompt = {"prompt_token_ids": token_ids}
         if request.cache_salt is not None:
             prompt["cache_salt"] = request.cache_salt
-        # `priority` is read and dropped: under first come, first served it changes nothing, in vLLM too.
-        return self._engine.generate(prompt, params, request_id)
+        return self._engine.generate(prompt, params, request_id, priority=request.priority)
 
     def _shows_token_ids(self, request: SamplingFields) -> bool:
         if request.return_tokens_as_token_ids is None:

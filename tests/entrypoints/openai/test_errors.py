@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from minivllm.exceptions import EngineDeadError, EngineGenerateError
+from minivllm.exceptions import EngineDeadError, EngineGenerateError, QueueFullError
 from tests.entrypoints.openai.conftest import Api
 from tests.entrypoints.openai.fakes import MAX_MODEL_LEN, FakeEngine
 
@@ -178,3 +178,21 @@ def test_a_dead_engine_is_not_healthy(api: Api, engine: FakeEngine):
     engine.dead_error = EngineDeadError()
     assert api.get("/health").status_code == 503
     assert api.get("/ping").status_code == api.post("/ping", None).status_code == 503
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": ["Hi", "Ho"]}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}]}),
+    ],
+)
+def test_a_full_queue_is_a_503_that_says_when_to_come_back(api: Api, path: str, body: dict, stream: bool):
+    api.engine.refuses = QueueFullError("the server is busy: 4 requests are open", reason="max_num_queued_reqs")
+    response = api.post(path, {**body, "stream": stream})
+    assert response.status_code == 503 and response.headers["retry-after"] == "1"
+    error = error_of(response)
+    assert (error["type"], error["param"]) == ("Service Unavailable", None)
+    assert "4 requests" in error["message"]
+    assert api.engine.calls == []
