@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -18,3 +19,6 @@ class CacheConfig:
     """Number of KV blocks; wins over both sizes."""
     enable_prefix_caching: bool = True
     """Keep the KV blocks of past prompts and reuse them for equal prefixes."""
+    prefix_caching_hash_algo: Literal["sha256", "xxhash"] = "sha256"
+    """How blocks are named: sha256, which nobody can make collide, or xxhash (XXH3 of 128 bits, with a secret drawn at
+    the start), which is faster and needs the package xxhash."""

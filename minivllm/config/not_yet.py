@@ -56,7 +56,7 @@ NOT_YET = frozenset(
     numa_bind_cpus numa_bind_nodes offload_backend offload_group_size offload_num_in_group offload_params
     offload_prefetch_step optimization_level otlp_traces_endpoint per_request_spec_decode_metrics
     performance_mode pipeline_parallel_size pooler_config preemption_mode prefill_context_parallel_size
-    prefill_schedule_interval prefix_cache_retention_interval prefix_caching_hash_algo prefix_match_unit
+    prefill_schedule_interval prefix_cache_retention_interval prefix_match_unit
     profiler_config prompt_adapters pt_load_map_location quantization quantization_config ray_workers_use_nsight
     reasoning_config reasoning_parser reasoning_parser_plugin renderer_num_workers replayssm_buffer_len
     return_sampling_mask rope_scaling rope_theta runner safetensors_load_strategy

@@ -112,6 +112,7 @@ class EngineArgs(_Flat):
             name: _convert({f.name: values[f.name] for f in fields(part)}, part) for name, part in PARTS.items()
         }
         _check_ranges(values)
+        _check_hash(parts["cache"])
         _check_executor(parts["parallel"])
         model, load = parts["model"], parts["load"]
         directory = resolve_directory(_required(model.model), revision=model.revision, download_dir=load.download_dir)
@@ -218,6 +219,11 @@ def _check_ranges(values: dict[str, Any]) -> None:
         raise ConfigError(f"max_logprobs={values['max_logprobs']} must be at least 0, or -1 for the whole vocabulary")
     if not -(2**63) <= values["seed"] < 2**63:
         raise ConfigError(f"seed={values['seed']} does not fit into 64 bits")
+
+
+def _check_hash(cache: CacheConfig) -> None:
+    if cache.prefix_caching_hash_algo == "xxhash" and importlib.util.find_spec("xxhash") is None:
+        raise ConfigError('prefix_caching_hash_algo=xxhash needs the package xxhash: pip install "minivllm[xxhash]"')
 
 
 def _check_executor(parallel: ParallelConfig) -> None:

@@ -6,6 +6,7 @@ or processes; `core_process.py` puts it into a process, `core_client.InprocClien
 
 from __future__ import annotations
 
+import os
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable
@@ -60,6 +61,8 @@ class EngineCore:
                 block_size=worker.block_size,
                 enable_prefix_caching=config.cache.enable_prefix_caching,
                 enable_chunked_prefill=config.scheduler.enable_chunked_prefill,
+                prefix_caching_hash_algo=config.cache.prefix_caching_hash_algo,
+                hash_secret=b"" if config.cache.prefix_caching_hash_algo == "sha256" else os.urandom(16),
                 policy=config.scheduler.scheduling_policy,
                 max_num_active_seqs=config.scheduler.max_num_active_seqs,
                 long_prefill_token_threshold=config.scheduler.long_prefill_token_threshold,

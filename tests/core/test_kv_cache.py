@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from array import array
+from hashlib import sha256
+
 import pytest
 
 from minivllm.core.block_pool import BlockPool
 from minivllm.core.kv_cache_manager import KVCacheManager
 from minivllm.core.kv_cache_utils import (
-    ROOT_HASH,
+    BLOCK_HASHES,
     FreeKVCacheBlockQueue,
     KVCacheBlock,
     hash_block,
     make_block_hasher,
+    root_hash,
 )
 from minivllm.core.request import Request
 from tests.core.requests import make_request
@@ -41,8 +45,27 @@ def test_a_block_hash_names_the_whole_prefix():
 
 
 def test_the_chain_is_sha256_over_parent_and_tokens():
-    first = hash_block(ROOT_HASH, [1, 2, 3, 4])
+    first = hash_block(root_hash(), [1, 2, 3, 4])
     assert hashes([1, 2, 3, 4, 5, 6, 7, 8]) == [first, hash_block(first, [5, 6, 7, 8])]
+    assert first == sha256(root_hash() + array("I", [1, 2, 3, 4]).tobytes()).digest()
+
+
+@pytest.mark.parametrize("algorithm", BLOCK_HASHES)
+def test_every_algorithm_separates_what_must_be_separate(algorithm: str):
+    def chain(prompt: list[int], secret: bytes = b"s", **fields) -> list[bytes]:
+        hasher = make_block_hasher(BLOCK, algorithm, secret)
+        return Request.from_message(make_request(prompt=prompt, **fields), hasher).block_hashes
+
+    prompt = list(range(8))
+    chains = [
+        chain(prompt),
+        chain([9, *prompt[1:]]),
+        chain(prompt, cache_salt="x"),
+        chain(prompt, secret=b"another engine's"),
+    ]
+    assert len({block_hash for each in chains for block_hash in each}) == 8
+    assert chain(prompt) == chains[0]
+    assert chain([*prompt, 1, 2, 3, 4])[:2] == chains[0]
 
 
 def test_a_cache_salt_changes_every_hash_of_the_chain():

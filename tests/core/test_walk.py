@@ -36,6 +36,7 @@ def drawn_rules(pick: random.Random, max_num_seqs: int) -> dict[str, Any]:
         "long_prefill_token_threshold": pick.choice([0, 0, 1, 5, 11]),
         "watermark": pick.choice([0.0, 0.1, 0.4]),
         "reserve_full_isl": pick.random() < 0.5,
+        "prefix_caching_hash_algo": pick.choice(["sha256", "xxhash"]),
         "prompt_share": pick.choice([0.5, 0.5, 0.2, 1.0]),
     }
 

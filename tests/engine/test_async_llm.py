@@ -38,10 +38,10 @@ def run(
     *,
     max_model_len: int = 256,
     stat_loggers=(),
-    scheduler: SchedulerConfig = SchedulerConfig(),
+    scheduler: SchedulerConfig | None = None,
 ) -> None:
     """Run `scenario(engine)` on a fresh loop with a fresh engine; both are gone afterwards."""
-    config = replace(make_config(executor, max_model_len=max_model_len), scheduler=scheduler)
+    config = replace(make_config(executor, max_model_len=max_model_len), scheduler=scheduler or SchedulerConfig())
     engine = AsyncLLM.from_engine_config(config, stat_loggers=stat_loggers)
     try:
         asyncio.run(asyncio.wait_for(scenario(engine), 60))

@@ -86,12 +86,20 @@ def test_a_default_gives_way_to_what_is_given(tiny_model: Path, usage: str, opti
             {"long_prefill_token_threshold": 5, "enable_chunked_prefill": False},
             "long_prefill_token_threshold=5 cuts prompts",
         ),
+        ({"prefix_caching_hash_algo": "sha256_cbor"}, "prefix_caching_hash_algo='sha256_cbor'"),
         ({"scheduling_policy": "lifo"}, "scheduling_policy='lifo'"),
     ],
 )
 def test_limits_of_the_scheduler_that_make_no_sense_are_refused(tiny_model: Path, options: dict, says: str):
     with pytest.raises(ConfigError, match=says):
         config(tiny_model, **options)
+
+
+def test_a_hash_whose_package_is_missing_is_refused_with_the_command(tiny_model: Path, monkeypatch):
+    assert config(tiny_model, prefix_caching_hash_algo="xxhash").cache.prefix_caching_hash_algo == "xxhash"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install .minivllm\[xxhash\]"):
+        config(tiny_model, prefix_caching_hash_algo="xxhash")
 
 
 def test_the_length_is_left_open_for_the_worker(tiny_model: Path):

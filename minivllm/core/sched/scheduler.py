@@ -63,6 +63,8 @@ class Scheduler:
         watermark: float = 0.0,
         reserve_full_isl: bool = True,
         prompt_share: float = 0.5,
+        prefix_caching_hash_algo: str = "sha256",
+        hash_secret: bytes = b"",
     ) -> None:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_num_seqs = max_num_seqs
@@ -76,7 +78,9 @@ class Scheduler:
         self.running: list[Request] = []  # in order; the list object stays the same, admission reads it
         self._policy = POLICIES[policy]
         self._num_accepted = 0
-        self._block_hasher = make_block_hasher(block_size) if enable_prefix_caching else None
+        self._block_hasher = None
+        if enable_prefix_caching:
+            self._block_hasher = make_block_hasher(block_size, prefix_caching_hash_algo, hash_secret)
         self._chunks = ChunkSizes(
             self.running,
             self.waiting,
