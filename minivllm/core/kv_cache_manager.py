@@ -75,9 +75,9 @@ class KVCacheManager:
     def extend(self, request: Request, num_tokens: int) -> list[int] | None:
         """Make room for the first `num_tokens` tokens. Returns the new block ids, or None when too few are free."""
         blocks = self._tables[request.request_id].blocks
-        num_new = self._num_blocks(num_tokens) - len(blocks)
-        if num_new <= 0:
+        if num_tokens <= len(blocks) * self.block_size:
             return []
+        num_new = self._num_blocks(num_tokens) - len(blocks)
         if num_new > self.pool.num_free_blocks:
             return None
         new_blocks = self.pool.allocate(num_new)

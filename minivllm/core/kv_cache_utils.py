@@ -67,6 +67,7 @@ def make_block_hasher(
             parent, extra_keys = (hashes[-1], b"") if hashes else (root, _extra_keys(request))
             hashes.append(hash_block(parent, token_ids[start : start + block_size], extra_keys, digest))
             start += block_size
+        request.num_tokens_to_next_hash = start + block_size
 
     return extend_block_hashes
 

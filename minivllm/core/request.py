@@ -5,6 +5,7 @@ Owns no blocks (see kv_cache_manager) and makes no decision but one: whether a t
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from enum import IntEnum
 
@@ -34,6 +35,7 @@ class Request:
         "finish_reason", "stop_reason", "error",
         "scheduled_time", "num_cached_tokens", "num_prompt_logprobs_sent", "answered",
         "_eos_token_ids", "_stop_token_ids", "_max_output_tokens", "_min_output_tokens", "_block_hasher",
+        "num_tokens_to_next_hash",
         "eos_token_ids",
     )  # fmt: skip
 
@@ -72,6 +74,7 @@ class Request:
         self._max_output_tokens = params.max_tokens
         self._min_output_tokens = params.min_tokens
         self.block_hashes: list[bytes] = []  # of the full blocks of all_token_ids
+        self.num_tokens_to_next_hash = sys.maxsize  # at so many tokens a block is full; kept by the hasher
         self._block_hasher = block_hasher
         if block_hasher is not None:
             block_hasher(self)
@@ -107,7 +110,7 @@ class Request:
 
     def append_output_token(self, token_id: int) -> None:
         self.all_token_ids.append(token_id)
-        if self._block_hasher is not None:
+        if len(self.all_token_ids) >= self.num_tokens_to_next_hash:
             self._block_hasher(self)
 
     def forget_computed(self) -> None:

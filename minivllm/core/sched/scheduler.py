@@ -104,6 +104,7 @@ class Scheduler:
         ]
         self._ended_on_arrival: list[Request] = []
         self._finished_req_ids: list[str] = []  # the worker must forget these
+        self._some_ended = False  # and may still stand in `running`
         self._num_steps = 0
         self._num_preemptions = 0
         self._num_scheduled_tokens = 0
@@ -232,15 +233,17 @@ class Scheduler:
 
     def _continue_running(self, step: Step) -> None:
         # The hot loop over running requests; one that decodes costs one call into the KV cache and one into the step.
-        index = 0
-        while index < len(self.running) and step.token_budget > 0:  # preemption shortens the list as we go
-            request = self.running[index]
-            num_wanted = num_new_tokens = request.num_tokens - request.num_computed_tokens
+        index, running, extend = 0, self.running, self.kv_cache.extend
+        while index < len(running) and step.token_budget > 0:  # preemption shortens the list as we go
+            request = running[index]
+            num_wanted = num_new_tokens = len(request.all_token_ids) - request.num_computed_tokens
             if num_wanted > 1:
                 num_new_tokens = self._chunks.of_running(index, num_wanted, step)
             new_block_ids: list[int] | None = []
             if num_new_tokens > 0:
-                new_block_ids = self._extend_or_preempt(request, num_new_tokens, step)
+                new_block_ids = extend(request, request.num_computed_tokens + num_new_tokens)
+                if new_block_ids is None:
+                    new_block_ids = self._preempt_until_it_fits(request, num_new_tokens, step)
                 if new_block_ids is None:
                     return
                 step.schedule_running(request, num_new_tokens, new_block_ids)
@@ -275,16 +278,18 @@ class Scheduler:
             else:
                 step.schedule_running(request, num_more, block_ids)
 
-    def _extend_or_preempt(self, request: Request, num_new_tokens: int, step: Step) -> list[int] | None:
+    def _preempt_until_it_fits(
+        self, request: Request, num_new_tokens: int, step: Step
+    ) -> list[int] | None:
         """Blocks for the next tokens, at the cost of the last in order; None when that was the request itself."""
-        while True:
-            new_block_ids = self.kv_cache.extend(request, request.num_computed_tokens + num_new_tokens)
-            if new_block_ids is not None:
-                return new_block_ids
+        new_block_ids = None
+        while new_block_ids is None:
             victim = self.running.pop()
             self._preempt(victim, step)
             if victim is request:
                 return None
+            new_block_ids = self.kv_cache.extend(request, request.num_computed_tokens + num_new_tokens)
+        return new_block_ids
 
     def _preempt(self, victim: Request, step: Step) -> None:
         assert self.running, f"{victim.request_id} was alone and did not fit the KV cache"
@@ -372,10 +377,13 @@ class Scheduler:
         prompt_logprobs = None
         if result.prompt_logprobs:
             prompt_logprobs = self._unsent_rows(request, result.prompt_logprobs.get(request.request_id))
-        request.num_confirmed_tokens += plan.num_scheduled_tokens[request.request_id]
+        num_before = request.num_confirmed_tokens
+        num_confirmed = num_before + plan.num_scheduled_tokens[request.request_id]
+        request.num_confirmed_tokens = num_confirmed
         new_token_ids = self._append_until_stopped(request, token_ids)
-        self.kv_cache.cache_confirmed_blocks(request)
-        if request.finished:
+        if num_confirmed // self.kv_cache.block_size > num_before // self.kv_cache.block_size:
+            self.kv_cache.cache_confirmed_blocks(request)
+        if request.status is RequestStatus.FINISHED:
             self.kv_cache.free(request)
         if new_token_ids or prompt_logprobs is not None:
             logprobs = result.logprobs.get(request.request_id) if result.logprobs else None
@@ -428,13 +436,16 @@ class Scheduler:
             output.num_cached_tokens = request.num_cached_tokens
             output.scheduled_time = request.scheduled_time
         outputs.setdefault(request.client_index, []).append(output)
-        if request.finished:
+        if request.status is RequestStatus.FINISHED:
             del self.requests[request.request_id]
+            self._some_ended = True
             if request.known_to_worker:
                 self._finished_req_ids.append(request.request_id)
 
     def _drop_finished_from_running(self) -> None:
-        self.running[:] = [request for request in self.running if not request.finished]
+        if self._some_ended:
+            self._some_ended = False
+            self.running[:] = [request for request in self.running if not request.finished]
 
     # Invariants
 

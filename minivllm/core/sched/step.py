@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from msgspec.structs import astuple
+
 from minivllm.core.request import Request
 from minivllm.messages.worker import CachedRequestData, NewRequestData, SchedulerOutput
 
@@ -30,16 +32,17 @@ class Step:
         self._num_scheduled_tokens: dict[str, int] = {}
         self._new: list[NewRequestData] = []
         self._cached = CachedRequestData()
+        self._columns = astuple(self._cached)
 
     def schedule_running(self, request: Request, num_new_tokens: int, new_block_ids: list[int]) -> None:
         """The worker knows it: only what changed travels."""
-        self._append_cached(request, new_block_ids, resumed=False)
+        self._append_cached(request, new_block_ids, False)
         self._spend(request, num_new_tokens)
 
     def schedule_admitted(self, request: Request, num_new_tokens: int, block_ids: list[int]) -> None:
         """New to the worker, or back after a preemption with a new block table."""
         if request.known_to_worker:
-            self._append_cached(request, block_ids, resumed=True)
+            self._append_cached(request, block_ids, True)
         else:
             self._new.append(_new_request_data(request, block_ids))
             request.known_to_worker = True
@@ -73,12 +76,12 @@ class Step:
             preempted_req_ids=self.preempted,
         )
 
-    def _append_cached(self, request: Request, block_ids: list[int], *, resumed: bool) -> None:
-        columns = self._cached
-        columns.request_ids.append(request.request_id)
-        columns.new_block_ids.append(block_ids)
-        columns.resumed.append(resumed)
-        columns.num_computed_tokens.append(request.num_computed_tokens)
+    def _append_cached(self, request: Request, block_ids: list[int], resumed: bool) -> None:
+        request_ids, new_block_ids, resumes, num_computed_tokens = self._columns
+        request_ids.append(request.request_id)
+        new_block_ids.append(block_ids)
+        resumes.append(resumed)
+        num_computed_tokens.append(request.num_computed_tokens)
 
     def _spend(self, request: Request, num_new_tokens: int) -> None:
         self._num_scheduled_tokens[request.request_id] = num_new_tokens
