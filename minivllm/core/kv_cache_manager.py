@@ -5,7 +5,19 @@ from __future__ import annotations
 from minivllm.core.block_pool import BlockPool
 from minivllm.core.kv_cache_utils import KVCacheBlock
 from minivllm.core.request import Request
+from minivllm.messages.kv_events import BlockStored, KVCacheEvent
 from minivllm.messages.stats import PrefixCacheStats
+
+
+def _runs(numbers: list[int]) -> list[range]:
+    """Ascending numbers as stretches without a gap."""
+    runs: list[range] = []
+    for number in numbers:
+        if runs and runs[-1].stop == number:
+            runs[-1] = range(runs[-1].start, number + 1)
+        else:
+            runs.append(range(number, number + 1))
+    return runs
 
 
 class _BlockTable:
@@ -24,9 +36,10 @@ class KVCacheManager:
     A request is admitted with blocks for its first `num_tokens` tokens; then it grows block by block.
     """
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    def __init__(self, num_blocks: int, block_size: int, *, record_events: bool = False) -> None:
         self.block_size = block_size
-        self.pool = BlockPool(num_blocks)
+        self._events: list[KVCacheEvent] | None = [] if record_events else None
+        self.pool = BlockPool(num_blocks, self._events)
         self._tables: dict[str, _BlockTable] = {}
         self._prefix_stats = PrefixCacheStats()
 
@@ -88,9 +101,29 @@ class KVCacheManager:
         """Offer to the cache the blocks that confirmed tokens have filled."""
         num_full = min(request.num_confirmed_tokens // self.block_size, len(request.block_hashes))
         table = self._tables[request.request_id]
+        stored = []
         for index in range(table.num_cached_blocks, num_full):
-            self.pool.cache(table.blocks[index], request.block_hashes[index])
+            if self.pool.cache(table.blocks[index], request.block_hashes[index]):
+                stored.append(index)
             table.num_cached_blocks = index + 1
+        if self._events is not None:
+            self._events += [self._stored(request, run) for run in _runs(stored)]
+
+    def _stored(self, request: Request, run: range) -> BlockStored:
+        size, hashes = self.block_size, request.block_hashes
+        return BlockStored(
+            block_hashes=hashes[run.start : run.stop],
+            parent_block_hash=hashes[run.start - 1] if run.start else None,
+            token_ids=request.all_token_ids[run.start * size : run.stop * size],
+            block_size=size,
+        )
+
+    def take_events(self) -> list[KVCacheEvent]:
+        """What became findable and what ceased to be, in order, since the last call."""
+        events = list(self._events or ())
+        if events:
+            self._events.clear()  # the pool writes to the same list
+        return events
 
     def free(self, request: Request) -> None:
         """Let go of all its blocks; what was cached stays findable until it is reused."""

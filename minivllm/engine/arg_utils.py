@@ -20,6 +20,7 @@ from minivllm.config.cache import CacheConfig
 from minivllm.config.docs import field_docs, summary
 from minivllm.config.engine import EngineConfig
 from minivllm.config.hf_config import HFConfig, read_architecture, read_token_ids
+from minivllm.config.kv_events import read_kv_events_config
 from minivllm.config.load import LoadConfig
 from minivllm.config.model import ModelConfig
 from minivllm.config.model_files import (
@@ -113,6 +114,7 @@ class EngineArgs(_Flat):
         }
         _check_ranges(values)
         _check_hash(parts["cache"])
+        _check_kv_events(parts["observability"], parts["cache"])
         _check_executor(parts["parallel"])
         model, load = parts["model"], parts["load"]
         directory = resolve_directory(_required(model.model), revision=model.revision, download_dir=load.download_dir)
@@ -224,6 +226,11 @@ def _check_ranges(values: dict[str, Any]) -> None:
 def _check_hash(cache: CacheConfig) -> None:
     if cache.prefix_caching_hash_algo == "xxhash" and importlib.util.find_spec("xxhash") is None:
         raise ConfigError('prefix_caching_hash_algo=xxhash needs the package xxhash: pip install "minivllm[xxhash]"')
+
+
+def _check_kv_events(observability: ObservabilityConfig, cache: CacheConfig) -> None:
+    if read_kv_events_config(observability.kv_events_config).publishes and not cache.enable_prefix_caching:
+        raise ConfigError("kv_events_config: there are no events without the prefix cache; drop one of the two")
 
 
 def _check_executor(parallel: ParallelConfig) -> None:

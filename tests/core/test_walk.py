@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from minivllm.messages.engine import EngineCoreRequest, FinishReason
+from minivllm.messages.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
 from tests.core.requests import make_request, make_scheduler
 from tests.fakes import Answer, Driver, answer_alone
 
@@ -52,7 +53,8 @@ class Walk:
         sizes = {"max_model_len": 40, "max_num_seqs": 6, **SHAPES[shape]}
         self.rules = drawn_rules(self.random, sizes["max_num_seqs"]) if seed else {}
         self.max_model_len = sizes["max_model_len"]
-        self.driver = Driver(make_scheduler(**sizes, **self.rules), vocab_size=VOCAB)
+        self.driver = Driver(make_scheduler(**sizes, **self.rules, record_kv_events=True), vocab_size=VOCAB)
+        self.told: set[bytes] = set()  # which blocks can be found, by the events alone
         self.asked: dict[str, EngineCoreRequest] = {}
         self.num_checked = 0
         self.stems = [self._tokens(24) for _ in range(3)]
@@ -110,6 +112,23 @@ class Walk:
         self._check_ended()
         if self.random.random() < 0.01:
             self.driver.scheduler.reset_prefix_cache()
+        self._listen()
+
+    def _listen(self) -> None:
+        """Who follows the events knows the cache's index."""
+        for event in self.driver.scheduler.take_kv_events():
+            match event:
+                case BlockStored():
+                    assert not self.told & set(event.block_hashes)
+                    assert len(event.token_ids) == len(event.block_hashes) * event.block_size
+                    self.told.update(event.block_hashes)
+                case BlockRemoved():
+                    assert self.told >= set(event.block_hashes)
+                    self.told.difference_update(event.block_hashes)
+                case AllBlocksCleared():
+                    self.told.clear()
+        pool = self.driver.scheduler.kv_cache.pool
+        assert self.told == {block.block_hash for block in pool.blocks if block.block_hash is not None}
 
     def _fail(self, request_id: str) -> None:
         """Make its next step fail, should it still be alive then."""

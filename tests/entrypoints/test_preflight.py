@@ -87,6 +87,13 @@ def test_a_default_gives_way_to_what_is_given(tiny_model: Path, usage: str, opti
             "long_prefill_token_threshold=5 cuts prompts",
         ),
         ({"prefix_caching_hash_algo": "sha256_cbor"}, "prefix_caching_hash_algo='sha256_cbor'"),
+        ({"kv_events_config": {"endpont": "x"}}, "kv_events_config: .*endpont"),
+        ({"kv_events_config": {"publisher": "kafka"}}, "kv_events_config: .*kafka"),
+        ({"kv_events_config": {"hwm": 0}}, "hwm=0 is too small"),
+        (
+            {"kv_events_config": {"enable_kv_cache_events": True}, "enable_prefix_caching": False},
+            "no events without the prefix cache",
+        ),
         ({"scheduling_policy": "lifo"}, "scheduling_policy='lifo'"),
     ],
 )

@@ -24,6 +24,7 @@ from minivllm.core.sched.step import Shortened, Step
 from minivllm.exceptions import ConfigError, RequestError
 from minivllm.logger import init_logger
 from minivllm.messages.engine import EngineCoreOutput, EngineCoreRequest, FinishReason, LogprobsLists
+from minivllm.messages.kv_events import KVCacheEvent
 from minivllm.messages.stats import SchedulerStats
 from minivllm.messages.worker import ModelRunnerOutput, SchedulerOutput
 
@@ -65,6 +66,7 @@ class Scheduler:
         prompt_share: float = 0.5,
         prefix_caching_hash_algo: str = "sha256",
         hash_secret: bytes = b"",
+        record_kv_events: bool = False,
     ) -> None:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_num_seqs = max_num_seqs
@@ -72,7 +74,7 @@ class Scheduler:
         self.enable_chunked_prefill = enable_chunked_prefill
         self._check_limits(num_blocks * block_size)
 
-        self.kv_cache = KVCacheManager(num_blocks, block_size)
+        self.kv_cache = KVCacheManager(num_blocks, block_size, record_events=record_kv_events)
         self.requests: dict[str, Request] = {}  # accepted and not yet answered for the last time
         self.waiting = RequestQueue()
         self.running: list[Request] = []  # in order; the list object stays the same, admission reads it
@@ -186,6 +188,10 @@ class Scheduler:
     def reset_prefix_cache(self) -> bool:
         """Forget all cached prefixes. Refused (False) while requests hold blocks."""
         return self.kv_cache.pool.reset_prefix_cache()
+
+    def take_kv_events(self) -> list[KVCacheEvent]:
+        """What the prefix cache stored and forgot since the last call; [] unless `record_kv_events`."""
+        return self.kv_cache.take_events()
 
     # Questions
 
