@@ -24,14 +24,6 @@ def driver_of(*requests, **changes) -> Driver:
     return driver
 
 
-def steps_to_first_token(driver: Driver, name: str, limit: int = 500) -> int:
-    for step in range(1, limit):
-        driver.step()
-        if driver.answers[name].token_ids:
-            return step
-    raise AssertionError(f"{name} had no token after {limit} steps")
-
-
 # Priority
 
 
@@ -89,9 +81,7 @@ def test_preemption_by_priority_changes_no_answer():
     driver = tight(*requests, policy="priority")
     driver.run()
     for each in requests:
-        assert (
-            driver.answers[each.request_id].token_ids == answer_alone(each, max_model_len=32).token_ids
-        )
+        assert driver.answers[each.request_id].token_ids == answer_alone(each, max_model_len=32).token_ids
 
 
 # Fairness
@@ -167,7 +157,7 @@ def test_short_requests_do_not_starve_behind_a_32k_prompt_nor_it_behind_them(pol
     waits: dict[str, int] = {}
     first_token_of_long = None
     for step in range(60):
-        for index in range(8):  # 8 prompts of 100 to 240 tokens a step: about as many as fit beside the long one
+        for index in range(8):  # of 100 to 240 tokens: a few more than fit beside the long one
             name = f"s{step}.{index}"
             driver.add(make_request(name, [2 + step, index] * (50 + 10 * index), max_tokens=2))
             waits[name] = step

@@ -164,3 +164,11 @@ def test_priorities_change_the_order_of_work_and_no_answer(tiny_model: Path):
         ends = [output.metrics.finished_time for output in by_priority]
         assert ends == sorted(ends, reverse=True)
         assert tokens(by_priority) == tokens(generate(llm, prompts))
+
+
+def test_a_chat_takes_a_priority_for_each_conversation(llm: LLM):
+    conversation = [{"role": "user", "content": "hello"}]
+    plain = llm.chat([conversation, conversation], PARAMS, use_tqdm=False)
+    assert tokens(llm.chat([conversation, conversation], PARAMS, use_tqdm=False, priority=[1, 0])) == tokens(plain)
+    with pytest.raises(RequestError, match="2 prompts but 1 priorities"):
+        llm.chat([conversation, conversation], PARAMS, use_tqdm=False, priority=[1])

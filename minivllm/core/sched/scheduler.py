@@ -284,9 +284,7 @@ class Scheduler:
             else:
                 step.schedule_running(request, num_more, block_ids)
 
-    def _preempt_until_it_fits(
-        self, request: Request, num_new_tokens: int, step: Step
-    ) -> list[int] | None:
+    def _preempt_until_it_fits(self, request: Request, num_new_tokens: int, step: Step) -> list[int] | None:
         """Blocks for the next tokens, at the cost of the last in order; None when that was the request itself."""
         new_block_ids = None
         while new_block_ids is None:

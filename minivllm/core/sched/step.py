@@ -27,7 +27,7 @@ class Step:
         self.shortened: list[Shortened] = []
         self.now = now
         self.preempted: list[str] = []
-        self.blocks_underway: set[bytes] = set()  # hashes of prompt blocks that running requests complete, or will
+        self.blocks_underway: set[bytes] = set()  # prompt blocks that running requests complete, or will
         self._block_size = block_size
         self._num_scheduled_tokens: dict[str, int] = {}
         self._new: list[NewRequestData] = []
