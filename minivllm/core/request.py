@@ -5,6 +5,7 @@ Owns no blocks (see kv_cache_manager) and makes no decision but one: whether a t
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from enum import IntEnum
 
@@ -29,12 +30,13 @@ class Request:
     """
 
     __slots__ = (
-        "request_id", "client_index", "sampling_params", "seed", "cache_salt",
+        "request_id", "client_index", "sampling_params", "seed", "cache_salt", "priority", "arrival_time", "order",
         "prompt_token_ids", "prior_output_token_ids", "all_token_ids", "num_prompt_tokens", "block_hashes",
         "status", "num_computed_tokens", "num_confirmed_tokens", "known_to_worker", "num_preemptions",
         "finish_reason", "stop_reason", "error",
         "scheduled_time", "num_cached_tokens", "num_prompt_logprobs_sent", "answered",
         "_eos_token_ids", "_stop_token_ids", "_max_output_tokens", "_min_output_tokens", "_repetition", "_block_hasher",
+        "num_tokens_to_next_hash",
         "eos_token_ids",
     )  # fmt: skip
 
@@ -45,6 +47,9 @@ class Request:
         self.sampling_params = params
         self.seed = message.seed
         self.cache_salt = message.cache_salt
+        self.priority = message.priority
+        self.arrival_time = message.arrival_time
+        self.order: tuple = ()  # its place among all requests; set by the scheduler's policy, see request_queue
         self.prompt_token_ids = message.prompt_token_ids
         self.prior_output_token_ids = message.prior_output_token_ids
         self.eos_token_ids = message.eos_token_ids
@@ -71,6 +76,7 @@ class Request:
         self._min_output_tokens = params.min_tokens
         self._repetition = params.repetition_detection
         self.block_hashes: list[bytes] = []  # of the full blocks of all_token_ids
+        self.num_tokens_to_next_hash = sys.maxsize  # at so many tokens a block is full; kept by the hasher
         self._block_hasher = block_hasher
         if block_hasher is not None:
             block_hasher(self)
@@ -106,7 +112,7 @@ class Request:
 
     def append_output_token(self, token_id: int) -> None:
         self.all_token_ids.append(token_id)
-        if self._block_hasher is not None:
+        if len(self.all_token_ids) >= self.num_tokens_to_next_hash:
             self._block_hasher(self)
 
     def forget_computed(self) -> None:

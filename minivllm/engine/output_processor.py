@@ -183,6 +183,14 @@ class OutputProcessor:
     def num_unfinished_requests(self) -> int:
         return len(self._states)
 
+    def num_prompt_tokens_without_answer(self) -> int:
+        """Prompt tokens of open requests that have no token yet. Looks at every open request."""
+        return sum(
+            len(state.prompt_token_ids)
+            for state in self._states.values()
+            if state.metrics.first_token_time is None
+        )
+
     def request_ids(self) -> list[str]:
         """The internal ids of all open requests."""
         return list(self._states)

@@ -75,6 +75,12 @@ def default_sampling_params(generation_config: dict[str, Any]) -> dict[str, Any]
     }
 
 
+def _check_priority(priority: int) -> None:
+    """It only has to fit its message: without `--scheduling-policy priority` it is ignored, as vLLM does."""
+    if not isinstance(priority, int) or isinstance(priority, bool) or not -(2**63) <= priority < 2**63:
+        raise RequestError(f"priority={priority!r} must be a whole number of 64 bits", param="priority")
+
+
 @dataclass(frozen=True)
 class ParsedPrompt:
     """A prompt taken apart: exactly one of text and token_ids may be missing."""
@@ -169,11 +175,7 @@ class Processor:
                 "prompt tokens together; lower n or send several requests",
                 param="n",
             )
-        if priority != 0:
-            raise UnsupportedError(
-                f"priority={priority} needs priority scheduling, which is not supported yet; leave it 0",
-                param="priority",
-            )
+        _check_priority(priority)
         request = EngineCoreRequest(
             request_id=f"{request_id}-{os.urandom(4).hex()}",
             prompt_token_ids=token_ids,

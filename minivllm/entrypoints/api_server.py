@@ -104,6 +104,7 @@ async def generate(raw_request: Request, body: bytes = Depends(_read_body)) -> R
     """Answer one prompt, whole or line by line."""
     state = raw_request.app.state
     prompt, stream, params = parse_body(body)
+    state.engine.check_admission(params.n)
     outputs = state.engine.generate(prompt, params, uuid.uuid4().hex)
     if stream:
         return await LineStream(outputs, state.lifecycle).start()

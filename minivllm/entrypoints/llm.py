@@ -81,6 +81,7 @@ class LLM:
 
         prompts: a text, token ids, a dict (see TextPrompt, TokensPrompt), or a list of any of these.
         sampling_params: one for all, one for each, or None for the model's defaults.
+        priority: one for each prompt, lower first; read under scheduling_policy="priority" only.
 
         One call at a time runs; calls of other threads wait for their turn.
         A request that fails inside the engine comes back with finish_reason "error" and `error` set; the others go on.
@@ -122,6 +123,7 @@ class LLM:
         continue_final_message: bool = False,
         tools: list[dict[str, Any]] | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
+        priority: Sequence[int] | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation, or each of several; the rest is as in `generate`."""
         tokenizer = self._tokenizer()
@@ -137,7 +139,7 @@ class LLM:
         for conversation in conversations:
             text = tokenizer.render_chat_template(parse_messages(conversation), **options)
             prompts.append({"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)})
-        return self.generate(prompts, sampling_params, use_tqdm)
+        return self.generate(prompts, sampling_params, use_tqdm, priority=priority)
 
     def beam_search(
         self,

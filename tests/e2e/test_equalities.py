@@ -27,7 +27,8 @@ def mixed_requests(count: int = NUM_STREAMS) -> list[dict]:
             request |= {"temperature": 0.8, "seed": i, "top_p": 0.9, "frequency_penalty": 0.5}
         else:
             request |= {"temperature": 0}
-        requests.append(request | {"extra_body": {"ignore_eos": True, "return_token_ids": True}})
+        extra = {"ignore_eos": True, "return_token_ids": True, "priority": draw.randrange(-3, 3)}
+        requests.append(request | {"extra_body": extra})
     return requests
 
 
@@ -55,10 +56,20 @@ TIGHT = ["--served-model-name", "tiny", "--max-model-len", "512"]
 TIGHT += ["--block-size", "32", "--num-gpu-blocks-override", "96"]
 
 
-@pytest.mark.parametrize("backend", ["uni", "ray"])
+# Every rule of the scheduler at once: small steps, shared by long prompts, in the order of priorities.
+RULES = ["--scheduling-policy", "priority", "--no-scheduler-reserve-full-isl", "--watermark", "0.1"]
+RULES += ["--max-num-batched-tokens", "96", "--max-num-seqs", "40", "--max-num-active-seqs", "30"]
+RULES += ["--long-prefill-token-threshold", "50", "--prefix-caching-hash-algo", "xxhash"]
+
+
+@pytest.mark.parametrize(
+    "args",
+    [["--distributed-executor-backend", "uni"], ["--distributed-executor-backend", "ray"], RULES],
+    ids=["uni", "ray", "rules"],
+)
 @pytest.mark.timeout(300)
-def test_64_concurrent_streams_each_equal_the_same_request_alone(tiny_model: Path, tmp_path: Path, backend: str):
-    with serving(tiny_model, *TIGHT, "--distributed-executor-backend", backend, run_dir=tmp_path) as server:
+def test_64_concurrent_streams_each_equal_the_same_request_alone(tiny_model: Path, tmp_path: Path, args: list[str]):
+    with serving(tiny_model, *TIGHT, *args, run_dir=tmp_path) as server:
         crowd, alone = asyncio.run(crowd_and_alone(server, "tiny"))
     assert crowd == alone
     assert [len(tokens) for tokens in crowd] == [request["max_tokens"] for request in mixed_requests()]

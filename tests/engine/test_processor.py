@@ -179,9 +179,10 @@ def test_equal_ids_of_two_requests_do_not_collide():
     assert first.request_id.startswith("id-") and first.request_id != second.request_id
 
 
-def test_a_priority_is_refused_until_there_is_a_policy_for_it():
+@pytest.mark.parametrize("priority", [2**63, 0.5, True, "high"])
+def test_a_priority_that_is_no_64_bit_number_is_refused(priority):
     with pytest.raises(RequestError) as refused:
-        processor().process_inputs("id", [1], SamplingParams(), priority=1)
+        processor().process_inputs("id", [1], SamplingParams(), priority=priority)
     assert refused.value.param == "priority"
 
 

@@ -127,8 +127,7 @@ class ServingBase(ABC):
         prompt = {"prompt_token_ids": token_ids}
         if request.cache_salt is not None:
             prompt["cache_salt"] = request.cache_salt
-        # `priority` is read and dropped: under first come, first served it changes nothing, in vLLM too.
-        return self._engine.generate(prompt, params, request_id)
+        return self._engine.generate(prompt, params, request_id, priority=request.priority)
 
     async def _answer(self, job: Any, outputs: AsyncGenerator[Any, None], num_choices: int) -> Response:
         """The outputs as one body, or as a stream that has begun."""

@@ -211,6 +211,7 @@ def test_sampling_fields_reach_the_engine(api: Api):
     assert {name: getattr(call.params, name) for name in fields} == fields
     assert call.params.logit_bias == {5: 100.0, 6: -1.0}
     assert call.prompt["cache_salt"] == "salt"
+    assert call.priority == 3
 
 
 def test_the_request_rules_over_the_model_over_the_defaults(api: Api):

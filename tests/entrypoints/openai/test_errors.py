@@ -10,7 +10,7 @@ import pytest
 
 from minivllm.entrypoints.openai import middleware
 from minivllm.entrypoints.openai.errors import MAX_MESSAGE_CHARS
-from minivllm.exceptions import EngineDeadError, EngineGenerateError
+from minivllm.exceptions import EngineDeadError, EngineGenerateError, QueueFullError
 from tests.entrypoints.openai.conftest import Api
 from tests.entrypoints.openai.fakes import MAX_MODEL_LEN, VOCAB_SIZE, ByteTokenizer, FakeEngine
 
@@ -313,3 +313,21 @@ def test_tokenize_takes_a_prompt_or_messages_but_not_both(api: Api):
     body = {"messages": [{"role": "user", "content": "Hi"}], "prompt": "Hi"}
     assert error_of(api.post("/tokenize", body))["code"] == 400
     assert api.post("/tokenize", {**body, "prompt": None}).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": ["Hi", "Ho"]}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}]}),
+    ],
+)
+def test_a_full_queue_is_a_503_that_says_when_to_come_back(api: Api, path: str, body: dict, stream: bool):
+    api.engine.refuses = QueueFullError("the server is busy: 4 requests are open", reason="max_num_queued_reqs")
+    response = api.post(path, {**body, "stream": stream})
+    assert response.status_code == 503 and response.headers["retry-after"] == "1"
+    error = error_of(response)
+    assert (error["type"], error["param"]) == ("Service Unavailable", None)
+    assert "4 requests" in error["message"]
+    assert api.engine.calls == []

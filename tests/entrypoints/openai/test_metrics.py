@@ -34,7 +34,7 @@ def samples(api: Api) -> dict[str, float]:
 
 def test_what_the_engine_counts_is_exposed_under_vllms_names(api: Api):
     api.stats.record(SCHEDULER, ITERATION)
-    api.stats.record(None, IterationStats(num_generation_tokens=1))
+    api.stats.record(None, IterationStats(num_generation_tokens=1, rejected_by=["max_num_queued_reqs"]))
     found = samples(api)
     expected = {
         "vllm:num_requests_running": 3,
@@ -50,6 +50,8 @@ def test_what_the_engine_counts_is_exposed_under_vllms_names(api: Api):
         "vllm:generation_tokens_total": 8,
         "vllm:request_success_total{stop}": 1,
         "vllm:request_success_total{abort}": 0,
+        "vllm:admission_rejections_total{max_num_queued_reqs}": 1,
+        "vllm:admission_rejections_total{max_num_queued_tokens}": 0,
         "vllm:iteration_tokens_total_sum": 100,
         "vllm:time_to_first_token_seconds_sum": 0.3,
         "vllm:time_to_first_token_seconds_bucket{0.25}": 0,

@@ -85,6 +85,7 @@ class ServingChat(ServingBase):
         tokenizer = self._engine.tokenizer
         formatter = LogprobsFormatter(tokenizer, as_token_ids=self._shows_token_ids(request))
         job = _Job(request, answering, token_ids, params.n, role, echo, formatter)
+        self._engine.check_admission(params.n)
         outputs = self._generate(token_ids, params, request, answering.id, request.num_logprobs)
         return await self._answer(job, outputs, params.n)
 

@@ -105,6 +105,7 @@ class ServingCompletion(ServingBase):
         tokenizer = self._engine.tokenizer
         formatter = LogprobsFormatter(tokenizer, as_token_ids=self._shows_token_ids(request))
         job = _Job(request, answering, prompts, formatter)
+        self._engine.check_admission(job.num_choices)
         outputs = merge(
             [
                 self._generate(
