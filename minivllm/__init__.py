@@ -13,13 +13,16 @@ if TYPE_CHECKING:
     from minivllm.engine.llm_engine import LLMEngine
     from minivllm.engine.processor import TextPrompt, TokensPrompt
     from minivllm.entrypoints.llm import LLM
+    from minivllm.logits_processors import LogitsProcessor
     from minivllm.models.registry import ModelRegistry
-    from minivllm.outputs import CompletionOutput, RequestOutput
-    from minivllm.sampling_params import SamplingParams
+    from minivllm.outputs import BeamSearchOutput, CompletionOutput, RequestOutput
+    from minivllm.sampling_params import BeamSearchParams, SamplingParams
 
 _MODULE_OF = {
     "LLM": "minivllm.entrypoints.llm",
     "SamplingParams": "minivllm.sampling_params",
+    "BeamSearchParams": "minivllm.sampling_params",
+    "BeamSearchOutput": "minivllm.outputs",
     "AsyncLLM": "minivllm.engine.async_llm",
     "LLMEngine": "minivllm.engine.llm_engine",
     "EngineArgs": "minivllm.engine.arg_utils",
@@ -29,15 +32,19 @@ _MODULE_OF = {
     "TextPrompt": "minivllm.engine.processor",
     "TokensPrompt": "minivllm.engine.processor",
     "ModelRegistry": "minivllm.models.registry",
+    "LogitsProcessor": "minivllm.logits_processors",
 }
 
 __all__ = [
     "LLM",
     "AsyncEngineArgs",
     "AsyncLLM",
+    "BeamSearchOutput",
+    "BeamSearchParams",
     "CompletionOutput",
     "EngineArgs",
     "LLMEngine",
+    "LogitsProcessor",
     "ModelRegistry",
     "RequestOutput",
     "SamplingParams",

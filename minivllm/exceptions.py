@@ -5,7 +5,8 @@
     │   └── ModelFilesError    start-up: config.json, shards, tensors                exit code 3
     ├── RequestError           the client's request; other requests go on            HTTP 400
     │   ├── UnsupportedError   an option that exists elsewhere but not here (yet)    HTTP 400
-    │   └── ModelNotFoundError the request names a model that is not served          HTTP 404
+    │   ├── ModelNotFoundError the request names a model that is not served          HTTP 404
+    │   └── QueueFullError     as many wait as may; the request can be sent again    HTTP 503
     └── EngineError            the engine failed, not the client                     HTTP 500
         ├── EngineGenerateError one request failed inside the engine                 HTTP 500
         ├── EngineStartError   the core did not come up; carries its exit code
@@ -54,6 +55,17 @@ class ModelNotFoundError(RequestError):
 
     status = 404
     type = "NotFoundError"
+
+
+class QueueFullError(RequestError):
+    """A limit on what waits is reached; nothing is wrong with the request. `reason` names the limit."""
+
+    status = 503
+    type = "Service Unavailable"
+
+    def __init__(self, message: str, *, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class EngineError(MinivllmError):

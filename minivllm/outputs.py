@@ -78,3 +78,22 @@ class RequestOutput:
                 old.logprobs = (old.logprobs or []) + new.logprobs
             old.cumulative_logprob = new.cumulative_logprob
             old.finish_reason, old.stop_reason = new.finish_reason, new.stop_reason
+
+
+@dataclass
+class BeamSearchSequence:
+    """One answer of a beam search: `tokens` and `text` begin with the prompt; an end token is the last of them."""
+
+    tokens: list[int]
+    logprobs: SampleLogprobs
+    cum_logprob: float = 0.0
+    text: str | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+
+@dataclass
+class BeamSearchOutput:
+    """A prompt's answers, best first."""
+
+    sequences: list[BeamSearchSequence]

@@ -8,10 +8,14 @@ from typing import Any
 
 import msgspec
 
-from minivllm.exceptions import RequestError
+from minivllm.exceptions import RequestError, UnsupportedError
 
 MAX_N = 16384
 MAX_STOP_STRINGS = 4
+MAX_BAD_WORDS = 128
+MAX_LOGPROB_TOKEN_IDS = 128
+MAX_PATTERN_SIZE = 1024  # a step of the scheduler compares so many patterns at most
+MAX_EXTRA_DEPTH = 16
 GREEDY_BELOW = 1e-5  # a temperature below this is greedy
 LEAST_TEMPERATURE = 1e-2  # below it the exponentials overflow; raised to it, as vLLM does
 MAX_INT64 = 2**63 - 1
@@ -42,6 +46,29 @@ def _check_number(name: str, value: Any, low: float, high: float, *, open_low: b
 def _check_int(name: str, value: Any, low: int, high: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         raise RequestError(f"{name} must be a whole number from {low} to {high}, got {value!r}", param=name)
+
+
+def _check_flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise RequestError(f"{name} must be true or false, got {value!r}", param=name)
+
+
+class RepetitionDetectionParams(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
+    """End an answer whose last tokens are `min_count` equal patterns of min … max_pattern_size tokens.
+
+    A max_pattern_size of 0 detects nothing; a min_pattern_size of 0 means 1.
+    """
+
+    max_pattern_size: int = 0
+    min_pattern_size: int = 0
+    min_count: int = 0
+
+    def verify(self) -> None:
+        """Raises RequestError: a number is out of its range, or the smallest is above the largest."""
+        name = "repetition_detection"
+        _check_int(f"{name}.max_pattern_size", self.max_pattern_size, 0, MAX_PATTERN_SIZE)
+        _check_int(f"{name}.min_pattern_size", self.min_pattern_size, 0, self.max_pattern_size)
+        _check_int(f"{name}.min_count", self.min_count, 2 if self.max_pattern_size else 0, 2**31 - 1)
 
 
 def check_encodable(name: str, text: str) -> None:
@@ -83,6 +110,14 @@ class SamplingParams(msgspec.Struct, omit_defaults=True, kw_only=True):
     stream_interval: int | None = None
     logit_bias: dict[int, float] | None = None
     allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
+    logprob_token_ids: list[int] | None = None
+    repetition_detection: RepetitionDetectionParams | None = None
+    truncate_prompt_tokens: int | None = None
+    spaces_between_special_tokens: bool = True
+    thinking_token_budget: int | None = None
+    extra_args: dict[str, Any] | None = None
+    bad_words_token_ids: list[list[int]] = []  # made of bad_words by the engine's processor
 
     def __post_init__(self) -> None:
         self.stop = [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
@@ -95,6 +130,11 @@ class SamplingParams(msgspec.Struct, omit_defaults=True, kw_only=True):
             self.logprobs = 1
         if self.prompt_logprobs is True:
             self.prompt_logprobs = 1
+        if self.thinking_token_budget == -1:
+            self.thinking_token_budget = None
+        self.bad_words = [self.bad_words] if isinstance(self.bad_words, str) else list(self.bad_words or [])
+        if isinstance(self.repetition_detection, dict):
+            self.repetition_detection = _repetition_detection(self.repetition_detection)
         self.verify()
         self._normalize_temperature()
 
@@ -126,7 +166,21 @@ class SamplingParams(msgspec.Struct, omit_defaults=True, kw_only=True):
                 _check_int(name, getattr(self, name), -1, 2**31 - 1)
         if self.stream_interval is not None:
             _check_int("stream_interval", self.stream_interval, 1, 2**31 - 1)
+        if self.truncate_prompt_tokens is not None and self.truncate_prompt_tokens != -1:
+            _check_int("truncate_prompt_tokens", self.truncate_prompt_tokens, 1, 2**31 - 1)
+        _check_flag("spaces_between_special_tokens", self.spaces_between_special_tokens)
+        if self.thinking_token_budget is not None:
+            raise UnsupportedError(
+                "thinking_token_budget needs a reasoning parser, which is not supported yet; leave it out",
+                param="thinking_token_budget",
+            )
         self._verify_stop()
+        self._verify_bad_words()
+        self._verify_logprob_token_ids()
+        if self.repetition_detection is not None:
+            self.repetition_detection.verify()
+        if self.extra_args is not None:
+            _check_extra_args(self.extra_args)
         if self.n > 1 and self.is_greedy:
             raise RequestError(
                 f"n={self.n} needs temperature > 0: greedy decoding would give {self.n} equal answers", param="n"
@@ -144,6 +198,34 @@ class SamplingParams(msgspec.Struct, omit_defaults=True, kw_only=True):
         for token in self.stop_token_ids:
             _check_int("stop_token_ids", token, 0, 2**31 - 1)
 
+    def _verify_bad_words(self) -> None:
+        if len(self.bad_words) > MAX_BAD_WORDS:
+            raise RequestError(
+                f"bad_words holds {len(self.bad_words)} words; at most {MAX_BAD_WORDS} fit", param="bad_words"
+            )
+        for word in self.bad_words:
+            if not isinstance(word, str) or not word.strip():
+                raise RequestError(f"bad_words must hold words that are not empty, got {word!r}", param="bad_words")
+            check_encodable("bad_words", word)
+
+    def _verify_logprob_token_ids(self) -> None:
+        ids = self.logprob_token_ids
+        if ids is None:
+            return
+        if not isinstance(ids, list) or not 1 <= len(ids) <= MAX_LOGPROB_TOKEN_IDS:
+            raise RequestError(
+                f"logprob_token_ids must be a list of 1 to {MAX_LOGPROB_TOKEN_IDS} token ids", param="logprob_token_ids"
+            )
+        for token in ids:
+            _check_int("logprob_token_ids", token, 0, 2**31 - 1)
+        if self.logprobs is None:
+            self.logprobs = len(ids)
+        elif self.logprobs != len(ids):
+            raise RequestError(
+                f"logprobs={self.logprobs} must equal the {len(ids)} logprob_token_ids; leave it out",
+                param="logprobs",
+            )
+
     def _normalize_temperature(self) -> None:
         if self.is_greedy:
             self.temperature, self.top_p, self.top_k, self.min_p = 0.0, 1.0, 0, 0.0
@@ -153,3 +235,80 @@ class SamplingParams(msgspec.Struct, omit_defaults=True, kw_only=True):
     def clone(self, **changes: Any) -> SamplingParams:
         """A copy with some fields replaced."""
         return msgspec.structs.replace(self, **changes)
+
+
+class BeamSearchParams(msgspec.Struct, omit_defaults=True):
+    """What a request may ask of beam search. vLLM's names, defaults and limits.
+
+    Raises (on construction):
+        RequestError: a value is outside its range; `param` names the field.
+    """
+
+    beam_width: int
+    max_tokens: int
+    ignore_eos: bool = False
+    temperature: float = 0.0  # above 0, a sampled token joins the likeliest that each beam offers
+    length_penalty: float = 1.0  # above 1 favours long answers
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        _check_int("beam_width", self.beam_width, 1, MAX_N)
+        _check_int("max_tokens", self.max_tokens, 1, 2**31 - 1)
+        _check_number("temperature", self.temperature, 0, 2)
+        _check_number("length_penalty", self.length_penalty, -10, 10)
+        for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
+            _check_flag(name, getattr(self, name))
+
+    @property
+    def n(self) -> int:
+        """How many answers there are."""
+        return self.beam_width
+
+
+def _repetition_detection(given: dict[str, Any]) -> RepetitionDetectionParams:
+    """From a request's body. Raises RequestError: a name is unknown or a value is no whole number."""
+    try:
+        return msgspec.convert(given, RepetitionDetectionParams)
+    except msgspec.ValidationError as error:
+        raise RequestError(f"repetition_detection: {error}", param="repetition_detection") from None
+
+
+def _check_extra_args(given: Any) -> None:
+    """What travels to the core must be what MessagePack can say: JSON's values, whole numbers of 64 bits.
+
+    Raises:
+        RequestError: it holds something else, or is nested too deep.
+    """
+    if not isinstance(given, dict):
+        raise RequestError(f"extra_args must be a dict, got {type(given).__name__}", param="extra_args")
+    level: list[Any] = [given]
+    for _ in range(MAX_EXTRA_DEPTH):
+        for value in level:
+            _check_extra_value(value)
+        level = [
+            item
+            for value in level
+            if isinstance(value, (dict, list, tuple))
+            for item in (value.values() if isinstance(value, dict) else value)
+        ]
+        if not level:
+            return
+    raise RequestError(f"extra_args are nested deeper than {MAX_EXTRA_DEPTH} levels", param="extra_args")
+
+
+def _check_extra_value(value: Any) -> None:
+    if isinstance(value, dict):
+        wrong = next((key for key in value if not isinstance(key, str)), None)
+        if wrong is not None:
+            raise RequestError(f"extra_args: the key {wrong!r} is not a string", param="extra_args")
+        for key in value:
+            check_encodable("extra_args", key)
+    elif isinstance(value, str):
+        check_encodable("extra_args", value)
+    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise RequestError(f"extra_args: {value} does not fit into 64 bits", param="extra_args")
+    elif value is not None and not isinstance(value, (bool, int, float, list, tuple)):
+        raise RequestError(
+            f"extra_args: {type(value).__name__} is no value that JSON has", param="extra_args"
+        )

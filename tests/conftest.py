@@ -16,7 +16,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--walk-steps", type=int, default=2000, help="length of each random walk (default 2000)")
+    parser.addoption("--walk-steps", type=int, default=5000, help="length of the random walks (default 5000)")
 
 
 @pytest.fixture(scope="session")

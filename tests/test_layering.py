@@ -14,7 +14,8 @@ PACKAGE = ROOT / "minivllm"
 
 # What everything may use. Each may use those before it.
 BOTTOM = [
-    "exceptions", "envs", "version", "logger", "utils", "sampling_params", "outputs", "config", "messages",
+    "exceptions", "envs", "version", "logger", "utils", "sampling_params", "logits_processors", "outputs", "config",
+    "messages",
 ]
 
 # package -> what else it may import
@@ -49,6 +50,7 @@ TORCH_FREE = [
     "minivllm.engine.arg_utils",
     "minivllm.messages.engine",
     "minivllm.messages.worker",
+    "minivllm.logits_processors",
     "minivllm.models.registry",
     "minivllm.utils.native",
 ]

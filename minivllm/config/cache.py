@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 KV_TILE = 32  # absolute positions a tile of attention; a block is a multiple, so that a tile lies in one block
 
@@ -20,3 +21,6 @@ class CacheConfig:
     """Number of KV blocks; wins over both sizes."""
     enable_prefix_caching: bool = True
     """Keep the KV blocks of past prompts and reuse them for equal prefixes."""
+    prefix_caching_hash_algo: Literal["sha256", "xxhash"] = "sha256"
+    """How blocks are named: sha256, which nobody can make collide, or xxhash (XXH3 of 128 bits, with a secret drawn at
+    the start), which is faster and needs the package xxhash."""

@@ -38,6 +38,8 @@ class ModelConfig:
     """Most logprobs a request may ask for; -1: the vocabulary."""
     logprobs_mode: Literal["raw_logprobs", "raw_logits", "processed_logprobs", "processed_logits"] = "raw_logprobs"
     """What logprobs mean: of the model's own distribution (raw) or after penalties, temperature and masks."""
+    logits_processors: list[str] | None = None
+    """Classes that change the logits of every batch, as module:Class (see docs/sampling.md)."""
     skip_tokenizer_init: bool = False
     """Token ids in, token ids out: no tokenizer is loaded and prompts must be token ids."""
     served_model_name: list[str] | None = None

@@ -40,13 +40,13 @@ NOT_YET = frozenset(
     grpc_port guided_decoding_backend h11_max_header_count h11_max_incomplete_event_size headless hf_config_path
     hf_token ignore_patterns interleave_mm_strings io_processor_plugin ir_op_priority jit_monitor_mode
     jit_monitor_verbose kda_decode_backend kda_prefill_backend kernel_config kv_cache_dtype
-    kv_cache_dtype_skip_layers kv_cache_metrics kv_cache_metrics_sample kv_events_config kv_offloading_backend
+    kv_cache_dtype_skip_layers kv_cache_metrics kv_cache_metrics_sample kv_offloading_backend
     kv_offloading_size kv_sharing_fast_prefill kv_transfer_config language_model_only limit_mm_per_prompt
-    linear_backend log_config_file log_error_stack logging_config logits_processors long_prefill_token_threshold
+    linear_backend log_config_file log_error_stack logging_config
     long_prefill_token_threshold_adaptive lora_dtype lora_modules lora_target_modules mamba_backend
     mamba_block_size mamba_cache_dtype mamba_cache_mode mamba_cache_philox_rounds mamba_ssm_cache_dtype
     mamba_ssu_algorithm master_addr master_port max_cpu_loras max_cudagraph_capture_size max_log_len
-    max_lora_cls_labels max_lora_rank max_loras max_num_active_seqs max_num_queued_reqs max_num_queued_tokens
+    max_lora_cls_labels max_lora_rank max_loras
     max_num_scheduled_tokens max_parallel_loading_workers max_seq_len_to_capture media_io_kwargs middleware
     mm_device_do_normalize mm_encoder_attn_backend mm_encoder_attn_dtype mm_encoder_fp8_scale_path
     mm_encoder_fp8_scale_save_margin mm_encoder_fp8_scale_save_path mm_encoder_only mm_encoder_tp_mode
@@ -56,18 +56,18 @@ NOT_YET = frozenset(
     numa_bind_cpus numa_bind_nodes offload_backend offload_group_size offload_num_in_group offload_params
     offload_prefetch_step optimization_level otlp_traces_endpoint per_request_spec_decode_metrics
     performance_mode pipeline_parallel_size pooler_config preemption_mode prefill_context_parallel_size
-    prefill_schedule_interval prefix_cache_retention_interval prefix_caching_hash_algo prefix_match_unit
+    prefill_schedule_interval prefix_cache_retention_interval prefix_match_unit
     profiler_config prompt_adapters pt_load_map_location quantization quantization_config ray_workers_use_nsight
     reasoning_config reasoning_parser reasoning_parser_plugin renderer_num_workers replayssm_buffer_len
     return_sampling_mask rope_scaling rope_theta runner safetensors_load_strategy
-    safetensors_prefetch_block_size safetensors_prefetch_num_threads scheduler_cls scheduler_reserve_full_isl
-    scheduling_policy show_hidden_metrics_for_version skip_mm_profiling sleep_mode_offload_cudagraph
+    safetensors_prefetch_block_size safetensors_prefetch_num_threads scheduler_cls
+    show_hidden_metrics_for_version skip_mm_profiling sleep_mode_offload_cudagraph
     sleep_preserve_parameter_names sparse_indexer_topk_backend spec_method spec_model spec_tokens
     specialize_active_lora speculative_config speculative_model sse_keep_alive_interval ssl_ca_certs
     ssl_cert_reqs ssl_certfile ssl_ciphers ssl_keyfile structured_outputs_config swa_bounded_replay swap_space
     task tensor_parallel_size tokens_only tool_call_parser tool_parser_plugin tool_server tool_strict_level
     trust_request_chat_template trust_request_mm_kwargs ubatch_size uds use_fp64_gumbel use_replayssm
-    use_v2_block_manager video_pruning_method video_pruning_rate watermark watermark_config
+    use_v2_block_manager video_pruning_method video_pruning_rate watermark_config
     weight_transfer_config worker_cls worker_extension_cls
     """.split()
 )
@@ -99,7 +99,6 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "nnodes": (1,),
     "pipeline_parallel_size": (1,),
     "runner": ("auto", "generate"),
-    "scheduling_policy": ("fcfs",),
     "swap_space": (0,),
     "task": ("auto", "generate"),
     "tensor_parallel_size": (1,),

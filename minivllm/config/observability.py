@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
 class ObservabilityConfig:
     disable_log_stats: bool = False
     """No periodic statistics line and no engine metrics."""
+    kv_events_config: dict[str, Any] | None = None
+    """Tell subscribers which prefixes the KV cache holds: a JSON object with enable_kv_cache_events, publisher (zmq
+    or null), endpoint (default tcp://127.0.0.1:5557), replay_endpoint, topic, buffer_steps, hwm, max_queue_size."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = "INFO"
     """Least severity of minivllm's own log lines."""

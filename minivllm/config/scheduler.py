@@ -20,6 +20,23 @@ class SchedulerConfig:
     """Requests in one step, at most. Default on a CPU: 128 serving, 256 offline."""
     enable_chunked_prefill: bool = True
     """Cut long prompts over several steps. Without it a prompt must fit into one step."""
+    scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
+    """Who comes first: fcfs, by arrival; priority, by each request's priority (lower first), then by arrival. The last
+    in that order is preempted first."""
+    max_num_active_seqs: int | None = None
+    """Requests that run at once, at most, when that is to be less than max_num_seqs."""
+    long_prefill_token_threshold: int = 0
+    """Tokens of one prompt in one step, at most, unless its request is alone; 0 sets no such limit. (While others
+    wait, long prompts take at most half of a step anyway.)"""
+    watermark: float = 0.0
+    """Share of the KV blocks that admitting a request must leave free for those that run."""
+    scheduler_reserve_full_isl: bool = True
+    """Admit a request only when the KV cache has room for all of its prompt, not just for its first chunk."""
+    max_num_queued_reqs: int | None = None
+    """Requests open in the server, at most; one more is answered with 503. An answer of n counts n times."""
+    max_num_queued_tokens: int | None = None
+    """Prompt tokens of requests still without a first token, at most; a request that would exceed it is answered
+    with 503, unless no other waits."""
     stream_interval: int = 1
     """Tokens between two chunks of a stream; the first and the last are sent at once."""
 

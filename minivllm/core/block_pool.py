@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from minivllm.core.kv_cache_utils import FreeKVCacheBlockQueue, KVCacheBlock
+from minivllm.messages.kv_events import AllBlocksCleared, BlockRemoved, KVCacheEvent
 
 
 class BlockPool:
@@ -21,7 +22,9 @@ class BlockPool:
     first, and the second is reused first once it is free.
     """
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int, events: list[KVCacheEvent] | None = None) -> None:
+        """events: where to note what leaves the index, if somebody wants to know."""
+        self._events = events
         self.blocks = [KVCacheBlock(block_id) for block_id in range(num_blocks)]
         self._free = FreeKVCacheBlockQueue(self.blocks)
         self._by_hash: dict[bytes, KVCacheBlock] = {}
@@ -49,18 +52,24 @@ class BlockPool:
     def allocate(self, num_blocks: int) -> list[KVCacheBlock]:
         """Hold `num_blocks` blocks of unknown content, evicting the least recently used from the cache."""
         blocks = self._free.popleft_n(num_blocks)
+        if self._events is not None:
+            evicted = [block.block_hash for block in blocks if block.block_hash is not None]
+            if evicted:
+                self._events.append(BlockRemoved(evicted))
         for block in blocks:
             block.ref_cnt = 1
             self._forget_content(block)
         return blocks
 
-    def cache(self, block: KVCacheBlock, block_hash: bytes) -> None:
-        """Name a held block's content, now complete and confirmed."""
+    def cache(self, block: KVCacheBlock, block_hash: bytes) -> bool:
+        """Name a held block's content, now complete and confirmed. False: another block has that name."""
         assert block.ref_cnt > 0, f"{block} is named while nobody holds it"
         assert block.block_hash is None, f"{block} is named twice"
-        if block_hash not in self._by_hash:
-            block.block_hash = block_hash
-            self._by_hash[block_hash] = block
+        if block_hash in self._by_hash:
+            return False
+        block.block_hash = block_hash
+        self._by_hash[block_hash] = block
+        return True
 
     def free(self, blocks: Sequence[KVCacheBlock]) -> None:
         """Let go of one holder's blocks, first to last token."""
@@ -80,6 +89,8 @@ class BlockPool:
             return False
         for block in list(self._by_hash.values()):
             self._forget_content(block)
+        if self._events is not None:
+            self._events.append(AllBlocksCleared())
         return True
 
     def _forget_content(self, block: KVCacheBlock) -> None:

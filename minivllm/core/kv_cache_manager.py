@@ -5,7 +5,19 @@ from __future__ import annotations
 from minivllm.core.block_pool import BlockPool
 from minivllm.core.kv_cache_utils import KVCacheBlock
 from minivllm.core.request import Request
+from minivllm.messages.kv_events import BlockStored, KVCacheEvent
 from minivllm.messages.stats import PrefixCacheStats
+
+
+def _runs(numbers: list[int]) -> list[range]:
+    """Ascending numbers as stretches without a gap."""
+    runs: list[range] = []
+    for number in numbers:
+        if runs and runs[-1].stop == number:
+            runs[-1] = range(runs[-1].start, number + 1)
+        else:
+            runs.append(range(number, number + 1))
+    return runs
 
 
 class _BlockTable:
@@ -21,13 +33,13 @@ class _BlockTable:
 class KVCacheManager:
     """Block tables over one `BlockPool`.
 
-    A request is admitted with blocks for every token it has, so that computing its prompt needs no more; then it
-    grows block by block.
+    A request is admitted with blocks for its first `num_tokens` tokens; then it grows block by block.
     """
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    def __init__(self, num_blocks: int, block_size: int, *, record_events: bool = False) -> None:
         self.block_size = block_size
-        self.pool = BlockPool(num_blocks)
+        self._events: list[KVCacheEvent] | None = [] if record_events else None
+        self.pool = BlockPool(num_blocks, self._events)
         self._tables: dict[str, _BlockTable] = {}
         self._prefix_stats = PrefixCacheStats()
 
@@ -51,18 +63,21 @@ class KVCacheManager:
             return []
         return request.block_hashes[: (request.num_tokens - 1) // self.block_size]
 
-    def num_blocks_lacking(self, request: Request, cached_prefix: list[KVCacheBlock]) -> int:
-        """How many blocks are missing before this request can be admitted; 0 when it can."""
-        num_new = self._num_blocks(request.num_tokens) - len(cached_prefix)
+    def num_blocks_lacking(self, num_tokens: int, cached_prefix: list[KVCacheBlock], num_kept: int = 0) -> int:
+        """How many blocks are missing before a request can be admitted with `num_tokens`; 0 when it can.
+
+        num_kept: blocks that must be free after it.
+        """
+        num_new = self._num_blocks(num_tokens) - len(cached_prefix)
         # A found block that nobody holds is itself in the free list, and will leave it.
         num_revived = sum(block.ref_cnt == 0 for block in cached_prefix)
-        return max(0, num_new + num_revived - self.pool.num_free_blocks)
+        return max(0, num_new + num_revived + num_kept - self.pool.num_free_blocks)
 
-    def admit(self, request: Request, cached_prefix: list[KVCacheBlock]) -> list[int]:
-        """Hold the found blocks and new ones for all tokens known. Returns the whole block table."""
+    def admit(self, request: Request, cached_prefix: list[KVCacheBlock], num_tokens: int) -> list[int]:
+        """Hold the found blocks and new ones for the first `num_tokens` tokens. Returns the whole block table."""
         assert request.request_id not in self._tables, f"{request.request_id} holds blocks already"
         self.pool.touch(cached_prefix)
-        num_new = self._num_blocks(request.num_tokens) - len(cached_prefix)
+        num_new = self._num_blocks(num_tokens) - len(cached_prefix)
         blocks = cached_prefix + self.pool.allocate(num_new)
         self._tables[request.request_id] = _BlockTable(blocks, len(cached_prefix))
         if request.num_preemptions == 0:  # a recompute is no news about the cache
@@ -73,9 +88,9 @@ class KVCacheManager:
     def extend(self, request: Request, num_tokens: int) -> list[int] | None:
         """Make room for the first `num_tokens` tokens. Returns the new block ids, or None when too few are free."""
         blocks = self._tables[request.request_id].blocks
-        num_new = self._num_blocks(num_tokens) - len(blocks)
-        if num_new <= 0:
+        if num_tokens <= len(blocks) * self.block_size:
             return []
+        num_new = self._num_blocks(num_tokens) - len(blocks)
         if num_new > self.pool.num_free_blocks:
             return None
         new_blocks = self.pool.allocate(num_new)
@@ -86,9 +101,29 @@ class KVCacheManager:
         """Offer to the cache the blocks that confirmed tokens have filled."""
         num_full = min(request.num_confirmed_tokens // self.block_size, len(request.block_hashes))
         table = self._tables[request.request_id]
+        stored = []
         for index in range(table.num_cached_blocks, num_full):
-            self.pool.cache(table.blocks[index], request.block_hashes[index])
+            if self.pool.cache(table.blocks[index], request.block_hashes[index]):
+                stored.append(index)
             table.num_cached_blocks = index + 1
+        if self._events is not None:
+            self._events += [self._stored(request, run) for run in _runs(stored)]
+
+    def _stored(self, request: Request, run: range) -> BlockStored:
+        size, hashes = self.block_size, request.block_hashes
+        return BlockStored(
+            block_hashes=hashes[run.start : run.stop],
+            parent_block_hash=hashes[run.start - 1] if run.start else None,
+            token_ids=request.all_token_ids[run.start * size : run.stop * size],
+            block_size=size,
+        )
+
+    def take_events(self) -> list[KVCacheEvent]:
+        """What became findable and what ceased to be, in order, since the last call."""
+        events = list(self._events or ())
+        if events:
+            self._events.clear()  # the pool writes to the same list
+        return events
 
     def free(self, request: Request) -> None:
         """Let go of all its blocks; what was cached stays findable until it is reused."""

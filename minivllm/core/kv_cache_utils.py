@@ -9,34 +9,65 @@ from itertools import islice
 
 from minivllm.core.request import Request
 
-ROOT_HASH = hashlib.sha256(b"minivllm block chain 1").digest()
+
+def _sha256(data: bytes) -> bytes:
+    return hashlib.sha256(data).digest()
 
 
-def hash_block(parent: bytes, token_ids: Sequence[int], extra_keys: bytes = b"") -> bytes:
+def _load_xxhash() -> Callable[[bytes], bytes]:
+    import xxhash
+
+    return xxhash.xxh3_128_digest
+
+
+# --prefix-caching-hash-algo, to what makes its hash. sha256 (32 bytes): nobody can make two prefixes collide.
+# xxhash (16 bytes): they do not collide by chance, but who knows the root could make them.
+BLOCK_HASHES: dict[str, Callable[[], Callable[[bytes], bytes]]] = {
+    "sha256": lambda: _sha256,
+    "xxhash": _load_xxhash,
+}
+
+
+def root_hash(digest: Callable[[bytes], bytes] = _sha256, secret: bytes = b"") -> bytes:
+    """The parent of every first block."""
+    return digest(b"minivllm block chain 1" + secret)
+
+
+def hash_block(
+    parent: bytes,
+    token_ids: Sequence[int],
+    extra_keys: bytes = b"",
+    digest: Callable[[bytes], bytes] = _sha256,
+) -> bytes:
     """Name a full block by all that its KV depends on: every token up to its end, and who may share it.
 
-    SHA-256 over parent (32 bytes), the tokens (4 bytes each, little or big endian as the machine) and the extra
-    keys; equal names mean equal prefixes, so nothing is compared again on a hit.
+    The hash of parent, the tokens (4 bytes each, little or big endian as the machine) and the extra keys; equal
+    names mean equal prefixes, so nothing is compared again on a hit.
 
     Raises:
         OverflowError: a token id is negative or does not fit 32 bits.
     """
-    digest = hashlib.sha256(parent)
-    digest.update(array("I", token_ids).tobytes())
-    digest.update(extra_keys)
-    return digest.digest()
+    return digest(parent + array("I", token_ids).tobytes() + extra_keys)
 
 
-def make_block_hasher(block_size: int) -> Callable[[Request], None]:
-    """A function that appends to `request.block_hashes` what its full blocks still lack."""
+def make_block_hasher(
+    block_size: int, algorithm: str = "sha256", secret: bytes = b""
+) -> Callable[[Request], None]:
+    """A function that appends to `request.block_hashes` what its full blocks still lack.
+
+    secret: for an algorithm that is not collision resistant, random bytes that no client knows.
+    """
+    digest = BLOCK_HASHES[algorithm]()
+    root = root_hash(digest, secret)
 
     def extend_block_hashes(request: Request) -> None:
         hashes, token_ids = request.block_hashes, request.all_token_ids
         start = len(hashes) * block_size
         while start + block_size <= len(token_ids):
-            parent, extra_keys = (hashes[-1], b"") if hashes else (ROOT_HASH, _extra_keys(request))
-            hashes.append(hash_block(parent, token_ids[start : start + block_size], extra_keys))
+            parent, extra_keys = (hashes[-1], b"") if hashes else (root, _extra_keys(request))
+            hashes.append(hash_block(parent, token_ids[start : start + block_size], extra_keys, digest))
             start += block_size
+        request.num_tokens_to_next_hash = start + block_size
 
     return extend_block_hashes
 

@@ -5,10 +5,12 @@ Owns no blocks (see kv_cache_manager) and makes no decision but one: whether a t
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from enum import IntEnum
 
 from minivllm.messages.engine import EngineCoreRequest, FinishReason
+from minivllm.sampling_params import RepetitionDetectionParams
 
 
 class RequestStatus(IntEnum):
@@ -28,12 +30,13 @@ class Request:
     """
 
     __slots__ = (
-        "request_id", "client_index", "sampling_params", "seed", "cache_salt",
+        "request_id", "client_index", "sampling_params", "seed", "cache_salt", "priority", "arrival_time", "order",
         "prompt_token_ids", "prior_output_token_ids", "all_token_ids", "num_prompt_tokens", "block_hashes",
         "status", "num_computed_tokens", "num_confirmed_tokens", "known_to_worker", "num_preemptions",
         "finish_reason", "stop_reason", "error",
         "scheduled_time", "num_cached_tokens", "num_prompt_logprobs_sent", "answered",
-        "_eos_token_ids", "_stop_token_ids", "_max_output_tokens", "_min_output_tokens", "_block_hasher",
+        "_eos_token_ids", "_stop_token_ids", "_max_output_tokens", "_min_output_tokens", "_repetition", "_block_hasher",
+        "num_tokens_to_next_hash",
         "eos_token_ids",
     )  # fmt: skip
 
@@ -44,6 +47,9 @@ class Request:
         self.sampling_params = params
         self.seed = message.seed
         self.cache_salt = message.cache_salt
+        self.priority = message.priority
+        self.arrival_time = message.arrival_time
+        self.order: tuple = ()  # its place among all requests; set by the scheduler's policy, see request_queue
         self.prompt_token_ids = message.prompt_token_ids
         self.prior_output_token_ids = message.prior_output_token_ids
         self.eos_token_ids = message.eos_token_ids
@@ -56,7 +62,7 @@ class Request:
         self.known_to_worker = False
         self.num_preemptions = 0
         self.finish_reason: FinishReason | None = None
-        self.stop_reason: int | None = None
+        self.stop_reason: int | str | None = None
         self.error: str | None = None
 
         self.scheduled_time: float | None = None
@@ -68,7 +74,9 @@ class Request:
         self._stop_token_ids = frozenset(params.stop_token_ids or ())
         self._max_output_tokens = params.max_tokens
         self._min_output_tokens = params.min_tokens
+        self._repetition = params.repetition_detection
         self.block_hashes: list[bytes] = []  # of the full blocks of all_token_ids
+        self.num_tokens_to_next_hash = sys.maxsize  # at so many tokens a block is full; kept by the hasher
         self._block_hasher = block_hasher
         if block_hasher is not None:
             block_hasher(self)
@@ -104,7 +112,7 @@ class Request:
 
     def append_output_token(self, token_id: int) -> None:
         self.all_token_ids.append(token_id)
-        if self._block_hasher is not None:
+        if len(self.all_token_ids) >= self.num_tokens_to_next_hash:
             self._block_hasher(self)
 
     def forget_computed(self) -> None:
@@ -113,7 +121,7 @@ class Request:
         self.num_confirmed_tokens = 0
 
     def finish(
-        self, reason: FinishReason, *, stop_reason: int | None = None, error: str | None = None
+        self, reason: FinishReason, *, stop_reason: int | str | None = None, error: str | None = None
     ) -> None:
         assert self.status is not RequestStatus.FINISHED, f"{self.request_id} ended twice"
         self.status = RequestStatus.FINISHED
@@ -122,7 +130,7 @@ class Request:
         self.error = error
 
     def finish_if_stopped(self, max_model_len: int) -> bool:
-        """End it if its last output token ends it: end of sequence, then stop tokens, then length.
+        """End it if its last output token ends it: end of sequence, then stop tokens, length, repetition.
 
         `min_tokens` must come before the stopping token, as the sampler masks it until then.
         """
@@ -141,4 +149,22 @@ class Request:
         if full or (self._max_output_tokens is not None and num_output_tokens >= self._max_output_tokens):
             self.finish(FinishReason.LENGTH)
             return True
+        if self._repetition is not None and num_output_tokens >= self._min_output_tokens:
+            if ends_in_repetition(self.all_token_ids, num_output_tokens, self._repetition):
+                self.finish(FinishReason.REPETITION, stop_reason="repetition_detected")
+                return True
         return False
+
+
+def ends_in_repetition(token_ids: list[int], num_last: int, params: RepetitionDetectionParams) -> bool:
+    """Whether the last `num_last` tokens end in min_count equal patterns of a size that counts."""
+    for size in range(max(params.min_pattern_size, 1), params.max_pattern_size + 1):
+        if size * params.min_count > num_last:
+            return False
+        if token_ids[-1] != token_ids[-1 - size]:  # most patterns end here
+            continue
+        pattern = token_ids[-size:]
+        # From the end backwards: the first difference ends it.
+        if all(token_ids[-size * (k + 1) : -size * k] == pattern for k in range(1, params.min_count)):
+            return True
+    return False

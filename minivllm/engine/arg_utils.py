@@ -20,6 +20,7 @@ from minivllm.config.cache import KV_TILE, CacheConfig
 from minivllm.config.docs import field_docs, summary
 from minivllm.config.engine import EngineConfig
 from minivllm.config.hf_config import HFConfig, read_architecture, read_token_ids
+from minivllm.config.kv_events import read_kv_events_config
 from minivllm.config.load import LoadConfig
 from minivllm.config.model import ModelConfig
 from minivllm.config.model_files import (
@@ -35,6 +36,7 @@ from minivllm.config.parallel import ParallelConfig
 from minivllm.config.scheduler import SchedulerConfig, Usage, step_limits
 from minivllm.engine.processor import default_sampling_params
 from minivllm.exceptions import ConfigError, ModelFilesError, RequestError
+from minivllm.logits_processors import check_names, name_of
 from minivllm.models.registry import ModelRegistry
 from minivllm.sampling_params import SamplingParams
 from minivllm.utils.argparse_utils import add_dataclass_arguments, default_of
@@ -56,7 +58,7 @@ PARTS = {
 _DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 _AT_LEAST_ONE = (
     "block_size", "kv_cache_memory_bytes", "num_gpu_blocks_override", "max_num_batched_tokens", "max_num_seqs",
-    "stream_interval", "max_model_len",
+    "stream_interval", "max_model_len", "max_num_active_seqs", "max_num_queued_reqs", "max_num_queued_tokens",
 )  # fmt: skip
 
 
@@ -108,7 +110,10 @@ class EngineArgs(_Flat):
             name: _convert({f.name: values[f.name] for f in fields(part)}, part) for name, part in PARTS.items()
         }
         _check_ranges(values)
+        _check_hash(parts["cache"])
+        _check_kv_events(parts["observability"], parts["cache"])
         _check_executor(parts["parallel"])
+        check_names(values["logits_processors"] or ())
         model, load = parts["model"], parts["load"]
         directory = resolve_directory(_required(model.model), revision=model.revision, download_dir=load.download_dir)
         hf_config = _read_hf_config(directory, model)
@@ -135,6 +140,9 @@ class EngineArgs(_Flat):
         values["kv_cache_memory_bytes"] = _read_size("kv_cache_memory_bytes", self.kv_cache_memory_bytes)
         dtype = str(self.dtype).removeprefix("torch.")  # scripts pass torch.float16
         values["dtype"] = _DTYPE_ALIASES.get(dtype, dtype)
+        if self.logits_processors is not None:
+            given = self.logits_processors
+            values["logits_processors"] = [name_of(one) for one in ([given] if isinstance(given, str) else given)]
         if isinstance(self.served_model_name, str):
             values["served_model_name"] = [self.served_model_name]
         return values
@@ -207,10 +215,25 @@ def _check_ranges(values: dict[str, Any]) -> None:
     share = values["gpu_memory_utilization"]
     if share is not None and not 0 < share <= 1:
         raise ConfigError(f"gpu_memory_utilization={share} must be above 0 and at most 1")
+    if not 0 <= values["watermark"] < 1:
+        raise ConfigError(f"watermark={values['watermark']} must be at least 0 and below 1")
+    threshold = values["long_prefill_token_threshold"]
+    if threshold < 0:
+        raise ConfigError(f"long_prefill_token_threshold={threshold} must be at least 0; 0 sets no limit")
     if values["max_logprobs"] < -1:
         raise ConfigError(f"max_logprobs={values['max_logprobs']} must be at least 0, or -1 for the whole vocabulary")
     if not -(2**63) <= values["seed"] < 2**63:
         raise ConfigError(f"seed={values['seed']} does not fit into 64 bits")
+
+
+def _check_hash(cache: CacheConfig) -> None:
+    if cache.prefix_caching_hash_algo == "xxhash" and importlib.util.find_spec("xxhash") is None:
+        raise ConfigError('prefix_caching_hash_algo=xxhash needs the package xxhash: pip install "minivllm[xxhash]"')
+
+
+def _check_kv_events(observability: ObservabilityConfig, cache: CacheConfig) -> None:
+    if read_kv_events_config(observability.kv_events_config).publishes and not cache.enable_prefix_caching:
+        raise ConfigError("kv_events_config: there are no events without the prefix cache; drop one of the two")
 
 
 def _check_executor(parallel: ParallelConfig) -> None:
@@ -274,4 +297,15 @@ def _check_scheduler(
 ) -> None:
     """Refuse now what the worker, who knows the length that `auto` gives, would refuse in any case."""
     longest = {None: hf_config.max_context, "auto": 0}.get(max_model_len, max_model_len)
-    step_limits(scheduler, usage, longest)
+    _, seqs = step_limits(scheduler, usage, longest)
+    active = scheduler.max_num_active_seqs
+    if active is not None and active > seqs:
+        raise ConfigError(
+            f"max_num_active_seqs={active} is more than max_num_seqs={seqs}, which is the limit already; lower the "
+            "first or raise the second"
+        )
+    if not scheduler.enable_chunked_prefill and scheduler.long_prefill_token_threshold:
+        raise ConfigError(
+            f"long_prefill_token_threshold={scheduler.long_prefill_token_threshold} cuts prompts, which needs chunked "
+            "prefill; drop one of the two"
+        )

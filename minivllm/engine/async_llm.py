@@ -9,18 +9,19 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from minivllm.config.engine import EngineConfig
 from minivllm.engine.core_client import AsyncMPClient
 from minivllm.engine.front import StatLogger, load_tokenizer, submit
 from minivllm.engine.output_processor import OutputProcessor, RequestOutputCollector
 from minivllm.engine.processor import Processor, Prompt, default_sampling_params
-from minivllm.exceptions import EngineDeadError
+from minivllm.exceptions import EngineDeadError, QueueFullError
 from minivllm.logger import init_logger
+from minivllm.logits_processors import load_logits_processors
 from minivllm.messages.engine import EngineCoreOutputs, EngineCoreRequest
 from minivllm.messages.stats import IterationStats
-from minivllm.outputs import RequestOutput
+from minivllm.outputs import RequestOutput, SampleLogprobs
 from minivllm.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class AsyncLLM:
         self.engine_core = AsyncMPClient(config)
         try:
             self.tokenizer = load_tokenizer(config)  # while the core loads the model
+            load_logits_processors(config.model.logits_processors)  # the slow import, meanwhile
             self.ready = self.engine_core.wait_ready()
         except BaseException:
             self.engine_core.shutdown()
@@ -54,6 +56,8 @@ class AsyncLLM:
             self.tokenizer, stream_interval=config.scheduler.stream_interval
         )
         self._stat_loggers = list(stat_loggers)
+        self._num_processing = 0  # requests that no core has seen yet, children counted
+        self._rejected_by: list[str] = []  # since the last message of the core
         self._tokenizing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenize")
         self._output_handler: asyncio.Task | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -75,9 +79,18 @@ class AsyncLLM:
     # -- requests
 
     async def generate(
-        self, prompt: Prompt, sampling_params: SamplingParams, request_id: str, *, priority: int = 0
+        self,
+        prompt: Prompt | EngineCoreRequest,
+        sampling_params: SamplingParams,
+        request_id: str,
+        *,
+        priority: int = 0,
+        prior_logprobs: SampleLogprobs | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Answer a prompt: outputs as `sampling_params.output_kind` says, the last one finished.
+
+        An EngineCoreRequest is a resend: it goes on where its prior output ends, whose rows of logprobs, if
+        any were asked for, are handed over in `prior_logprobs`.
 
         Closing the generator, or cancelling its consumer, aborts the request.
 
@@ -88,11 +101,21 @@ class AsyncLLM:
         """
         self._start_reading()
         self._raise_if_dead()
-        request, text = await self._process(prompt, sampling_params, request_id, priority)
+        self._num_processing += sampling_params.n
+        try:
+            request, text = await self._process(prompt, sampling_params, request_id, priority)
+        finally:
+            self._num_processing -= sampling_params.n
         self._raise_if_dead()
         collector = RequestOutputCollector(sampling_params.output_kind)
         ids = submit(
-            request, self.engine_core, self.output_processor, external_id=request_id, prompt=text, collector=collector
+            request,
+            self.engine_core,
+            self.output_processor,
+            external_id=request_id,
+            prompt=text,
+            collector=collector,
+            prior_logprobs=prior_logprobs,
         )
         finished = False
         try:
@@ -104,10 +127,38 @@ class AsyncLLM:
             if not finished:
                 self._abort(ids)
 
+    def check_admission(self, num_requests: int = 1) -> None:
+        """Whether so many requests more may be queued; to be asked right before `generate`, which does not.
+
+        Raises:
+            QueueFullError: --max-num-queued-reqs or --max-num-queued-tokens is reached.
+        """
+        limits, waiting = self.config.scheduler, self.output_processor
+        if limits.max_num_queued_reqs is not None:
+            num_open = waiting.num_unfinished_requests + self._num_processing
+            if num_open + num_requests > limits.max_num_queued_reqs:
+                self._reject(
+                    "max_num_queued_reqs",
+                    f"{num_open} requests are open and --max-num-queued-reqs allows {limits.max_num_queued_reqs}",
+                )
+        if limits.max_num_queued_tokens is not None:
+            num_tokens = waiting.num_prompt_tokens_without_answer()
+            if num_tokens >= limits.max_num_queued_tokens:
+                self._reject(
+                    "max_num_queued_tokens",
+                    f"{num_tokens} prompt tokens wait and --max-num-queued-tokens is {limits.max_num_queued_tokens}",
+                )
+
+    def _reject(self, reason: str, why: str) -> NoReturn:
+        self._rejected_by.append(reason)
+        raise QueueFullError(f"the server is busy: {why}; send the request again later", reason=reason)
+
     async def _process(
-        self, prompt: Prompt, params: SamplingParams, request_id: str, priority: int
+        self, prompt: Prompt | EngineCoreRequest, params: SamplingParams, request_id: str, priority: int
     ) -> tuple[EngineCoreRequest, str | None]:
         """Check the request; text is tokenized on a thread, so that a long one does not hold up the others."""
+        if isinstance(prompt, EngineCoreRequest):
+            return self.processor.check_resend(prompt, params), None
         call = (request_id, prompt, params, priority)
         if isinstance(prompt, list) or (isinstance(prompt, dict) and "prompt_token_ids" in prompt):
             return self.processor.process_inputs(*call)
@@ -143,7 +194,8 @@ class AsyncLLM:
             self._on_dead(EngineDeadError(f"the output handler failed: {type(error).__name__}: {error}"))
 
     async def _handle(self, message: EngineCoreOutputs) -> None:
-        stats = IterationStats() if self._stat_loggers else None
+        stats = IterationStats(rejected_by=self._rejected_by) if self._stat_loggers else None
+        self._rejected_by = []
         for start in range(0, len(message.outputs), _CHUNK):
             if start:
                 await asyncio.sleep(0)

@@ -6,12 +6,15 @@ or processes; `core_process.py` puts it into a process, `core_client.InprocClien
 
 from __future__ import annotations
 
+import os
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable
 
 from minivllm.config.engine import EngineConfig
+from minivllm.config.kv_events import read_kv_events_config
 from minivllm.core.sched.scheduler import Scheduler
+from minivllm.engine.kv_events import KVEventPublisher
 from minivllm.exceptions import ConfigError, RequestError
 from minivllm.executor.abstract import get_executor_class
 from minivllm.logger import init_logger
@@ -47,6 +50,7 @@ class EngineCore:
         on_death: Callable[[str], None],
         on_progress: Callable[[str], None],
     ) -> None:
+        kv_events = read_kv_events_config(config.observability.kv_events_config)
         executor_class = get_executor_class(config.parallel.distributed_executor_backend)
         self.log_stats = not config.observability.disable_log_stats
         self.executor = executor_class(config, on_death=on_death, on_progress=on_progress)
@@ -65,7 +69,16 @@ class EngineCore:
                 block_size=worker.block_size,
                 enable_prefix_caching=config.cache.enable_prefix_caching,
                 enable_chunked_prefill=config.scheduler.enable_chunked_prefill,
+                prefix_caching_hash_algo=config.cache.prefix_caching_hash_algo,
+                hash_secret=b"" if config.cache.prefix_caching_hash_algo == "sha256" else os.urandom(16),
+                record_kv_events=kv_events.publishes,
+                policy=config.scheduler.scheduling_policy,
+                max_num_active_seqs=config.scheduler.max_num_active_seqs,
+                long_prefill_token_threshold=config.scheduler.long_prefill_token_threshold,
+                watermark=config.scheduler.watermark,
+                reserve_full_isl=config.scheduler.scheduler_reserve_full_isl,
             )
+            self._kv_events = KVEventPublisher(kv_events) if kv_events.publishes else None
         except BaseException:
             self.executor.shutdown()
             raise
@@ -125,7 +138,12 @@ class EngineCore:
             outputs = self.scheduler.update_from_output(plan, result)
             if not plan.num_scheduled_tokens and self.scheduler.has_unfinished_requests():
                 time.sleep(_IDLE_SLEEP_S)
+        self._publish_kv_events()
         return self._address(outputs)
+
+    def _publish_kv_events(self) -> None:
+        if self._kv_events is not None and (events := self.scheduler.take_kv_events()):
+            self._kv_events.publish(events)
 
     def _address(self, outputs: dict[int, list[EngineCoreOutput]]) -> dict[int, EngineCoreOutputs]:
         """One message per client that has something to hear; client 0 hears the statistics of every step."""
@@ -154,10 +172,14 @@ class EngineCore:
 
     def reset_prefix_cache(self) -> bool:
         """Forget every cached block; False while a request still holds one."""
-        return self.scheduler.reset_prefix_cache()
+        done = self.scheduler.reset_prefix_cache()
+        self._publish_kv_events()
+        return done
 
     def shutdown(self) -> None:
         self.executor.shutdown()
+        if self._kv_events is not None:
+            self._kv_events.shutdown()
 
 
 def _ready_message(worker: WorkerReady, vocab_size: int) -> EngineCoreReady:

@@ -51,11 +51,20 @@ class WindowDecoder:
     """Any other tokenizer: decode a short window with and without the new token; the difference is the new text.
 
     The window reaches from one place where the text was whole to the next, as in TGI and vLLM.
+    joined: added tokens, as the library spells them; of two that follow each other, the space between is left out.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt_token_ids: list[int], skip_special_tokens: bool) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_token_ids: list[int],
+        skip_special_tokens: bool,
+        joined: frozenset[int] = frozenset(),
+    ) -> None:
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
+        self._joined = joined
+        self._after_joined = False
         self._context = prompt_token_ids[-_CONTEXT_TOKENS:]
         self._pending: list[int] = []
 
@@ -67,7 +76,9 @@ class WindowDecoder:
         before, after = self._decode(self._context), self._decode(self._context + self._pending)
         if after.endswith("\ufffd") and len(self._pending) < _MAX_PENDING_TOKENS:
             return ""
-        return self._advance(before, after)
+        text = self._advance(before, after)
+        after_joined, self._after_joined = self._after_joined, token in self._joined
+        return text.lstrip(" ") if after_joined and self._after_joined else text
 
     def flush(self) -> str:
         return self._advance(self._decode(self._context), self._decode(self._context + self._pending))
@@ -81,7 +92,10 @@ class WindowDecoder:
 
 
 class IncrementalDetokenizer:
-    """The text of one answer so far, and what of it may be shown."""
+    """The text of one answer so far, and what of it may be shown.
+
+    An answer that was begun elsewhere goes on from its tokens: `continue_from`.
+    """
 
     def __init__(
         self, tokenizer: Tokenizer | None, prompt_token_ids: list[int], params: SamplingParams
@@ -94,10 +108,28 @@ class IncrementalDetokenizer:
         self._include_stop = params.include_stop_str_in_output
         # A stop string may have begun in what is there; its last character cannot have come yet.
         self._held_back = max(map(len, self._stop)) - 1 if self._stop and not self._include_stop else 0
+        self._stop_before: str | None = None  # the stop string that had already ended what this continues
         self._decoder = None
         if tokenizer is not None and params.detokenize:
-            make = WindowDecoder if tokenizer.kind == "other" else ByteDecoder
-            self._decoder = make(tokenizer, prompt_token_ids, params.skip_special_tokens)
+            self._decoder = _decoder(tokenizer, prompt_token_ids, params)
+
+    def continue_from(self, token_ids: list[int], *, ended_by_stop_token: bool) -> None:
+        """Take what had been generated, and shown token by token, before this detokenizer was made.
+
+        Should a stop string end in it, the tokens behind that are left out, and so are all that follow.
+        """
+        for i, token in enumerate(token_ids):
+            last = i == len(token_ids) - 1
+            stop = self.update([token], ended_by_stop_token=last and ended_by_stop_token, finished=False)
+            if stop is not None:
+                self._stop_before = stop
+                return
+            self.next_text(finished=False, delta=True)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether a stop string stands in what it continued from: nothing that comes counts."""
+        return self._stop_before is not None
 
     def update(self, new_token_ids: list[int], *, ended_by_stop_token: bool, finished: bool) -> str | None:
         """Take new tokens; the stop string that now ends the text, if one does.
@@ -105,6 +137,8 @@ class IncrementalDetokenizer:
         A stop token's own text is left out unless include_stop_str_in_output. Once a stop string is found
         the text is cut there, and nothing more may be added.
         """
+        if self._stop_before is not None:
+            return self._stop_before
         if self._decoder is None:
             self.token_ids += new_token_ids
             return None
@@ -154,3 +188,14 @@ class IncrementalDetokenizer:
             return self.text[:end]
         shown, self._shown = self._shown, max(end, self._shown)
         return self.text[shown:end]
+
+
+def _decoder(
+    tokenizer: Tokenizer, prompt_token_ids: list[int], params: SamplingParams
+) -> ByteDecoder | WindowDecoder:
+    """The decoder for a tokenizer's kind. Only the libraries put spaces between special tokens."""
+    if tokenizer.kind != "other":
+        return ByteDecoder(tokenizer, prompt_token_ids, params.skip_special_tokens)
+    is_joined = not (params.skip_special_tokens or params.spaces_between_special_tokens)
+    joined = tokenizer.added_ids if is_joined else frozenset()
+    return WindowDecoder(tokenizer, prompt_token_ids, params.skip_special_tokens, joined)

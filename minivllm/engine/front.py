@@ -12,6 +12,7 @@ from minivllm.engine.output_processor import OutputProcessor, RequestOutputColle
 from minivllm.engine.parallel_sampling import ParentRequest
 from minivllm.messages.engine import EngineCoreRequest
 from minivllm.messages.stats import IterationStats, SchedulerStats
+from minivllm.outputs import SampleLogprobs
 from minivllm.tokenizer.tokenizer import Tokenizer
 
 
@@ -57,19 +58,30 @@ def submit(
     external_id: str,
     prompt: str | None,
     collector: RequestOutputCollector | None = None,
+    prior_logprobs: SampleLogprobs | None = None,
 ) -> list[str]:
     """Expect a request's outputs, then send it, or its n children; the internal ids.
 
     Expected first: an output can never meet a request that nobody expects. If it cannot be sent, nothing is
     expected any more.
+
+    Raises:
+        RequestError: a request of this internal id is open (only a resend's can be).
     """
     parent = ParentRequest(request) if request.sampling_params.n > 1 else None
     requests = [request] if parent is None else parent.child_requests()
     ids = [child.request_id for child in requests]
+    output_processor.check_unused(ids)
     try:
         for index, child in enumerate(requests):
             output_processor.add_request(
-                child, external_id=external_id, prompt=prompt, parent=parent, index=index, collector=collector
+                child,
+                external_id=external_id,
+                prompt=prompt,
+                parent=parent,
+                index=index,
+                collector=collector,
+                prior_logprobs=prior_logprobs,
             )
         for child in requests:
             core.add_request(child)

@@ -14,8 +14,10 @@ from minivllm.engine.core_client import InprocClient, SyncMPClient
 from minivllm.engine.front import StatLogger, load_tokenizer, submit
 from minivllm.engine.output_processor import OutputProcessor
 from minivllm.engine.processor import Processor, Prompt, default_sampling_params
+from minivllm.logits_processors import load_logits_processors
+from minivllm.messages.engine import EngineCoreRequest
 from minivllm.messages.stats import IterationStats
-from minivllm.outputs import RequestOutput
+from minivllm.outputs import RequestOutput, SampleLogprobs
 from minivllm.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -37,6 +39,7 @@ class LLMEngine:
         self.engine_core = InprocClient(config) if in_process else SyncMPClient(config)
         try:
             self.tokenizer = load_tokenizer(config)
+            load_logits_processors(config.model.logits_processors)  # the slow import, meanwhile
             self.ready = self.engine_core.wait_ready()
         except BaseException:
             self.engine_core.shutdown()
@@ -59,15 +62,36 @@ class LLMEngine:
         """Start the core in its own process, or in this one."""
         return cls(config, in_process=in_process)
 
-    def add_request(self, request_id: str, prompt: Prompt, params: SamplingParams, priority: int = 0) -> str:
+    def add_request(
+        self,
+        request_id: str,
+        prompt: Prompt | EngineCoreRequest,
+        params: SamplingParams,
+        priority: int = 0,
+        *,
+        prior_logprobs: SampleLogprobs | None = None,
+    ) -> str:
         """Queue a request; its outputs come from `step` under `request_id`, which is returned.
+
+        An EngineCoreRequest is a resend: it goes on where its prior output ends, whose rows of logprobs, if
+        any were asked for, are handed over in `prior_logprobs`.
 
         Raises:
             RequestError: the request is at fault; the engine has not seen it.
             EngineDeadError: the engine is gone.
         """
-        request, text = self.processor.process_inputs(request_id, prompt, params, priority)
-        submit(request, self.engine_core, self.output_processor, external_id=request_id, prompt=text)
+        if isinstance(prompt, EngineCoreRequest):
+            request, text = self.processor.check_resend(prompt, params), None
+        else:
+            request, text = self.processor.process_inputs(request_id, prompt, params, priority)
+        submit(
+            request,
+            self.engine_core,
+            self.output_processor,
+            external_id=request_id,
+            prompt=text,
+            prior_logprobs=prior_logprobs,
+        )
         return request_id
 
     def step(self) -> list[RequestOutput]:

@@ -15,26 +15,38 @@ class LogprobsProcessor:
         self._tokenizer = tokenizer if params.detokenize else None
         self.logprobs: SampleLogprobs | None = None if params.logprobs is None else []
         self.cumulative_logprob: float | None = None if params.logprobs is None else 0.0
+        self._has_ranks = params.logprob_token_ids is None  # of the tokens beside the sampled one
         # Nothing predicts the first token of a prompt.
         self.prompt_logprobs: PromptLogprobs | None = None if params.prompt_logprobs is None else [None]
+
+    def continue_from(self, rows: SampleLogprobs) -> None:
+        """Take the rows of an answer begun elsewhere, one for each of its tokens, the token itself first."""
+        if self.logprobs is None:
+            return
+        for row in rows:
+            self.logprobs.append(row)
+            self.cumulative_logprob += next(iter(row.values())).logprob
 
     def update(self, output: EngineCoreOutput) -> None:
         """Append the rows of one step."""
         if output.new_logprobs is not None and self.logprobs is not None:
-            self.logprobs += self._rows(output.new_logprobs)
+            self.logprobs += self._rows(output.new_logprobs, self._has_ranks)
             self.cumulative_logprob += sum(row[0] for row in output.new_logprobs.logprobs)
         if output.new_prompt_logprobs is not None and self.prompt_logprobs is not None:
-            self.prompt_logprobs += self._rows(output.new_prompt_logprobs)
+            self.prompt_logprobs += self._rows(output.new_prompt_logprobs, True)
 
-    def _rows(self, lists: LogprobsLists) -> list[dict[int, Logprob]]:
-        return [self._row(*row) for row in zip(lists.token_ids, lists.logprobs, lists.ranks)]
+    def _rows(self, lists: LogprobsLists, has_ranks: bool) -> list[dict[int, Logprob]]:
+        return [self._row(*row, has_ranks) for row in zip(lists.token_ids, lists.logprobs, lists.ranks)]
 
-    def _row(self, token_ids: list[int], logprobs: list[float], rank: int) -> dict[int, Logprob]:
-        """Row: the token itself first, then the most likely, of which it may be one."""
+    def _row(
+        self, token_ids: list[int], logprobs: list[float], rank: int, has_ranks: bool
+    ) -> dict[int, Logprob]:
+        """Row: the token itself first, then the most likely (or those asked for), of which it may be one."""
         row: dict[int, Logprob] = {}
         for i, (token, logprob) in enumerate(zip(token_ids, logprobs)):
             if token not in row:
-                row[token] = Logprob(logprob, rank if i == 0 else i, self._text(token))
+                shown_rank = rank if i == 0 else i if has_ranks else None
+                row[token] = Logprob(logprob, shown_rank, self._text(token))
         return row
 
     def _text(self, token_id: int) -> str | None:

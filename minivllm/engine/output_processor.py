@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from minivllm.engine.detokenizer import IncrementalDetokenizer
 from minivllm.engine.logprobs import LogprobsProcessor
 from minivllm.engine.parallel_sampling import ParentRequest
-from minivllm.exceptions import EngineGenerateError
+from minivllm.exceptions import EngineGenerateError, RequestError
 from minivllm.messages.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 from minivllm.messages.stats import FinishedRequestStats, IterationStats
-from minivllm.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from minivllm.outputs import CompletionOutput, RequestMetrics, RequestOutput, SampleLogprobs
 from minivllm.sampling_params import RequestOutputKind
 from minivllm.tokenizer.tokenizer import Tokenizer
 
@@ -63,7 +63,11 @@ class ProcessedOutputs:
 
 
 class RequestState:
-    """One request of the core, as the front end sees it. A child of n > 1 has a parent and its own index."""
+    """One request of the core, as the front end sees it. A child of n > 1 has a parent and its own index.
+
+    A request with prior output goes on where that ends: its text, its deltas, its counts. The prior tokens'
+    logprobs are known only if handed over (`prior_logprobs`); else rows and their sum begin behind them.
+    """
 
     def __init__(
         self,
@@ -76,6 +80,7 @@ class RequestState:
         index: int,
         collector: RequestOutputCollector | None,
         stream_interval: int,
+        prior_logprobs: SampleLogprobs | None,
     ) -> None:
         params = request.sampling_params
         self.request_id = request.request_id
@@ -90,11 +95,26 @@ class RequestState:
         self.logprobs = LogprobsProcessor(tokenizer, params)
         self.stream_interval = max(stream_interval, params.stream_interval or 1)
         self.num_sent_tokens = 0
+        self.num_unscored_tokens = 0  # leading ones whose logprobs nobody handed over
         self.sent_prompt_logprobs = False
         self.num_cached_tokens = 0
         self.metrics = RequestMetrics(arrival_time=request.arrival_time)
         self.scheduled_time: float | None = None
         self.last_token_time = 0.0
+        if request.prior_output_token_ids:
+            self._continue_from(request, prior_logprobs)
+
+    def _continue_from(self, request: EngineCoreRequest, prior_logprobs: SampleLogprobs | None) -> None:
+        """Stand where the front end stood that had been sent, and had sent on, the prior output."""
+        self.detokenizer.continue_from(
+            request.prior_output_token_ids, ended_by_stop_token=_is_ended_by_stop_token(request)
+        )
+        self.num_sent_tokens = len(self.detokenizer.token_ids)
+        self.sent_prompt_logprobs = True
+        if prior_logprobs is None:
+            self.num_unscored_tokens = self.num_sent_tokens
+        else:
+            self.logprobs.continue_from(prior_logprobs[: self.num_sent_tokens])
 
     def make_output(
         self, finish_reason: FinishReason | None, stop_reason: int | str | None
@@ -138,7 +158,7 @@ class RequestState:
             text=self.detokenizer.next_text(finished=finished, delta=delta),
             token_ids=self.detokenizer.token_ids[start:],
             cumulative_logprob=self.logprobs.cumulative_logprob,
-            logprobs=None if logprobs is None else logprobs[start:],
+            logprobs=None if logprobs is None else logprobs[max(start - self.num_unscored_tokens, 0) :],
         )
 
     def _prompt_logprobs(self):
@@ -163,12 +183,28 @@ class OutputProcessor:
     def num_unfinished_requests(self) -> int:
         return len(self._states)
 
+    def num_prompt_tokens_without_answer(self) -> int:
+        """Prompt tokens of open requests that have no token yet. Looks at every open request."""
+        return sum(
+            len(state.prompt_token_ids)
+            for state in self._states.values()
+            if state.metrics.first_token_time is None
+        )
+
     def request_ids(self) -> list[str]:
         """The internal ids of all open requests."""
         return list(self._states)
 
     def has_unfinished_requests(self) -> bool:
         return bool(self._states)
+
+    def check_unused(self, request_ids: Iterable[str]) -> None:
+        """Raises:
+        RequestError: one of these internal ids is that of an open request.
+        """
+        for request_id in request_ids:
+            if request_id in self._states:
+                raise RequestError(f"request id {request_id!r} is in use; choose another", param="request_id")
 
     def add_request(
         self,
@@ -179,8 +215,12 @@ class OutputProcessor:
         parent: ParentRequest | None = None,
         index: int = 0,
         collector: RequestOutputCollector | None = None,
+        prior_logprobs: SampleLogprobs | None = None,
     ) -> None:
-        """Expect outputs of this request. To be called before the core hears of it."""
+        """Expect outputs of this request. To be called before the core hears of it.
+
+        prior_logprobs: of the request's prior output, one row a token, as they had been sent.
+        """
         self._states[request.request_id] = RequestState(
             request,
             external_id=external_id,
@@ -190,6 +230,7 @@ class OutputProcessor:
             index=index,
             collector=collector,
             stream_interval=self._stream_interval,
+            prior_logprobs=prior_logprobs,
         )
         self._by_external_id[external_id].add(request.request_id)
 
@@ -232,7 +273,8 @@ class OutputProcessor:
             ended_by_stop_token=output.finish_reason is FinishReason.STOP,
             finished=output.finish_reason is not None,
         )
-        state.logprobs.update(output)
+        if not state.detokenizer.has_ended:
+            state.logprobs.update(output)
         if stop is not None and output.finish_reason is not FinishReason.ERROR:
             return FinishReason.STOP, stop
         return output.finish_reason, output.stop_reason
@@ -325,6 +367,16 @@ class OutputProcessor:
         state.metrics.finished_time = time.monotonic()
         if stats is not None:
             stats.finished_requests.append(_finished_stats(state, finish_reason, now))
+
+
+def _is_ended_by_stop_token(request: EngineCoreRequest) -> bool:
+    """Whether the prior output's last token ended it, by the core's rule (`Request.finish_if_stopped`)."""
+    prior, params = request.prior_output_token_ids, request.sampling_params
+    if len(prior) <= params.min_tokens:
+        return False
+    return prior[-1] in params.stop_token_ids or (
+        not params.ignore_eos and prior[-1] in request.eos_token_ids
+    )
 
 
 def _finished_stats(state: RequestState, finish_reason: FinishReason, now: float) -> FinishedRequestStats:

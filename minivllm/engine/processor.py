@@ -18,6 +18,7 @@ from typing import Any, TypedDict
 from minivllm.config.engine import EngineConfig
 from minivllm.engine.parallel_sampling import child_seed
 from minivllm.exceptions import RequestError, UnsupportedError
+from minivllm.logits_processors import load_logits_processors
 from minivllm.messages.engine import EngineCoreReady, EngineCoreRequest
 from minivllm.sampling_params import SamplingParams, check_encodable
 from minivllm.tokenizer.tokenizer import Tokenizer
@@ -50,6 +51,7 @@ class TokensPrompt(_TokensPrompt, total=False):
 Prompt = str | list[int] | TextPrompt | TokensPrompt
 
 _PROMPT_KEYS = {"prompt", "prompt_token_ids", "cache_salt"}
+_MAX_BAD_WORDS_TOKENS = 1024  # of all bad words together
 _MAX_CACHE_SALT = 128  # characters
 _NOT_IN_CACHE_SALT = set("@/\\\0")
 _MAX_FANNED_OUT_TOKENS = 1 << 22  # prompt tokens of the n requests together: each holds its own list in the core
@@ -71,6 +73,12 @@ def default_sampling_params(generation_config: dict[str, Any]) -> dict[str, Any]
         for theirs, ours in _DEFAULTS.items()
         if generation_config.get(theirs) is not None
     }
+
+
+def _check_priority(priority: int) -> None:
+    """It only has to fit its message: without `--scheduling-policy priority` it is ignored, as vLLM does."""
+    if not isinstance(priority, int) or isinstance(priority, bool) or not -(2**63) <= priority < 2**63:
+        raise RequestError(f"priority={priority!r} must be a whole number of 64 bits", param="priority")
 
 
 @dataclass(frozen=True)
@@ -133,6 +141,7 @@ class Processor:
         self._num_seeded = itertools.count()  # next() is atomic
         self.vocab_size = config.hf_config.vocab_size
         max_logprobs = config.model.max_logprobs
+        self._logits_processors = load_logits_processors(config.model.logits_processors)
         self.max_logprobs = self.vocab_size if max_logprobs == -1 else max_logprobs
         self.eos_token_ids, self.extra_stop_token_ids = self._end_tokens(config)
 
@@ -158,7 +167,7 @@ class Processor:
         """
         check_encodable("request_id", request_id)
         parsed = parse_prompt(prompt)
-        token_ids = self._token_ids(parsed)
+        token_ids = self._token_ids(parsed, params)
         self._check_params(params)
         if params.n * len(token_ids) > _MAX_FANNED_OUT_TOKENS:
             raise RequestError(
@@ -166,11 +175,7 @@ class Processor:
                 "prompt tokens together; lower n or send several requests",
                 param="n",
             )
-        if priority != 0:
-            raise UnsupportedError(
-                f"priority={priority} needs priority scheduling, which is not supported yet; leave it 0",
-                param="priority",
-            )
+        _check_priority(priority)
         request = EngineCoreRequest(
             request_id=f"{request_id}-{os.urandom(4).hex()}",
             prompt_token_ids=token_ids,
@@ -183,7 +188,7 @@ class Processor:
         )
         return request, parsed.text
 
-    def _token_ids(self, parsed: ParsedPrompt) -> list[int]:
+    def _token_ids(self, parsed: ParsedPrompt, params: SamplingParams) -> list[int]:
         token_ids = parsed.token_ids
         if token_ids is None:
             if self.tokenizer is None:
@@ -194,6 +199,7 @@ class Processor:
             check_encodable("prompt", parsed.text)
             token_ids = self.tokenizer.encode(parsed.text)
         self._check_token_ids(token_ids)
+        token_ids = self._truncate(token_ids, params)
         if len(token_ids) >= self.max_model_len:
             raise RequestError(
                 f"the prompt has {len(token_ids)} tokens, and the model's context of {self.max_model_len} must also "
@@ -201,6 +207,20 @@ class Processor:
                 param="prompt",
             )
         return token_ids
+
+    def _truncate(self, token_ids: list[int], params: SamplingParams) -> list[int]:
+        """The prompt's last `truncate_prompt_tokens` tokens; -1: as many as fit before the answer asked for."""
+        limit = params.truncate_prompt_tokens
+        if limit is None:
+            return token_ids
+        longest = max(1, self.max_model_len - (params.max_tokens or 1))
+        if limit > longest:
+            raise RequestError(
+                f"truncate_prompt_tokens={limit} is more than the {longest} tokens that fit before the answer; "
+                "lower it, or give -1",
+                param="truncate_prompt_tokens",
+            )
+        return token_ids[-(longest if limit == -1 else limit) :]
 
     def _check_token_ids(self, token_ids: list[int]) -> None:
         if not token_ids:
@@ -219,9 +239,11 @@ class Processor:
             )
 
     def _check_params(self, params: SamplingParams) -> None:
-        for name in ("logprobs", "prompt_logprobs"):
-            self._check_logprobs(name, getattr(params, name))
+        if params.logprob_token_ids is None:
+            self._check_logprobs("logprobs", params.logprobs)
+        self._check_logprobs("prompt_logprobs", params.prompt_logprobs)
         self._check_in_vocabulary("stop_token_ids", params.stop_token_ids)
+        self._check_in_vocabulary("logprob_token_ids", params.logprob_token_ids)
         if params.allowed_token_ids is not None:
             if not params.allowed_token_ids:
                 raise RequestError(
@@ -231,6 +253,17 @@ class Processor:
         if params.logit_bias:
             self._check_in_vocabulary("logit_bias", params.logit_bias)
             self._check_biases(params.logit_bias)
+        for custom in self._logits_processors:
+            try:
+                custom.validate_params(params)
+            except RequestError:
+                raise
+            except Exception as error:  # the operator's own check says no in its own way
+                raise RequestError(f"{custom.__name__}: {error}", param="extra_args") from error
+        if params.bad_words and self.tokenizer is None:
+            raise RequestError(
+                "bad_words need a tokenizer; use logit_bias, or drop --skip-tokenizer-init", param="bad_words"
+            )
         if params.stop and self.tokenizer is None:
             raise RequestError(
                 "stop strings need a tokenizer; use stop_token_ids, or drop --skip-tokenizer-init",
@@ -277,10 +310,66 @@ class Processor:
             changes["stop_token_ids"] = [*params.stop_token_ids, *self.extra_stop_token_ids]
         if self.tokenizer is None:
             changes["detokenize"] = False
+        changes["bad_words_token_ids"] = self._bad_words(params.bad_words)
         return params.clone(**changes)
+
+    def _bad_words(self, words: list[str]) -> list[list[int]]:
+        """Token ids of each word at the start of a text, and within one, where a space before it makes another
+        first token but no further ones (vLLM's rule).
+
+        Raises:
+            RequestError: a word has a token that the model does not, or they have too many tokens.
+        """
+        found: list[list[int]] = []
+        for word in words:
+            alone = self.tokenizer.encode(word.lstrip(), add_special_tokens=False)
+            spaced = self.tokenizer.encode(" " + word.lstrip(), add_special_tokens=False)
+            found.append(alone)
+            if len(spaced) == len(alone) and spaced[:1] != alone[:1]:
+                found.append(spaced)
+        found = [ids for ids in found if ids]
+        for ids in found:
+            self._check_in_vocabulary("bad_words", ids)
+        num_tokens = sum(map(len, found))
+        if num_tokens > _MAX_BAD_WORDS_TOKENS:
+            raise RequestError(
+                f"bad_words are {num_tokens} tokens; at most {_MAX_BAD_WORDS_TOKENS} fit", param="bad_words"
+            )
+        return found
 
     def _seed_of(self, params: SamplingParams) -> int:
         """0 … 2**64 - 1: the request's own, a negative one in two's complement, or the next of ours."""
         if params.seed is None:
             return child_seed(self._seed, next(self._num_seeded))
         return params.seed & _MASK_64
+
+    # Resends
+
+    def check_resend(self, request: EngineCoreRequest, params: SamplingParams) -> EngineCoreRequest:
+        """A request made before, by this front end or another: it keeps its id, seed and prior output.
+
+        Raises:
+            RequestError: it does not fit this model, or `params` are not its own.
+        """
+        if params != request.sampling_params:
+            raise RequestError(
+                "sampling_params differ from those the request carries; pass request.sampling_params",
+                param="sampling_params",
+            )
+        if params.n > 1 and request.prior_output_token_ids:
+            raise RequestError(
+                f"n={params.n} answers have each a prior output of their own; resend each as a request with n=1",
+                param="n",
+            )
+        prompt, prior = request.prompt_token_ids, request.prior_output_token_ids
+        self._check_token_ids(prompt)
+        if prior:
+            self._check_token_ids(prior)
+        if len(prompt) >= self.max_model_len or len(prompt) + len(prior) > self.max_model_len:
+            raise RequestError(
+                f"prompt and prior output have {len(prompt)} and {len(prior)} tokens, and the model's context is "
+                f"{self.max_model_len}; raise --max-model-len to what it was",
+                param="prompt",
+            )
+        self._check_params(params)
+        return request

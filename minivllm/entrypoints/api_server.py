@@ -42,8 +42,8 @@ from minivllm.utils.text import nearest
 logger = init_logger(__name__)
 router = APIRouter(dependencies=[Depends(require_json)])
 
-# Of SamplingParams' fields: how outputs follow each other is the server's business.
-_FIELDS = frozenset(SamplingParams.__struct_fields__) - {"output_kind"}
+# Of SamplingParams' fields: how outputs follow each other is the server's business, and one is the engine's own.
+_FIELDS = frozenset(SamplingParams.__struct_fields__) - {"output_kind", "bad_words_token_ids"}
 
 
 def make_arg_parser() -> FlexibleArgumentParser:
@@ -104,6 +104,7 @@ async def generate(raw_request: Request, body: bytes = Depends(_read_body)) -> R
     """Answer one prompt, whole or line by line."""
     state = raw_request.app.state
     prompt, stream, params = parse_body(body)
+    state.engine.check_admission(params.n)
     outputs = state.engine.generate(prompt, params, uuid.uuid4().hex)
     if stream:
         return await LineStream(outputs, state.lifecycle).start()

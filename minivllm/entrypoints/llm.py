@@ -18,13 +18,14 @@ from typing import Any
 from tqdm import tqdm
 
 from minivllm.engine.arg_utils import EngineArgs
+from minivllm.engine.beam_search import Beam, BeamSearch
 from minivllm.engine.llm_engine import LLMEngine
 from minivllm.engine.processor import Prompt, parse_prompt
 from minivllm.entrypoints.chat_utils import is_conversation, parse_messages
 from minivllm.exceptions import RequestError
 from minivllm.logger import configure, init_logger
-from minivllm.outputs import RequestOutput
-from minivllm.sampling_params import RequestOutputKind, SamplingParams
+from minivllm.outputs import BeamSearchOutput, BeamSearchSequence, RequestOutput
+from minivllm.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
 from minivllm.tokenizer.tokenizer import Tokenizer
 
 logger = init_logger(__name__)
@@ -80,6 +81,7 @@ class LLM:
 
         prompts: a text, token ids, a dict (see TextPrompt, TokensPrompt), or a list of any of these.
         sampling_params: one for all, one for each, or None for the model's defaults.
+        priority: one for each prompt, lower first; read under scheduling_policy="priority" only.
 
         One call at a time runs; calls of other threads wait for their turn.
         A request that fails inside the engine comes back with finish_reason "error" and `error` set; the others go on.
@@ -121,6 +123,7 @@ class LLM:
         continue_final_message: bool = False,
         tools: list[dict[str, Any]] | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
+        priority: Sequence[int] | None = None,
     ) -> list[RequestOutput]:
         """Answer one conversation, or each of several; the rest is as in `generate`."""
         tokenizer = self._tokenizer()
@@ -136,7 +139,58 @@ class LLM:
         for conversation in conversations:
             text = tokenizer.render_chat_template(parse_messages(conversation), **options)
             prompts.append({"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)})
-        return self.generate(prompts, sampling_params, use_tqdm)
+        return self.generate(prompts, sampling_params, use_tqdm, priority=priority)
+
+    def beam_search(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: BeamSearchParams,
+        use_tqdm: bool = False,
+        *,
+        concurrency_limit: int | None = None,
+    ) -> list[BeamSearchOutput]:
+        """The `beam_width` likeliest answers to each prompt, best first; outputs come in the prompts' order.
+
+        concurrency_limit: prompts searched at once; None: all.
+
+        Raises:
+            RequestError: some prompt or parameter is wrong; none has been run.
+            EngineGenerateError: a request failed inside the engine; EngineDeadError: the engine is gone.
+        """
+        prompts = _as_list(prompts)
+        if concurrency_limit is not None and concurrency_limit < 1:
+            raise RequestError(f"concurrency_limit must be at least 1, got {concurrency_limit}")
+        checked = [self._check(prompt, SamplingParams(), 0, index) for index, prompt in enumerate(prompts)]
+        searches = [BeamSearch(each["prompt_token_ids"], params, self.llm_engine.processor) for each in checked]
+        extras = [{k: v for k, v in each.items() if k == "cache_salt"} for each in checked]
+        at_once = concurrency_limit or len(searches) or 1
+        with tqdm(total=len(searches), desc="Beam search", disable=not use_tqdm) as bar:
+            for begin in range(0, len(searches), at_once):
+                self._search(searches[begin : begin + at_once], extras[begin : begin + at_once])
+                bar.update(len(searches[begin : begin + at_once]))
+        return [BeamSearchOutput([self._sequence(search, beam) for beam in search.best()]) for search in searches]
+
+    def _search(self, searches: list[BeamSearch], extras: list[dict[str, str]]) -> None:
+        """Take all searches to their ends, a step of each at a time."""
+        while going := [(search, extra) for search, extra in zip(searches, extras) if not search.finished]:
+            asked = [[{"prompt_token_ids": ids} | extra for ids in search.prompts()] for search, extra in going]
+            flat = [prompt for prompts in asked for prompt in prompts]
+            outputs = iter(self.generate(flat, going[0][0].step_params, use_tqdm=False))
+            for (search, _), prompts in zip(going, asked):
+                search.advance(list(itertools.islice(outputs, len(prompts))))
+
+    def _sequence(self, search: BeamSearch, beam: Beam) -> BeamSearchSequence:
+        tokens = search.prompt_token_ids + beam.token_ids
+        tokenizer = self.llm_engine.tokenizer
+        hides_special = search.params.skip_special_tokens
+        return BeamSearchSequence(
+            tokens=tokens,
+            logprobs=beam.logprobs,
+            cum_logprob=beam.cum_logprob,
+            text=None if tokenizer is None else tokenizer.decode(tokens, skip_special_tokens=hides_special),
+            finish_reason="stop" if beam.stopped else "length",
+            stop_reason=beam.token_ids[-1] if beam.stopped else None,
+        )
 
     def get_tokenizer(self) -> Any:
         """The tokenizer as transformers has it: a copy, so that its settings cannot change the engine's."""

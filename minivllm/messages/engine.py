@@ -39,6 +39,7 @@ class FinishReason(IntEnum):
     LENGTH = 1
     ABORT = 2
     ERROR = 3
+    REPETITION = 4
 
     def __str__(self) -> str:
         return self.name.lower()
@@ -79,7 +80,7 @@ class EngineCoreOutput(msgspec.Struct, array_like=True, omit_defaults=True, gc=F
     new_logprobs: LogprobsLists | None = None
     new_prompt_logprobs: LogprobsLists | None = None  # rows for prompt positions 1, 2, … in order, chunk by chunk
     finish_reason: FinishReason | None = None
-    stop_reason: int | None = None  # the stop token, when one of stop_token_ids ended it
+    stop_reason: int | str | None = None  # the stop token, when one of stop_token_ids ended it; or what else did
     error: str | None = None  # with FinishReason.ERROR
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache; set on the first output
     scheduled_time: float | None = None  # core's monotonic clock, first time in a step; set on the first output

@@ -51,3 +51,4 @@ class IterationStats(msgspec.Struct):
     time_to_first_tokens_s: list[float] = []
     inter_token_latencies_s: list[float] = []
     finished_requests: list[FinishedRequestStats] = []
+    rejected_by: list[str] = []  # the limit each request ran into that was answered with 503

@@ -190,6 +190,14 @@ class PrometheusStatLogger:
         )  # fmt: skip
         self._computed_here = sources.labels(**self._labels, source="local_compute")
         self._found_here = sources.labels(**self._labels, source="local_cache_hit")
+        rejections = Counter(
+            "vllm:admission_rejections", "Requests answered with 503, by limit.", (*LABELS, "reason"),
+            registry=self._registry,
+        )  # fmt: skip
+        self._rejections = {
+            reason: rejections.labels(**self._labels, reason=reason)
+            for reason in ("max_num_queued_reqs", "max_num_queued_tokens")
+        }
         success = Counter(
             "vllm:request_success",
             "Requests ended, by reason.",
@@ -273,6 +281,8 @@ class PrometheusStatLogger:
         for seconds in iteration.time_to_first_tokens_s:
             self._ttft.observe(seconds)
         self._itl.observe_all(iteration.inter_token_latencies_s)
+        for reason in iteration.rejected_by:
+            self._rejections[reason].inc()
         for finished in iteration.finished_requests:
             self._record_finished(finished)
 

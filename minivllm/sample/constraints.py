@@ -24,6 +24,35 @@ class AllowedTokens(LogitsStep[torch.Tensor]):
         logits[user] = kept
 
 
+class _Words(NamedTuple):
+    single: torch.Tensor  # words of one token
+    longer: list[tuple[list[int], int]]  # all tokens of a word but the last, and the last
+    longest: int
+
+
+class BadWords(LogitsStep[_Words]):
+    """`bad_words`: the last token of a word cannot follow the others, where they end the output."""
+
+    def user(self, params: SamplingParams, eos_token_ids: list[int]) -> _Words | None:
+        words = params.bad_words_token_ids
+        if not words:
+            return None
+        longer = [(word[:-1], word[-1]) for word in words if len(word) > 1]
+        single = self._token_tensor([word[0] for word in words if len(word) == 1])
+        return _Words(single, longer, max(map(len, words)))
+
+    def apply_one(self, logits: torch.Tensor, user: _Words, i: int, batch: SampleBatch) -> None:
+        logits[user.single] = _MASKED
+        if not user.longer:
+            return
+        end = batch.num_tokens[i]
+        begin = max(batch.num_prompt_tokens[i], end - user.longest)
+        tail = batch.token_ids[batch.rows[i], begin:end].tolist()
+        masked = [last for before, last in user.longer if tail[-len(before) :] == before]
+        if masked:
+            logits[masked] = _MASKED
+
+
 class _EndsLater(NamedTuple):
     min_tokens: int
     end_ids: torch.Tensor

@@ -24,6 +24,20 @@ def gather_logprobs(values: torch.Tensor, token_ids: torch.Tensor, num_logprobs:
     )
 
 
+def logprobs_of_tokens(values: torch.Tensor, token_ids: torch.Tensor, asked: list[int]) -> LogprobsLists:
+    """As `gather_logprobs`, with the tokens that were asked for in place of the most likely.
+
+    values: [M, vocab_size] float32; token_ids: [M] int64.
+    """
+    own = values.gather(1, token_ids.unsqueeze(1))
+    others = values[:, torch.tensor(asked, dtype=torch.int64)]
+    return LogprobsLists(
+        token_ids=[[token, *asked] for token in token_ids.tolist()],
+        logprobs=torch.cat([own, others], 1).tolist(),
+        ranks=(values >= own).sum(1).tolist(),
+    )
+
+
 def concatenate(parts: list[LogprobsLists]) -> LogprobsLists:
     """The rows of all parts, in order."""
     return LogprobsLists(

@@ -15,14 +15,15 @@ from minivllm.messages.engine import LogprobsLists
 from minivllm.ops.log_softmax import log_softmax
 from minivllm.ops.op import OpSpec
 from minivllm.ops.sampling import gumbel_argmax, nonfinite_rows, top_k_top_p_min_p
-from minivllm.sample.constraints import AllowedTokens, LogitBias, MinTokens
-from minivllm.sample.logprobs import gather_logprobs
+from minivllm.sample.constraints import AllowedTokens, BadWords, LogitBias, MinTokens
+from minivllm.sample.custom import CustomProcessors
+from minivllm.sample.logprobs import gather_logprobs, logprobs_of_tokens
 from minivllm.sample.penalties import Penalties
 from minivllm.sample.step import LogitsStep, SampleBatch
 from minivllm.sampling_params import SamplingParams
 
 NONFINITE = "the model gave logits that are not finite numbers; the request cannot go on"
-NOTHING_ALLOWED = "allowed_token_ids, min_tokens and logit_bias leave no token that could be chosen"
+NOTHING_ALLOWED = "what the request allows and forbids (or a logits processor) leaves no token that could be chosen"
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,14 @@ class SamplerOutput:
 
 
 class Sampler:
-    def __init__(self, vocab_size: int, logprobs_mode: str = "raw_logprobs", *, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        vocab_size: int,
+        logprobs_mode: str = "raw_logprobs",
+        *,
+        device: str = "cpu",
+        custom: CustomProcessors | None = None,
+    ) -> None:
         spec = OpSpec(device, torch.float32, {"vocab_size": vocab_size})
         self._log_softmax = log_softmax.select(spec)
         self._nonfinite_rows = nonfinite_rows.select(spec)
@@ -43,13 +51,17 @@ class Sampler:
         self._choose = gumbel_argmax.select(spec)
         self._is_raw, self._is_logprobs = logprobs_mode.startswith("raw"), logprobs_mode.endswith("logprobs")
         # The order is vLLM's.
-        self._steps: list[LogitsStep] = [
+        self._before_custom: list[LogitsStep] = [
             AllowedTokens(vocab_size),
+            BadWords(vocab_size),
             MinTokens(vocab_size),
             LogitBias(vocab_size),
-            Penalties(vocab_size),
         ]
+        self._custom = custom
+        self._after_custom: list[LogitsStep] = [Penalties(vocab_size)]
+        self._steps = [*self._before_custom, *([custom] if custom is not None else []), *self._after_custom]
         self._num_logprobs: dict[int, int] = {}  # by table row
+        self._logprob_token_ids: dict[int, list[int]] = {}  # by table row
         self._columns = _Columns()
 
     # Requests ----------------------------------------------------------------
@@ -60,11 +72,14 @@ class Sampler:
         self._columns.set(row, params, seed)
         if params.logprobs is not None:
             self._num_logprobs[row] = params.logprobs
+        if params.logprob_token_ids is not None:
+            self._logprob_token_ids[row] = params.logprob_token_ids
         for step in self._steps:
             step.add_request(row, params, eos_token_ids)
 
     def remove_request(self, row: int) -> None:
         self._num_logprobs.pop(row, None)
+        self._logprob_token_ids.pop(row, None)
         for step in self._steps:
             step.remove_request(row)
 
@@ -75,9 +90,12 @@ class Sampler:
         failed = dict.fromkeys(self._nonfinite_rows(logits), NONFINITE)
         asking = self._asking(batch)
         values = self._reported(logits, asking) if self._is_raw else None
-        if any([step.apply(logits, batch) for step in self._steps]):
+        changed, why = self._constrain(logits, batch)
+        if changed:
             failed = dict.fromkeys(self._nonfinite_rows(logits), NOTHING_ALLOWED) | failed
-        noise = self._warp(logits, batch)
+        noise, why_warped = self._warp(logits, batch)
+        if why or why_warped:
+            failed = dict.fromkeys(range(len(logits)), why or why_warped) | failed
         token_ids = self._choose(logits, *noise)
         if not self._is_raw:
             values = self._reported(logits, asking)
@@ -91,10 +109,17 @@ class Sampler:
         """The rows of `logits` that no token can be drawn from."""
         return self._nonfinite_rows(logits)
 
+    def _constrain(self, logits: torch.Tensor, batch: SampleBatch) -> tuple[bool, str | None]:
+        """Every change before the temperature, in place; whether there was one, and why the batch cannot go on."""
+        changed = any([step.apply(logits, batch) for step in self._before_custom])
+        why = self._custom.apply(logits, batch) if self._custom is not None else None
+        changed |= any([step.apply(logits, batch) for step in self._after_custom])
+        return changed or self._custom is not None, why
+
     def _warp(
         self, logits: torch.Tensor, batch: SampleBatch
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Divide by temperature and truncate, in place; what is left for the noise to know.
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], str | None]:
+        """Divide by temperature and truncate, in place; what is left for the noise to know, and as `_constrain`.
 
         The division is done here, so that a row's bits are the same beside rows that truncate and beside
         none; dividing by 1 changes nothing.
@@ -103,9 +128,10 @@ class Sampler:
         is_sampled = columns.temperature > 0
         if is_sampled.any():
             logits.div_(torch.where(is_sampled, columns.temperature, 1.0).unsqueeze(1))
+        why = self._custom.apply_invariant(logits, is_sampled) if self._custom is not None else None
         if columns.truncates:
             self._truncate(logits, columns.top_k, columns.top_p, columns.min_p)
-        return is_sampled.float(), columns.seeds, torch.from_numpy(batch.num_tokens)
+        return (is_sampled.float(), columns.seeds, torch.from_numpy(batch.num_tokens)), why
 
     # Logprobs ----------------------------------------------------------------
 
@@ -128,8 +154,11 @@ class Sampler:
         """Gathered request by request: how ties fall must not depend on what a neighbour asked for."""
         found = {}
         for at, i in enumerate(asking):
-            wanted = self._num_logprobs[int(batch.rows[i])]
-            found[i] = gather_logprobs(values[at : at + 1], token_ids[i : i + 1], wanted)
+            row, own = int(batch.rows[i]), token_ids[i : i + 1]
+            if row in self._logprob_token_ids:
+                found[i] = logprobs_of_tokens(values[at : at + 1], own, self._logprob_token_ids[row])
+            else:
+                found[i] = gather_logprobs(values[at : at + 1], own, self._num_logprobs[row])
         return found
 
 

@@ -182,6 +182,13 @@ class Tokenizer:
         return frozenset(id for id, token in self._rust.get_added_tokens_decoder().items() if token.special)
 
     @cached_property
+    def added_ids(self) -> frozenset[int]:
+        """Special tokens and others that were added to the vocabulary whole."""
+        if self._rust is None:
+            return frozenset(self.hf.get_added_vocab().values())
+        return frozenset(self._rust.get_added_tokens_decoder())
+
+    @cached_property
     def strips_leading_space(self) -> bool:
         """Whether a text that starts with a space loses it: SentencePiece put it there when it encoded."""
         return self.kind == "sentencepiece" and _strips_leading_space(self._rust)

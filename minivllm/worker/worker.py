@@ -16,12 +16,14 @@ from minivllm.config.engine import EngineConfig
 from minivllm.config.scheduler import step_limits
 from minivllm.exceptions import ConfigError
 from minivllm.logger import init_logger
+from minivllm.logits_processors import load_logits_processors
 from minivllm.messages.kv_cache import KVCacheSpec
 from minivllm.messages.worker import ModelRunnerOutput, SchedulerOutput, WorkerReady
 from minivllm.models import loader
 from minivllm.models.decoder import DecoderForCausalLM
 from minivllm.models.registry import load_class
 from minivllm.platforms.platform import detect
+from minivllm.sample.custom import CustomProcessors
 from minivllm.sample.sampler import Sampler
 from minivllm.worker import memory
 from minivllm.worker.model_runner import ModelRunner
@@ -56,6 +58,7 @@ class Worker:
         config, platform = self.config, self.platform
         platform.prepare()
         on_progress("checking the model")
+        custom = self._custom_processors()
         dtype = resolve_dtype(config.model.dtype, config.hf_config.dtype)
         if dtype not in platform.supported_dtypes:
             raise ConfigError(f"--dtype {name_of(dtype)} is not served on {platform.name}")
@@ -81,7 +84,7 @@ class Worker:
             model,
             backend,
             kv_caches,
-            Sampler(config.hf_config.vocab_size, config.model.logprobs_mode, device=platform.device),
+            Sampler(config.hf_config.vocab_size, config.model.logprobs_mode, device=platform.device, custom=custom),
             max_model_len=size.max_model_len,
             max_num_batched_tokens=max_num_batched_tokens,
             max_num_seqs=max_num_seqs,
@@ -130,6 +133,16 @@ class Worker:
                 device=self.platform.device,
             )
         )
+
+    def _custom_processors(self) -> CustomProcessors | None:
+        classes = load_logits_processors(self.config.model.logits_processors)
+        if not classes:
+            return None
+        device = torch.device(self.platform.device)
+        try:
+            return CustomProcessors(lambda: [each(self.config, device, False) for each in classes])
+        except Exception as error:  # a constructor of the operator's
+            raise ConfigError(f"logits_processors: {type(error).__name__}: {error}") from error
 
     def _build_model(self, backend: AttentionBackend, max_model_len: int) -> DecoderForCausalLM:
         """The model without its weights: pages that nobody has touched."""

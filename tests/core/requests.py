@@ -21,6 +21,8 @@ def make_request(
     prior: tuple[int, ...] = (),
     client_index: int = 0,
     cache_salt: str | None = None,
+    priority: int = 0,
+    arrival_time: float = 0.0,
     **params: Any,
 ) -> EngineCoreRequest:
     """A request; `prompt` is its tokens or their number (then 10, 11, …, the same for every request)."""
@@ -33,6 +35,8 @@ def make_request(
         prior_output_token_ids=list(prior),
         client_index=client_index,
         cache_salt=cache_salt,
+        priority=priority,
+        arrival_time=arrival_time,
     )
 
 

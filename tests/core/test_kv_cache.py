@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from array import array
+from hashlib import sha256
+
 import pytest
 
 from minivllm.core.block_pool import BlockPool
 from minivllm.core.kv_cache_manager import KVCacheManager
 from minivllm.core.kv_cache_utils import (
-    ROOT_HASH,
+    BLOCK_HASHES,
     FreeKVCacheBlockQueue,
     KVCacheBlock,
     hash_block,
     make_block_hasher,
+    root_hash,
 )
 from minivllm.core.request import Request
 from tests.core.requests import make_request
@@ -41,8 +45,27 @@ def test_a_block_hash_names_the_whole_prefix():
 
 
 def test_the_chain_is_sha256_over_parent_and_tokens():
-    first = hash_block(ROOT_HASH, [1, 2, 3, 4])
+    first = hash_block(root_hash(), [1, 2, 3, 4])
     assert hashes([1, 2, 3, 4, 5, 6, 7, 8]) == [first, hash_block(first, [5, 6, 7, 8])]
+    assert first == sha256(root_hash() + array("I", [1, 2, 3, 4]).tobytes()).digest()
+
+
+@pytest.mark.parametrize("algorithm", BLOCK_HASHES)
+def test_every_algorithm_separates_what_must_be_separate(algorithm: str):
+    def chain(prompt: list[int], secret: bytes = b"s", **fields) -> list[bytes]:
+        hasher = make_block_hasher(BLOCK, algorithm, secret)
+        return Request.from_message(make_request(prompt=prompt, **fields), hasher).block_hashes
+
+    prompt = list(range(8))
+    chains = [
+        chain(prompt),
+        chain([9, *prompt[1:]]),
+        chain(prompt, cache_salt="x"),
+        chain(prompt, secret=b"another engine's"),
+    ]
+    assert len({block_hash for each in chains for block_hash in each}) == 8
+    assert chain(prompt) == chains[0]
+    assert chain([*prompt, 1, 2, 3, 4])[:2] == chains[0]
 
 
 def test_a_cache_salt_changes_every_hash_of_the_chain():
@@ -195,7 +218,7 @@ def test_a_block_is_found_only_after_its_last_token_is_confirmed():
     writer, reader = (
         Request.from_message(make_request(name, prompt=9), make_block_hasher(BLOCK)) for name in "ab"
     )
-    manager.admit(writer, [])
+    manager.admit(writer, [], writer.num_tokens)
     assert manager.find_cached_prefix(reader) == []
     computed(manager, writer, 7)
     assert len(manager.find_cached_prefix(reader)) == 1
@@ -207,7 +230,7 @@ def test_a_hit_leaves_at_least_the_last_token_to_compute():
     manager = KVCacheManager(16, BLOCK)
     hasher = make_block_hasher(BLOCK)
     writer = Request.from_message(make_request("a", prompt=8), hasher)
-    manager.admit(writer, [])
+    manager.admit(writer, [], writer.num_tokens)
     computed(manager, writer, 8)
     assert len(manager.find_cached_prefix(Request.from_message(make_request("b", prompt=8), hasher))) == 1
     assert len(manager.find_cached_prefix(Request.from_message(make_request("c", prompt=9), hasher))) == 2
@@ -217,21 +240,21 @@ def test_blocks_lacking_counts_found_blocks_that_must_leave_the_free_list():
     manager = KVCacheManager(4, BLOCK)
     hasher = make_block_hasher(BLOCK)
     first = Request.from_message(make_request("a", prompt=9), hasher)
-    manager.admit(first, [])
+    manager.admit(first, [], first.num_tokens)
     computed(manager, first, 9)
     manager.free(first)
     again = Request.from_message(make_request("b", prompt=16), hasher)
     prefix = manager.find_cached_prefix(again)
     assert len(prefix) == 2
-    assert manager.num_blocks_lacking(again, prefix) == 0  # 2 found and free, 2 new: all 4
+    assert manager.num_blocks_lacking(again.num_tokens, prefix) == 0  # 2 found and free, 2 new: all 4
     manager.pool.allocate(1)
-    assert manager.num_blocks_lacking(again, prefix) == 1
+    assert manager.num_blocks_lacking(again.num_tokens, prefix) == 1
 
 
 def test_extend_gives_nothing_within_a_block_and_none_when_the_pool_is_empty():
     manager = KVCacheManager(2, BLOCK)
     request = Request.from_message(make_request("a", prompt=3))
-    manager.admit(request, [])
+    manager.admit(request, [], request.num_tokens)
     assert manager.extend(request, 4) == []
     assert manager.extend(request, 5) == [1]
     assert manager.extend(request, 9) is None

@@ -562,13 +562,6 @@ def test_a_request_that_cannot_be_served_is_refused_by_name(fields, param):
     assert list(scheduler.requests) == ["taken"]
 
 
-def test_a_priority_is_refused_rather_than_ignored():
-    request = make_request()
-    request.priority = 1
-    with pytest.raises(RequestError, match="priority=1"):
-        make_scheduler().add_request(request)
-
-
 def test_the_longest_prompt_that_leaves_room_is_served():
     assert len(drive(make_scheduler(), [make_request(prompt=63, max_tokens=None)])["a"].token_ids) == 1
 

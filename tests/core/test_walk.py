@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 
 from minivllm.messages.engine import EngineCoreRequest, FinishReason
+from minivllm.messages.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
 from tests.core.requests import make_request, make_scheduler
 from tests.fakes import Answer, Driver, answer_alone
 
@@ -27,14 +29,32 @@ SHAPES = {
 }
 
 
+def drawn_rules(pick: random.Random, max_num_seqs: int) -> dict[str, Any]:
+    """A policy and flags; none of them may change an answer."""
+    return {
+        "policy": pick.choice(["fcfs", "priority"]),
+        "max_num_active_seqs": pick.choice([None, pick.randint(1, max_num_seqs)]),
+        "long_prefill_token_threshold": pick.choice([0, 0, 1, 5, 11]),
+        "watermark": pick.choice([0.0, 0.1, 0.4]),
+        "reserve_full_isl": pick.random() < 0.5,
+        "prefix_caching_hash_algo": pick.choice(["sha256", "xxhash"]),
+        "prompt_share": pick.choice([0.5, 0.5, 0.2, 1.0]),
+    }
+
+
 class Walk:
-    """One random walk. What was asked is kept beside the driver, to compare the answers with."""
+    """One random walk. What was asked is kept beside the driver, to compare the answers with.
+
+    Seed 0 walks by the default rules, any other by rules drawn at random.
+    """
 
     def __init__(self, shape: str, seed: int) -> None:
         self.random = random.Random(f"{shape} {seed}")
         sizes = {"max_model_len": 40, "max_num_seqs": 6, **SHAPES[shape]}
+        self.rules = drawn_rules(self.random, sizes["max_num_seqs"]) if seed else {}
         self.max_model_len = sizes["max_model_len"]
-        self.driver = Driver(make_scheduler(**sizes), vocab_size=VOCAB)
+        self.driver = Driver(make_scheduler(**sizes, **self.rules, record_kv_events=True), vocab_size=VOCAB)
+        self.told: set[bytes] = set()  # which blocks can be found, by the events alone
         self.asked: dict[str, EngineCoreRequest] = {}
         self.num_checked = 0
         self.stems = [self._tokens(24) for _ in range(3)]
@@ -64,6 +84,8 @@ class Walk:
         )
         if request.sampling_params.max_tokens != 1:
             request.sampling_params.min_tokens = pick.choice([0, 0, 2])
+        request.priority = pick.choice([0, 0, -3, 1, 2])
+        request.arrival_time = pick.random()
         if pick.random() < 0.2:
             self._make_it_a_resend(request)
         self.asked[request.request_id] = request
@@ -90,6 +112,23 @@ class Walk:
         self._check_ended()
         if self.random.random() < 0.01:
             self.driver.scheduler.reset_prefix_cache()
+        self._listen()
+
+    def _listen(self) -> None:
+        """Who follows the events knows the cache's index."""
+        for event in self.driver.scheduler.take_kv_events():
+            match event:
+                case BlockStored():
+                    assert not self.told & set(event.block_hashes)
+                    assert len(event.token_ids) == len(event.block_hashes) * event.block_size
+                    self.told.update(event.block_hashes)
+                case BlockRemoved():
+                    assert self.told >= set(event.block_hashes)
+                    self.told.difference_update(event.block_hashes)
+                case AllBlocksCleared():
+                    self.told.clear()
+        pool = self.driver.scheduler.kv_cache.pool
+        assert self.told == {block.block_hash for block in pool.blocks if block.block_hash is not None}
 
     def _fail(self, request_id: str) -> None:
         """Make its next step fail, should it still be alive then."""
@@ -119,6 +158,16 @@ class Walk:
             columns = ("token_ids", "logprobs")  # nothing was left to compute, the prompt included
         for column in (*columns, "finish_reason", "stop_reason"):
             assert getattr(answer, column) == getattr(alone, column), (request, column)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("seed", range(1, 5))
+def test_no_policy_and_no_flag_changes_an_answer(shape: str, seed: int, walk_steps: int):
+    walk = Walk(shape, seed)
+    for _ in range(walk_steps // 4):
+        walk.step()
+        assert len(walk.driver.scheduler.running) <= (walk.rules["max_num_active_seqs"] or 8)
+    walk.finish()
 
 
 @pytest.mark.parametrize("shape", SHAPES)

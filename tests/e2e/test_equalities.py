@@ -6,6 +6,7 @@ import asyncio
 import random
 from pathlib import Path
 
+import httpx
 import pytest
 from openai import AsyncOpenAI
 
@@ -26,7 +27,8 @@ def mixed_requests(count: int = NUM_STREAMS) -> list[dict]:
             request |= {"temperature": 0.8, "seed": i, "top_p": 0.9, "frequency_penalty": 0.5}
         else:
             request |= {"temperature": 0}
-        requests.append(request | {"extra_body": {"ignore_eos": True, "return_token_ids": True}})
+        extra = {"ignore_eos": True, "return_token_ids": True, "priority": draw.randrange(-3, 3)}
+        requests.append(request | {"extra_body": extra})
     return requests
 
 
@@ -54,10 +56,20 @@ TIGHT = ["--served-model-name", "tiny", "--max-model-len", "512"]
 TIGHT += ["--block-size", "32", "--num-gpu-blocks-override", "96"]
 
 
-@pytest.mark.parametrize("backend", ["uni", "ray"])
+# Every rule of the scheduler at once: small steps, shared by long prompts, in the order of priorities.
+RULES = ["--scheduling-policy", "priority", "--no-scheduler-reserve-full-isl", "--watermark", "0.1"]
+RULES += ["--max-num-batched-tokens", "96", "--max-num-seqs", "40", "--max-num-active-seqs", "30"]
+RULES += ["--long-prefill-token-threshold", "50", "--prefix-caching-hash-algo", "xxhash"]
+
+
+@pytest.mark.parametrize(
+    "args",
+    [["--distributed-executor-backend", "uni"], ["--distributed-executor-backend", "ray"], RULES],
+    ids=["uni", "ray", "rules"],
+)
 @pytest.mark.timeout(300)
-def test_64_concurrent_streams_each_equal_the_same_request_alone(tiny_model: Path, tmp_path: Path, backend: str):
-    with serving(tiny_model, *TIGHT, "--distributed-executor-backend", backend, run_dir=tmp_path) as server:
+def test_64_concurrent_streams_each_equal_the_same_request_alone(tiny_model: Path, tmp_path: Path, args: list[str]):
+    with serving(tiny_model, *TIGHT, *args, run_dir=tmp_path) as server:
         crowd, alone = asyncio.run(crowd_and_alone(server, "tiny"))
     assert crowd == alone
     assert [len(tokens) for tokens in crowd] == [request["max_tokens"] for request in mixed_requests()]
@@ -82,3 +94,19 @@ def test_llm_gives_the_tokens_of_the_server(server: Server, tiny_model: Path):
     finally:
         llm.shutdown()
     assert [output.outputs[0].token_ids for output in outputs] == asyncio.run(ask())
+
+
+def test_a_beam_search_of_the_server_is_that_of_llm_and_reuses_what_beams_share(server: Server, tiny_model: Path):
+    from minivllm import LLM, BeamSearchParams, SamplingParams
+
+    prompt = [7 + i % 90 for i in range(300)]
+    body = {"model": "tiny", "prompt": prompt, "max_tokens": 8, "n": 4, "use_beam_search": True, "ignore_eos": True}
+    answer = httpx.post(f"{server.url}/v1/completions", json=body | {"return_token_ids": True}, timeout=60).json()
+    with LLM(str(tiny_model), max_model_len=1024, kv_cache_memory_bytes=64 << 20) as llm:
+        (found,) = llm.beam_search(prompt, BeamSearchParams(beam_width=4, max_tokens=8, ignore_eos=True))
+        (again,) = llm.generate(found.sequences[0].tokens, SamplingParams(max_tokens=1), use_tqdm=False)
+    assert [choice["token_ids"] for choice in answer["choices"]] == [s.tokens[300:] for s in found.sequences]
+    assert again.num_cached_tokens == 256  # two blocks of 128
+    chat = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 3, "n": 2, "use_beam_search": True}
+    choices = httpx.post(f"{server.url}/v1/chat/completions", json=chat, timeout=60).json()["choices"]
+    assert [choice["index"] for choice in choices] == [0, 1]

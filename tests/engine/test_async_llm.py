@@ -6,15 +6,24 @@ import asyncio
 import os
 import signal
 import threading
+from dataclasses import replace
 
+import msgspec
 import psutil
 import pytest
 
+from minivllm.config.scheduler import SchedulerConfig
 from minivllm.engine.async_llm import AsyncLLM
 from minivllm.engine.core_client import SyncMPClient
 from minivllm.engine.front import submit
 from minivllm.engine.output_processor import RequestOutputCollector
-from minivllm.exceptions import EngineDeadError, EngineGenerateError, EngineStartError, RequestError
+from minivllm.exceptions import (
+    EngineDeadError,
+    EngineGenerateError,
+    EngineStartError,
+    QueueFullError,
+    RequestError,
+)
 from minivllm.messages.codec import encode
 from minivllm.messages.engine import EngineCoreRequest, FinishReason, RequestType
 from minivllm.sampling_params import RequestOutputKind, SamplingParams
@@ -27,12 +36,16 @@ pytestmark = pytest.mark.usefixtures("run_dir")
 
 
 def run(
-    scenario, executor: str = "tests.fakes:FakeExecutor", *, max_model_len: int = 256, stat_loggers=()
+    scenario,
+    executor: str = "tests.fakes:FakeExecutor",
+    *,
+    max_model_len: int = 256,
+    stat_loggers=(),
+    scheduler: SchedulerConfig | None = None,
 ) -> None:
     """Run `scenario(engine)` on a fresh loop with a fresh engine; both are gone afterwards."""
-    engine = AsyncLLM.from_engine_config(
-        make_config(executor, max_model_len=max_model_len), stat_loggers=stat_loggers
-    )
+    config = replace(make_config(executor, max_model_len=max_model_len), scheduler=scheduler or SchedulerConfig())
+    engine = AsyncLLM.from_engine_config(config, stat_loggers=stat_loggers)
     try:
         asyncio.run(asyncio.wait_for(scenario(engine), 60))
     finally:
@@ -187,6 +200,40 @@ def test_the_death_of_the_core_is_told_to_everyone_by_its_signal(how):
                 await call()
 
     run(scenario, max_model_len=LONG)
+
+
+def test_a_stream_cut_by_the_cores_death_goes_on_in_another_engine():
+    params = SamplingParams(**{**ENDLESS, "max_tokens": 1_500}, logprobs=0)
+    before, whole, after = [], [], []
+    requests = []
+
+    def rows(output) -> list[tuple]:
+        answer = output.outputs[0]
+        return [(token, row[token].logprob) for token, row in zip(answer.token_ids, answer.logprobs)]
+
+    async def dies(engine):
+        request, _ = engine.processor.process_inputs("a", [1, 2, 3], params)
+        requests.append(request)
+        with pytest.raises(EngineDeadError):
+            async for output in engine.generate(request, request.sampling_params, "a"):
+                before.extend(rows(output))
+                if not engine.errored:
+                    os.kill(engine.engine_core.core_pid, signal.SIGKILL)
+
+    async def goes_on(engine):
+        prior = [token for token, _ in before]
+        resent = msgspec.structs.replace(requests[0], prior_output_token_ids=prior)
+        async for output in engine.generate(resent, resent.sampling_params, "a"):
+            after.extend(rows(output))
+        assert output.outputs[0].finish_reason == "length"
+        again = msgspec.structs.replace(requests[0], request_id="again")
+        async for output in engine.generate(again, again.sampling_params, "b"):
+            whole.extend(rows(output))
+
+    run(dies, max_model_len=LONG)
+    run(goes_on, max_model_len=LONG)
+    assert 0 < len(before) < 1_500
+    assert before + after == whole
 
 
 def test_the_death_of_an_idle_core_is_known_without_a_request():
@@ -351,3 +398,69 @@ def test_a_start_that_fails_gives_one_line_and_an_exit_code(executor, message, e
 def test_a_crash_while_starting_names_the_phase():
     with pytest.raises(EngineStartError, match="loading weights"):
         AsyncLLM.from_engine_config(make_config("tests.engine.engines:CrashingStartExecutor"))
+
+
+def test_no_more_requests_are_admitted_than_may_be_queued():
+    class Rejections:
+        def __init__(self):
+            self.by = []
+
+        def record(self, scheduler_stats, iteration):
+            self.by += iteration.rejected_by
+
+    rejections = Rejections()
+
+    async def scenario(engine):
+        engine.check_admission(3)
+        with pytest.raises(QueueFullError, match="--max-num-queued-reqs allows 3"):
+            engine.check_admission(4)
+        stream = engine.generate([1, 2], SamplingParams(**ENDLESS, n=2), "a")
+        await anext(stream)
+        engine.check_admission(1)
+        with pytest.raises(QueueFullError, match="2 requests are open") as refused:
+            engine.check_admission(2)
+        assert refused.value.reason == "max_num_queued_reqs"
+        await stream.aclose()
+        engine.check_admission(3)
+        await collect(engine, max_tokens=3)
+        assert rejections.by == ["max_num_queued_reqs"] * 2
+
+    scheduler = SchedulerConfig(max_num_queued_reqs=3)
+    run(scenario, max_model_len=LONG, scheduler=scheduler, stat_loggers=[rejections])
+
+
+def test_nothing_is_admitted_while_too_many_prompt_tokens_wait():
+    async def scenario(engine):
+        engine.check_admission()
+        stream = engine.generate([1] * 60, SamplingParams(**ENDLESS), "a")
+        first = asyncio.ensure_future(anext(stream))
+        await asyncio.sleep(0)  # it is sent, and no answer can have come
+        with pytest.raises(QueueFullError, match="60 prompt tokens wait and --max-num-queued-tokens is 50"):
+            engine.check_admission()
+        await first
+        engine.check_admission()
+        await stream.aclose()
+
+    run(scenario, scheduler=SchedulerConfig(max_num_queued_tokens=50))
+
+
+def test_under_the_priority_policy_the_more_important_request_is_answered_first():
+    async def scenario(engine):
+        order = []
+
+        async def ask(name, priority):
+            params = SamplingParams(max_tokens=5, ignore_eos=True)
+            async for _ in engine.generate([1, 2, 3], params, name, priority=priority):
+                pass
+            order.append(name)
+
+        stream = engine.generate([1], SamplingParams(**ENDLESS), "holds the only place")
+        await anext(stream)
+        asked = [asyncio.ensure_future(ask(f"r{priority}", priority)) for priority in (2, 0, 1, -1)]
+        await asyncio.sleep(0)  # all are sent, in this order, before the place is free
+        await stream.aclose()
+        await asyncio.gather(*asked)
+        assert order == ["r-1", "r0", "r1", "r2"]
+
+    scheduler = SchedulerConfig(scheduling_policy="priority", max_num_active_seqs=1)
+    run(scenario, max_model_len=LONG, scheduler=scheduler)

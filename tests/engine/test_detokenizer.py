@@ -161,3 +161,14 @@ def test_without_detokenize_there_is_no_text():
     detokenizer = IncrementalDetokenizer(byte_level(), [], SamplingParams(detokenize=False))
     detokenizer.update([1, 2, 3], ended_by_stop_token=False, finished=True)
     assert (detokenizer.token_ids, detokenizer.text) == ([1, 2, 3], "")
+
+
+@pytest.mark.parametrize(
+    ("spaces", "text"), [(True, "the <|end|> <|end|> <tool call> fox"), (False, "the <|end|><|end|><tool call> fox")]
+)
+def test_spaces_between_special_tokens_are_left_out_on_demand(spaces, text):
+    tokenizer = word_pieces()
+    end, tool = tokenizer.eos_token_id, tokenizer.hf.convert_tokens_to_ids("<tool call>")
+    ids = [*tokenizer.encode("the"), end, end, tool, *tokenizer.encode("fox")]
+    options = {"skip_special_tokens": False, "spaces_between_special_tokens": spaces}
+    assert "".join(stream(tokenizer, ids, **options)[0]) == text

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 
+import msgspec
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from minivllm.engine.output_processor import OutputProcessor, RequestOutputCollector
 from minivllm.engine.parallel_sampling import ParentRequest
@@ -12,7 +15,7 @@ from minivllm.exceptions import EngineDeadError, EngineGenerateError
 from minivllm.messages.engine import EngineCoreOutput, EngineCoreRequest, FinishReason, LogprobsLists
 from minivllm.messages.stats import IterationStats
 from minivllm.sampling_params import RequestOutputKind, SamplingParams
-from tests.engine.tokenizers import byte_level
+from tests.engine.tokenizers import byte_level, sentencepiece, word_pieces
 
 CUMULATIVE, DELTA, FINAL_ONLY = RequestOutputKind
 
@@ -222,3 +225,68 @@ def test_times_and_tokens_are_counted():
     assert stats.num_generation_tokens == ended.num_generation_tokens == num_tokens
     assert (stats.time_to_first_tokens_s, stats.inter_token_latencies_s) == ([2.0], [1.0, 2.0])
     assert (ended.queue_s, ended.prefill_s, ended.decode_s, ended.e2e_latency_s) == (0.5, 1.5, 3.0, 5.0)
+
+
+# Resends -------------------------------------------------------------------------------------------------------
+
+
+def deltas_of(tokenizer, request: EngineCoreRequest, ids: list[int]) -> list[tuple]:
+    """What a fresh front end shows of a request whose core sends these tokens, one by one, up to its end."""
+    processor = OutputProcessor(tokenizer)
+    processor.add_request(request, external_id="a", prompt=None)
+    shown = []
+    for i, token in enumerate(ids or [None]):
+        ends = FinishReason.LENGTH if i >= len(ids) - 1 else None
+        output = EngineCoreOutput("a", [] if token is None else [token], finish_reason=ends)
+        for made in processor.process_outputs([output], 1.0).request_outputs:
+            answer = made.outputs[0]
+            shown.append((answer.text, answer.token_ids, answer.finish_reason, answer.stop_reason))
+    return shown
+
+
+@pytest.mark.parametrize("kind", [byte_level, sentencepiece, word_pieces])
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_a_fresh_front_end_goes_on_from_any_cut(kind, data):
+    tokenizer = kind()
+    # Few different tokens, those of divided characters among them: stop strings and characters come to be.
+    some = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), min_size=1, max_size=5))
+    if kind is byte_level:
+        some += tokenizer.encode("🙂é")
+    prompt, ids = (data.draw(st.lists(st.sampled_from(some), min_size=1, max_size=n)) for n in (4, 16))
+    text = tokenizer.decode(ids)
+    stops = data.draw(st.lists(st.sampled_from(text), max_size=2) if text else st.just([]))
+    if len(text) > 4:
+        at = data.draw(st.integers(0, len(text) - 4))
+        stops = [*stops[:1], text[at : at + 4]]
+    params = SamplingParams(
+        stop=stops,
+        include_stop_str_in_output=data.draw(st.booleans()),
+        skip_special_tokens=data.draw(st.booleans()),
+        min_tokens=data.draw(st.integers(0, 6)),
+        output_kind=DELTA,
+    )
+    request = EngineCoreRequest("a", prompt, params, seed=0)
+    whole = deltas_of(tokenizer, request, ids)
+    for cut in range(len(ids)):
+        rest = deltas_of(
+            tokenizer, msgspec.structs.replace(request, prior_output_token_ids=ids[:cut]), ids[cut:]
+        )
+        if cut < len(whole):
+            assert rest == whole[cut:]
+        else:  # a stop string stands in what had been sent: nothing is added to it
+            assert [(ids, *ends) for _, ids, *ends in rest] == [([], "stop", whole[-1][3])]
+
+
+def test_n_answers_go_on_each_from_its_own_place():
+    front = Front()
+    tokenizer = front.tokenizer
+    parent = ParentRequest(EngineCoreRequest("a", [1], SamplingParams(n=2), seed=0))
+    for i, (child, prior) in enumerate(zip(parent.child_requests(), ("one ", ""))):
+        child = msgspec.structs.replace(child, prior_output_token_ids=tokenizer.encode(prior))
+        front.processor.add_request(child, external_id="a", prompt=None, parent=parent, index=i)
+    front.feed("more", "0_a", finish_reason=FinishReason.LENGTH)
+    [output] = front.feed("two", "1_a", finish_reason=FinishReason.LENGTH)
+    assert [answer.text for answer in output.outputs] == ["one more", "two"]
+    assert output.outputs[0].token_ids == tokenizer.encode("one ") + tokenizer.encode("more")
+    assert output.finished

@@ -54,6 +54,9 @@ def process(prompt, processor_=None, **params):
         ([1], {"logit_bias": {VOCAB_SIZE: 1.0}}, "logit_bias"),
         ([1], {"logit_bias": {1: float("nan")}}, "logit_bias"),
         ([1], {"stop": ["x"]}, "stop"),
+        ([1], {"bad_words": ["x"]}, "bad_words"),
+        ([1], {"logprob_token_ids": [VOCAB_SIZE]}, "logprob_token_ids"),
+        ([1], {"truncate_prompt_tokens": 32}, "truncate_prompt_tokens"),
         ([1] * 30, {"min_tokens": 5, "max_tokens": 5}, "min_tokens"),
     ],
 )
@@ -106,6 +109,41 @@ def test_a_second_end_token_acts_as_a_stop_token_unless_eos_is_ignored():
     assert process([1], some, ignore_eos=True).sampling_params.stop_token_ids == []
 
 
+def text_processor(tokenizer) -> Processor:
+    config = make_config()
+    object.__setattr__(config.hf_config, "vocab_size", tokenizer.vocab_size)
+    return Processor(config, READY, tokenizer)
+
+
+def test_a_bad_word_is_forbidden_at_the_start_of_a_text_and_within_one():
+    tokenizer = byte_level()
+    engine = text_processor(tokenizer)
+    the, spaced = tokenizer.encode("the"), tokenizer.encode(" the")
+    assert len(the) == len(spaced) == 1 and the != spaced
+    ids = process([1], engine, bad_words=["the", " the"]).sampling_params.bad_words_token_ids
+    assert ids == [the, spaced, the, spaced]
+    # " " and "fox" are two tokens: the second form would forbid no more than the first.
+    longer = process([1], engine, bad_words="xyz").sampling_params.bad_words_token_ids
+    assert longer == [tokenizer.encode("xyz")]
+
+
+def test_bad_words_have_so_many_tokens_at_most():
+    with pytest.raises(RequestError, match="1024") as refused:
+        process([1], text_processor(byte_level()), bad_words=["x" * 20] * 100)
+    assert refused.value.param == "bad_words"
+
+
+def test_a_callers_own_bad_word_tokens_never_reach_the_core():
+    assert process([1], bad_words_token_ids=[[99999]]).sampling_params.bad_words_token_ids == []
+
+
+def test_truncation_keeps_the_prompts_end():
+    prompt = list(range(40))
+    assert process(prompt, truncate_prompt_tokens=5).prompt_token_ids == [35, 36, 37, 38, 39]
+    assert process(prompt[:3], truncate_prompt_tokens=5).prompt_token_ids == [0, 1, 2]
+    assert process(prompt, truncate_prompt_tokens=-1, max_tokens=10).prompt_token_ids == list(range(18, 40))
+
+
 def test_the_callers_parameters_are_left_alone():
     params = SamplingParams(max_tokens=None, stop_token_ids=[5])
     processor(generation_config={"eos_token_id": [2, 3]}).process_inputs("id", [1], params)
@@ -141,9 +179,10 @@ def test_equal_ids_of_two_requests_do_not_collide():
     assert first.request_id.startswith("id-") and first.request_id != second.request_id
 
 
-def test_a_priority_is_refused_until_there_is_a_policy_for_it():
+@pytest.mark.parametrize("priority", [2**63, 0.5, True, "high"])
+def test_a_priority_that_is_no_64_bit_number_is_refused(priority):
     with pytest.raises(RequestError) as refused:
-        processor().process_inputs("id", [1], SamplingParams(), priority=1)
+        processor().process_inputs("id", [1], SamplingParams(), priority=priority)
     assert refused.value.param == "priority"
 
 

@@ -64,6 +64,19 @@ def test_a_list_may_be_words_or_json():
     assert parse("--allowed-origins", "http://a").allowed_origins == ["http://a"]
 
 
+def test_logits_processors_are_names_or_classes_and_are_looked_for_at_once(tiny_model: Path):
+    from tests.sample.processors import NthToken, Sharpen
+
+    names = [f"tests.sample.processors:{name}" for name in ("NthToken", "Sharpen")]
+    assert parse("--logits-processors", *names).logits_processors == names
+    for given in (names, [NthToken, Sharpen], [names[0], Sharpen]):
+        config = EngineArgs(str(tiny_model), logits_processors=given).create_engine_config()
+        assert config.model.logits_processors == names
+    for wrong in ("nowhere_at_all:X", "no_class", "__main__:X"):
+        with pytest.raises(ConfigError, match="logits_processors"):
+            EngineArgs(str(tiny_model), logits_processors=[wrong]).create_engine_config()
+
+
 def test_defaults_that_are_lists_are_not_shared():
     parse().allowed_origins.append("x")
     assert parse().allowed_origins == ["*"]

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from minivllm.entrypoints.api_server import build_app, make_arg_parser
-from minivllm.exceptions import EngineDeadError, RequestError
+from minivllm.exceptions import EngineDeadError, QueueFullError, RequestError
 from minivllm.outputs import CompletionOutput, RequestOutput
 from minivllm.sampling_params import RequestOutputKind, SamplingParams
 
@@ -24,9 +24,14 @@ class GrowingEngine:
         self.failure: Exception | None = None
         self.stuck_after = 3
         self.num_open = 0
+        self.max_num_requests = 8
 
     async def check_health(self) -> None:
         pass
+
+    def check_admission(self, num_requests: int = 1) -> None:
+        if num_requests > self.max_num_requests:
+            raise QueueFullError("the server is busy: 0 requests are open", reason="max_num_queued_reqs")
 
     async def generate(self, prompt: Any, params: SamplingParams, request_id: str) -> AsyncGenerator[RequestOutput]:
         if prompt == "":
@@ -182,3 +187,11 @@ def test_a_server_that_stops_ends_its_streams_with_an_error_line():
 def test_its_options_are_the_engines_and_an_address():
     args = make_arg_parser().parse_args(["--model", "m", "--port", "1", "--max-num-seqs", "3"])
     assert (args.model, args.port, args.max_num_seqs) == ("m", 1, 3)
+
+
+def test_a_full_queue_is_a_503():
+    engine = GrowingEngine()
+    engine.max_num_requests = 1
+    response = post(engine, {"prompt": "x", "n": 2})
+    assert response.status_code == 503
+    assert response.json()["error"]["type"] == "Service Unavailable"

@@ -168,3 +168,21 @@ def test_threads_take_turns(llm: LLM):
 def test_parameters_that_are_none_are_named(llm: LLM):
     with pytest.raises(RequestError, match="SamplingParams.*'temperature'"):
         generate(llm, "hello", [{"temperature": 0}])
+
+
+def test_priorities_change_the_order_of_work_and_no_answer(tiny_model: Path):
+    prompts = [[i + 1] * 30 for i in range(6)]
+    options = {"scheduling_policy": "priority", "max_num_seqs": 2, "num_gpu_blocks_override": 8, "block_size": 32}
+    with LLM(tiny_model, **FAKE, **options, disable_frontend_multiprocessing=True) as llm:
+        by_priority = generate(llm, prompts, priority=[5, 4, 3, 2, 1, 0])
+        ends = [output.metrics.finished_time for output in by_priority]
+        assert ends == sorted(ends, reverse=True)
+        assert tokens(by_priority) == tokens(generate(llm, prompts))
+
+
+def test_a_chat_takes_a_priority_for_each_conversation(llm: LLM):
+    conversation = [{"role": "user", "content": "hello"}]
+    plain = llm.chat([conversation, conversation], PARAMS, use_tqdm=False)
+    assert tokens(llm.chat([conversation, conversation], PARAMS, use_tqdm=False, priority=[1, 0])) == tokens(plain)
+    with pytest.raises(RequestError, match="2 prompts but 1 priorities"):
+        llm.chat([conversation, conversation], PARAMS, use_tqdm=False, priority=[1])

@@ -82,6 +82,41 @@ def test_with_auto_the_step_is_left_to_the_length_that_will_fit(tiny_model: Path
     assert made.scheduler.max_num_batched_tokens is None
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"max_num_active_seqs": 9, "max_num_seqs": 8}, "max_num_active_seqs=9 is more than max_num_seqs=8"),
+        ({"max_num_active_seqs": 0}, "max_num_active_seqs=0 must be at least 1"),
+        ({"max_num_queued_reqs": 0}, "max_num_queued_reqs=0"),
+        ({"watermark": 1.0}, "watermark=1.0"),
+        ({"long_prefill_token_threshold": -1}, "long_prefill_token_threshold=-1"),
+        (
+            {"long_prefill_token_threshold": 5, "enable_chunked_prefill": False},
+            "long_prefill_token_threshold=5 cuts prompts",
+        ),
+        ({"prefix_caching_hash_algo": "sha256_cbor"}, "prefix_caching_hash_algo='sha256_cbor'"),
+        ({"kv_events_config": {"endpont": "x"}}, "kv_events_config: .*endpont"),
+        ({"kv_events_config": {"publisher": "kafka"}}, "kv_events_config: .*kafka"),
+        ({"kv_events_config": {"hwm": 0}}, "hwm=0 is too small"),
+        (
+            {"kv_events_config": {"enable_kv_cache_events": True}, "enable_prefix_caching": False},
+            "no events without the prefix cache",
+        ),
+        ({"scheduling_policy": "lifo"}, "scheduling_policy='lifo'"),
+    ],
+)
+def test_limits_of_the_scheduler_that_make_no_sense_are_refused(tiny_model: Path, options: dict, says: str):
+    with pytest.raises(ConfigError, match=says):
+        config(tiny_model, **options)
+
+
+def test_a_hash_whose_package_is_missing_is_refused_with_the_command(tiny_model: Path, monkeypatch):
+    assert config(tiny_model, prefix_caching_hash_algo="xxhash").cache.prefix_caching_hash_algo == "xxhash"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install .minivllm\[xxhash\]"):
+        config(tiny_model, prefix_caching_hash_algo="xxhash")
+
+
 def test_the_length_is_left_open_for_the_worker(tiny_model: Path):
     assert config(tiny_model).model.max_model_len is None
     assert config(tiny_model, max_model_len=-1).model.max_model_len == "auto"

@@ -103,6 +103,26 @@ def test_only_allowed_tokens_are_left():
     assert kept == [logits[0, i].item() if i in (3, 50) else -INF for i in range(VOCAB)]
 
 
+def forbidden(bad_words: list[list[int]], output: list[int]) -> set[int]:
+    """Every token after which the output would end in a bad word, found by trying each."""
+    return {
+        token
+        for token in range(VOCAB)
+        for word in bad_words
+        if (output + [token])[-len(word) :] == word and len(output) + 1 >= len(word)
+    }
+
+
+@pytest.mark.parametrize("output", [[], [4], [5, 4], [4, 5], [9, 4, 5], [3, 3], [3]])
+def test_no_token_completes_a_bad_word(output: list[int]):
+    bad_words = [[7], [4, 5], [4, 5, 6], [5, 9], [3, 3, 3], [1, 2, 3, 4]]
+    logits = random_logits()
+    # The prompt ends in a beginning of [1, 2, 3, 4]: only what is generated counts.
+    kept = processed(logits, Asking(greedy(bad_words_token_ids=bad_words), prompt=[1, 2, 3], output=output))
+    assert {i for i, value in enumerate(kept) if value == -INF} == forbidden(bad_words, output)
+    assert all(value in (-INF, logits[0, i].item()) for i, value in enumerate(kept))
+
+
 def test_no_end_token_before_min_tokens():
     logits = random_logits()
     params = greedy(min_tokens=2, stop_token_ids=[11])
@@ -274,6 +294,20 @@ def test_only_those_who_ask_get_logprobs_and_as_many_as_they_ask():
     assert all(found.ranks == [1] for found in lists.values())
 
 
+@pytest.mark.parametrize("mode", ["raw_logprobs", "processed_logits"])
+def test_logprobs_of_the_tokens_asked_for_take_the_place_of_the_most_likely(mode: str):
+    logits = random_logits(2)
+    params = greedy(logprob_token_ids=[40, 3, 77], logit_bias={40: 1.5})
+    lists = sample(logits, Asking(params), Asking(greedy(logprobs=2)), mode=mode).logprobs
+    assert lists[0].token_ids[0][1:] == [40, 3, 77] and len(lists[1].token_ids[0]) == 3
+    expected = torch.log_softmax(logits[0], 0)
+    if mode == "processed_logits":
+        expected = logits[0] + torch.nn.functional.one_hot(torch.tensor(40), VOCAB) * 1.5
+    own = lists[0].token_ids[0][0]
+    assert lists[0].logprobs[0] == pytest.approx([expected[i].item() for i in (own, 40, 3, 77)], abs=1e-5)
+    assert lists[0].ranks == [int((expected >= expected[own]).sum())]
+
+
 # Independence and failure ----------------------------------------------------
 
 
@@ -287,6 +321,8 @@ def a_mixed_crowd() -> list[Asking]:
         {"temperature": 0.7, "frequency_penalty": 0.5, "logit_bias": {3: 2.0}},
         {"temperature": 1.0, "allowed_token_ids": [1, 2, 3, 4]},
         {"temperature": 0.7, "min_tokens": 9, "stop_token_ids": [6]},
+        {"temperature": 0.7, "bad_words_token_ids": [[3, 8, 8, 6], [8, 7]]},
+        {"temperature": 0.7, "logprob_token_ids": [1, 5, 9, 13]},
     ]
     return [
         Asking(SamplingParams(**chosen, max_tokens=None, logprobs=4), output=[3, i, i], seed=i)

@@ -1,6 +1,6 @@
 """Who may leave the waiting queue: a list of rules, each of which says why not, or None.
 
-The first reason ends the step's admissions: first come, first served.
+The first reason ends the step's admissions, for nobody overtakes; but a rule may let others pass.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from functools import cached_property
 from minivllm.core.kv_cache_manager import KVCacheManager
 from minivllm.core.kv_cache_utils import KVCacheBlock
 from minivllm.core.request import Request
+from minivllm.core.sched.chunks import ChunkSizes
 from minivllm.core.sched.step import Step
 
 
@@ -44,22 +45,24 @@ class Candidate:
 class AdmissionRule(ABC):
     """One condition. Cheap rules stand first in the scheduler's list."""
 
+    lets_others_pass = False  # who waits for this takes nothing from those behind, and need not hold them up
+
     @abstractmethod
     def why_not(self, candidate: Candidate, step: Step) -> str | None:
         """The reason this candidate must wait, or None."""
 
 
 class FitsBatch(AdmissionRule):
-    """A step holds at most `max_num_seqs` requests."""
+    """At most so many requests run."""
 
-    def __init__(self, running: list[Request], max_num_seqs: int) -> None:
+    def __init__(self, running: list[Request], max_num_running: int) -> None:
         self._running = running
-        self._max_num_seqs = max_num_seqs
+        self._max_num_running = max_num_running
 
     def why_not(self, candidate: Candidate, step: Step) -> str | None:
-        if len(self._running) < self._max_num_seqs:
+        if len(self._running) < self._max_num_running:
             return None
-        return f"{len(self._running)} requests run; --max-num-seqs allows no more"
+        return f"{len(self._running)} requests run; --max-num-seqs or --max-num-active-seqs allows no more"
 
 
 class FitsTokenBudget(AdmissionRule):
@@ -85,6 +88,8 @@ class PrefixNotUnderway(AdmissionRule):
     computes it and the others start in the next step.
     """
 
+    lets_others_pass = True
+
     def why_not(self, candidate: Candidate, step: Step) -> str | None:
         if not step.blocks_underway or candidate.first_missing_hash not in step.blocks_underway:
             return None
@@ -92,11 +97,38 @@ class PrefixNotUnderway(AdmissionRule):
 
 
 class KVBlocksFree(AdmissionRule):
-    """Every token the request has gets its block now: admitting it for a chunk, to evict it later, is waste."""
+    """Every token the request has gets its block now: admitting it for a chunk, to evict it later, is waste.
 
-    def __init__(self, kv_cache: KVCacheManager) -> None:
+    Without `reserve_full_isl` the first chunk's blocks are enough. `num_kept` blocks stay free for those that run, if
+    anybody does.
+    """
+
+    def __init__(
+        self,
+        kv_cache: KVCacheManager,
+        chunks: ChunkSizes,
+        running: list[Request],
+        *,
+        reserve_full_isl: bool,
+        num_kept: int,
+    ) -> None:
         self._kv_cache = kv_cache
+        self._chunks = chunks
+        self._running = running
+        self._reserve_full_isl = reserve_full_isl
+        self._num_kept = num_kept
+
+    def num_tokens_to_hold(self, candidate: Candidate, step: Step) -> int:
+        """For how many of its tokens the candidate would get blocks."""
+        if self._reserve_full_isl:
+            return candidate.request.num_tokens
+        chunk = self._chunks.of_candidate(candidate.num_uncomputed_tokens, step)
+        return candidate.num_cached_tokens + chunk
 
     def why_not(self, candidate: Candidate, step: Step) -> str | None:
-        num_lacking = self._kv_cache.num_blocks_lacking(candidate.request, candidate.cached_prefix)
+        num_lacking = self._kv_cache.num_blocks_lacking(
+            self.num_tokens_to_hold(candidate, step),
+            candidate.cached_prefix,
+            self._num_kept if self._running else 0,
+        )
         return f"{num_lacking} more KV blocks must become free" if num_lacking else None

@@ -18,11 +18,13 @@ from minivllm.core.sched.admission import (
     KVBlocksFree,
     PrefixNotUnderway,
 )
-from minivllm.core.sched.request_queue import FCFSRequestQueue
-from minivllm.core.sched.step import Step
+from minivllm.core.sched.chunks import ChunkSizes
+from minivllm.core.sched.request_queue import POLICIES, RequestQueue, insert_in_order
+from minivllm.core.sched.step import Shortened, Step
 from minivllm.exceptions import ConfigError, RequestError
 from minivllm.logger import init_logger
 from minivllm.messages.engine import EngineCoreOutput, EngineCoreRequest, FinishReason, LogprobsLists
+from minivllm.messages.kv_events import KVCacheEvent
 from minivllm.messages.stats import SchedulerStats
 from minivllm.messages.worker import ModelRunnerOutput, SchedulerOutput
 
@@ -30,13 +32,17 @@ logger = init_logger(__name__)
 
 OutputsByClient = dict[int, list[EngineCoreOutput]]
 
+_MAX_PASSED_OVER = 16  # requests a step may pass over on its way to one that can be admitted
+
 
 class Scheduler:
-    """Continuous batching over one token budget, first come first served, preemption by recompute.
+    """Continuous batching over one token budget, in the policy's order, preemption by recompute.
 
     Without chunked prefill a prompt must fit into one step, so `max_num_batched_tokens` must reach
     `max_model_len`. One request of full length must fit the cache alone: that is what guarantees progress, since
-    the first arrived is never preempted for another.
+    the first in order is never preempted for another.
+
+    `prompt_share` is how much of a step one long prompt may take while others wait (see chunks.py).
 
     Raises (on construction):
         ConfigError: the limits contradict each other; the message names both.
@@ -52,6 +58,15 @@ class Scheduler:
         block_size: int,
         enable_prefix_caching: bool = True,
         enable_chunked_prefill: bool = True,
+        policy: str = "fcfs",
+        max_num_active_seqs: int | None = None,
+        long_prefill_token_threshold: int = 0,
+        watermark: float = 0.0,
+        reserve_full_isl: bool = True,
+        prompt_share: float = 0.5,
+        prefix_caching_hash_algo: str = "sha256",
+        hash_secret: bytes = b"",
+        record_kv_events: bool = False,
     ) -> None:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_num_seqs = max_num_seqs
@@ -59,19 +74,39 @@ class Scheduler:
         self.enable_chunked_prefill = enable_chunked_prefill
         self._check_limits(num_blocks * block_size)
 
-        self.kv_cache = KVCacheManager(num_blocks, block_size)
+        self.kv_cache = KVCacheManager(num_blocks, block_size, record_events=record_kv_events)
         self.requests: dict[str, Request] = {}  # accepted and not yet answered for the last time
-        self.waiting = FCFSRequestQueue()
-        self.running: list[Request] = []  # by arrival; the list object stays the same, admission reads it
-        self._block_hasher = make_block_hasher(block_size) if enable_prefix_caching else None
+        self.waiting = RequestQueue()
+        self.running: list[Request] = []  # in order; the list object stays the same, admission reads it
+        self._policy = POLICIES[policy]
+        self._num_accepted = 0
+        self._block_hasher = None
+        if enable_prefix_caching:
+            self._block_hasher = make_block_hasher(block_size, prefix_caching_hash_algo, hash_secret)
+        self._chunks = ChunkSizes(
+            self.running,
+            self.waiting,
+            token_budget=max_num_batched_tokens,
+            prompt_share=prompt_share,
+            long_prefill_token_threshold=long_prefill_token_threshold,
+            enable_chunked_prefill=enable_chunked_prefill,
+        )
+        self._blocks_free = KVBlocksFree(
+            self.kv_cache,
+            self._chunks,
+            self.running,
+            reserve_full_isl=reserve_full_isl,
+            num_kept=int(watermark * num_blocks),
+        )
         self._admission_rules = [
-            FitsBatch(self.running, max_num_seqs),
+            FitsBatch(self.running, min(max_num_seqs, max_num_active_seqs or max_num_seqs)),
             FitsTokenBudget(enable_chunked_prefill),
             PrefixNotUnderway(),
-            KVBlocksFree(self.kv_cache),
+            self._blocks_free,
         ]
         self._ended_on_arrival: list[Request] = []
         self._finished_req_ids: list[str] = []  # the worker must forget these
+        self._some_ended = False  # and may still stand in `running`
         self._num_steps = 0
         self._num_preemptions = 0
         self._num_scheduled_tokens = 0
@@ -107,6 +142,8 @@ class Scheduler:
             accepted = Request.from_message(request, self._block_hasher)
         except OverflowError as error:
             raise RequestError(f"a token id is outside 0 … 2**32 - 1: {error}", param="prompt") from error
+        accepted.order = self._policy(accepted, self._num_accepted)
+        self._num_accepted += 1
         self.requests[accepted.request_id] = accepted
         if accepted.finish_if_stopped(self.max_model_len):
             self._ended_on_arrival.append(accepted)  # its prior output was all there is
@@ -126,11 +163,6 @@ class Scheduler:
                 f"the prompt is {num_prompt_tokens} tokens and leaves no room for output within "
                 f"{self.max_model_len}; shorten it or raise --max-model-len",
                 param="prompt",
-            )
-        if request.priority != 0:
-            raise RequestError(
-                f"priority={request.priority} needs priority scheduling, which this version has not; leave it 0",
-                param="priority",
             )
 
     def abort_requests(self, request_ids: Iterable[str]) -> OutputsByClient:
@@ -156,6 +188,10 @@ class Scheduler:
     def reset_prefix_cache(self) -> bool:
         """Forget all cached prefixes. Refused (False) while requests hold blocks."""
         return self.kv_cache.pool.reset_prefix_cache()
+
+    def take_kv_events(self) -> list[KVCacheEvent]:
+        """What the prefix cache stored and forgot since the last call; [] unless `record_kv_events`."""
+        return self.kv_cache.take_events()
 
     # Questions
 
@@ -188,35 +224,76 @@ class Scheduler:
         There is no prefill phase and no decode phase: a request wants num_tokens - num_computed_tokens, whatever
         the reason it lags. `now` (seconds, any monotonic clock) becomes the scheduled_time of requests that enter.
         """
-        step = Step(self.max_num_batched_tokens, self.kv_cache.block_size, now)
+        step = Step(
+            self.max_num_batched_tokens,
+            self.kv_cache.block_size,
+            now,
+            long_budget=self._chunks.long_budget(),
+        )
         self._continue_running(step)
         if not step.preempted:  # a step that had to evict admits nobody
             self._admit_waiting(step)
+        if step.shortened and step.token_budget:
+            self._give_back_the_rest(step)
         return self._describe(step)
 
     def _continue_running(self, step: Step) -> None:
         # The hot loop over running requests; one that decodes costs one call into the KV cache and one into the step.
-        index = 0
-        while index < len(self.running) and step.token_budget > 0:  # preemption shortens the list as we go
-            request = self.running[index]
-            num_new_tokens = min(request.num_tokens - request.num_computed_tokens, step.token_budget)
+        index, running, extend = 0, self.running, self.kv_cache.extend
+        while index < len(running) and step.token_budget > 0:  # preemption shortens the list as we go
+            request = running[index]
+            num_wanted = num_new_tokens = len(request.all_token_ids) - request.num_computed_tokens
+            if num_wanted > 1:
+                num_new_tokens = self._chunks.of_running(index, num_wanted, step)
+            new_block_ids: list[int] | None = []
             if num_new_tokens > 0:
-                new_block_ids = self._extend_or_preempt(request, num_new_tokens, step)
+                new_block_ids = extend(request, request.num_computed_tokens + num_new_tokens)
+                if new_block_ids is None:
+                    new_block_ids = self._preempt_until_it_fits(request, num_new_tokens, step)
                 if new_block_ids is None:
                     return
                 step.schedule_running(request, num_new_tokens, new_block_ids)
+            elif num_wanted:
+                step.will_complete_next_block(request)
+            if num_new_tokens < num_wanted:
+                self._note_shortened(request, num_wanted, num_new_tokens, new_block_ids, step)
             index += 1
 
-    def _extend_or_preempt(self, request: Request, num_new_tokens: int, step: Step) -> list[int] | None:
-        """Blocks for the next tokens, at the cost of the last arrived; None when that was the request itself."""
-        while True:
-            new_block_ids = self.kv_cache.extend(request, request.num_computed_tokens + num_new_tokens)
-            if new_block_ids is not None:
-                return new_block_ids
+    def _note_shortened(
+        self, request: Request, num_wanted: int, num_given: int, block_ids: list[int], step: Step
+    ) -> None:
+        """It took less than it wanted, perhaps for the sake of others."""
+        if self._chunks.is_long(num_wanted):
+            step.long_budget -= num_given
+        num_more = self._chunks.cap(num_wanted) - num_given
+        if num_more > 0:
+            step.shortened.append(Shortened(request, num_more, block_ids))
+
+    def _give_back_the_rest(self, step: Step) -> None:
+        """What is left of the budget goes, in order, to the prompts that left some of it to others."""
+        for request, num_wanted, block_ids in step.shortened:
+            num_more = min(num_wanted, step.token_budget)
+            if num_more == 0:
+                return
+            new_block_ids = self.kv_cache.extend(request, request.num_computed_tokens + num_more)
+            if new_block_ids is None:  # no reason to preempt anybody
+                continue
+            block_ids += new_block_ids
+            if step.includes(request):
+                step.add_tokens(request, num_more)
+            else:
+                step.schedule_running(request, num_more, block_ids)
+
+    def _preempt_until_it_fits(self, request: Request, num_new_tokens: int, step: Step) -> list[int] | None:
+        """Blocks for the next tokens, at the cost of the last in order; None when that was the request itself."""
+        new_block_ids = None
+        while new_block_ids is None:
             victim = self.running.pop()
             self._preempt(victim, step)
             if victim is request:
                 return None
+            new_block_ids = self.kv_cache.extend(request, request.num_computed_tokens + num_new_tokens)
+        return new_block_ids
 
     def _preempt(self, victim: Request, step: Step) -> None:
         assert self.running, f"{victim.request_id} was alone and did not fit the KV cache"
@@ -225,28 +302,39 @@ class Scheduler:
         victim.forget_computed()
         victim.status = RequestStatus.PREEMPTED
         victim.num_preemptions += 1
-        self.waiting.requeue(victim)
+        self.waiting.add(victim)
         step.preempted.append(victim.request_id)
         self._num_preemptions += 1
 
     def _admit_waiting(self, step: Step) -> None:
-        while self.waiting:
+        passed_over: list[Request] = []
+        while self.waiting and len(passed_over) < _MAX_PASSED_OVER:
             candidate = Candidate(self.waiting.peek(), self.kv_cache)
-            if any(rule.why_not(candidate, step) for rule in self._admission_rules):
-                return  # first come, first served: nobody overtakes
-            self._admit(candidate, step)
+            hindrance = next((rule for rule in self._admission_rules if rule.why_not(candidate, step)), None)
+            if hindrance is None:
+                self._admit(candidate, step)
+            elif hindrance.lets_others_pass:
+                self.waiting.remove(candidate.request)
+                passed_over.append(candidate.request)
+            else:
+                break  # nobody overtakes
+        for request in passed_over:
+            self.waiting.add(request)
 
     def _admit(self, candidate: Candidate, step: Step) -> None:
         request = candidate.request
+        num_new_tokens = self._chunks.of_candidate(candidate.num_uncomputed_tokens, step)
+        num_tokens_to_hold = self._blocks_free.num_tokens_to_hold(candidate, step)
         self.waiting.remove(request)
-        num_new_tokens = min(candidate.num_uncomputed_tokens, step.token_budget)
         request.num_computed_tokens = request.num_confirmed_tokens = candidate.num_cached_tokens
         if request.scheduled_time is None:
             request.num_cached_tokens = min(candidate.num_cached_tokens, request.num_prompt_tokens)
-        block_ids = self.kv_cache.admit(request, candidate.cached_prefix)
+        block_ids = self.kv_cache.admit(request, candidate.cached_prefix, num_tokens_to_hold)
         request.status = RequestStatus.RUNNING
-        self.running.append(request)
+        insert_in_order(self.running, request)
         step.schedule_admitted(request, num_new_tokens, block_ids)
+        if num_new_tokens < candidate.num_uncomputed_tokens:
+            self._note_shortened(request, candidate.num_uncomputed_tokens, num_new_tokens, block_ids, step)
 
     def _describe(self, step: Step) -> SchedulerOutput:
         finished_req_ids, self._finished_req_ids = self._finished_req_ids, []
@@ -293,10 +381,13 @@ class Scheduler:
         prompt_logprobs = None
         if result.prompt_logprobs:
             prompt_logprobs = self._unsent_rows(request, result.prompt_logprobs.get(request.request_id))
-        request.num_confirmed_tokens += plan.num_scheduled_tokens[request.request_id]
+        num_before = request.num_confirmed_tokens
+        num_confirmed = num_before + plan.num_scheduled_tokens[request.request_id]
+        request.num_confirmed_tokens = num_confirmed
         new_token_ids = self._append_until_stopped(request, token_ids)
-        self.kv_cache.cache_confirmed_blocks(request)
-        if request.finished:
+        if num_confirmed // self.kv_cache.block_size > num_before // self.kv_cache.block_size:
+            self.kv_cache.cache_confirmed_blocks(request)
+        if request.status is RequestStatus.FINISHED:
             self.kv_cache.free(request)
         if new_token_ids or prompt_logprobs is not None:
             logprobs = result.logprobs.get(request.request_id) if result.logprobs else None
@@ -349,13 +440,16 @@ class Scheduler:
             output.num_cached_tokens = request.num_cached_tokens
             output.scheduled_time = request.scheduled_time
         outputs.setdefault(request.client_index, []).append(output)
-        if request.finished:
+        if request.status is RequestStatus.FINISHED:
             del self.requests[request.request_id]
+            self._some_ended = True
             if request.known_to_worker:
                 self._finished_req_ids.append(request.request_id)
 
     def _drop_finished_from_running(self) -> None:
-        self.running[:] = [request for request in self.running if not request.finished]
+        if self._some_ended:
+            self._some_ended = False
+            self.running[:] = [request for request in self.running if not request.finished]
 
     # Invariants
 
@@ -371,6 +465,8 @@ class Scheduler:
         assert len(ids) == len(set(ids)), f"a request is in two queues: {sorted(ids)}"
         assert set(ids) == set(self.requests), f"lost requests: {set(self.requests) ^ set(ids)}"
         assert len(self.running) <= self.max_num_seqs, f"{len(self.running)} run, {self.max_num_seqs} may"
+        for queue in (list(self.waiting), self.running):
+            assert queue == sorted(queue, key=lambda request: request.order), "a queue is out of order"
         for request in self.running:
             assert request.status is RequestStatus.RUNNING, (
                 f"{request.request_id} runs as {request.status.name}"

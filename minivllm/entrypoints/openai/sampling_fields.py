@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from minivllm.entrypoints.openai.protocol import StreamOptions
 from minivllm.exceptions import RequestError, UnsupportedError
 from minivllm.logger import init_logger
-from minivllm.sampling_params import RequestOutputKind, SamplingParams
+from minivllm.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
 
 logger = init_logger(__name__)
 
@@ -37,7 +37,6 @@ def _null(value: Any) -> bool:
 # Fields vLLM has, which would change the answer: name -> the values that change nothing, and are accepted.
 NOT_YET: dict[str, Callable[[Any], bool]] = {
     "audio": _null,
-    "bad_words": _empty,
     "best_of": lambda v: v in (None, 1),
     "chat_template": _null,
     "documents": _empty,
@@ -50,14 +49,12 @@ NOT_YET: dict[str, Callable[[Any], bool]] = {
     "guided_regex": _null,
     "kv_transfer_params": _null,
     "logits_processors": _empty,
-    "logprob_token_ids": _null,
     "media_io_kwargs": _empty,
     "mm_payload": _null,
     "mm_processor_kwargs": _empty,
     "modalities": lambda v: v in (None, ["text"]),
     "prompt_embeds": _null,
     "reasoning_effort": _null,
-    "repetition_detection": _null,
     "response_format": lambda v: v is None or (isinstance(v, dict) and v.get("type") == "text"),
     "return_mm_kwargs": _empty,
     "return_prompt_text": _empty,
@@ -67,15 +64,36 @@ NOT_YET: dict[str, Callable[[Any], bool]] = {
     "suffix": _empty,
     "thinking_token_budget": lambda v: v in (None, -1),
     "tool_choice": lambda v: v in (None, "none"),
-    "use_beam_search": _empty,
-    "vllm_xargs": _empty,
     "watermarking": _null,
     "web_search_options": _null,
+}
+
+# What beam search would not heed: name -> the values that ask for nothing. Others are refused beside it.
+NOT_WITH_BEAMS: dict[str, Callable[[Any], bool]] = {
+    "stream": _empty,
+    "top_p": lambda v: v in (None, 1),
+    "top_k": lambda v: v in (None, 0, -1),
+    "min_p": _empty,
+    "presence_penalty": _empty,
+    "frequency_penalty": _empty,
+    "repetition_penalty": lambda v: v in (None, 1),
+    "logit_bias": _empty,
+    "allowed_token_ids": _null,
+    "stop": _empty,
+    "stop_token_ids": _empty,
+    "min_tokens": _empty,
+    "bad_words": _empty,
+    "logprob_token_ids": _null,
+    "repetition_detection": _null,
+    "vllm_xargs": _empty,
+    "prompt_logprobs": _null,
 }
 
 
 class SamplingFields(BaseModel):
     model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+    SUPPORTED_HERE: ClassVar[frozenset[str]] = frozenset()  # names of NOT_YET that this endpoint does have
 
     model: str | None = None
     stream: bool = False
@@ -102,9 +120,16 @@ class SamplingFields(BaseModel):
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     min_tokens: int = 0
+    bad_words: list[str] | None = None
+    logprob_token_ids: list[int] | None = None
+    repetition_detection: dict[str, Any] | None = None
+    vllm_xargs: dict[str, Any] | None = None
     skip_special_tokens: bool = True
-    spaces_between_special_tokens: bool = True  # only slow tokenizers knew the difference
+    spaces_between_special_tokens: bool = True
     prompt_logprobs: int | None = None
+
+    use_beam_search: bool = False
+    length_penalty: float = 1.0
 
     echo: bool = False
     truncate_prompt_tokens: int | None = None
@@ -116,7 +141,7 @@ class SamplingFields(BaseModel):
     @classmethod
     def _refuse_what_is_not_supported(cls, body: Any) -> Any:
         if isinstance(body, Mapping):
-            for name in NOT_YET.keys() & body.keys():
+            for name in (NOT_YET.keys() & body.keys()) - cls.SUPPORTED_HERE:
                 if not NOT_YET[name](body[name]):
                     raise UnsupportedError(f"{name} is not supported yet; leave it out", param=name)
         return body
@@ -138,11 +163,21 @@ class SamplingFields(BaseModel):
         if self.truncation_side not in (None, "left", "right"):
             raise RequestError("truncation_side must be left or right", param="truncation_side")
         check_unicode(self.cache_salt or "", "cache_salt")
+        self._check_beams()
         for text in [self.stop] if isinstance(self.stop, str) else self.stop or []:
             check_unicode(text, "stop")
         if self.model_extra and (unknown := self.model_extra.keys() - NOT_YET.keys()):
             logger.debug("ignored unknown request fields: %s", ", ".join(sorted(unknown)))
         return self
+
+    def _check_beams(self) -> None:
+        if not self.use_beam_search:
+            if self.length_penalty != 1:
+                raise RequestError("length_penalty needs use_beam_search=true", param="length_penalty")
+            return
+        for name, asks_for_nothing in NOT_WITH_BEAMS.items():
+            if not asks_for_nothing(getattr(self, name)):
+                raise RequestError(f"{name} does not go together with use_beam_search; leave it out", param=name)
 
     @property
     def include_usage(self) -> bool:
@@ -181,12 +216,39 @@ class SamplingFields(BaseModel):
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
             skip_special_tokens=self.skip_special_tokens,
+            spaces_between_special_tokens=self.spaces_between_special_tokens,
             output_kind=RequestOutputKind.DELTA if self.stream else RequestOutputKind.FINAL_ONLY,
             stream_interval=self.stream_interval,
             logit_bias=_logit_bias(self.logit_bias),
             allowed_token_ids=self.allowed_token_ids,
+            bad_words=self.bad_words,
+            logprob_token_ids=self.logprob_token_ids,
+            repetition_detection=self.repetition_detection,
+            extra_args=self.vllm_xargs or None,
             **{name: value for name, value in chosen.items() if value is not None},
         )
+
+    def to_beam_search_params(self, *, max_tokens: int, num_logprobs: int | None) -> BeamSearchParams:
+        """n is the width. Without a temperature there is none, so that a search is the same each time.
+
+        Raises:
+            RequestError: a value is outside its range.
+        """
+        params = BeamSearchParams(
+            beam_width=1 if self.n is None else self.n,
+            max_tokens=max_tokens,
+            ignore_eos=self.ignore_eos,
+            temperature=self.temperature or 0.0,
+            length_penalty=self.length_penalty,
+            include_stop_str_in_output=self.include_stop_str_in_output,
+            skip_special_tokens=self.skip_special_tokens,
+        )
+        if num_logprobs is not None and not 0 <= num_logprobs <= 2 * params.beam_width:
+            raise RequestError(
+                f"logprobs={num_logprobs}: a search of {params.beam_width} beams has from 0 to {2 * params.beam_width}",
+                param="logprobs",
+            )
+        return params
 
 
 def _logit_bias(bias: dict[str, float] | None) -> dict[int, float] | None:

@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from minivllm.engine.beam_search import beam_search
 from minivllm.entrypoints.openai.lifecycle import Lifecycle
 from minivllm.entrypoints.openai.models.serving import ServedModels
 from minivllm.entrypoints.openai.protocol import json_response
@@ -16,6 +17,7 @@ from minivllm.entrypoints.openai.render import Renderer, truncate
 from minivllm.entrypoints.openai.sampling_fields import SamplingFields, check_request_id
 from minivllm.entrypoints.openai.sse import EventStream
 from minivllm.exceptions import EngineGenerateError, RequestError
+from minivllm.sampling_params import BeamSearchParams
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -112,13 +114,20 @@ class ServingBase(ABC):
         return max(1, min(default, room))  # without room the engine's processor refuses the prompt itself
 
     def _generate(
-        self, token_ids: list[int], params: SamplingParams, request: SamplingFields, request_id: str
+        self,
+        token_ids: list[int],
+        params: SamplingParams | BeamSearchParams,
+        request: SamplingFields,
+        request_id: str,
+        num_logprobs: int | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
+        """The engine's outputs. num_logprobs: what a beam search reports; else `params` say it."""
+        if isinstance(params, BeamSearchParams):
+            return self._beams(token_ids, params, request, request_id, num_logprobs)
         prompt = {"prompt_token_ids": token_ids}
         if request.cache_salt is not None:
             prompt["cache_salt"] = request.cache_salt
-        # `priority` is read and dropped: under first come, first served it changes nothing, in vLLM too.
-        return self._engine.generate(prompt, params, request_id)
+        return self._engine.generate(prompt, params, request_id, priority=request.priority)
 
     async def _answer(self, job: Any, outputs: AsyncGenerator[Any, None], num_choices: int) -> Response:
         """The outputs as one body, or as a stream that has begun."""
@@ -139,6 +148,19 @@ class ServingBase(ABC):
     @abstractmethod
     def _chunks(self, job: Any, outputs: AsyncGenerator[Any, None]) -> AsyncGenerator[Any, None]:
         """The bodies of a streamed answer."""
+
+    async def _beams(
+        self,
+        token_ids: list[int],
+        params: BeamSearchParams,
+        request: SamplingFields,
+        request_id: str,
+        num_logprobs: int | None,
+    ) -> AsyncGenerator[RequestOutput, None]:
+        salt = request.cache_salt
+        yield await beam_search(
+            self._engine, token_ids, params, request_id, cache_salt=salt, num_logprobs=num_logprobs
+        )
 
     def _shows_token_ids(self, request: SamplingFields) -> bool:
         if request.return_tokens_as_token_ids is None:

@@ -98,6 +98,7 @@ class FakeEngine:
         self.answer = ANSWER
         self.fail_after: int | None = None  # outputs until `failure`
         self.failure: Exception = EngineDeadError()
+        self.refuses: Exception | None = None  # as a full queue does
         self.ends_early = False  # the generator just stops, as it never should
         self.go_on = asyncio.Event()  # cleared: every answer stops after its first token
         self.go_on.set()
@@ -122,6 +123,10 @@ class FakeEngine:
     async def check_health(self) -> None:
         if self.dead_error is not None:
             raise self.dead_error
+
+    def check_admission(self, num_requests: int = 1) -> None:
+        if self.refuses is not None:
+            raise self.refuses
 
     async def generate(
         self, prompt: Any, sampling_params: SamplingParams, request_id: str, *, priority: int = 0

@@ -167,3 +167,20 @@ def test_what_is_wrong_is_refused_by_name(api: Api, change: dict, param: str, st
     assert response.status_code == 400
     assert response.json()["error"]["param"] == param
     assert api.engine.calls == []
+
+
+def test_a_beam_search_answers_best_first(api: Api):
+    body = api.chat(use_beam_search=True, n=2, max_tokens=1, logprobs=True, top_logprobs=2, return_token_ids=True)
+    assert [choice["token_ids"] for choice in body["choices"]] == [[0], [1]]
+    assert [choice["message"]["content"] for choice in body["choices"]] == ["\0", "\x01"]
+    (entry,) = body["choices"][1]["logprobs"]["content"]
+    assert entry["logprob"] == -0.01 and [top["logprob"] for top in entry["top_logprobs"]] == [0.0, -0.01]
+
+
+def test_logprobs_of_chosen_tokens_need_logprobs_and_no_number(api: Api):
+    body = api.chat(max_tokens=1, logprobs=True, logprob_token_ids=[7, 9, 11])
+    assert api.engine.calls[-1].params.logprobs == 3
+    assert len(body["choices"][0]["logprobs"]["content"][0]["top_logprobs"]) == 4  # the fake's: its own and three
+    messages = [{"role": "user", "content": "x"}]
+    refused = api.post("/v1/chat/completions", {"messages": messages, "logprob_token_ids": [7]})
+    assert refused.json()["error"]["param"] == "logprob_token_ids"

@@ -211,6 +211,7 @@ def test_sampling_fields_reach_the_engine(api: Api):
     assert {name: getattr(call.params, name) for name in fields} == fields
     assert call.params.logit_bias == {5: 100.0, 6: -1.0}
     assert call.prompt["cache_salt"] == "salt"
+    assert call.priority == 3
 
 
 def test_the_request_rules_over_the_model_over_the_defaults(api: Api):
@@ -255,6 +256,17 @@ def test_a_request_id_names_the_answer_and_the_engines_request(api: Api):
     assert api.engine.calls[-1].request_id.startswith("cmpl-header")
 
 
+def test_sampling_options_reach_the_engine(api: Api):
+    api.complete(
+        bad_words=["x"], logprobs=2, logprob_token_ids=[7, 9], vllm_xargs={"mine": [1]},
+        spaces_between_special_tokens=False, repetition_detection={"max_pattern_size": 4, "min_count": 3},
+    )  # fmt: skip
+    params = api.engine.calls[-1].params
+    assert (params.bad_words, params.logprob_token_ids, params.logprobs) == (["x"], [7, 9], 2)
+    assert params.extra_args == {"mine": [1]} and not params.spaces_between_special_tokens
+    assert params.repetition_detection.min_count == 3
+
+
 def test_unknown_fields_are_ignored_and_harmless_values_of_later_ones_accepted(api: Api):
     api.complete(
         best_of=1, use_beam_search=False, response_format={"type": "text"}, bad_words=[], nonsense={"a": 1}
@@ -266,3 +278,37 @@ def test_without_a_tokenizer_token_ids_are_served():
     body = api.complete(prompt=[1, 2], max_tokens=2, logprobs=1, return_token_ids=True)
     assert body["choices"][0]["token_ids"] == [80, 97]
     assert api.post("/v1/completions", {"prompt": "text"}).status_code == 400
+
+
+def test_a_beam_search_answers_best_first(api: Api):
+    # The fake engine's likeliest tokens are 0, 1, 2, …, each a hundredth less likely than the one before.
+    body = api.complete(prompt=["ab", "c"], use_beam_search=True, n=3, max_tokens=2, logprobs=1, return_token_ids=True)
+    assert [choice["index"] for choice in body["choices"]] == list(range(6))
+    assert [choice["token_ids"] for choice in body["choices"]] == [[0, 0], [0, 1], [1, 0]] * 2
+    assert {choice["finish_reason"] for choice in body["choices"]} == {"length"}
+    assert body["choices"][2]["logprobs"]["token_logprobs"] == [-0.01, 0.0]
+    assert body["choices"][2]["logprobs"]["top_logprobs"] == [{"\x01": -0.01, "\0": 0.0}, {"\0": 0.0}]
+    assert body["usage"]["completion_tokens"] == 12
+    assert len(api.engine.calls) == 2 * (1 + 3) and api.engine.calls[-1].params.logprobs == 6
+
+
+class Scored(FakeEngine):
+    """Answer i is the likelier, per token, the larger i is; even ones are twice as long."""
+
+    def _answer(self, index, params):
+        answer = super()._answer(index, params)
+        answer.token_ids = [65 + index] * (4 if index % 2 == 0 else 2)
+        answer.cumulative_logprob = (index - 10) * len(answer.token_ids)
+        return answer
+
+
+def test_best_of_gives_the_likeliest_per_token_and_counts_them_all():
+    api = Api(Scored())
+    body = api.complete(prompt=["a", "b"], n=2, best_of=4, return_token_ids=True)
+    assert [choice["index"] for choice in body["choices"]] == [0, 1, 2, 3]
+    assert [choice["token_ids"] for choice in body["choices"]] == [[68, 68], [67] * 4] * 2
+    assert body["usage"]["completion_tokens"] == 2 * (4 + 2 + 4 + 2)
+    assert [choice["logprobs"] for choice in body["choices"]] == [None] * 4
+    assert api.engine.calls[-1].params.n == 4
+    refused = api.post("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "best_of": 4})
+    assert refused.json()["error"]["param"] == "best_of"

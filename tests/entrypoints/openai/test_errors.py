@@ -10,7 +10,7 @@ import pytest
 
 from minivllm.entrypoints.openai import middleware
 from minivllm.entrypoints.openai.errors import MAX_MESSAGE_CHARS
-from minivllm.exceptions import EngineDeadError, EngineGenerateError
+from minivllm.exceptions import EngineDeadError, EngineGenerateError, QueueFullError
 from tests.entrypoints.openai.conftest import Api
 from tests.entrypoints.openai.fakes import MAX_MODEL_LEN, VOCAB_SIZE, ByteTokenizer, FakeEngine
 
@@ -69,12 +69,32 @@ def error_of(response) -> dict:
         ({"request_id": "a\nb"}, "request_id", "printable"),
         ({"min_tokens": 20, "max_tokens": 10}, "min_tokens", "10"),
         ({"suffix": "end"}, "suffix", "not supported yet"),
-        ({"best_of": 3}, "best_of", "not supported yet"),
+        ({"best_of": 1, "n": 2}, "best_of", "less than n=2"),
+        ({"best_of": 2, "stream": True}, "best_of", "stream"),
+        ({"best_of": 2, "echo": True, "max_tokens": 0}, "best_of", "max_tokens=0"),
+        ({"best_of": 2, "temperature": 0}, "n", "greedy"),
         ({"guided_json": {}}, "guided_json", "not supported yet"),
         ({"structured_outputs": {"regex": "a"}}, "structured_outputs", "not supported yet"),
-        ({"use_beam_search": True}, "use_beam_search", "not supported yet"),
+        ({"use_beam_search": True, "stream": True}, "stream", "use_beam_search"),
+        ({"use_beam_search": True, "stop": ["x"]}, "stop", "use_beam_search"),
+        ({"use_beam_search": True, "top_p": 0.5}, "top_p", "use_beam_search"),
+        ({"use_beam_search": True, "echo": True, "logprobs": 1}, "echo", "use_beam_search"),
+        ({"use_beam_search": True, "n": 11}, "beam_width", "20"),
+        ({"use_beam_search": True, "n": 2, "logprobs": 5}, "logprobs", "4"),
+        ({"use_beam_search": True, "length_penalty": 11}, "length_penalty", "11"),
+        ({"use_beam_search": True, "prompt": "x" * MAX_MODEL_LEN}, "prompt", str(MAX_MODEL_LEN)),
+        ({"length_penalty": 2}, "length_penalty", "needs use_beam_search"),
         ({"kv_transfer_params": {}}, "kv_transfer_params", "not supported yet"),
-        ({"bad_words": ["x"]}, "bad_words", "not supported yet"),
+        ({"thinking_token_budget": 5}, "thinking_token_budget", "not supported yet"),
+        ({"bad_words": [" "]}, "bad_words", "empty"),
+        ({"bad_words": ["x"] * 129}, "bad_words", "128"),
+        ({"logprob_token_ids": [1]}, "logprob_token_ids", "needs logprobs=1"),
+        ({"logprob_token_ids": [1], "logprobs": 2}, "logprobs", "leave it out"),
+        ({"logprob_token_ids": [9999], "logprobs": 1}, "logprob_token_ids", "9999"),
+        ({"logprob_token_ids": [1], "logprobs": 1, "echo": True, "max_tokens": 0}, "logprob_token_ids", "answer"),
+        ({"repetition_detection": {"max_pattern_size": 3}}, "repetition_detection.min_count", "2"),
+        ({"repetition_detection": {"pattern": 3}}, "repetition_detection", "pattern"),
+        ({"vllm_xargs": {"a": 2**63}}, "extra_args", "64 bit"),
     ],
 )
 def test_a_wrong_field_is_refused_by_name(api: Api, change: dict, param: str | None, says: str | None):
@@ -114,6 +134,7 @@ def test_half_a_surrogate_pair_is_refused_and_never_breaks_the_answer(api: Api):
     for body in (
         rb'{"prompt": "\ud800"}',
         rb'{"prompt": "x", "stop": "\udfff"}',
+        rb'{"prompt": "x", "bad_words": ["\udfff"]}',
         rb'{"prompt": "x", "model": "\ud800"}',
     ):
         response = api.request("POST", "/v1/completions", content=body, headers=JSON)
@@ -292,3 +313,21 @@ def test_tokenize_takes_a_prompt_or_messages_but_not_both(api: Api):
     body = {"messages": [{"role": "user", "content": "Hi"}], "prompt": "Hi"}
     assert error_of(api.post("/tokenize", body))["code"] == 400
     assert api.post("/tokenize", {**body, "prompt": None}).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": ["Hi", "Ho"]}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}]}),
+    ],
+)
+def test_a_full_queue_is_a_503_that_says_when_to_come_back(api: Api, path: str, body: dict, stream: bool):
+    api.engine.refuses = QueueFullError("the server is busy: 4 requests are open", reason="max_num_queued_reqs")
+    response = api.post(path, {**body, "stream": stream})
+    assert response.status_code == 503 and response.headers["retry-after"] == "1"
+    error = error_of(response)
+    assert (error["type"], error["param"]) == ("Service Unavailable", None)
+    assert "4 requests" in error["message"]
+    assert api.engine.calls == []

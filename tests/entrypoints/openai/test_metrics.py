@@ -34,7 +34,7 @@ def samples(api: Api) -> dict[str, float]:
 
 def test_what_the_engine_counts_is_exposed_under_vllms_names(api: Api):
     api.stats.record(SCHEDULER, ITERATION)
-    api.stats.record(None, IterationStats(num_generation_tokens=1))
+    api.stats.record(None, IterationStats(num_generation_tokens=1, rejected_by=["max_num_queued_reqs"]))
     found = samples(api)
     expected = {
         "vllm:num_requests_running": 3,
@@ -50,6 +50,8 @@ def test_what_the_engine_counts_is_exposed_under_vllms_names(api: Api):
         "vllm:generation_tokens_total": 8,
         "vllm:request_success_total{stop}": 1,
         "vllm:request_success_total{abort}": 0,
+        "vllm:admission_rejections_total{max_num_queued_reqs}": 1,
+        "vllm:admission_rejections_total{max_num_queued_tokens}": 0,
         "vllm:iteration_tokens_total_sum": 100,
         "vllm:time_to_first_token_seconds_sum": 0.3,
         "vllm:time_to_first_token_seconds_bucket{0.25}": 0,
@@ -115,7 +117,9 @@ def test_token_buckets_are_a_1_2_5_series_up_to_the_context():
 def test_the_line_tells_rates_and_is_silent_when_idle(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
+    # An earlier test may have configured our logger: the lines are to be heard once, at the root.
     monkeypatch.setattr(logging.getLogger("minivllm"), "propagate", True)
+    monkeypatch.setattr(logging.getLogger("minivllm"), "handlers", [])
     caplog.set_level(logging.INFO, logger="minivllm")
     line = LoggingStatLogger(now=0.0)
     line.log(10.0)

@@ -81,6 +81,8 @@ class ChatCompletionRequest(ChatFields):
             )
         if self.top_logprobs and not self.logprobs:
             raise RequestError("top_logprobs needs logprobs=true", param="top_logprobs")
+        if self.logprob_token_ids is not None and not self.logprobs:
+            raise RequestError("logprob_token_ids needs logprobs=true", param="logprob_token_ids")
         return self
 
     @property
@@ -89,6 +91,9 @@ class ChatCompletionRequest(ChatFields):
 
     @property
     def num_logprobs(self) -> int | None:
+        """The most likely to report; with logprob_token_ids those take their place, as many as they are."""
+        if self.logprob_token_ids is not None:
+            return self.top_logprobs or len(self.logprob_token_ids)
         return (self.top_logprobs or 0) if self.logprobs else None
 
 

@@ -54,7 +54,8 @@ class _Job:
     def logprobs(self, answer: CompletionOutput) -> ChatLogprobs | None:
         if self.request.num_logprobs is None or not answer.logprobs:
             return None
-        return self.formatter.chat(answer.token_ids, answer.logprobs, self.request.num_logprobs)
+        num_top = -1 if self.request.logprob_token_ids is not None else self.request.num_logprobs
+        return self.formatter.chat(answer.token_ids, answer.logprobs, num_top)
 
 
 class ServingChat(ServingBase):
@@ -70,17 +71,22 @@ class ServingChat(ServingBase):
         asked = request.num_tokens_asked
         token_ids = self._truncate(await self._renderer.chat(request), request, asked)
         param = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
-        params = request.to_sampling_params(
-            self._defaults,
-            max_tokens=self._max_tokens(asked, None, len(token_ids), param=param),
-            logprobs=request.num_logprobs,
-            prompt_logprobs=request.prompt_logprobs,
-        )
+        max_tokens = self._max_tokens(asked, None, len(token_ids), param=param)
+        if request.use_beam_search:
+            params = request.to_beam_search_params(max_tokens=max_tokens, num_logprobs=request.num_logprobs)
+        else:
+            params = request.to_sampling_params(
+                self._defaults,
+                max_tokens=max_tokens,
+                logprobs=request.num_logprobs,
+                prompt_logprobs=request.prompt_logprobs,
+            )
         role, echo = self._role_and_echo(request)
         tokenizer = self._engine.tokenizer
         formatter = LogprobsFormatter(tokenizer, as_token_ids=self._shows_token_ids(request))
         job = _Job(request, answering, token_ids, params.n, role, echo, formatter)
-        outputs = self._generate(token_ids, params, request, answering.id)
+        self._engine.check_admission(params.n)
+        outputs = self._generate(token_ids, params, request, answering.id, request.num_logprobs)
         return await self._answer(job, outputs, params.n)
 
     def _role_and_echo(self, request: ChatCompletionRequest) -> tuple[str, str]:

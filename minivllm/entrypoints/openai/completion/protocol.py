@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -16,17 +16,54 @@ MAX_PROMPTS = 1024
 
 
 class CompletionRequest(SamplingFields):
+    SUPPORTED_HERE: ClassVar[frozenset[str]] = frozenset({"best_of"})
+
     # A string, token ids, or a list of either. `read_prompts` checks it: a union here would report every form.
     prompt: Any = None
     max_tokens: int | None = None
     logprobs: int | None = None
     add_special_tokens: bool = True
+    best_of: int | None = None
 
     @model_validator(mode="after")
     def _check_echo(self) -> CompletionRequest:
         if self.max_tokens == 0 and not self.echo:
             raise RequestError("max_tokens=0 generates nothing; it needs echo=true", param="max_tokens")
+        if self.logprob_token_ids is not None and (self.logprobs is None or self.max_tokens == 0):
+            raise RequestError(
+                f"logprob_token_ids needs logprobs={len(self.logprob_token_ids)} and an answer to report them of",
+                param="logprob_token_ids",
+            )
         return self
+
+    @model_validator(mode="after")
+    def _check_beams_and_echo(self) -> CompletionRequest:
+        if self.use_beam_search and self.echo and (self.logprobs is not None or self.max_tokens == 0):
+            raise RequestError(
+                "echo with logprobs or max_tokens=0 does not go together with use_beam_search", param="echo"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_best_of(self) -> CompletionRequest:
+        if self.best_of is None or self.best_of == self.num_answers:
+            return self
+        if self.best_of < self.num_answers:
+            raise RequestError(f"best_of={self.best_of} is less than n={self.num_answers}", param="best_of")
+        if self.stream or self.use_beam_search:
+            raise RequestError("best_of above n needs whole answers: drop stream and use_beam_search", param="best_of")
+        if self.only_echoes:
+            raise RequestError("best_of above n needs answers to choose from: drop max_tokens=0", param="best_of")
+        return self
+
+    @property
+    def num_answers(self) -> int:
+        return 1 if self.n is None else self.n
+
+    @property
+    def chooses(self) -> bool:
+        """More answers are generated than are given back: the best `n` of `best_of`."""
+        return self.best_of is not None and self.best_of > self.num_answers
 
     @property
     def only_echoes(self) -> bool:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from starlette.responses import Response
 
     from minivllm.outputs import CompletionOutput, PromptLogprobs, RequestOutput
-    from minivllm.sampling_params import SamplingParams
+    from minivllm.sampling_params import BeamSearchParams, SamplingParams
 
 DEFAULT_MAX_TOKENS = 16
 
@@ -42,7 +42,7 @@ class _Prompt:
 
     index: int
     token_ids: list[int]
-    params: SamplingParams
+    params: SamplingParams | BeamSearchParams
     echo: str | None  # its text, when it is to be given back
     logprobs: PromptLogprobs | None = None
 
@@ -56,6 +56,7 @@ class _Choice:
     started: bool = False
     num_tokens: int = 0
     num_chars: int = 0
+    cumulative_logprob: float = 0.0
 
 
 @dataclass
@@ -104,9 +105,12 @@ class ServingCompletion(ServingBase):
         tokenizer = self._engine.tokenizer
         formatter = LogprobsFormatter(tokenizer, as_token_ids=self._shows_token_ids(request))
         job = _Job(request, answering, prompts, formatter)
+        self._engine.check_admission(job.num_choices)
         outputs = merge(
             [
-                self._generate(prompt.token_ids, prompt.params, request, f"{answering.id}-{prompt.index}")
+                self._generate(
+                    prompt.token_ids, prompt.params, request, f"{answering.id}-{prompt.index}", request.logprobs
+                )
                 for prompt in prompts
             ]
         )
@@ -132,12 +136,18 @@ class ServingCompletion(ServingBase):
         kept = self._truncate(token_ids, request, request.max_tokens)
         self._check_length(len(kept))  # the engine would, but after all the other prompts are tokenized
         asked = 1 if request.only_echoes else request.max_tokens
-        params = request.to_sampling_params(
-            self._defaults,
-            max_tokens=self._max_tokens(asked, DEFAULT_MAX_TOKENS, len(kept), param="max_tokens"),
-            logprobs=request.logprobs,
-            prompt_logprobs=request.num_prompt_logprobs,
-        )
+        max_tokens = self._max_tokens(asked, DEFAULT_MAX_TOKENS, len(kept), param="max_tokens")
+        if request.use_beam_search:
+            params = request.to_beam_search_params(max_tokens=max_tokens, num_logprobs=request.logprobs)
+        else:
+            params = request.to_sampling_params(
+                self._defaults,
+                max_tokens=max_tokens,
+                logprobs=(request.logprobs or 0) if request.chooses else request.logprobs,
+                prompt_logprobs=request.num_prompt_logprobs,
+            )
+            if request.chooses:
+                params = params.clone(n=request.best_of)
         echo = None
         if request.echo:
             echo = (
@@ -151,9 +161,11 @@ class ServingCompletion(ServingBase):
             async for index, output in outputs:
                 for choice, answer in self._answers(job, index, output):
                     body = bodies[choice.index] = self._body(job, choice, answer)
+                    choice.cumulative_logprob = answer.cumulative_logprob or 0.0
                     if job.request.prompt_logprobs is not None:
                         body.prompt_logprobs = prompt_logprobs_body(choice.prompt.logprobs)
-        return self._completion(job, in_order(bodies, job.num_choices), job.usage)
+        choices = in_order(bodies, job.num_choices)
+        return self._completion(job, _best(job, choices) if job.request.chooses else choices, job.usage)
 
     async def _chunks(
         self, job: _Job, outputs: AsyncGenerator[tuple[int, RequestOutput], None]
@@ -226,3 +238,20 @@ class ServingCompletion(ServingBase):
             usage=usage,
             system_fingerprint=self._settings.system_fingerprint,
         )
+
+
+def _best(job: _Job, bodies: list[CompletionChoice]) -> list[CompletionChoice]:
+    """Of each prompt's choices the n with the highest logprob per token, as OpenAI defines `best_of`; numbered anew."""
+
+    def score(body: CompletionChoice) -> float:
+        choice = job.choices[body.index]
+        return choice.cumulative_logprob / max(choice.num_tokens, 1)
+
+    chosen = [
+        body
+        for begin in range(0, len(bodies), job.n)
+        for body in sorted(bodies[begin : begin + job.n], key=score, reverse=True)[: job.request.num_answers]
+    ]
+    for index, body in enumerate(chosen):
+        body.index = index
+    return chosen
