@@ -18,6 +18,7 @@ MAX_PATTERN_SIZE = 1024  # a step of the scheduler compares so many patterns at 
 MAX_EXTRA_DEPTH = 16
 GREEDY_BELOW = 1e-5  # a temperature below this is greedy
 LEAST_TEMPERATURE = 1e-2  # below it the exponentials overflow; raised to it, as vLLM does
+LEAST_REPETITION_PENALTY = 1e-3  # logits are divided by it, and must stay finite
 MAX_INT64 = 2**63 - 1
 
 
@@ -151,7 +152,7 @@ class SamplingParams(msgspec.Struct, omit_defaults=True, kw_only=True):
         _check_int("n", self.n, 1, MAX_N)
         _check_number("presence_penalty", self.presence_penalty, -2, 2)
         _check_number("frequency_penalty", self.frequency_penalty, -2, 2)
-        _check_number("repetition_penalty", self.repetition_penalty, 0, 1e6, open_low=True)
+        _check_number("repetition_penalty", self.repetition_penalty, LEAST_REPETITION_PENALTY, 1e6)
         _check_number("temperature", self.temperature, 0, 2)
         _check_number("top_p", self.top_p, 0, 1, open_low=True)
         _check_int("top_k", self.top_k, 0, 2**31 - 1)

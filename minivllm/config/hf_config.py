@@ -23,6 +23,15 @@ ROPE_TYPES: dict[str, tuple[str, ...]] = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "yarn": ("factor",),
 }
+# Keys that change what the model computes and that no layer honours, with the values that ask for nothing.
+_NOT_HONOURED: dict[str, tuple[Any, ...]] = {
+    "quantization_config": (None, {}),
+    "compression_config": (None, {}),
+    "partial_rotary_factor": (None, 1),
+    "attn_logit_softcapping": (None,),
+    "final_logit_softcapping": (None,),
+    "logit_scale": (None, 1),
+}
 _ROPE_NUMBERS = (
     "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings", "rope_theta",
 )  # fmt: skip
@@ -66,6 +75,7 @@ class HFConfig:
             ModelFilesError: a value is missing, of the wrong kind or not served; the message names the key.
         """
         read = _Reader(raw, source)
+        read.refuse_what_is_not_honoured()
         hidden_size = read.size("hidden_size")
         heads = read.size("num_attention_heads")
         rope = read.rope()
@@ -162,6 +172,13 @@ class _Reader:
 
     def _fail(self, key: str, value: Any, wanted: str) -> NoReturn:
         raise ModelFilesError(f"{self.source}: {key} is {value!r}; it must be {wanted}")
+
+    def refuse_what_is_not_honoured(self) -> None:
+        for key, harmless in _NOT_HONOURED.items():
+            if (value := self.raw.get(key)) not in harmless:
+                raise ModelFilesError(
+                    f"{self.source}: {key} is {value!r}, which is not supported yet; serve a checkpoint without it"
+                )
 
     def optional_size(self, key: str) -> int | None:
         return None if self.raw.get(key) is None else self.size(key)

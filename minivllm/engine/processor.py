@@ -250,6 +250,13 @@ class Processor:
                     "allowed_token_ids is empty; name at least one token", param="allowed_token_ids"
                 )
             self._check_in_vocabulary("allowed_token_ids", params.allowed_token_ids)
+            ends = {*self.eos_token_ids, *self.extra_stop_token_ids, *params.stop_token_ids}
+            if params.min_tokens and ends.issuperset(params.allowed_token_ids):
+                raise RequestError(
+                    f"allowed_token_ids={params.allowed_token_ids} only holds tokens that end the answer, which "
+                    f"min_tokens={params.min_tokens} forbids; allow another token, or leave min_tokens 0",
+                    param="allowed_token_ids",
+                )
         if params.logit_bias:
             self._check_in_vocabulary("logit_bias", params.logit_bias)
             self._check_biases(params.logit_bias)

@@ -127,3 +127,13 @@ def test_yarn_works_out_a_factor_of_null():
 def test_without_an_architecture_the_remedy_is_shown(architectures: Any):
     with pytest.raises(ModelFilesError, match="names no architecture"):
         read(architectures=architectures)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("quantization_config", {"quant_method": "awq"}), ("partial_rotary_factor", 0.5), ("logit_scale", 0.1)],
+)
+def test_what_would_change_the_result_and_is_not_honoured_is_refused(key: str, value: Any):
+    with pytest.raises(ModelFilesError, match=f"some/config.json: {key} is"):
+        read(**{key: value})
+    assert read(**{key: None}) == read()

@@ -51,6 +51,7 @@ def process(prompt, processor_=None, **params):
         ([1], {"stop_token_ids": [VOCAB_SIZE]}, "stop_token_ids"),
         ([1], {"allowed_token_ids": []}, "allowed_token_ids"),
         ([1], {"allowed_token_ids": [VOCAB_SIZE]}, "allowed_token_ids"),
+        ([1], {"allowed_token_ids": [7], "stop_token_ids": [7], "min_tokens": 2}, "allowed_token_ids"),
         ([1], {"logit_bias": {VOCAB_SIZE: 1.0}}, "logit_bias"),
         ([1], {"logit_bias": {1: float("nan")}}, "logit_bias"),
         ([1], {"stop": ["x"]}, "stop"),
