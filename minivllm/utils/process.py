@@ -103,3 +103,10 @@ def describe_exit(exitcode: int | None) -> str:
         name = f"signal {-exitcode}"
     hint = " (out of memory?)" if -exitcode == signal.SIGKILL else ""
     return f"was killed by {name}{hint}"
+
+
+def give_back_memory() -> None:
+    """Return freed memory to the system, where the C library would keep it for later (glibc)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
