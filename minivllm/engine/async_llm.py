@@ -7,6 +7,7 @@ when that is closed. Knows nothing of HTTP.
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, NoReturn
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 logger = init_logger(__name__)
 
+_LAST_OUTPUTS_S = 1.0  # for the loop to handle what the core said last
 _CHUNK = 128  # outputs processed before other tasks of the loop get a turn
 
 
@@ -62,6 +64,7 @@ class AsyncLLM:
         self._output_handler: asyncio.Task | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._dead: asyncio.Event = asyncio.Event()
+        self._handled_all = threading.Event()
         self._is_shut_down = False
 
     @classmethod
@@ -192,6 +195,8 @@ class AsyncLLM:
         except Exception as error:  # a fault of ours; nobody may wait for outputs that no one handles
             logger.exception("the output handler failed")
             self._on_dead(EngineDeadError(f"the output handler failed: {type(error).__name__}: {error}"))
+        finally:
+            self._handled_all.set()
 
     async def _handle(self, message: EngineCoreOutputs) -> None:
         stats = IterationStats(rejected_by=self._rejected_by) if self._stat_loggers else None
@@ -265,6 +270,8 @@ class AsyncLLM:
         if timeout_s <= 0:
             self.engine_core.run_on_loop(self._abort_all)
         self.engine_core.shutdown(timeout_s)
+        if timeout_s > 0 and self._output_handler is not None and self._loop.is_running():
+            self._handled_all.wait(_LAST_OUTPUTS_S)  # requests that finished in time are told so
         self.engine_core.run_on_loop(self._end)
         self._tokenizing.shutdown(wait=False, cancel_futures=True)
 

@@ -208,6 +208,8 @@ class AsyncMPClient(_SocketClient):
     def shutdown(self, timeout_s: float = 0.0) -> None:
         """End the core; idempotent, from any thread. Outputs of the last moments are still read if the loop runs."""
         self._core.stop(timeout_s)
+        if self._loop is not None and not self._loop.is_closed():
+            self.run_on_loop(self._on_readable)  # what the core said last, before it counts as gone
         self._die(_SHUT_DOWN)
         self.run_on_loop(self._stop_reading)
         self._core.shutdown()
