@@ -7,12 +7,12 @@ MODEL ?=
 ARGS ?=
 export PYTHON TORCH_INDEX
 
-model_args = $(if $(MODEL),--model '$(MODEL)',--model .venv/model --served-model-name stand-in)
+model_args = $(if $(MODEL),--model '$(MODEL)')
 
 .PHONY: serve test
 
 serve:
-	@.ci/setup $(if $(MODEL),,model)
+	@.ci/setup
 	@exec .venv/bin/python -m minivllm.entrypoints.openai.api_server $(model_args) --port '$(PORT)' $(ARGS)
 
 test:

@@ -16,7 +16,7 @@ async def stream(engine: AsyncLLM, request_id: str, prompt: str) -> None:
 
 
 async def main() -> None:
-    model = sys.argv[1] if len(sys.argv) > 1 else ".venv/model"
+    model = sys.argv[1] if len(sys.argv) > 1 else ""
     engine = AsyncLLM.from_engine_args(AsyncEngineArgs(model=model))
     try:
         await asyncio.gather(

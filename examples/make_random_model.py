@@ -108,7 +108,7 @@ FAMILIES = {
 
 PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {},
-    "stand-in": {
+    "small": {
         "arch": "qwen3", "hidden_size": 256, "intermediate_size": 768, "num_layers": 4, "num_heads": 8,
         "num_kv_heads": 4, "head_dim": 32, "vocab_size": 4096, "max_position_embeddings": 4096,
         "dtype": "bfloat16",

@@ -8,8 +8,8 @@ from minivllm import LLM, SamplingParams
 
 
 def main() -> None:
-    llm = LLM(model=sys.argv[1] if len(sys.argv) > 1 else ".venv/model")
-    prompts = ["Once upon a time", "The capital of France is"]
+    llm = LLM(*sys.argv[1:2])  # without a model: the one in the box
+    prompts = ["Once upon a time", "A cat and a dog"]
     for output in llm.generate(prompts, SamplingParams(temperature=0.8, top_p=0.95, max_tokens=32, seed=1)):
         print(f"{output.prompt!r} -> {output.outputs[0].text!r}")
     answer = llm.chat([{"role": "user", "content": "Hello!"}], SamplingParams(max_tokens=32, temperature=0))

@@ -74,10 +74,9 @@ def _make(*arguments: str) -> str:
     return done.stdout
 
 
-def test_make_serve_without_a_model_serves_the_one_it_makes():
+def test_make_serve_without_a_model_names_none():
     plan = _make("serve")
-    assert ".ci/setup model" in plan
-    assert "--model .venv/model" in plan
+    assert "--model" not in plan
     assert "--port '8000'" in plan
 
 
@@ -85,7 +84,6 @@ def test_make_serve_passes_model_port_and_arguments_on():
     plan = _make("serve", "MODEL=/models/a b", "PORT=8001", "ARGS=--max-model-len 64 --seed 3")
     assert "--model '/models/a b'" in plan
     assert "--port '8001' --max-model-len 64 --seed 3" in plan
-    assert ".ci/setup model" not in plan
 
 
 def test_make_test_sets_up_what_tests_use_and_passes_arguments_to_pytest():

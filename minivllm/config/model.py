@@ -9,7 +9,7 @@ from typing import Any, Literal
 @dataclass(frozen=True)
 class ModelConfig:
     model: str = ""
-    """A local directory or a hub id."""
+    """A local directory or a hub id; not given: the model in the box."""
     tokenizer: str | None = None
     """Directory or hub id of the tokenizer; the model's own when not given."""
     tokenizer_mode: Literal["auto", "hf"] = "auto"

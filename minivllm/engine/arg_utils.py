@@ -40,6 +40,7 @@ from minivllm.logits_processors import check_names, name_of
 from minivllm.models.registry import ModelRegistry
 from minivllm.sampling_params import SamplingParams
 from minivllm.utils.argparse_utils import add_dataclass_arguments, default_of
+from minivllm.utils.box_model import BOX_MODEL_NAME, box_model_path
 from minivllm.utils.hub import TOKENIZER_FILES, resolve_directory
 from minivllm.utils.text import nearest, parse_size
 
@@ -115,7 +116,10 @@ class EngineArgs(_Flat):
         _check_executor(parts["parallel"])
         check_names(values["logits_processors"] or ())
         model, load = parts["model"], parts["load"]
-        directory = resolve_directory(_required(model.model), revision=model.revision, download_dir=load.download_dir)
+        if not model.model:
+            named = model.served_model_name or [BOX_MODEL_NAME]
+            model = replace(model, model=str(box_model_path()), served_model_name=named)
+        directory = resolve_directory(model.model, revision=model.revision, download_dir=load.download_dir)
         hf_config = _read_hf_config(directory, model)
         if load.load_format != "dummy":
             find_shards(directory)
@@ -178,12 +182,6 @@ def _convert(values: dict[str, Any], part: type[T]) -> T:
             reason = str(error).split(" - at ")[0].replace("`", "").replace("null", "None")
             raise ConfigError(f"{f.name}={values[f.name]!r}: {reason[:1].lower()}{reason[1:]}") from None
     return part(**values)
-
-
-def _required(model: str) -> str:
-    if not model:
-        raise ConfigError("no model is named; give a directory or a hub id, as in: minivllm serve DIRECTORY")
-    return model
 
 
 def _read_length(value: Any) -> Any:

@@ -38,9 +38,9 @@ class LLM:
     """A model ready to generate. Its engine core is a process of its own, ended by `shutdown`, by leaving a `with`
     block, or with the object.
 
-    model: a local directory or a hub id; chat_template: a file or Jinja text, for `chat`. Other keywords are the
-    fields of EngineArgs; a misspelt one is an error that names the nearest. `disable_frontend_multiprocessing=True`
-    runs the engine core in this process.
+    model: a local directory or a hub id, the model in the box when not given; chat_template: a file or Jinja text,
+    for `chat`. Other keywords are the fields of EngineArgs; a misspelt one is an error that names the nearest.
+    `disable_frontend_multiprocessing=True` runs the engine core in this process.
 
     Raises:
         ConfigError, ModelFilesError, EngineStartError: the engine cannot start as asked.
@@ -48,7 +48,7 @@ class LLM:
 
     def __init__(
         self,
-        model: str | os.PathLike[str],
+        model: str | os.PathLike[str] = "",
         *,
         chat_template: str | None = None,
         disable_log_stats: bool = True,

@@ -30,12 +30,16 @@ def free_port() -> int:
 class Server:
     """`python -m minivllm.entrypoints.openai.api_server …` with its log, its process tree and its traces on disk."""
 
-    def __init__(self, model: Path, *args: str, run_dir: Path, port: int | None = None, wait: bool = True) -> None:
+    def __init__(
+        self, model: Path | None, *args: str, run_dir: Path, port: int | None = None, wait: bool = True
+    ) -> None:
+        """model: None for the model in the box."""
         self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.run_dir = run_dir
         self.log: list[str] = []
-        command = [sys.executable, "-m", "minivllm.entrypoints.openai.api_server", "--model", str(model)]
+        command = [sys.executable, "-m", "minivllm.entrypoints.openai.api_server"]
+        command += ["--model", str(model)] if model is not None else []
         command += ["--host", "127.0.0.1", "--port", str(self.port), *args]
         env = {**os.environ, "MINIVLLM_RUN_DIR": str(run_dir), "HF_HUB_OFFLINE": "1"}
         self.process = subprocess.Popen(
@@ -101,7 +105,7 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(model: Path, *args: str, run_dir: Path, **kwargs) -> Iterator[Server]:
+def serving(model: Path | None, *args: str, run_dir: Path, **kwargs) -> Iterator[Server]:
     """A server that is stopped at the end, whatever happens."""
     server = Server(model, *args, run_dir=run_dir, **kwargs)
     try:

@@ -12,6 +12,7 @@ import pytest
 from minivllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from minivllm.entrypoints.openai.cli_args import make_arg_parser, validate_args
 from minivllm.exceptions import ConfigError
+from minivllm.utils.box_model import box_model_path
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -142,10 +143,15 @@ def test_the_model_may_be_given_either_way():
     assert validated("m").model == validated("--model", "m").model == validated("m", "--model", "m").model == "m"
 
 
+def test_without_a_model_the_one_in_the_box_is_served_under_its_name():
+    model = EngineArgs().create_engine_config().model
+    assert (Path(model.model), model.served_model_name) == (box_model_path(), ["minnow"])
+    assert EngineArgs(served_model_name=["mine"]).create_engine_config().model.served_model_name == ["mine"]
+
+
 @pytest.mark.parametrize(
     ("args", "reason"),
     [
-        ([], "no model"),
         (["m", "--model", "n"], "two models"),
         (["m", "--port", "65536"], "--port"),
         (["m", "--shutdown-timeout", "-1"], "--shutdown-timeout"),

@@ -63,7 +63,7 @@ def test_a_command_of_vllm_that_is_not_here_yet_is_refused_by_name(capsys):
 
 
 def test_serve_checks_its_arguments_before_anything_else(capsys):
-    assert failed(capsys, "serve")[0] == 2
+    assert failed(capsys, "serve", "--port", "65536")[0] == 2
     assert "--tensor-parallel-size" in failed(capsys, "serve", "m", "--tensor-parallel-size", "2")[1]
 
 

@@ -83,8 +83,6 @@ def validate_args(args: argparse.Namespace) -> None:
         if args.model and args.model != args.model_tag:
             raise ConfigError(f"two models are named, {args.model_tag} and --model {args.model}; name one")
         args.model = args.model_tag
-    if not args.model:
-        raise ConfigError("no model is named; give a directory or a hub id, as in: minivllm serve DIRECTORY")
     if not 0 <= args.port <= 65535:
         raise ConfigError(f"--port {args.port} must be from 0 to 65535")
     if args.shutdown_timeout < 0:

@@ -1,0 +1,75 @@
+"""The model in the box, as a stranger meets it: no model is named, and the answers mean something."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from openai import OpenAI
+
+import minivllm
+from minivllm import LLM, SamplingParams
+from tests.e2e.server import serving
+
+GREEDY = SamplingParams(temperature=0, max_tokens=200)
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[LLM]:
+    with LLM(kv_cache_memory_bytes=64 << 20) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OpenAI]:
+    with serving(None, "--kv-cache-memory-bytes", "64Mi", run_dir=tmp_path_factory.mktemp("run")) as server:
+        yield OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+
+
+def say(llm: LLM, text: str, params: SamplingParams = GREEDY):
+    [output] = llm.chat([{"role": "user", "content": text}], params, use_tqdm=False)
+    return output.outputs[0]
+
+
+def test_it_ships_with_the_package_and_is_small():
+    directory = minivllm.box_model_path()
+    assert directory.parent == Path(minivllm.__file__).parent
+    assert sum(path.stat().st_size for path in directory.iterdir()) <= 24_000_000
+
+
+@pytest.mark.parametrize(("a", "b"), [(23, 45), (19, 64), (70, 12), (38, 27), (2, 2), (3, 5)])
+def test_it_adds_and_stops_by_itself(llm: LLM, a: int, b: int):
+    answer = say(llm, f"What is {a} + {b}?")
+    assert f"{a + b}" in answer.text
+    assert answer.finish_reason == "stop"
+
+
+def test_a_story_ends_by_itself_in_whole_characters(llm: LLM):
+    answer = say(llm, "Tell me a story.", SamplingParams(temperature=0, max_tokens=400))
+    assert answer.finish_reason == "stop"
+    assert len(answer.text.split()) > 30 and "\ufffd" not in answer.text
+
+
+def test_a_stop_string_ends_a_real_answer(llm: LLM):
+    whole = say(llm, "Tell me a story.", SamplingParams(temperature=0, max_tokens=400)).text
+    sentence = whole[: whole.index(".")]
+    cut = say(llm, "Tell me a story.", SamplingParams(temperature=0, max_tokens=400, stop="."))
+    assert (cut.text, cut.finish_reason, cut.stop_reason) == (sentence, "stop", ".")
+
+
+def test_a_sure_answer_is_peaked_and_the_start_of_a_story_is_not(llm: LLM):
+    asked = SamplingParams(temperature=0, max_tokens=8, logprobs=1)
+    sure = say(llm, "What is 23 + 45?", asked)
+    unsure = say(llm, "Tell me a story.", asked)
+    assert sure.cumulative_logprob > -0.5 > unsure.cumulative_logprob
+
+
+def test_the_server_serves_it_under_its_name_and_streams_what_it_says_whole(client: OpenAI):
+    assert [card.id for card in client.models.list().data] == ["minnow"]
+    ask = dict(model="minnow", messages=[{"role": "user", "content": "What is 41 + 17?"}], temperature=0)
+    whole = client.chat.completions.create(**ask).choices[0]
+    chunks = list(client.chat.completions.create(**ask, stream=True))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole.message.content
+    assert "58" in whole.message.content
+    assert chunks[-1].choices[0].finish_reason == whole.finish_reason == "stop"
