@@ -12,7 +12,7 @@ import pytest
 
 from minivllm.config.engine import EngineConfig
 from minivllm.config.scheduler import step_limits
-from minivllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+from minivllm.engine.arg_utils import EngineArgs
 from minivllm.exceptions import ConfigError, ModelFilesError
 from minivllm.messages.codec import Decoder, encode
 
@@ -205,8 +205,3 @@ def test_a_path_that_cannot_be_looked_at_is_no_internal_error(name: str):
 def test_a_file_is_no_model(tiny_model: Path):
     with pytest.raises(ModelFilesError, match="give the directory"):
         config(tiny_model / "config.json")
-
-
-def test_no_model_says_how_to_name_one():
-    with pytest.raises(ConfigError, match="minivllm serve DIRECTORY"):
-        AsyncEngineArgs().create_engine_config("serve")
