@@ -35,8 +35,8 @@ class SchedulerConfig:
     max_num_queued_reqs: int | None = None
     """Requests open in the server, at most; one more is answered with 503. An answer of n counts n times."""
     max_num_queued_tokens: int | None = None
-    """Prompt tokens of requests still without a first token, at most; a request that would exceed it is answered
-    with 503, unless no other waits."""
+    """Prompt tokens of requests still without a first token; once so many wait, a further request is answered with
+    503."""
     stream_interval: int = 1
     """Tokens between two chunks of a stream; the first and the last are sent at once."""
 

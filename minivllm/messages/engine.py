@@ -1,6 +1,7 @@
 """What crosses between a front end and an engine core.
 
-Every struct is encoded as a MessagePack array: append new fields last, with a default.
+The structs of the running conversation are encoded as MessagePack arrays: append new fields last, with a default.
+Those of the start, and SamplingParams, are maps.
 
 A conversation, on two sockets:
     core  DEALER ─▶ ROUTER client   Hello                                     "I am here"
