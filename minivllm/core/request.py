@@ -25,22 +25,28 @@ class RequestStatus(IntEnum):
 class Request:
     """Its state is its tokens; everything else can be recomputed from them.
 
-    `num_computed_tokens` runs ahead: it counts what has been scheduled. `num_confirmed_tokens` follows when the
-    step's result is in; only KV of confirmed tokens is ever hashed.
+    Plans run ahead of their results. `num_computed_tokens` counts what has been scheduled; `num_confirmed_tokens`
+    follows when the step's result is in, and only KV of confirmed tokens is ever hashed. Likewise
+    `num_placeholders` counts the tokens that plans in flight sample, and `num_schedulable_tokens` how far plans may
+    go: over all known tokens, and the one being sampled, for the worker will know it by then. The last token a
+    request may have is nobody's input and is never scheduled.
     """
 
     __slots__ = (
         "request_id", "client_index", "sampling_params", "seed", "cache_salt", "priority", "arrival_time", "order",
         "prompt_token_ids", "prior_output_token_ids", "all_token_ids", "num_prompt_tokens", "block_hashes",
-        "status", "num_computed_tokens", "num_confirmed_tokens", "known_to_worker", "num_preemptions",
+        "status", "num_computed_tokens", "num_confirmed_tokens", "num_placeholders", "num_schedulable_tokens",
+        "max_num_tokens", "runs_ahead", "known_to_worker", "num_preemptions",
         "finish_reason", "stop_reason", "error",
         "scheduled_time", "num_cached_tokens", "num_prompt_logprobs_sent", "answered",
-        "_eos_token_ids", "_stop_token_ids", "_max_output_tokens", "_min_output_tokens", "_repetition", "_block_hasher",
+        "_eos_token_ids", "_stop_token_ids", "_min_output_tokens", "_repetition", "_block_hasher",
         "num_tokens_to_next_hash",
         "eos_token_ids",
     )  # fmt: skip
 
-    def __init__(self, message: EngineCoreRequest, block_hasher: Callable[[Request], None] | None) -> None:
+    def __init__(
+        self, message: EngineCoreRequest, block_hasher: Callable[[Request], None] | None, max_model_len: int
+    ) -> None:
         params = message.sampling_params
         self.request_id = message.request_id
         self.client_index = message.client_index
@@ -59,6 +65,12 @@ class Request:
         self.status = RequestStatus.WAITING
         self.num_computed_tokens = 0
         self.num_confirmed_tokens = 0
+        self.num_placeholders = 0
+        self.num_schedulable_tokens = len(self.all_token_ids)
+        self.max_num_tokens = max_model_len  # prompt and output
+        if params.max_tokens is not None:
+            self.max_num_tokens = min(max_model_len, self.num_prompt_tokens + params.max_tokens)
+        self.runs_ahead = True  # may be planned before its last token is known
         self.known_to_worker = False
         self.num_preemptions = 0
         self.finish_reason: FinishReason | None = None
@@ -72,7 +84,6 @@ class Request:
 
         self._eos_token_ids = frozenset() if params.ignore_eos else frozenset(message.eos_token_ids)
         self._stop_token_ids = frozenset(params.stop_token_ids or ())
-        self._max_output_tokens = params.max_tokens
         self._min_output_tokens = params.min_tokens
         self._repetition = params.repetition_detection
         self.block_hashes: list[bytes] = []  # of the full blocks of all_token_ids
@@ -83,10 +94,13 @@ class Request:
 
     @classmethod
     def from_message(
-        cls, message: EngineCoreRequest, block_hasher: Callable[[Request], None] | None = None
+        cls,
+        message: EngineCoreRequest,
+        block_hasher: Callable[[Request], None] | None = None,
+        max_model_len: int = sys.maxsize,
     ) -> Request:
         """Make a waiting request. Without a `block_hasher` it never meets the prefix cache."""
-        return cls(message, block_hasher)
+        return cls(message, block_hasher, max_model_len)
 
     @property
     def num_tokens(self) -> int:
@@ -110,13 +124,21 @@ class Request:
             and self.num_prompt_logprobs_sent < self.num_prompt_tokens - 1
         )
 
+    def expect_token(self) -> None:
+        """A plan samples its next token."""
+        self.num_placeholders += 1
+        if self.runs_ahead and self.num_schedulable_tokens < self.max_num_tokens - 1:
+            self.num_schedulable_tokens += 1
+
     def append_output_token(self, token_id: int) -> None:
         self.all_token_ids.append(token_id)
+        if self.num_schedulable_tokens < len(self.all_token_ids):
+            self.num_schedulable_tokens = len(self.all_token_ids)
         if len(self.all_token_ids) >= self.num_tokens_to_next_hash:
             self._block_hasher(self)
 
     def forget_computed(self) -> None:
-        """Its blocks are gone; its tokens stay."""
+        """Its blocks are gone; its tokens stay, those that are still being sampled too."""
         self.num_computed_tokens = 0
         self.num_confirmed_tokens = 0
 
@@ -129,7 +151,7 @@ class Request:
         self.stop_reason = stop_reason
         self.error = error
 
-    def finish_if_stopped(self, max_model_len: int) -> bool:
+    def finish_if_stopped(self) -> bool:
         """End it if its last output token ends it: end of sequence, then stop tokens, length, repetition.
 
         `min_tokens` must come before the stopping token, as the sampler masks it until then.
@@ -145,8 +167,7 @@ class Request:
             if last in self._stop_token_ids:
                 self.finish(FinishReason.STOP, stop_reason=last)
                 return True
-        full = len(self.all_token_ids) >= max_model_len
-        if full or (self._max_output_tokens is not None and num_output_tokens >= self._max_output_tokens):
+        if len(self.all_token_ids) >= self.max_num_tokens:
             self.finish(FinishReason.LENGTH)
             return True
         if self._repetition is not None and num_output_tokens >= self._min_output_tokens:

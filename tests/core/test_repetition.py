@@ -38,7 +38,7 @@ def answer(tokens: list[int], *, num_prior: int = 0, **params) -> tuple[int, Fin
     request = Request.from_message(make_request(max_tokens=30, prior=tuple(tokens[:num_prior]), **params))
     for token in tokens[num_prior:]:
         request.append_output_token(token)
-        if request.finish_if_stopped(64):
+        if request.finish_if_stopped():
             break
     return request.num_output_tokens, request.finish_reason, request.stop_reason
 

@@ -6,6 +6,7 @@ Answers are compared bit for bit: tokens, every logprob and rank, in their order
 from __future__ import annotations
 
 import random
+from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import msgspec
 
 from minivllm.core.sched.scheduler import Scheduler
 from minivllm.messages.engine import EngineCoreOutput, EngineCoreRequest, LogprobsLists
+from minivllm.messages.worker import ModelRunnerOutput, SchedulerOutput
 from minivllm.sampling_params import SamplingParams
 from minivllm.worker.worker import Worker
 from tests.models.loop import BLOCK_SIZE, engine_config
@@ -103,16 +105,19 @@ class Engine:
 
 
 class Run:
-    """One schedule: a scheduler of its own and what it has answered."""
+    """One schedule: a scheduler of its own and what it has answered. `num_in_flight` plans at most are made and
+    executed before the first of them is accounted for.
+    """
 
-    def __init__(self, engine: Engine, scheduler: Scheduler) -> None:
-        self.engine, self.scheduler = engine, scheduler
+    def __init__(self, engine: Engine, scheduler: Scheduler, num_in_flight: int = 1) -> None:
+        self.engine, self.scheduler, self.num_in_flight = engine, scheduler, num_in_flight
+        self._in_flight: deque[tuple[SchedulerOutput, ModelRunnerOutput]] = deque()
         self.answers: dict[str, Answer] = {}
         self.num_steps = self.num_preemptions = self.num_cached_tokens = 0
 
     @property
     def is_busy(self) -> bool:
-        return self.scheduler.has_requests()
+        return bool(self._in_flight) or self.scheduler.has_requests()
 
     def add(self, request: EngineCoreRequest) -> None:
         self.answers[request.request_id] = Answer()
@@ -122,13 +127,17 @@ class Run:
         self._take(self.scheduler.abort_requests(request_ids))
 
     def step(self, *, abort_meanwhile: tuple[str, ...] = ()) -> None:
-        """One step; `abort_meanwhile` are aborts that arrive while the worker computes."""
+        """Plan, and account for the oldest plan; `abort_meanwhile` are aborts that arrive while the worker computes."""
         assert self.num_steps < MOST_STEPS, f"no end: {sorted(self.scheduler.requests)}"
         self.num_steps += 1
-        plan = self.scheduler.schedule()
-        self.num_preemptions += len(plan.preempted_req_ids)
-        self.engine.worker.execute_model(plan)
-        result = self.engine.worker.sample_tokens(None)
+        while not self._in_flight or len(self._in_flight) < self.num_in_flight and self.scheduler.has_requests():
+            plan = self.scheduler.schedule()
+            self.num_preemptions += len(plan.preempted_req_ids)
+            self.engine.worker.execute_model(plan)
+            self._in_flight.append((plan, self.engine.worker.sample_tokens(None)))
+            if not plan.num_scheduled_tokens:
+                break
+        plan, result = self._in_flight.popleft()
         self.abort(*abort_meanwhile)
         self._take(self.scheduler.update_from_output(plan, result))
         self.scheduler.check_integrity()

@@ -36,13 +36,19 @@ needs_kernels = pytest.mark.skipif(UNAVAILABLE is not None, reason=str(UNAVAILAB
 
 
 class Engines:
-    """Fresh engines of one model, each with its weights read anew and nothing in its cache."""
+    """Fresh engines of one model, each with its weights read anew and nothing in its cache.
+
+    Every other one plans the next step while this one runs, so a request goes from either kind to either.
+    """
 
     def __init__(self, model: Path | None) -> None:
         self._config = make_config() if model is None else engine_config(model, num_gpu_blocks_override=64)
+        self._num_made = 0
 
     def fresh(self) -> LLMEngine:
-        return LLMEngine.from_engine_config(self._config, in_process=True)
+        self._num_made += 1
+        scheduling = replace(self._config.scheduler, async_scheduling=self._num_made % 2 == 0)
+        return LLMEngine.from_engine_config(replace(self._config, scheduler=scheduling), in_process=True)
 
     def request(self, params: SamplingParams, prompt: list[int] = PROMPT) -> EngineCoreRequest:
         """As the front end makes it: with a seed, the tokens that end it, and the room there is."""

@@ -1,8 +1,8 @@
 """Any schedule gives the answer of the request alone, to the last bit of every logprob.
 
 Seeded random schedules on the real worker with the native kernels: arrivals, chunk and batch sizes, pools so
-tight that requests are preempted, prefixes found in the cache, aborts of others, resends, one and two threads. For
-every instruction set this machine has, every dtype, and shapes with grouped heads, windows and several
+tight that requests are preempted, prefixes found in the cache, aborts of others, resends, one and two threads, one
+plan in flight or several. For every instruction set this machine has, every dtype, and shapes with grouped heads, windows and several
 attention segments. `--walk-steps` is the number of engine steps, all cases together.
 """
 
@@ -89,7 +89,7 @@ class Walk:
         """One random schedule from its first arrival to its last answer."""
         pick = self.random
         native.lib.set_num_threads(pick.choice([1, 2]))
-        run = Run(self.engine, self._scheduler())
+        run = Run(self.engine, self._scheduler(), num_in_flight=pick.choice([1, 2, 2, 3]))
         expected: dict[str, Answer] = {}
         aborted: set[str] = set()
         num_requests = pick.randint(4, 12)

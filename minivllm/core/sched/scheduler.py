@@ -6,6 +6,7 @@ Imports no torch, does no I/O, reads no clock; it never learns how a step is run
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable
 
 from minivllm.core.kv_cache_manager import KVCacheManager
@@ -17,6 +18,7 @@ from minivllm.core.sched.admission import (
     FitsTokenBudget,
     KVBlocksFree,
     PrefixNotUnderway,
+    TokensKnown,
 )
 from minivllm.core.sched.chunks import ChunkSizes
 from minivllm.core.sched.request_queue import POLICIES, RequestQueue, insert_in_order
@@ -78,6 +80,7 @@ class Scheduler:
         self.requests: dict[str, Request] = {}  # accepted and not yet answered for the last time
         self.waiting = RequestQueue()
         self.running: list[Request] = []  # in order; the list object stays the same, admission reads it
+        self._in_flight: deque[Step] = deque()  # planned, and their results are not in
         self._policy = POLICIES[policy]
         self._num_accepted = 0
         self._block_hasher = None
@@ -101,7 +104,8 @@ class Scheduler:
         self._admission_rules = [
             FitsBatch(self.running, min(max_num_seqs, max_num_active_seqs or max_num_seqs)),
             FitsTokenBudget(enable_chunked_prefill),
-            PrefixNotUnderway(),
+            TokensKnown(),
+            PrefixNotUnderway(self._in_flight),
             self._blocks_free,
         ]
         self._ended_on_arrival: list[Request] = []
@@ -139,13 +143,13 @@ class Scheduler:
         """
         self._check_request(request)
         try:
-            accepted = Request.from_message(request, self._block_hasher)
+            accepted = Request.from_message(request, self._block_hasher, self.max_model_len)
         except OverflowError as error:
             raise RequestError(f"a token id is outside 0 … 2**32 - 1: {error}", param="prompt") from error
         accepted.order = self._policy(accepted, self._num_accepted)
         self._num_accepted += 1
         self.requests[accepted.request_id] = accepted
-        if accepted.finish_if_stopped(self.max_model_len):
+        if accepted.finish_if_stopped():
             self._ended_on_arrival.append(accepted)  # its prior output was all there is
         else:
             self.waiting.add(accepted)
@@ -166,7 +170,7 @@ class Scheduler:
             )
 
     def abort_requests(self, request_ids: Iterable[str]) -> OutputsByClient:
-        """End requests, waiting or running, even in mid-step: the step's result for them will be ignored.
+        """End requests, waiting or running, even in mid-step: what plans in flight bring for them will be ignored.
 
         Returns their terminal outputs by client index. Unknown and already ended ids are ignored.
         """
@@ -175,12 +179,8 @@ class Scheduler:
             request = self.requests.get(request_id)
             if request is None or request.finished:
                 continue
-            was_running = request.status is RequestStatus.RUNNING
+            self._release(request, request.status)
             request.finish(FinishReason.ABORT)
-            if was_running:
-                self.kv_cache.free(request)
-            else:
-                self.waiting.remove(request)
             self._emit(outputs, request)
         self._drop_finished_from_running()
         return outputs
@@ -221,10 +221,13 @@ class Scheduler:
     def schedule(self, now: float = 0.0) -> SchedulerOutput:
         """Give each request tokens until it has caught up or the budget is spent.
 
-        There is no prefill phase and no decode phase: a request wants num_tokens - num_computed_tokens, whatever
-        the reason it lags. `now` (seconds, any monotonic clock) becomes the scheduled_time of requests that enter.
+        There is no prefill phase and no decode phase: a request wants what is known of its tokens and not yet
+        computed, whatever the reason it lags, and the place of the token that a plan in flight samples. Any number of
+        plans may be in flight, to be executed in their order.
+        `now` (seconds, any monotonic clock) becomes the scheduled_time of requests that enter.
         """
         step = Step(
+            self._num_steps,
             self.max_num_batched_tokens,
             self.kv_cache.block_size,
             now,
@@ -242,7 +245,7 @@ class Scheduler:
         index, running, extend = 0, self.running, self.kv_cache.extend
         while index < len(running) and step.token_budget > 0:  # preemption shortens the list as we go
             request = running[index]
-            num_wanted = num_new_tokens = len(request.all_token_ids) - request.num_computed_tokens
+            num_wanted = num_new_tokens = request.num_schedulable_tokens - request.num_computed_tokens
             if num_wanted > 1:
                 num_new_tokens = self._chunks.of_running(index, num_wanted, step)
             new_block_ids: list[int] | None = []
@@ -299,6 +302,8 @@ class Scheduler:
         assert self.running, f"{victim.request_id} was alone and did not fit the KV cache"
         logger.debug("preempted %s: %d tokens to recompute", victim.request_id, victim.num_computed_tokens)
         self.kv_cache.free(victim)
+        for planned in self._in_flight:
+            planned.lost.add(victim)
         victim.forget_computed()
         victim.status = RequestStatus.PREEMPTED
         victim.num_preemptions += 1
@@ -338,7 +343,8 @@ class Scheduler:
 
     def _describe(self, step: Step) -> SchedulerOutput:
         finished_req_ids, self._finished_req_ids = self._finished_req_ids, []
-        plan = step.describe(self._num_steps, finished_req_ids)
+        plan = step.describe(finished_req_ids)
+        self._in_flight.append(step)
         self._num_steps += 1
         self._num_scheduled_tokens += plan.total_num_scheduled_tokens
         return plan
@@ -346,71 +352,91 @@ class Scheduler:
     # Its result in
 
     def update_from_output(self, plan: SchedulerOutput, result: ModelRunnerOutput) -> OutputsByClient:
-        """Account for a plan's result. Returns what the clients must hear, by client index."""
+        """Account for the result of the oldest plan in flight. Returns what the clients must hear, by client index.
+
+        A request that has ended since, by an abort or by the plan before, has nothing from this one. The blocks it
+        held may be others' by now: what a plan in flight still writes to them comes before the first plan that gives
+        them to somebody else, for plans are executed in their order, and nobody reads a place that he did not write.
+        """
+        step = self._in_flight.popleft()
+        assert plan.step == step.number, f"the result of step {plan.step} came, that of {step.number} is due"
+        assert result.request_ids == list(plan.num_scheduled_tokens), "the result is not in the plan's order"
         outputs: OutputsByClient = {}
-        for request_id, error in result.failed.items():
-            self._fail(request_id, error, outputs)
+        if result.failed:
+            self._fail(step, result.failed, outputs)
         # The only loop over results on this path; add per-request work here.
-        for request_id, token_ids in zip(result.request_ids, result.sampled_token_ids):
-            request = self.requests.get(request_id)
-            if request is None or request.status is not RequestStatus.RUNNING:
-                continue  # failed, or aborted while the step ran
-            self._update_request(request, plan, token_ids, result, outputs)
+        for request, begin, token_ids in zip(step.requests, step.begins, result.sampled_token_ids):
+            if request.status is not RequestStatus.FINISHED:
+                self._update_request(request, step, begin, token_ids, result, outputs)
         self._drop_finished_from_running()
         for request in self._ended_on_arrival:
             self._emit(outputs, request)
         self._ended_on_arrival.clear()
         return outputs
 
-    def _fail(self, request_id: str, error: str, outputs: OutputsByClient) -> None:
-        """End one request that the worker cannot go on with; the others do."""
-        request = self.requests.get(request_id)
-        if request is not None and request.status is RequestStatus.RUNNING:
-            request.finish(FinishReason.ERROR, error=error)
-            self.kv_cache.free(request)  # what this step wrote is in doubt: it is not offered to the cache
-            self._emit(outputs, request)
+    def _fail(self, step: Step, failed: dict[str, str], outputs: OutputsByClient) -> None:
+        """End requests that the worker cannot go on with; the others do."""
+        for request in step.requests:
+            if request.request_id in failed and not request.finished:
+                # What this step wrote is in doubt: it is not offered to the cache.
+                self._release(request, request.status)
+                request.finish(FinishReason.ERROR, error=failed[request.request_id])
+                self._emit(outputs, request)
+
+    def _release(self, request: Request, status: RequestStatus) -> None:
+        """Let go of what a request has that ends, or ended, in this status: its blocks or its place in the queue."""
+        if status is RequestStatus.RUNNING:
+            self.kv_cache.free(request)
+        else:
+            self.waiting.remove(request)
 
     def _update_request(
         self,
         request: Request,
-        plan: SchedulerOutput,
+        step: Step,
+        begin: int,
         token_ids: list[int],
         result: ModelRunnerOutput,
         outputs: OutputsByClient,
     ) -> None:
-        prompt_logprobs = None
+        status, prompt_logprobs = request.status, None
         if result.prompt_logprobs:
-            prompt_logprobs = self._unsent_rows(request, result.prompt_logprobs.get(request.request_id))
-        num_before = request.num_confirmed_tokens
-        num_confirmed = num_before + plan.num_scheduled_tokens[request.request_id]
-        request.num_confirmed_tokens = num_confirmed
+            prompt_logprobs = self._unsent_rows(request, begin, result.prompt_logprobs.get(request.request_id))
         new_token_ids = self._append_until_stopped(request, token_ids)
-        if num_confirmed // self.kv_cache.block_size > num_before // self.kv_cache.block_size:
-            self.kv_cache.cache_confirmed_blocks(request)
+        if not step.lost or request not in step.lost:
+            self._confirm(request, begin + step.num_scheduled_tokens[request.request_id])
         if request.status is RequestStatus.FINISHED:
-            self.kv_cache.free(request)
+            self._release(request, status)
         if new_token_ids or prompt_logprobs is not None:
             logprobs = result.logprobs.get(request.request_id) if result.logprobs else None
             if logprobs is not None and len(new_token_ids) < len(token_ids):
                 logprobs = _rows(logprobs, 0, len(new_token_ids))
             self._emit(outputs, request, new_token_ids, logprobs, prompt_logprobs)
 
+    def _confirm(self, request: Request, num_tokens: int) -> None:
+        """The KV of its first tokens is there; what has filled a block is offered to the cache."""
+        num_before, request.num_confirmed_tokens = request.num_confirmed_tokens, num_tokens
+        if num_tokens // self.kv_cache.block_size > num_before // self.kv_cache.block_size:
+            self.kv_cache.cache_confirmed_blocks(request)
+
     def _append_until_stopped(self, request: Request, token_ids: list[int]) -> list[int]:
         """Append sampled tokens up to and with the one that ends the request. Returns those appended."""
+        if token_ids:
+            request.num_placeholders -= 1
         for index, token_id in enumerate(token_ids):
             request.append_output_token(token_id)
-            if request.finish_if_stopped(self.max_model_len):
+            if request.finish_if_stopped():
                 return token_ids[: index + 1]
         return token_ids
 
-    def _unsent_rows(self, request: Request, rows: LogprobsLists | None) -> LogprobsLists | None:
+    def _unsent_rows(self, request: Request, begin: int, rows: LogprobsLists | None) -> LogprobsLists | None:
         """The rows for positions not yet reported: a recompute brings some again, each goes out once.
 
-        Row i is of prompt position num_confirmed_tokens + 1 + i.
+        Row i is of prompt position begin + 1 + i.
         """
         if rows is None or not rows.token_ids:
             return None
-        num_known = request.num_prompt_logprobs_sent - request.num_confirmed_tokens
+        num_known = request.num_prompt_logprobs_sent - begin
         assert num_known >= 0, f"{request.request_id}: prompt logprobs skipped a position"
         if num_known >= len(rows.token_ids):
             return None
@@ -472,13 +498,20 @@ class Scheduler:
                 f"{request.request_id} runs as {request.status.name}"
             )
             capacity = len(self.kv_cache.block_ids(request)) * self.kv_cache.block_size
-            assert request.num_confirmed_tokens <= request.num_computed_tokens <= request.num_tokens
             assert request.num_computed_tokens <= capacity, f"{request.request_id} computed beyond its blocks"
+            assert request.num_computed_tokens <= request.num_schedulable_tokens < request.max_num_tokens
+            num_underway = sum(planned.num_tokens_of(request) for planned in self._in_flight)
+            assert request.num_confirmed_tokens + num_underway == request.num_computed_tokens, request.request_id
         for request in self.waiting:
             assert request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED), request.status.name
             assert not self.kv_cache.block_ids(request), f"{request.request_id} waits and holds blocks"
             num_tokens = request.num_computed_tokens + request.num_confirmed_tokens
             assert num_tokens == 0, f"{request.request_id} waits with computed tokens"
+        for request in [*self.waiting, *self.running]:
+            num_in_flight = sum(request in planned.requests for planned in self._in_flight)
+            assert request.num_schedulable_tokens <= request.num_tokens + request.num_placeholders
+            assert request.runs_ahead or request.num_schedulable_tokens <= request.num_tokens, request.request_id
+            assert 0 <= request.num_placeholders <= num_in_flight, f"{request.request_id} expects too much"
         num_holders = sum(bool(self.kv_cache.block_ids(request)) for request in self.running)
         assert num_holders == self.kv_cache.num_holders, "someone who does not run holds blocks"
 

@@ -1,4 +1,4 @@
-"""One step while it is being planned: the budget that is left, and what was decided so far."""
+"""One step, from when it is planned until its result is in: the budget that is left, and what was decided."""
 
 from __future__ import annotations
 
@@ -19,17 +19,27 @@ class Shortened(NamedTuple):
 
 
 class Step:
-    """Collects decisions; makes none. `describe` turns them into the message."""
+    """Collects decisions; makes none. `describe` turns them into the message.
 
-    def __init__(self, token_budget: int, block_size: int, now: float = 0.0, *, long_budget: int = 0) -> None:
+    While the plan is in flight it stays with the scheduler, for the result is of the requests as they were: by then
+    one may have ended and its id be in use again, or it was preempted, and what was computed of it is gone.
+    """
+
+    def __init__(
+        self, number: int, token_budget: int, block_size: int, now: float = 0.0, *, long_budget: int = 0
+    ) -> None:
+        self.number = number
         self.token_budget = token_budget
         self.long_budget = long_budget  # what long prompts may still take of it while others wait
         self.shortened: list[Shortened] = []
         self.now = now
         self.preempted: list[str] = []
         self.blocks_underway: set[bytes] = set()  # prompt blocks that running requests complete, or will
+        self.requests: list[Request] = []  # in batch order
+        self.begins: list[int] = []  # and how many tokens of each were computed before
+        self.lost: set[Request] = set()  # preempted since: they keep the tokens of this step, not the KV
         self._block_size = block_size
-        self._num_scheduled_tokens: dict[str, int] = {}
+        self.num_scheduled_tokens: dict[str, int] = {}
         self._new: list[NewRequestData] = []
         self._cached = CachedRequestData()
         self._columns = astuple(self._cached)
@@ -37,7 +47,7 @@ class Step:
     def schedule_running(self, request: Request, num_new_tokens: int, new_block_ids: list[int]) -> None:
         """The worker knows it: only what changed travels."""
         self._append_cached(request, new_block_ids, False)
-        self._spend(request, num_new_tokens)
+        self._enter(request, num_new_tokens)
 
     def schedule_admitted(self, request: Request, num_new_tokens: int, block_ids: list[int]) -> None:
         """New to the worker, or back after a preemption with a new block table."""
@@ -48,30 +58,37 @@ class Step:
             request.known_to_worker = True
         if request.scheduled_time is None:
             request.scheduled_time = self.now
-        self._spend(request, num_new_tokens)
+        self._enter(request, num_new_tokens)
 
     def add_tokens(self, request: Request, num_more: int) -> None:
         """More tokens for a request that has some in this step already."""
-        num_before = self._num_scheduled_tokens[request.request_id]
+        self.num_scheduled_tokens[request.request_id] += num_more
         self._spend(request, num_more)
-        self._num_scheduled_tokens[request.request_id] = num_before + num_more
 
     def includes(self, request: Request) -> bool:
-        return request.request_id in self._num_scheduled_tokens
+        return request in self.requests
+
+    def num_tokens_of(self, request: Request) -> int:
+        """How many tokens of a request this step computes that it still has the KV of."""
+        counts = self.num_scheduled_tokens
+        return counts[request.request_id] if request in self.requests and request not in self.lost else 0
 
     def will_complete_next_block(self, request: Request) -> None:
         """It runs but gets nothing in this step; what it computes next is underway all the same."""
         index = request.num_computed_tokens // self._block_size
         self.blocks_underway.update(request.block_hashes[index : index + 1])
 
-    def describe(self, number: int, finished_req_ids: list[str]) -> SchedulerOutput:
-        """The plan, as the worker will read it."""
+    def describe(self, finished_req_ids: list[str]) -> SchedulerOutput:
+        """The plan, as the worker will read it. A request that it computes to the end of its tokens expects another."""
+        for request in self.requests:
+            if request.num_computed_tokens == request.num_schedulable_tokens:
+                request.expect_token()
         return SchedulerOutput(
-            step=number,
+            step=self.number,
             scheduled_new_reqs=self._new,
             scheduled_cached_reqs=self._cached,
-            num_scheduled_tokens=self._num_scheduled_tokens,
-            total_num_scheduled_tokens=sum(self._num_scheduled_tokens.values()),
+            num_scheduled_tokens=self.num_scheduled_tokens,
+            total_num_scheduled_tokens=sum(self.num_scheduled_tokens.values()),
             finished_req_ids=finished_req_ids,
             preempted_req_ids=self.preempted,
         )
@@ -83,8 +100,13 @@ class Step:
         resumes.append(resumed)
         num_computed_tokens.append(request.num_computed_tokens)
 
+    def _enter(self, request: Request, num_new_tokens: int) -> None:
+        self.requests.append(request)
+        self.begins.append(request.num_computed_tokens)
+        self.num_scheduled_tokens[request.request_id] = num_new_tokens
+        self._spend(request, num_new_tokens)
+
     def _spend(self, request: Request, num_new_tokens: int) -> None:
-        self._num_scheduled_tokens[request.request_id] = num_new_tokens
         self.token_budget -= num_new_tokens
         start = request.num_computed_tokens
         request.num_computed_tokens = end = start + num_new_tokens
