@@ -83,11 +83,15 @@ class FitsTokenBudget(AdmissionRule):
 
 
 class TokensKnown(AdmissionRule):
-    """Of one that was preempted while a plan in flight sampled for it, that token is here: it must be recomputed too."""
+    """What plans in flight sampled of it before it was preempted is here: those tokens must be recomputed too."""
+
+    def __init__(self, in_flight: Iterable[Step]) -> None:
+        self._in_flight = in_flight
 
     def why_not(self, candidate: Candidate, step: Step) -> str | None:
-        num_unknown = candidate.request.num_placeholders
-        return f"{num_unknown} tokens sampled before it was preempted are on their way" if num_unknown else None
+        if any(candidate.request in planned.lost for planned in self._in_flight):
+            return "it was preempted, and a token sampled before that is on its way"
+        return None
 
 
 class PrefixNotUnderway(AdmissionRule):
