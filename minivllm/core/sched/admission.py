@@ -82,18 +82,6 @@ class FitsTokenBudget(AdmissionRule):
         )
 
 
-class TokensKnown(AdmissionRule):
-    """What plans in flight sampled of it before it was preempted is here: those tokens must be recomputed too."""
-
-    def __init__(self, in_flight: Iterable[Step]) -> None:
-        self._in_flight = in_flight
-
-    def why_not(self, candidate: Candidate, step: Step) -> str | None:
-        if any(candidate.request in planned.lost for planned in self._in_flight):
-            return "it was preempted, and a token sampled before that is on its way"
-        return None
-
-
 class PrefixNotUnderway(AdmissionRule):
     """Nobody computes its next block in this step or one in flight: soon it is found, and computed once for all.
 

@@ -18,7 +18,6 @@ from minivllm.core.sched.admission import (
     FitsTokenBudget,
     KVBlocksFree,
     PrefixNotUnderway,
-    TokensKnown,
 )
 from minivllm.core.sched.chunks import ChunkSizes
 from minivllm.core.sched.request_queue import POLICIES, RequestQueue, insert_in_order
@@ -104,7 +103,6 @@ class Scheduler:
         self._admission_rules = [
             FitsBatch(self.running, min(max_num_seqs, max_num_active_seqs or max_num_seqs)),
             FitsTokenBudget(enable_chunked_prefill),
-            TokensKnown(self._in_flight),
             PrefixNotUnderway(self._in_flight),
             self._blocks_free,
         ]
