@@ -26,20 +26,19 @@ class Request:
     """Its state is its tokens; everything else can be recomputed from them.
 
     Plans run ahead of their results. `num_computed_tokens` counts what has been scheduled; `num_confirmed_tokens`
-    follows when the step's result is in, and only KV of confirmed tokens is ever hashed. Likewise
-    `num_placeholders` counts the tokens that plans in flight sample, and `num_schedulable_tokens` how far plans may
-    go: over all known tokens, and the one being sampled, for the worker will know it by then. The last token a
-    request may have is nobody's input and is never scheduled.
+    follows when the step's result is in, and only KV of confirmed tokens is ever hashed. `num_schedulable_tokens` is
+    how far plans may go: over all known tokens, and over placeholders for those that plans in flight sample, since
+    the worker will know them by then; but never over the last token a request may have, which is nobody's input.
     """
 
     __slots__ = (
         "request_id", "client_index", "sampling_params", "seed", "cache_salt", "priority", "arrival_time", "order",
         "prompt_token_ids", "prior_output_token_ids", "all_token_ids", "num_prompt_tokens", "block_hashes",
-        "status", "num_computed_tokens", "num_confirmed_tokens", "num_placeholders", "num_schedulable_tokens",
-        "max_num_tokens", "runs_ahead", "known_to_worker", "num_preemptions",
+        "status", "num_computed_tokens", "num_confirmed_tokens", "num_schedulable_tokens", "max_num_tokens",
+        "placeholders_end", "known_to_worker", "num_preemptions",
         "finish_reason", "stop_reason", "error",
         "scheduled_time", "num_cached_tokens", "num_prompt_logprobs_sent", "answered",
-        "_eos_token_ids", "_stop_token_ids", "_min_output_tokens", "_repetition", "_block_hasher",
+        "_eos_token_ids", "_stop_token_ids", "_end_token_ids", "_min_output_tokens", "_repetition", "_block_hasher",
         "num_tokens_to_next_hash",
         "eos_token_ids",
     )  # fmt: skip
@@ -65,12 +64,11 @@ class Request:
         self.status = RequestStatus.WAITING
         self.num_computed_tokens = 0
         self.num_confirmed_tokens = 0
-        self.num_placeholders = 0
         self.num_schedulable_tokens = len(self.all_token_ids)
         self.max_num_tokens = max_model_len  # prompt and output
         if params.max_tokens is not None:
             self.max_num_tokens = min(max_model_len, self.num_prompt_tokens + params.max_tokens)
-        self.runs_ahead = True  # may be planned before its last token is known
+        self.placeholders_end = self.max_num_tokens - 1  # no placeholder from this position on
         self.known_to_worker = False
         self.num_preemptions = 0
         self.finish_reason: FinishReason | None = None
@@ -84,6 +82,7 @@ class Request:
 
         self._eos_token_ids = frozenset() if params.ignore_eos else frozenset(message.eos_token_ids)
         self._stop_token_ids = frozenset(params.stop_token_ids or ())
+        self._end_token_ids = self._eos_token_ids | self._stop_token_ids
         self._min_output_tokens = params.min_tokens
         self._repetition = params.repetition_detection
         self.block_hashes: list[bytes] = []  # of the full blocks of all_token_ids
@@ -124,18 +123,24 @@ class Request:
             and self.num_prompt_logprobs_sent < self.num_prompt_tokens - 1
         )
 
-    def expect_token(self) -> None:
-        """A plan samples its next token."""
-        self.num_placeholders += 1
-        if self.runs_ahead and self.num_schedulable_tokens < self.max_num_tokens - 1:
-            self.num_schedulable_tokens += 1
+    def wait_for_tokens(self) -> None:
+        """From now on plan nothing of it before its last token is known."""
+        self.placeholders_end = 0
 
-    def append_output_token(self, token_id: int) -> None:
-        self.all_token_ids.append(token_id)
-        if self.num_schedulable_tokens < len(self.all_token_ids):
-            self.num_schedulable_tokens = len(self.all_token_ids)
-        if len(self.all_token_ids) >= self.num_tokens_to_next_hash:
-            self._block_hasher(self)
+    def append_output_tokens(self, token_ids: list[int]) -> int:
+        """Append sampled tokens up to and with the one that ends the request; how many those are."""
+        known = self.all_token_ids
+        for num_appended, token_id in enumerate(token_ids, 1):
+            known.append(token_id)
+            num_tokens = len(known)
+            if num_tokens > self.num_schedulable_tokens:
+                self.num_schedulable_tokens = num_tokens
+            if num_tokens >= self.num_tokens_to_next_hash:
+                self._block_hasher(self)
+            if token_id in self._end_token_ids or num_tokens >= self.max_num_tokens or self._repetition is not None:
+                if self.finish_if_stopped():
+                    return num_appended
+        return len(token_ids)
 
     def forget_computed(self) -> None:
         """Its blocks are gone; its tokens stay, those that are still being sampled too."""

@@ -7,13 +7,11 @@ length of each walk.
 from __future__ import annotations
 
 import random
-from typing import Any
-
 import pytest
 
 from minivllm.messages.engine import EngineCoreRequest, FinishReason
 from minivllm.messages.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
-from tests.core.requests import make_request, make_scheduler
+from tests.core.requests import drawn_rules, make_request, make_scheduler
 from tests.fakes import Answer, Driver, answer_alone
 
 VOCAB = 12  # small: prefixes collide, stop tokens come up
@@ -28,19 +26,6 @@ SHAPES = {
     "whole prompts": {"num_blocks": 12, "max_num_batched_tokens": 40, "enable_chunked_prefill": False},
     "no prefix cache": {"num_blocks": 12, "max_num_batched_tokens": 24, "enable_prefix_caching": False},
 }
-
-
-def drawn_rules(pick: random.Random, max_num_seqs: int) -> dict[str, Any]:
-    """A policy and flags; none of them may change an answer."""
-    return {
-        "policy": pick.choice(["fcfs", "priority"]),
-        "max_num_active_seqs": pick.choice([None, pick.randint(1, max_num_seqs)]),
-        "long_prefill_token_threshold": pick.choice([0, 0, 1, 5, 11]),
-        "watermark": pick.choice([0.0, 0.1, 0.4]),
-        "reserve_full_isl": pick.random() < 0.5,
-        "prefix_caching_hash_algo": pick.choice(["sha256", "xxhash"]),
-        "prompt_share": pick.choice([0.5, 0.5, 0.2, 1.0]),
-    }
 
 
 class Walk:
@@ -95,7 +80,7 @@ class Walk:
         self.num_asked += 1
         self.driver.add(request)
         if pick.random() < 0.2:  # as one that must have a mask for each of its tokens
-            self.driver.scheduler.requests[request.request_id].runs_ahead = False
+            self.driver.scheduler.requests[request.request_id].wait_for_tokens()
 
     def _make_it_a_resend(self, request: EngineCoreRequest) -> None:
         """Some of the answer, up to all of it, has been delivered before."""

@@ -25,6 +25,8 @@ MOST_STEPS = 5000  # of one schedule
 
 Row = tuple[list[int], list[float], int]  # token ids, their logprobs, the first one's rank
 
+# By class name, as an operator gives them: one for those who ask, one for all.
+PROCESSORS = [f"tests.sample.processors:{name}" for name in ("Follow", "Sharpen")]
 # Every step of the sampler alone and together, with and without logprobs beside it.
 PARAMS: list[dict[str, Any]] = [
     {"temperature": 0, "logprobs": 3, "prompt_logprobs": 2},
@@ -39,6 +41,9 @@ PARAMS: list[dict[str, Any]] = [
         "stop_token_ids": list(range(0, VOCAB, 40)), "logprobs": 4, "prompt_logprobs": 3,
     },
     {"temperature": 1, "allowed_token_ids": list(range(100, 164)), "logprobs": -1},
+    {"temperature": 0, "extra_args": {"follow": 3}, "logprobs": 1},
+    {"temperature": 0.9, "extra_args": {"follow": 5}, "bad_words_token_ids": [[i, j] for i in range(9) for j in range(60)]},
+    {"temperature": 1, "logprob_token_ids": [1, 50, 99], "repetition_detection": {"max_pattern_size": 2, "min_count": 2}},
 ]  # fmt: skip
 
 
@@ -79,7 +84,12 @@ class Engine:
 
     def __init__(self, model: Path, *, num_blocks: int = 256, **options: Any) -> None:
         config = engine_config(
-            model, num_gpu_blocks_override=num_blocks, max_num_seqs=16, max_num_batched_tokens=2048, **options
+            model,
+            num_gpu_blocks_override=num_blocks,
+            max_num_seqs=16,
+            max_num_batched_tokens=2048,
+            logits_processors=PROCESSORS,
+            **options,
         )
         self.worker = Worker(config)
         self.ready = self.worker.initialize(lambda phase: None)

@@ -82,14 +82,6 @@ class FitsTokenBudget(AdmissionRule):
         )
 
 
-class TokensKnown(AdmissionRule):
-    """Of one that was preempted while a plan in flight sampled for it, that token is here: it must be recomputed too."""
-
-    def why_not(self, candidate: Candidate, step: Step) -> str | None:
-        num_unknown = candidate.request.num_placeholders
-        return f"{num_unknown} tokens sampled before it was preempted are on their way" if num_unknown else None
-
-
 class PrefixNotUnderway(AdmissionRule):
     """Nobody computes its next block in this step or one in flight: soon it is found, and computed once for all.
 

@@ -6,7 +6,7 @@ Imports no torch, does no I/O, reads no clock; it never learns how a step is run
 
 from __future__ import annotations
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterable
 
 from minivllm.core.kv_cache_manager import KVCacheManager
@@ -18,7 +18,6 @@ from minivllm.core.sched.admission import (
     FitsTokenBudget,
     KVBlocksFree,
     PrefixNotUnderway,
-    TokensKnown,
 )
 from minivllm.core.sched.chunks import ChunkSizes
 from minivllm.core.sched.request_queue import POLICIES, RequestQueue, insert_in_order
@@ -32,7 +31,7 @@ from minivllm.messages.worker import ModelRunnerOutput, SchedulerOutput
 
 logger = init_logger(__name__)
 
-OutputsByClient = dict[int, list[EngineCoreOutput]]
+OutputsByClient = defaultdict[int, list[EngineCoreOutput]]
 
 _MAX_PASSED_OVER = 16  # requests a step may pass over on its way to one that can be admitted
 
@@ -104,7 +103,6 @@ class Scheduler:
         self._admission_rules = [
             FitsBatch(self.running, min(max_num_seqs, max_num_active_seqs or max_num_seqs)),
             FitsTokenBudget(enable_chunked_prefill),
-            TokensKnown(),
             PrefixNotUnderway(self._in_flight),
             self._blocks_free,
         ]
@@ -174,7 +172,7 @@ class Scheduler:
 
         Returns their terminal outputs by client index. Unknown and already ended ids are ignored.
         """
-        outputs: OutputsByClient = {}
+        outputs: OutputsByClient = defaultdict(list)
         for request_id in request_ids:
             request = self.requests.get(request_id)
             if request is None or request.finished:
@@ -241,26 +239,36 @@ class Scheduler:
         return self._describe(step)
 
     def _continue_running(self, step: Step) -> None:
-        # The hot loop over running requests; one that decodes costs one call into the KV cache and one into the step.
-        index, running, extend = 0, self.running, self.kv_cache.extend
-        while index < len(running) and step.token_budget > 0:  # preemption shortens the list as we go
-            request = running[index]
-            num_wanted = num_new_tokens = request.num_schedulable_tokens - request.num_computed_tokens
-            if num_wanted > 1:
-                num_new_tokens = self._chunks.of_running(index, num_wanted, step)
-            new_block_ids: list[int] | None = []
-            if num_new_tokens > 0:
-                new_block_ids = extend(request, request.num_computed_tokens + num_new_tokens)
-                if new_block_ids is None:
-                    new_block_ids = self._preempt_until_it_fits(request, num_new_tokens, step)
-                if new_block_ids is None:
-                    return
-                step.schedule_running(request, num_new_tokens, new_block_ids)
-            elif num_wanted:
-                step.will_complete_next_block(request)
-            if num_new_tokens < num_wanted:
-                self._note_shortened(request, num_wanted, num_new_tokens, new_block_ids, step)
-            index += 1
+        # The hot loop over running requests. Most decode within a block, which is there since the token before.
+        block_size, schedule_decode = self.kv_cache.block_size, step.schedule_decode
+        for index, request in enumerate(self.running):  # preemption shortens the list from the end as we go
+            begin = request.num_computed_tokens
+            num_wanted = request.num_schedulable_tokens - begin
+            if step.token_budget == 0:
+                return
+            if num_wanted == 1 and begin % block_size:
+                schedule_decode(request, begin)
+            elif num_wanted and not self._continue(request, index, num_wanted, step):
+                return
+
+    def _continue(self, request: Request, index: int, num_wanted: int, step: Step) -> bool:
+        """Give running[index] of the tokens it wants; False when it had to be preempted itself."""
+        num_new_tokens = num_wanted
+        if num_wanted > 1:
+            num_new_tokens = self._chunks.of_running(index, num_wanted, step)
+        new_block_ids: list[int] | None = []
+        if num_new_tokens > 0:
+            new_block_ids = self.kv_cache.extend(request, request.num_computed_tokens + num_new_tokens)
+            if new_block_ids is None:
+                new_block_ids = self._preempt_until_it_fits(request, num_new_tokens, step)
+            if new_block_ids is None:
+                return False
+            step.schedule_running(request, num_new_tokens, new_block_ids)
+        else:
+            step.will_complete_next_block(request)
+        if num_new_tokens < num_wanted:
+            self._note_shortened(request, num_wanted, num_new_tokens, new_block_ids, step)
+        return True
 
     def _note_shortened(
         self, request: Request, num_wanted: int, num_given: int, block_ids: list[int], step: Step
@@ -303,7 +311,7 @@ class Scheduler:
         logger.debug("preempted %s: %d tokens to recompute", victim.request_id, victim.num_computed_tokens)
         self.kv_cache.free(victim)
         for planned in self._in_flight:
-            planned.lost.add(victim)
+            planned.mark_preempted(victim)
         victim.forget_computed()
         victim.status = RequestStatus.PREEMPTED
         victim.num_preemptions += 1
@@ -361,13 +369,30 @@ class Scheduler:
         step = self._in_flight.popleft()
         assert plan.step == step.number, f"the result of step {plan.step} came, that of {step.number} is due"
         assert result.request_ids == list(plan.num_scheduled_tokens), "the result is not in the plan's order"
-        outputs: OutputsByClient = {}
+        outputs: OutputsByClient = defaultdict(list)
         if result.failed:
             self._fail(step, result.failed, outputs)
-        # The only loop over results on this path; add per-request work here.
-        for request, begin, token_ids in zip(step.requests, step.begins, result.sampled_token_ids):
-            if request.status is not RequestStatus.FINISHED:
-                self._update_request(request, step, begin, token_ids, result, outputs)
+        block_size, lost = self.kv_cache.block_size, step.lost
+        is_plain = not (result.logprobs or result.prompt_logprobs)
+        # The only loop over results on this path; add per-request work here, or better in `_report`, which a request
+        # that goes on as before does without.
+        columns = (step.requests, step.begins, step.counts, result.sampled_token_ids)
+        for request, begin, count, token_ids in zip(*columns, strict=True):
+            status = request.status
+            if status is RequestStatus.FINISHED:
+                continue
+            if request not in lost:
+                request.num_confirmed_tokens = end = begin + count
+                if end % block_size < count:
+                    self.kv_cache.cache_confirmed_blocks(request)
+            num_kept = request.append_output_tokens(token_ids)
+            if request.status is not status:
+                self._release(request, status)
+            elif is_plain and request.answered:
+                if token_ids:
+                    outputs[request.client_index].append(EngineCoreOutput(request.request_id, token_ids))
+                continue
+            self._report(request, begin, token_ids[:num_kept], result, outputs)
         self._drop_finished_from_running()
         for request in self._ended_on_arrival:
             self._emit(outputs, request)
@@ -390,44 +415,16 @@ class Scheduler:
         else:
             self.waiting.remove(request)
 
-    def _update_request(
-        self,
-        request: Request,
-        step: Step,
-        begin: int,
-        token_ids: list[int],
-        result: ModelRunnerOutput,
-        outputs: OutputsByClient,
+    def _report(
+        self, request: Request, begin: int, token_ids: list[int], result: ModelRunnerOutput, outputs: OutputsByClient
     ) -> None:
-        status, prompt_logprobs = request.status, None
-        if result.prompt_logprobs:
-            prompt_logprobs = self._unsent_rows(request, begin, result.prompt_logprobs.get(request.request_id))
-        new_token_ids = self._append_until_stopped(request, token_ids)
-        if not step.lost or request not in step.lost:
-            self._confirm(request, begin + step.num_scheduled_tokens[request.request_id])
-        if request.status is RequestStatus.FINISHED:
-            self._release(request, status)
-        if new_token_ids or prompt_logprobs is not None:
-            logprobs = result.logprobs.get(request.request_id) if result.logprobs else None
-            if logprobs is not None and len(new_token_ids) < len(token_ids):
-                logprobs = _rows(logprobs, 0, len(new_token_ids))
-            self._emit(outputs, request, new_token_ids, logprobs, prompt_logprobs)
-
-    def _confirm(self, request: Request, num_tokens: int) -> None:
-        """The KV of its first tokens is there; what has filled a block is offered to the cache."""
-        num_before, request.num_confirmed_tokens = request.num_confirmed_tokens, num_tokens
-        if num_tokens // self.kv_cache.block_size > num_before // self.kv_cache.block_size:
-            self.kv_cache.cache_confirmed_blocks(request)
-
-    def _append_until_stopped(self, request: Request, token_ids: list[int]) -> list[int]:
-        """Append sampled tokens up to and with the one that ends the request. Returns those appended."""
-        if token_ids:
-            request.num_placeholders -= 1
-        for index, token_id in enumerate(token_ids):
-            request.append_output_token(token_id)
-            if request.finish_if_stopped():
-                return token_ids[: index + 1]
-        return token_ids
+        """Tell the client what a result brought, if anything. begin: how many tokens were computed before it."""
+        prompt_logprobs = self._unsent_rows(request, begin, result.prompt_logprobs.get(request.request_id))
+        if token_ids or prompt_logprobs is not None:
+            logprobs = result.logprobs.get(request.request_id)
+            if logprobs is not None and len(token_ids) < len(logprobs.ranks):
+                logprobs = _rows(logprobs, 0, len(token_ids))
+            self._emit(outputs, request, token_ids, logprobs, prompt_logprobs)
 
     def _unsent_rows(self, request: Request, begin: int, rows: LogprobsLists | None) -> LogprobsLists | None:
         """The rows for positions not yet reported: a recompute brings some again, each goes out once.
@@ -465,7 +462,7 @@ class Scheduler:
             request.answered = True
             output.num_cached_tokens = request.num_cached_tokens
             output.scheduled_time = request.scheduled_time
-        outputs.setdefault(request.client_index, []).append(output)
+        outputs[request.client_index].append(output)
         if request.status is RequestStatus.FINISHED:
             del self.requests[request.request_id]
             self._some_ended = True
@@ -502,16 +499,14 @@ class Scheduler:
             assert request.num_computed_tokens <= request.num_schedulable_tokens < request.max_num_tokens
             num_underway = sum(planned.num_tokens_of(request) for planned in self._in_flight)
             assert request.num_confirmed_tokens + num_underway == request.num_computed_tokens, request.request_id
+            num_placeholders = request.num_schedulable_tokens - request.num_tokens
+            num_in_flight = sum(request in planned.requests for planned in self._in_flight)
+            assert num_placeholders <= (num_in_flight if request.placeholders_end else 0), f"{request.request_id} runs too far"
         for request in self.waiting:
             assert request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED), request.status.name
             assert not self.kv_cache.block_ids(request), f"{request.request_id} waits and holds blocks"
             num_tokens = request.num_computed_tokens + request.num_confirmed_tokens
             assert num_tokens == 0, f"{request.request_id} waits with computed tokens"
-        for request in [*self.waiting, *self.running]:
-            num_in_flight = sum(request in planned.requests for planned in self._in_flight)
-            assert request.num_schedulable_tokens <= request.num_tokens + request.num_placeholders
-            assert request.runs_ahead or request.num_schedulable_tokens <= request.num_tokens, request.request_id
-            assert 0 <= request.num_placeholders <= num_in_flight, f"{request.request_id} expects too much"
         num_holders = sum(bool(self.kv_cache.block_ids(request)) for request in self.running)
         assert num_holders == self.kv_cache.num_holders, "someone who does not run holds blocks"
 
