@@ -28,6 +28,7 @@ from minivllm.sampling_params import RequestOutputKind, SamplingParams
 from minivllm.tokenizer.tokenizer import Tokenizer
 from tests.engine.engines import make_config
 from tests.models.loop import engine_config
+from tests.properties.engine import PROCESSORS
 
 CUMULATIVE, DELTA, FINAL_ONLY = RequestOutputKind
 PROMPT = list(range(40, 110))
@@ -42,7 +43,9 @@ class Engines:
     """
 
     def __init__(self, model: Path | None) -> None:
-        self._config = make_config() if model is None else engine_config(model, num_gpu_blocks_override=64)
+        self._config = make_config()
+        if model is not None:
+            self._config = engine_config(model, num_gpu_blocks_override=64, logits_processors=PROCESSORS)
         self._num_made = 0
 
     def fresh(self) -> LLMEngine:
@@ -123,6 +126,12 @@ LOGPROBS = {"logprobs": 2, "prompt_logprobs": 1}
             "include_stop_str_in_output": True,
         },
         {**SEEDED, "stream_interval": 1, "detokenize": False, "prompt_logprobs": 0},
+        {**SEEDED, "extra_args": {"follow": 3}, "bad_words": ["a", "th", "1"], "logprobs": 1},
+        {
+            **SEEDED,
+            "allowed_token_ids": list(range(60, 66)),
+            "repetition_detection": {"max_pattern_size": 2, "min_pattern_size": 2, "min_count": 2},
+        },
     ],
     ids=lambda params: "-".join(params),
 )
