@@ -11,7 +11,7 @@ NOT_YET = frozenset(
     """
     additional_config aggregate_engine_logging all2all_backend allow_deprecated_quantization
     allowed_local_media_path allowed_media_domains anthropic_disabled_thinking_effort api_server_count
-    async_scheduling attention_backend attention_config aux_output_config chat_template_content_format
+    async_scheduling attention_backend attention_config aux_output_config
     code_revision cohere_format cohere_is_reasoning_model collect_detailed_traces compilation_config config
     config_format convert cp_kv_cache_interleave_size cpu_distributed_timeout_seconds cpu_offload_gb
     cpu_offload_params cudagraph_capture_sizes cudagraph_metrics custom_histogram_buckets data_parallel_address
@@ -19,12 +19,12 @@ NOT_YET = frozenset(
     data_parallel_rank data_parallel_rpc_port data_parallel_size data_parallel_size_local
     data_parallel_start_rank data_parallel_supervisor_port dbo_decode_token_threshold
     dbo_prefill_token_threshold dcp_comm_backend dcp_kv_cache_interleave_size dcp_q_replicate
-    decode_context_parallel_size default_chat_template_kwargs default_mm_loras device device_ids
+    decode_context_parallel_size default_mm_loras device device_ids
     device_memory_utilization diffusion_config disable_access_log_for_endpoints disable_cascade_attn
     disable_chunked_mm_input disable_custom_all_reduce disable_hybrid_kv_cache_manager disable_log_requests
     disable_nccl_for_dp_synchronization disable_sliding_window distributed_timeout_seconds
     dp_supervisor_probe_failure_threshold dp_supervisor_probe_interval_s dp_supervisor_probe_timeout_s
-    dp_sync_interval ec_manager_config ec_transfer_config elastic_ep_max_dp_size enable_auto_tool_choice
+    dp_sync_interval ec_manager_config ec_transfer_config elastic_ep_max_dp_size
     enable_batch_sharded_sampling enable_cumem_allocator enable_dbo enable_elastic_ep enable_ep_weight_filter
     enable_eplb enable_expert_parallel enable_fault_tolerance enable_flash_late_interaction
     enable_flashinfer_autotune enable_hc_sp enable_layerwise_nvtx_tracing enable_log_deltas enable_log_outputs
@@ -35,7 +35,7 @@ NOT_YET = frozenset(
     enable_request_id_headers enable_return_routed_experts enable_scale_out enable_server_load_tracking
     enable_shm_tensor_arena enable_sleep_mode enable_ssl_refresh enable_tokenizer_info_endpoint
     enable_tower_connector_lora enable_trace_replay engram_config eplb_config
-    exclude_tools_when_tool_choice_none expert_placement_strategy fail_on_environ_validation
+    expert_placement_strategy fail_on_environ_validation
     fault_tolerance_config fingerprint_mode fingerprint_value fully_sharded_loras gdn_prefill_backend grpc
     grpc_port guided_decoding_backend h11_max_header_count h11_max_incomplete_event_size headless hf_config_path
     hf_token ignore_patterns interleave_mm_strings io_processor_plugin ir_op_priority jit_monitor_mode
@@ -65,8 +65,8 @@ NOT_YET = frozenset(
     sleep_preserve_parameter_names sparse_indexer_topk_backend spec_method spec_model spec_tokens
     specialize_active_lora speculative_config speculative_model sse_keep_alive_interval ssl_ca_certs
     ssl_cert_reqs ssl_certfile ssl_ciphers ssl_keyfile structured_outputs_config swa_bounded_replay swap_space
-    task tensor_parallel_size tokens_only tool_call_parser tool_parser_plugin tool_server tool_strict_level
-    trust_request_chat_template trust_request_mm_kwargs ubatch_size uds use_fp64_gumbel use_replayssm
+    task tensor_parallel_size tokens_only tool_server tool_strict_level
+    trust_request_mm_kwargs ubatch_size uds use_fp64_gumbel use_replayssm
     use_v2_block_manager video_pruning_method video_pruning_rate watermark_config
     weight_transfer_config worker_cls worker_extension_cls
     """.split()
