@@ -153,7 +153,7 @@ def test_tools_that_may_not_be_used_are_accepted(api: Api):
         ({"chat_template_kwargs": {"boom": True}}, "messages"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"max_completion_tokens": 1000}, "max_completion_tokens"),
-        ({"documents": 7}, "body.documents"),
+        ({"documents": 7}, "documents"),
         ({"reasoning_effort": "much"}, "reasoning_effort"),
         ({"modalities": ["text", "audio"]}, "modalities"),
     ],
