@@ -3,10 +3,11 @@
     python benchmarks/load.py --port 8000 --work W5 [--repeat 3] [--json]
 
 The generator shares the processors with the server it measures, so it prints what it took of them. Prompts are random
-token ids, new ones for every request (no prefix cache helps); greedy; end of sequence ignored. It counts events: a server
-that puts two tokens into one event shows one gap for both; tokens are those of the server's own `usage`.
+token ids, new ones for every request (no prefix cache helps); greedy; end of sequence ignored. It counts events: a
+server that puts two tokens into one event shows one gap for both; tokens are those of the server's own `usage`.
 
-Works: W1 one stream; W5 16 streams, 64 requests; T1 and T64 1 and 64 streams, for a tiny model. All 128 tokens in, 128 out.
+Works: W1 one stream; W5 16 streams, 64 requests; T1 and T64 1 and 64 streams, for a tiny model. All 128 tokens in, 128
+out.
 """
 
 from __future__ import annotations
@@ -175,7 +176,7 @@ def describe(result: Result) -> str:
     return (
         f"{result.tokens_s:9.1f} tok/s   first p50/p99 {result.first_ms_p50:.1f}/{result.first_ms_p99:.1f} ms   "
         f"inter p50/p99 {result.inter_ms_p50:.2f}/{result.inter_ms_p99:.2f} ms   "
-        f"generator {result.own_us_a_token:.1f} µs a token, {100 * result.own_cpu_share:.0f}% of a processor"
+        f"µs of processor a token: generator {result.own_us_a_token:.1f} ({100 * result.own_cpu_share:.0f}% of one)"
     )
 
 

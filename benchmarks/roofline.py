@@ -25,7 +25,7 @@ import torch
 from minivllm.ops.linear import PackedLinear
 from minivllm.utils import native
 
-ROWS = (1, 16, 64, 128, 256, 2048)
+ROWS = (1, 16, 32, 64, 128, 256, 2048)
 # (out_features, in_features) of qkv, o, gate_up and down.
 LAYER = [(4096, 1024), (1024, 2048), (6144, 1024), (1024, 3072)]
 LAYER_FLOP_A_ROW = 2 * sum(out * into for out, into in LAYER)

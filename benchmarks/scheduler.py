@@ -199,7 +199,7 @@ def measure_in(python: str, args: argparse.Namespace, name: str) -> tuple[float,
     """The same, of vLLM, in a process of its own."""
     command = [python, __file__, "--side", "vllm", "--load", name, "--num-seqs", str(args.num_seqs)]
     command += ["--steps", str(args.steps), *(["--model", args.model] if args.model else [])]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
     return tuple(json.loads(done.stdout.splitlines()[-1]))

@@ -11,7 +11,7 @@ def test_it_reads_every_word_once(num_bytes, isa, num_threads):
     buffer = np.random.default_rng(0).integers(0, 2**63, num_bytes // 8 + 8, np.uint64)
     start = -buffer.ctypes.data % 64 // 8
     words = buffer[start : start + num_bytes // 8]
-    assert native.lib.read_memory(words.ctypes.data, num_bytes) == np.bitwise_xor.reduce(words)
+    assert native.lib.read_memory(buffer.ctypes.data + 8 * start, num_bytes) == np.bitwise_xor.reduce(words)
 
 
 def test_a_part_of_a_turn_is_refused():
