@@ -24,24 +24,24 @@ struct Unit {
 struct Work {
     Unit *shared, *own;
     int64_t num_shared = 0, num_own = 0;
-    float* carried;  // [num_members, num_heads, carried_floats]
+    float* carried;         // [num_members, num_heads, carried_floats]
+    int64_t positions;      // whose rows walk together, the heads of the group each
 };
 
 int64_t group_size(const Attention& a) { return a.num_heads / a.layout.num_kv_heads; }
-int64_t rows_together(const Attention& a) { return greater(1, kMaxRows / group_size(a)); }
 
 // What the members of each group share, as many of them together as a walk has rows.
 void list_shared(const Attention& a, Work& work) {
     for (int64_t g = 0; g < a.num_groups; ++g)
-        for (int64_t m = a.group_starts[g]; m < a.group_starts[g + 1]; m += rows_together(a))
+        for (int64_t m = a.group_starts[g]; m < a.group_starts[g + 1]; m += work.positions)
             for (int32_t h = 0; h < a.layout.num_kv_heads; ++h) {
-                const int64_t n = lesser(rows_together(a), a.group_starts[g + 1] - m);
+                const int64_t n = lesser(work.positions, a.group_starts[g + 1] - m);
                 work.shared[work.num_shared++] = {a.members[m], 0, 0, -1, int32_t(m), int32_t(n), h, 1, 0, a.shared_lens[g]};
             }
 }
 
 void list_own(const Attention& a, int32_t request, int32_t member, int64_t begin, int64_t heads_together, Work& work) {
-    const int64_t heads = a.layout.num_kv_heads, queries = rows_together(a);
+    const int64_t heads = a.layout.num_kv_heads, queries = work.positions;
     const int64_t q_len = a.query_start_loc[request + 1] - a.query_start_loc[request];
     const int64_t first_position = a.seq_lens[request] - q_len;
     if (q_len > 1) heads_together = 1;
@@ -54,19 +54,28 @@ void list_own(const Attention& a, int32_t request, int32_t member, int64_t begin
     }
 }
 
+// Many rows read keys and values seldom, few rows give every thread enough walks to balance.
+int64_t positions_together(const Attention& a) {
+    const int64_t num_rows = (a.query_start_loc[a.num_reqs] - a.query_start_loc[0]) * a.num_heads;
+    int64_t rows = kMaxRows;
+    while (rows > 64 && num_rows / rows < 8 * num_threads()) rows /= 2;
+    return greater(1, rows / group_size(a));
+}
+
 Work list_work(const Attention& a) {
     const int64_t heads = a.layout.num_kv_heads;
+    Work work{};
+    work.positions = positions_together(a);
     int64_t num_shared = a.num_groups * heads, num_own = 0, num_decodes = 0;
     for (int64_t b = 0; b < a.num_reqs; ++b) {
         const int64_t q_len = a.query_start_loc[b + 1] - a.query_start_loc[b];
-        num_own += (q_len + rows_together(a) - 1) / rows_together(a) * heads;
+        num_own += (q_len + work.positions - 1) / work.positions * heads;
         num_decodes += q_len == 1;
     }
-    num_shared += a.num_members / rows_together(a) * heads;
+    num_shared += a.num_members / work.positions * heads;
     const int64_t carried = a.num_members * a.num_heads * carried_floats(a.layout.head_dim) * 4;
     char* memory = static_cast<char*>(
         thread_scratch(0, size_t(carried + (num_shared + num_own) * int64_t(sizeof(Unit)) + a.num_reqs * 8)));
-    Work work{};
     work.carried = reinterpret_cast<float*>(memory);
     work.shared = reinterpret_cast<Unit*>(memory + carried);
     work.own = work.shared + num_shared;
