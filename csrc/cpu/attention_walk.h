@@ -75,19 +75,22 @@ struct Rows {
     int32_t token[kMaxRows], head[kMaxRows];       // where the query is and the output goes
     int64_t position[kMaxRows];
     int64_t begin[kMaxRows], end[kMaxRows];        // what it sees on the way: positions, ascending from row to row
-    float* carried[kMaxRows];                      // its state after the shared part, or null
+    float* carried[kMaxRows];                      // its state between walks, or null
 };
 
-// Where a walk begins and ends, and what becomes of its rows' state then.
+// What becomes of the rows at a walk's end: their output, or their state in rows.carried. A shared part may end inside a
+// segment, which its rows go on with; a part that others continue in parallel is one segment, and merged by `join`.
+enum class Ending { output, shared, part };
+
 struct Path {
     const int32_t* blocks;  // the table's row
     int64_t kv_head;
     int64_t begin, end;  // begin is a multiple of kStep
     bool resumes;        // from rows.carried
-    bool is_shared;      // ends in rows.carried, not in an output
+    Ending ending;
 };
 
-// A row's state where the shared part ends: of the segments merged so far and of the one it is in.
+// A row's state where a walk ends: of the segments merged so far and of the one it is in.
 constexpr int64_t carried_floats(int64_t head_dim) { return 2 * head_dim + 16; }
 
 // A thread's memory for one walk.
@@ -144,11 +147,26 @@ public:
             if (segment >= first || !path.resumes) start_segment();
             const int64_t segment_end = lesser(segment + kSegment, path.end);
             for (int64_t p = greater(segment, first); p < segment_end; p += kStep) add_step(p);
-            if (!path.is_shared || segment + kSegment <= path.end) merge_segment(segment, segment + kSegment);
+            if (path.ending != Ending::shared || segment + kSegment <= path.end)
+                merge_segment(segment, segment + kSegment);
         }
-        if (path.is_shared) leave();
-        else store_output();
+        if (path.ending == Ending::output) store_output();
+        else leave();
         math_.finish();
+    }
+
+    // The output of rows whose segments were walked apart: their states lie from rows.carried on, `stride` apart.
+    void join(int64_t num_parts, int64_t stride) {
+        for (int64_t r = 0; r < rows_.count; ++r)
+            for (int64_t part = 0; part < num_parts; ++part) {
+                const float* from = rows_.carried[r] + part * stride;
+                const float* numbers = from + 2 * head_dim_;
+                s_.seg_max[r] = numbers[0], s_.seg_sum[r] = numbers[1];
+                std::memcpy(s_.seg_out + r * head_dim_, from, size_t(head_dim_ * 4));
+                if (part == 0) copy_segment(r);
+                else merge_row(r);
+            }
+        store_output();
     }
 
 private:
@@ -285,7 +303,7 @@ private:
             store(out + d, fma(load(seg + d), set1(theirs), load(out + d) * set1(ours)));
     }
 
-    // The shared part's end: what a row needs to go on.
+    // What a row needs to go on, or to be joined.
     void leave() {
         for (int64_t r = 0; r < rows_.count; ++r) {
             float* to = rows_.carried[r];
