@@ -285,6 +285,19 @@ def test_a_long_prompt_has_the_same_bits_when_decoded_token_by_token(isa, slidin
 
 
 @needs_kernels
+@pytest.mark.parametrize("kv_dtype", [None, "int8"])
+def test_a_long_request_of_one_head_is_split_over_threads_and_changes_no_bit(isa, dtype, kv_dtype, assert_same_bits):
+    seqs = [sequence(n, heads=4, kv_heads=1, head_dim=32, dtype=dtype) for n in (3000, 1024, 2049, 700)]
+    together = attend([decode(seq) for seq in [*seqs, *seqs, *seqs]], kv_dtype=kv_dtype)  # enough for every thread
+    before = native.lib.num_threads()
+    for num_threads in (1, 2, 5):
+        native.lib.set_num_threads(num_threads)
+        for seq, expected in zip(seqs, together):
+            assert_same_bits(attend([decode(seq)], kv_dtype=kv_dtype)[0], expected)
+    native.lib.set_num_threads(before)
+
+
+@needs_kernels
 def test_physical_blocks_and_their_size_change_no_bit(isa, crowd, assert_same_bits):
     expected = torch.cat(attend(crowd))
     for block_size in (32, 64, 128):
