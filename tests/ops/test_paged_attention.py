@@ -175,6 +175,22 @@ def test_large_scores_do_not_overflow(isa, assert_close):
 
 
 @needs_kernels
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 6e-3)])
+def test_softmax_weights_are_right_from_one_to_the_smallest(isa, dtype, tolerance):
+    """Keys give scores of 0 down to -80, values show each position's weight."""
+    positions = torch.arange(256)
+    seq = sequence(256, heads=1, kv_heads=1, head_dim=256, dtype=dtype)
+    scores = -(positions * 97 % 256) * 0.3125
+    seq.q.zero_(), seq.k.zero_(), seq.v.zero_()
+    seq.q[:, 0, 0] = 1
+    seq.k[:, 0, 0] = scores.to(dtype)
+    seq.v[positions, 0, positions] = 1
+    (out,) = attend([decode(seq)], scale=1.0)
+    expected = seq.k[:, 0, 0].double().softmax(0)
+    assert ((out[0, 0].double() - expected).abs() / expected).max() < tolerance
+
+
+@needs_kernels
 def test_q_is_read_where_it_lies(assert_same_bits):
     seq = sequence(40)
     apart = Sequence(seq.q.contiguous(), seq.k, seq.v)
