@@ -175,7 +175,7 @@ def test_large_scores_do_not_overflow(isa, assert_close):
 
 
 @needs_kernels
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 6e-3)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 8e-3)])
 def test_softmax_weights_are_right_from_one_to_the_smallest(isa, dtype, tolerance):
     """Keys give scores of 0 down to -80, values show each position's weight."""
     positions = torch.arange(256)
