@@ -31,7 +31,8 @@ ALLOWED: dict[str, set[str]] = {
     "core": set(),
     "tokenizer": set(),
     "metrics": set(),
-    "engine": {"core", "executor", "tokenizer", "models"},
+    "structured_output": {"tokenizer"},
+    "engine": {"core", "executor", "tokenizer", "models", "structured_output"},
     "entrypoints": {"engine", "tokenizer", "metrics"},
 }
 
@@ -52,6 +53,8 @@ TORCH_FREE = [
     "minivllm.messages.worker",
     "minivllm.logits_processors",
     "minivllm.models.registry",
+    "minivllm.structured_output.check_process",
+    "minivllm.structured_output.manager",
     "minivllm.utils.native",
 ]
 

@@ -12,6 +12,7 @@ from minivllm.config.model import ModelConfig
 from minivllm.config.observability import ObservabilityConfig
 from minivllm.config.parallel import ParallelConfig
 from minivllm.config.scheduler import SchedulerConfig, Usage
+from minivllm.config.structured_outputs import StructuredOutputsConfig
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class EngineConfig:
     load: LoadConfig = LoadConfig()
     parallel: ParallelConfig = ParallelConfig()
     observability: ObservabilityConfig = ObservabilityConfig()
+    structured_outputs: StructuredOutputsConfig = StructuredOutputsConfig()
     model_class: str = ""  # "module:Class" of the registry; it travels, so that a registered model reaches the core
     generation_config: dict[str, Any] = field(default_factory=dict)  # after overrides; with "vllm", only the end tokens
     usage: Usage = "serve"  # what the defaults of a step's limits depend on

@@ -64,7 +64,7 @@ NOT_YET = frozenset(
     show_hidden_metrics_for_version skip_mm_profiling sleep_mode_offload_cudagraph
     sleep_preserve_parameter_names sparse_indexer_topk_backend spec_method spec_model spec_tokens
     specialize_active_lora speculative_config speculative_model sse_keep_alive_interval ssl_ca_certs
-    ssl_cert_reqs ssl_certfile ssl_ciphers ssl_keyfile structured_outputs_config swa_bounded_replay swap_space
+    ssl_cert_reqs ssl_certfile ssl_ciphers ssl_keyfile swa_bounded_replay swap_space
     task tensor_parallel_size tokens_only tool_call_parser tool_parser_plugin tool_server tool_strict_level
     trust_request_chat_template trust_request_mm_kwargs ubatch_size uds use_fp64_gumbel use_replayssm
     use_v2_block_manager video_pruning_method video_pruning_rate watermark_config
@@ -109,6 +109,7 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
 _NEUTRAL_FLAGS = ("disable_log_requests",)
 
 _INSTEAD = {
+    "guided_decoding_backend": "there is one backend; --structured-outputs-config has its options",
     "hf_token": "set the environment variable HF_TOKEN instead",
     "rope_scaling": "use --hf-overrides with rope_parameters instead",
     "rope_theta": "use --hf-overrides with rope_theta instead",

@@ -13,15 +13,24 @@ import time
 from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypedDict
+
+import msgspec
 
 from minivllm.config.engine import EngineConfig
+from minivllm.config.structured_outputs import read_structured_outputs_config
+from minivllm.engine.end_tokens import end_tokens
 from minivllm.engine.parallel_sampling import child_seed
+from minivllm.engine.structured import make_checker
 from minivllm.exceptions import RequestError, UnsupportedError
 from minivllm.logits_processors import load_logits_processors
 from minivllm.messages.engine import EngineCoreReady, EngineCoreRequest
-from minivllm.sampling_params import SamplingParams, check_encodable
+from minivllm.sampling_params import SamplingParams, StructuredOutputsParams, check_encodable
 from minivllm.tokenizer.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from minivllm.structured_output.checker import GrammarChecker
 
 _MASK_64 = (1 << 64) - 1
 _UNSEEDED = 0x756E736565646564  # keeps what --seed gives apart from what equal seeds of requests give
@@ -143,19 +152,9 @@ class Processor:
         max_logprobs = config.model.max_logprobs
         self._logits_processors = load_logits_processors(config.model.logits_processors)
         self.max_logprobs = self.vocab_size if max_logprobs == -1 else max_logprobs
-        self.eos_token_ids, self.extra_stop_token_ids = self._end_tokens(config)
-
-    def _end_tokens(self, config: EngineConfig) -> tuple[list[int], list[int]]:
-        """The end-of-sequence token, and further ones that act as stop_token_ids (vLLM's division)."""
-        declared = config.generation_config.get("eos_token_id", config.hf_config.eos_token_ids)
-        declared = [declared] if isinstance(declared, int) else list(declared or [])
-        primary = self.tokenizer.eos_token_id if self.tokenizer is not None else None
-        if primary is None and declared:
-            primary = declared[0]
-        eos = [] if primary is None else [primary]
-        return eos, [
-            token for token in dict.fromkeys(declared) if token not in eos and 0 <= token < self.vocab_size
-        ]
+        self.eos_token_ids, self.extra_stop_token_ids = end_tokens(config, tokenizer)
+        self._structured = read_structured_outputs_config(config.structured_outputs.structured_outputs_config)
+        self._config = config
 
     def process_inputs(
         self, request_id: str, prompt: Prompt, params: SamplingParams, priority: int = 0
@@ -185,8 +184,45 @@ class Processor:
             arrival_time=time.monotonic(),
             priority=priority,
             cache_salt=parsed.cache_salt,
+            grammar=self._grammar(params),
         )
         return request, parsed.text
+
+    def checks_at_once(self, params: SamplingParams) -> bool:
+        """Whether the rest takes no longer than a moment: there is no constraint, or it is known."""
+        wanted = params.structured_outputs
+        return wanted is None or self.tokenizer is None or self._grammars.knows(self._with_options(wanted))
+
+    def _grammar(self, params: SamplingParams) -> str | None:
+        """The grammar of an answer that must have a form."""
+        wanted = params.structured_outputs
+        if wanted is None:
+            return None
+        self._check_tokenizer(wanted)
+        return self._grammars.grammar_of(self._with_options(wanted))
+
+    def _check_tokenizer(self, wanted: StructuredOutputsParams) -> None:
+        if self.tokenizer is None:
+            raise wanted.error("there is no tokenizer; drop --skip-tokenizer-init")
+
+    @cached_property
+    def _grammars(self) -> GrammarChecker:
+        return make_checker(self._config, self.tokenizer)
+
+    def _with_options(self, wanted: StructuredOutputsParams) -> StructuredOutputsParams:
+        """What the request asks for, and --structured-outputs-config for all of them."""
+        no_whitespace = self._structured.disable_any_whitespace and wanted.whitespace_pattern is None
+        return msgspec.structs.replace(
+            wanted,
+            disable_any_whitespace=wanted.disable_any_whitespace or no_whitespace,
+            disable_additional_properties=wanted.disable_additional_properties
+            or self._structured.disable_additional_properties,
+        )
+
+    def shutdown(self) -> None:
+        """End what was started to check requests. Another request starts it again."""
+        if "_grammars" in vars(self):
+            self._grammars.close()
 
     def _token_ids(self, parsed: ParsedPrompt, params: SamplingParams) -> list[int]:
         token_ids = parsed.token_ids
@@ -379,4 +415,17 @@ class Processor:
                 param="prompt",
             )
         self._check_params(params)
+        self._check_grammar(request, params)
         return request
+
+    def _check_grammar(self, request: EngineCoreRequest, params: SamplingParams) -> None:
+        if (request.grammar is None) != (params.structured_outputs is None):
+            raise RequestError(
+                "structured_outputs and the grammar made of it must come together", param="structured_outputs"
+            )
+        if request.grammar is None:
+            return
+        self._check_tokenizer(params.structured_outputs)
+        error = self._grammars.why_not(request.grammar)
+        if error is not None:
+            raise params.structured_outputs.error(error)

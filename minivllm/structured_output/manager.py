@@ -1,0 +1,180 @@
+"""The engine core's grammars: compiled on threads, followed token by token, asked for the next tokens' masks.
+
+Owns the vocabulary as llguidance sees it, compiled grammars (kept for the next request that asks for the same) and
+where each request stands in its own, which follows from its output tokens alone. What comes here has been compiled
+before, in a process that could be killed (see checker.py); what fails here all the same ends its own request.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import llguidance
+import numpy as np
+
+from minivllm.logger import init_logger
+from minivllm.messages.engine import EngineCoreRequest
+from minivllm.structured_output.limits import parser_limits
+
+logger = init_logger(__name__)
+
+_NUM_COMPILERS = 2  # threads; llguidance compiles without Python's lock
+_MAX_CACHED = 256  # compiled grammars
+_MAX_CACHED_CHARS = 8 << 20  # of their texts
+_MAX_USES = 256  # of one compiled grammar: copies share a lexer, whose states are limited and never forgotten
+
+
+class MatcherState:
+    """Where one request stands in its grammar. To be used from one thread, once `is_ready`."""
+
+    def __init__(self, matcher: Future[llguidance.LLMatcher], prior_output_token_ids: list[int]) -> None:
+        self._future = matcher
+        self._matcher: llguidance.LLMatcher | None = None
+        self._unfollowed = list(prior_output_token_ids)
+        self.error: str | None = None
+
+    @property
+    def is_ready(self) -> bool:
+        """It is compiled, or never will be. Only then may the rest be asked."""
+        return self._future.done()
+
+    @property
+    def is_constraining(self) -> bool:
+        """The next token must be one of its mask."""
+        return self._compiled() is not None
+
+    @property
+    def is_complete(self) -> bool:
+        """Nothing may follow."""
+        matcher = self._compiled()
+        return matcher is not None and matcher.is_stopped()
+
+    def accept(self, token_id: int) -> None:
+        """Go on by one output token; `error` says if it does not fit, which a mask would have prevented."""
+        matcher = self._compiled()
+        if matcher is not None and not matcher.consume_token(token_id):
+            self._fail(f"token {token_id} does not fit the grammar: {matcher.get_error()}")
+
+    def fill_mask(self, row: np.ndarray) -> None:
+        """row: contiguous uint32, bit t % 32 of word t // 32 says whether token t may come next."""
+        matcher = self._compiled()
+        matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
+        if matcher.is_error():
+            self._fail(f"the grammar cannot go on: {matcher.get_error()}")
+
+    def _compiled(self) -> llguidance.LLMatcher | None:
+        """The matcher, which has followed all there is; None when that went wrong."""
+        if self._matcher is None and self.error is None:
+            try:
+                matcher = self._future.result(timeout=0)
+            except Exception as error:
+                self._fail(f"the grammar could not be compiled: {error}")
+                return None
+            if not matcher.consume_tokens(self._unfollowed):
+                self._fail(f"the output so far does not fit the grammar: {matcher.get_error()}")
+                return None
+            self._matcher = matcher
+        return self._matcher
+
+    def _fail(self, error: str) -> None:
+        self.error = error
+        self._matcher = None
+
+
+class GrammarManager:
+    """Compiled grammars of one engine core."""
+
+    def __init__(self, load_tokenizer: Callable[[], llguidance.LLTokenizer]) -> None:
+        """load_tokenizer: called once, on a thread, when the first grammar comes."""
+        self._load_tokenizer = load_tokenizer
+        self._tokenizer: llguidance.LLTokenizer | None = None
+        self._tokenizer_lock = threading.Lock()
+        self._cache = _CompiledCache()
+        self._pool: ThreadPoolExecutor | None = None
+
+    def start(self, request: EngineCoreRequest) -> MatcherState:
+        """Begin to compile a request's grammar, or take it from the cache."""
+        assert request.grammar is not None
+        return MatcherState(self._matcher(request.grammar), request.prior_output_token_ids)
+
+    def bitmask(self, states: list[MatcherState]) -> bytes:
+        """A row of 32-bit words for each; what a row holds whose state fails is meaningless."""
+        masks = np.empty((len(states), -(-self._tokenizer.vocab_size // 32)), np.uint32)
+        # Copies of one grammar share a lexer and its lock: threads would wait for each other.
+        for row, state in zip(masks, states):
+            state.fill_mask(row)
+        return masks.tobytes()
+
+    def shutdown(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _matcher(self, grammar: str) -> Future[llguidance.LLMatcher]:
+        """A matcher at the beginning of its grammar, for one request alone."""
+        compiled = self._cache.take(grammar)
+        if compiled is not None:
+            done: Future[llguidance.LLMatcher] = Future()
+            done.set_result(compiled.deep_copy())
+            return done
+        return self._compilers().submit(self._compile, grammar)
+
+    def _compilers(self) -> ThreadPoolExecutor:
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(_NUM_COMPILERS, thread_name_prefix="compile-grammar")
+        return self._pool
+
+    def _compile(self, grammar: str) -> llguidance.LLMatcher:
+        compiled = self._cache.take(grammar)  # n answers to one prompt arrive together
+        if compiled is None:
+            compiled = self._build(grammar)
+            self._cache.put(grammar, compiled)
+        return compiled.deep_copy()
+
+    def _build(self, grammar: str) -> llguidance.LLMatcher:
+        with self._tokenizer_lock:
+            if self._tokenizer is None:
+                self._tokenizer = self._load_tokenizer()
+        matcher = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0, limits=parser_limits())
+        if not matcher.is_error():
+            matcher.compute_bitmask()  # the first is the slowest; every copy has it done
+        if matcher.is_error():
+            raise ValueError(matcher.get_error())
+        return matcher
+
+
+class _CompiledCache:
+    """Compiled grammars by their text, the least recently used dropped first. Any thread may use it."""
+
+    def __init__(self) -> None:
+        self._entries: OrderedDict[str, tuple[llguidance.LLMatcher, int]] = OrderedDict()  # and the uses left
+        self._num_chars = 0
+        self._lock = threading.Lock()
+
+    def take(self, grammar: str) -> llguidance.LLMatcher | None:
+        """One to be copied, never changed."""
+        with self._lock:
+            entry = self._entries.get(grammar)
+            if entry is None:
+                return None
+            compiled, num_left = entry
+            if num_left <= 1:
+                self._drop(grammar)
+            else:
+                self._entries[grammar] = compiled, num_left - 1
+                self._entries.move_to_end(grammar)
+            return compiled
+
+    def put(self, grammar: str, compiled: llguidance.LLMatcher) -> None:
+        with self._lock:
+            if grammar not in self._entries:
+                self._num_chars += len(grammar)
+            self._entries[grammar] = compiled, _MAX_USES
+            while len(self._entries) > _MAX_CACHED or self._num_chars > _MAX_CACHED_CHARS:
+                self._drop(next(iter(self._entries)))
+
+    def _drop(self, grammar: str) -> None:
+        del self._entries[grammar]
+        self._num_chars -= len(grammar)
