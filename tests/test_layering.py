@@ -32,8 +32,10 @@ ALLOWED: dict[str, set[str]] = {
     "tokenizer": set(),
     "metrics": set(),
     "structured_output": {"tokenizer"},
-    "engine": {"core", "executor", "tokenizer", "models", "structured_output"},
-    "entrypoints": {"engine", "tokenizer", "metrics"},
+    "tool_parsers": set(),
+    "reasoning": {"tool_parsers"},
+    "engine": {"core", "executor", "tokenizer", "models", "reasoning", "structured_output"},
+    "entrypoints": {"engine", "tokenizer", "metrics", "tool_parsers", "reasoning"},
 }
 
 # `engine` is two sides in one folder: these modules run in the core process, the rest in the client.

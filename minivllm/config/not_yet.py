@@ -58,7 +58,7 @@ NOT_YET = frozenset(
     performance_mode pipeline_parallel_size pooler_config preemption_mode prefill_context_parallel_size
     prefill_schedule_interval prefix_cache_retention_interval prefix_match_unit
     profiler_config prompt_adapters pt_load_map_location quantization quantization_config ray_workers_use_nsight
-    reasoning_config reasoning_parser reasoning_parser_plugin renderer_num_workers replayssm_buffer_len
+    reasoning_config renderer_num_workers replayssm_buffer_len
     return_sampling_mask rope_scaling rope_theta runner safetensors_load_strategy
     safetensors_prefetch_block_size safetensors_prefetch_num_threads scheduler_cls
     show_hidden_metrics_for_version skip_mm_profiling sleep_mode_offload_cudagraph
