@@ -89,7 +89,8 @@ def check_encodable(name: str, text: str) -> None:
 class StructuredOutputsParams(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
     """What form an answer must have: exactly one kind of constraint. vLLM's names and limits.
 
-    Whether llguidance can do what is asked is found out by the engine's processor, before the engine sees it.
+    JSON is kept as text, which says what no message could (numbers of more than 64 bits). Whether llguidance can do
+    what is asked is found out by the engine's processor, before the engine sees it.
 
     Raises (on construction):
         RequestError: none or several kinds, or a value of the wrong type or size; `param` names the field.
@@ -119,7 +120,7 @@ class StructuredOutputsParams(msgspec.Struct, omit_defaults=True, forbid_unknown
         for name in ("disable_any_whitespace", "disable_additional_properties"):
             _check_flag(f"{self.param}.{name}", getattr(self, name))
         if self.whitespace_pattern is not None:
-            self._check_text("whitespace_pattern", self.whitespace_pattern)
+            self._check_text("whitespace_pattern", self.whitespace_pattern, may_be_blank=True)
             if self.disable_any_whitespace:
                 raise self.error("whitespace_pattern and disable_any_whitespace exclude each other")
 
@@ -128,10 +129,10 @@ class StructuredOutputsParams(msgspec.Struct, omit_defaults=True, forbid_unknown
         return RequestError(f"{self.param}: {message}", param=self.param)
 
     def _check_json(self) -> None:
-        self._check_object("json", self.json, MAX_SCHEMA_DEPTH)
+        self.json = self._object_text("json", self.json, MAX_SCHEMA_DEPTH)
 
     def _check_structural_tag(self) -> None:
-        self._check_object("structural_tag", self.structural_tag, MAX_TAG_DEPTH)
+        self.structural_tag = self._object_text("structural_tag", self.structural_tag, MAX_TAG_DEPTH)
 
     def _check_regex(self) -> None:
         self._check_text("regex", self.regex)
@@ -143,23 +144,23 @@ class StructuredOutputsParams(msgspec.Struct, omit_defaults=True, forbid_unknown
         if not isinstance(self.choice, list) or not 1 <= len(self.choice) <= MAX_CHOICES:
             raise self.error(f"choice must be a list of 1 to {MAX_CHOICES} strings")
         for one in self.choice:
-            self._check_text("choice", one, may_be_empty=True)
+            self._check_text("choice", one, may_be_blank=True)
         self._check_size("choice", sum(map(len, self.choice)))
 
     def _check_json_object(self) -> None:
         if self.json_object is not True:
             raise self.error(f"json_object must be true or left out, got {self.json_object!r}")
 
-    def _check_text(self, name: str, text: Any, *, may_be_empty: bool = False) -> None:
-        if not isinstance(text, str) or not (text.strip() or may_be_empty):
+    def _check_text(self, name: str, text: Any, *, may_be_blank: bool = False) -> None:
+        if not isinstance(text, str) or not (text.strip() or may_be_blank):
             raise self.error(f"{name} must be a string that is not empty, got {text!r:.80}")
         if "\0" in text:
             raise self.error(f"{name} holds a NUL character")
         self._check_size(name, len(text))
         check_encodable(self.param, text)
 
-    def _check_object(self, name: str, given: Any, max_depth: int) -> None:
-        """A JSON object, as text or taken apart."""
+    def _object_text(self, name: str, given: Any, max_depth: int) -> str:
+        """A JSON object, given as text or taken apart, as text."""
         if isinstance(given, str):
             self._check_text(name, given)
             try:
@@ -176,6 +177,7 @@ class StructuredOutputsParams(msgspec.Struct, omit_defaults=True, forbid_unknown
             raise self.error(f"{name} is no valid JSON: {error}") from None
         self._check_size(name, len(text))
         check_encodable(self.param, text)
+        return text
 
     def _check_size(self, name: str, num_chars: int) -> None:
         if num_chars > MAX_GRAMMAR_CHARS:

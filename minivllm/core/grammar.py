@@ -13,11 +13,13 @@ from minivllm.messages.engine import EngineCoreRequest
 class GrammarState(Protocol):
     """One request's place in its grammar, which follows from its output tokens alone."""
 
-    error: str | None  # why the request cannot go on; to be asked once it is ready
-
     @property
     def is_ready(self) -> bool:
-        """Tokens may be sampled. Until then nothing else may be asked."""
+        """Tokens may be sampled, or never will be. Until then nothing else may be asked."""
+
+    @property
+    def error(self) -> str | None:
+        """Why the request cannot go on."""
 
     @property
     def is_constraining(self) -> bool:

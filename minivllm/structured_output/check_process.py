@@ -21,6 +21,9 @@ from minivllm.structured_output.vocabulary import Vocabulary
 from minivllm.utils.process import unblock_interrupts
 
 
+_MAX_LINE, _MAX_LINES = 160, 12  # of an error's text
+
+
 class CheckRequest(msgspec.Struct):
     """One of the two: what a request asks for, or the grammar that was made of it before."""
 
@@ -78,8 +81,14 @@ def _check(request: CheckRequest, tokenizer: llguidance.LLTokenizer, vocabulary:
     except MemoryError:
         os.abort()
     if matcher.is_error():
-        return CheckReply(error=matcher.get_error() or "it allows no text at all")
+        return CheckReply(error=_readable(matcher.get_error()))
     return CheckReply(grammar)
+
+
+def _readable(error: str) -> str:
+    """What it quotes of the grammar, which may be all of it, cut short."""
+    lines = [line if len(line) <= _MAX_LINE else line[:_MAX_LINE] + "…" for line in error.rstrip().split("\n")]
+    return "\n".join(lines[:_MAX_LINES])
 
 
 def _limit_memory() -> None:

@@ -30,7 +30,7 @@ def to_grammar(params: StructuredOutputsParams, special_ids: Mapping[str, int]) 
     """
     options = _json_options(params)
     if params.json is not None:
-        return _json_grammar(_loaded(params.json), params, options)
+        return _json_grammar(json.loads(params.json), params, options)
     if params.json_object is not None:
         return _json_grammar({"type": "object"}, params, options)
     if params.regex is not None:
@@ -39,11 +39,7 @@ def to_grammar(params: StructuredOutputsParams, special_ids: Mapping[str, int]) 
         return f"{_HEADER}start: " + " | ".join(map(_literal, params.choice))
     if params.grammar is not None:
         return _read_grammar(params.grammar)
-    return _StructuralTag(params, options, special_ids).grammar(_loaded(params.structural_tag))
-
-
-def _loaded(given: str | dict[str, Any]) -> dict[str, Any]:
-    return json.loads(given) if isinstance(given, str) else given
+    return _StructuralTag(params, options, special_ids).grammar(json.loads(params.structural_tag))
 
 
 def _read_grammar(text: str) -> str:

@@ -34,12 +34,18 @@ class MatcherState:
         self._future = matcher
         self._matcher: llguidance.LLMatcher | None = None
         self._unfollowed = list(prior_output_token_ids)
-        self.error: str | None = None
+        self._error: str | None = None
 
     @property
     def is_ready(self) -> bool:
         """It is compiled, or never will be. Only then may the rest be asked."""
         return self._future.done()
+
+    @property
+    def error(self) -> str | None:
+        """Why the request cannot go on."""
+        self._compiled()
+        return self._error
 
     @property
     def is_constraining(self) -> bool:
@@ -53,7 +59,7 @@ class MatcherState:
         return matcher is not None and matcher.is_stopped()
 
     def accept(self, token_id: int) -> None:
-        """Go on by one output token; `error` says if it does not fit, which a mask would have prevented."""
+        """Go on by one output token. If it does not fit, which a mask prevents, there is an `error`."""
         matcher = self._compiled()
         if matcher is not None and not matcher.consume_token(token_id):
             self._fail(f"token {token_id} does not fit the grammar: {matcher.get_error()}")
@@ -67,7 +73,7 @@ class MatcherState:
 
     def _compiled(self) -> llguidance.LLMatcher | None:
         """The matcher, which has followed all there is; None when that went wrong."""
-        if self._matcher is None and self.error is None:
+        if self._matcher is None and self._error is None:
             try:
                 matcher = self._future.result(timeout=0)
             except Exception as error:
@@ -80,7 +86,7 @@ class MatcherState:
         return self._matcher
 
     def _fail(self, error: str) -> None:
-        self.error = error
+        self._error = error
         self._matcher = None
 
 
