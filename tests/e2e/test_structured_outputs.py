@@ -13,9 +13,8 @@ import openai
 import pytest
 from openai import OpenAI
 
-from minivllm import LLM, SamplingParams, box_model_path
+from minivllm import LLM, SamplingParams
 from minivllm.exceptions import RequestError
-from minivllm.tokenizer.tokenizer import Tokenizer
 from tests.e2e.server import serving
 
 MODEL = "minnow"
@@ -118,20 +117,15 @@ def test_other_constraints_on_both_endpoints(client: OpenAI, asked: dict, patter
 
 
 def test_structural_tags_hold_the_tagged_parts_to_their_schema(client: OpenAI):
-    tag = {
-        "type": "structural_tag",
-        "structures": [{"begin": "<n>", "schema": {"type": "integer", "minimum": 1, "maximum": 99}, "end": "</n>"}],
-        "triggers": ["<n"],
-    }
-    # Left alone it would write no tag at all.
-    tokens = Tokenizer.from_pretrained(box_model_path()).encode("<n", add_special_tokens=False)
-    likes = {str(token): 8 for token in tokens}
-    answers = [chat(client, response_format=tag, logit_bias=likes, seed=seed).choices[0] for seed in range(3)]
-    for answer in answers:
-        parts = answer.message.content.split("<n")[1:]
-        assert parts, answer
-        whole = parts[:-1] if answer.finish_reason == "length" else parts
-        assert all(re.match(">[1-9][0-9]?</n>", part) for part in whole), answer
+    number = {"type": "json_schema", "json_schema": {"type": "integer", "minimum": 1, "maximum": 99}}
+    tag = {"type": "tag", "begin": "<n>", "content": number, "end": "</n>"}
+    elements = [{"type": "const_string", "value": "It is "}, tag]
+    format = {"type": "structural_tag", "format": {"type": "sequence", "elements": elements}}
+    answer = chat(client, response_format=format).choices[0]
+    assert re.fullmatch("It is <n>[1-9][0-9]?</n>", answer.message.content), answer
+    tags = {"structures": [{"begin": "<n>", "schema": number["json_schema"], "end": "</n>"}], "triggers": ["<n"]}
+    free = chat(client, response_format={"type": "structural_tag", **tags}, max_tokens=60, temperature=0).choices[0]
+    assert free.message.content == chat(client, max_tokens=60, temperature=0).choices[0].message.content
 
 
 def test_the_old_names_mean_what_they_meant(client: OpenAI):
