@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import msgspec
 
-from minivllm.exceptions import RequestError, UnsupportedError
+from minivllm.exceptions import RequestError
 
 MAX_N = 16384
 MAX_STOP_STRINGS = 4
@@ -199,6 +199,14 @@ def _is_deeper(value: Any, max_depth: int) -> bool:
     return any(isinstance(each, (dict, list)) for each in level)
 
 
+class ThinkingTokens(msgspec.Struct):
+    """How a model marks what it thinks, and whether this answer begins with it."""
+
+    start: list[int]  # [] where nothing opens it but the prompt
+    end: list[int]
+    is_open: bool
+
+
 class SamplingParams(msgspec.Struct, omit_defaults=True, kw_only=True):
     """vLLM's names, defaults and limits.
 
@@ -238,6 +246,7 @@ class SamplingParams(msgspec.Struct, omit_defaults=True, kw_only=True):
     extra_args: dict[str, Any] | None = None
     bad_words_token_ids: list[list[int]] = []  # made of bad_words by the engine's processor
     structured_outputs: StructuredOutputsParams | None = None
+    thinking: ThinkingTokens | None = None  # where something depends on it: made by the engine's processor
 
     def __post_init__(self) -> None:
         self.stop = [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
@@ -292,10 +301,7 @@ class SamplingParams(msgspec.Struct, omit_defaults=True, kw_only=True):
             _check_int("truncate_prompt_tokens", self.truncate_prompt_tokens, 1, 2**31 - 1)
         _check_flag("spaces_between_special_tokens", self.spaces_between_special_tokens)
         if self.thinking_token_budget is not None:
-            raise UnsupportedError(
-                "thinking_token_budget needs a reasoning parser, which is not supported yet; leave it out",
-                param="thinking_token_budget",
-            )
+            _check_int("thinking_token_budget", self.thinking_token_budget, 0, 2**31 - 1)
         self._verify_stop()
         self._verify_bad_words()
         self._verify_logprob_token_ids()

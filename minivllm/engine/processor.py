@@ -26,10 +26,12 @@ from minivllm.engine.structured import make_checker
 from minivllm.exceptions import RequestError, UnsupportedError
 from minivllm.logits_processors import load_logits_processors
 from minivllm.messages.engine import EngineCoreReady, EngineCoreRequest
-from minivllm.sampling_params import SamplingParams, StructuredOutputsParams, check_encodable
+from minivllm.reasoning.registry import reasoning_parser_class
+from minivllm.sampling_params import SamplingParams, StructuredOutputsParams, ThinkingTokens, check_encodable
 from minivllm.tokenizer.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from minivllm.reasoning.abstract import ReasoningMarks
     from minivllm.structured_output.checker import GrammarChecker
 
 _MASK_64 = (1 << 64) - 1
@@ -178,7 +180,7 @@ class Processor:
         request = EngineCoreRequest(
             request_id=f"{request_id}-{os.urandom(4).hex()}",
             prompt_token_ids=token_ids,
-            sampling_params=self._complete(params, len(token_ids)),
+            sampling_params=self._complete(params, token_ids),
             seed=self._seed_of(params),
             eos_token_ids=self.eos_token_ids,
             arrival_time=time.monotonic(),
@@ -303,6 +305,12 @@ class Processor:
                 raise
             except Exception as error:  # the operator's own check says no in its own way
                 raise RequestError(f"{custom.__name__}: {error}", param="extra_args") from error
+        if params.thinking_token_budget is not None and self._marks is None:
+            raise RequestError(
+                f"thinking_token_budget={params.thinking_token_budget} needs to know how the model marks what it "
+                "thinks; start the server with --reasoning-parser, or leave it out",
+                param="thinking_token_budget",
+            )
         if params.bad_words and self.tokenizer is None:
             raise RequestError(
                 "bad_words need a tokenizer; use logit_bias, or drop --skip-tokenizer-init", param="bad_words"
@@ -338,8 +346,9 @@ class Processor:
                     f"logit_bias of token {token} must be a finite number, got {bias!r}", param="logit_bias"
                 )
 
-    def _complete(self, params: SamplingParams, num_prompt_tokens: int) -> SamplingParams:
+    def _complete(self, params: SamplingParams, prompt_token_ids: list[int]) -> SamplingParams:
         """The parameters as the core runs them. The answer ends where the context does, as in vLLM."""
+        num_prompt_tokens = len(prompt_token_ids)
         room = self.max_model_len - num_prompt_tokens
         max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
         if params.min_tokens > max_tokens:
@@ -354,7 +363,23 @@ class Processor:
         if self.tokenizer is None:
             changes["detokenize"] = False
         changes["bad_words_token_ids"] = self._bad_words(params.bad_words)
+        changes["thinking"] = self._thinking(params, prompt_token_ids)
         return params.clone(**changes)
+
+    def _thinking(self, params: SamplingParams, prompt_token_ids: list[int]) -> ThinkingTokens | None:
+        """Where the answer thinks, if something begins or is forced where that ends."""
+        waits = params.structured_outputs is not None and not self._structured.enable_in_reasoning
+        if self._marks is None or not (waits or params.thinking_token_budget is not None):
+            return None
+        marks = self._marks
+        return ThinkingTokens(list(marks.start), list(marks.end), marks.is_open_after(prompt_token_ids))
+
+    @cached_property
+    def _marks(self) -> ReasoningMarks | None:
+        parser = reasoning_parser_class(self._config.reasoning)
+        if parser is None or self.tokenizer is None:
+            return None
+        return parser.marks(lambda text: self.tokenizer.encode(text, add_special_tokens=False))
 
     def _bad_words(self, words: list[str]) -> list[list[int]]:
         """Token ids of each word at the start of a text, and within one, where a space before it makes another

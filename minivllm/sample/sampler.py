@@ -21,6 +21,7 @@ from minivllm.sample.custom import CustomProcessors
 from minivllm.sample.logprobs import gather_logprobs, logprobs_of_tokens
 from minivllm.sample.penalties import Penalties
 from minivllm.sample.step import GrammarMask, LogitsStep, SampleBatch
+from minivllm.sample.thinking import ThinkingBudget
 from minivllm.sampling_params import SamplingParams
 
 NONFINITE = "the model gave logits that are not finite numbers; the request cannot go on"
@@ -58,6 +59,7 @@ class Sampler:
             BadWords(vocab_size),
             MinTokens(vocab_size),
             LogitBias(vocab_size),
+            ThinkingBudget(vocab_size),
         ]
         self._custom = custom
         self._after_custom: list[LogitsStep] = [Penalties(vocab_size)]

@@ -63,7 +63,6 @@ NOT_YET: dict[str, Callable[[Any], bool]] = {
     "return_token_offsets": _empty,
     "routed_experts_prompt_start": lambda v: v in (None, 0),
     "suffix": _empty,
-    "thinking_token_budget": lambda v: v in (None, -1),
     "tool_choice": lambda v: v in (None, "none"),
     "watermarking": _null,
     "web_search_options": _null,
@@ -109,6 +108,7 @@ NOT_WITH_BEAMS: dict[str, Callable[[Any], bool]] = {
     "vllm_xargs": _empty,
     "prompt_logprobs": _null,
     "structured_outputs": _null,
+    "thinking_token_budget": lambda v: v in (None, -1),
     "response_format": lambda v: v is None or v.get("type") == "text",
 }
 
@@ -163,6 +163,7 @@ class SamplingFields(BaseModel):
     prompt_logprobs: int | None = None
     structured_outputs: dict[str, Any] | None = None
     response_format: dict[str, Any] | None = None
+    thinking_token_budget: int | None = None
 
     use_beam_search: bool = False
     length_penalty: float = 1.0
@@ -275,6 +276,7 @@ class SamplingFields(BaseModel):
             repetition_detection=self.repetition_detection,
             extra_args=self.vllm_xargs or None,
             structured_outputs=self.to_structured_outputs(),
+            thinking_token_budget=self.thinking_token_budget,
             **{name: value for name, value in chosen.items() if value is not None},
         )
 

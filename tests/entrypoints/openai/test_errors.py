@@ -90,7 +90,7 @@ def error_of(response) -> dict:
         ({"use_beam_search": True, "prompt": "x" * MAX_MODEL_LEN}, "prompt", str(MAX_MODEL_LEN)),
         ({"length_penalty": 2}, "length_penalty", "needs use_beam_search"),
         ({"kv_transfer_params": {}}, "kv_transfer_params", "not supported yet"),
-        ({"thinking_token_budget": 5}, "thinking_token_budget", "not supported yet"),
+        ({"thinking_token_budget": 5}, "thinking_token_budget", "--reasoning-parser"),
         ({"bad_words": [" "]}, "bad_words", "empty"),
         ({"bad_words": ["x"] * 129}, "bad_words", "128"),
         ({"logprob_token_ids": [1]}, "logprob_token_ids", "needs logprobs=1"),
