@@ -94,7 +94,8 @@ class Sampler:
     ) -> SamplerOutput:
         """One token for each row of `logits` ([M, vocab_size] float32, which is changed)."""
         columns, asking = self._columns.of(batch.rows), self._asking(batch)
-        if not columns.truncates and self._changes_nothing and (self._is_raw or not asking):
+        is_free = grammar is None and not columns.truncates and self._changes_nothing
+        if is_free and (self._is_raw or not asking):
             return self._draw(logits, batch, columns, asking)
         failed = dict.fromkeys(self._nonfinite_rows(logits), NONFINITE)
         values = self._reported(logits, asking) if self._is_raw else None
