@@ -6,6 +6,7 @@ and internal request ids. What passes here cannot make a step of the engine fail
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import os
@@ -15,8 +16,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypedDict
-
-import msgspec
 
 from minivllm.config.engine import EngineConfig
 from minivllm.config.structured_outputs import read_structured_outputs_config
@@ -213,13 +212,10 @@ class Processor:
 
     def _with_options(self, wanted: StructuredOutputsParams) -> StructuredOutputsParams:
         """What the request asks for, and --structured-outputs-config for all of them."""
-        no_whitespace = self._structured.disable_any_whitespace and wanted.whitespace_pattern is None
-        return msgspec.structs.replace(
-            wanted,
-            disable_any_whitespace=wanted.disable_any_whitespace or no_whitespace,
-            disable_additional_properties=wanted.disable_additional_properties
-            or self._structured.disable_additional_properties,
-        )
+        wanted, server = copy.copy(wanted), self._structured
+        wanted.disable_any_whitespace |= server.disable_any_whitespace and wanted.whitespace_pattern is None
+        wanted.disable_additional_properties |= server.disable_additional_properties
+        return wanted
 
     def shutdown(self) -> None:
         """End what was started to check requests. Another request starts it again."""

@@ -6,6 +6,7 @@ that the same schema is compiled here once. A bad constraint costs its own sende
 
 from __future__ import annotations
 
+import copy
 import signal
 import threading
 from collections import OrderedDict
@@ -59,8 +60,7 @@ class GrammarChecker:
         Raises:
             RequestError: it cannot be compiled; the message says what about it, `param` where it came from.
         """
-        plain = msgspec.structs.replace(params, param="structured_outputs")  # the same wherever it came from
-        reply = self._check(CheckRequest(params=plain))
+        reply = self._check(CheckRequest(params=_without_source(params)))
         if reply.error is not None:
             raise params.error(reply.error)
         return reply.grammar
@@ -71,9 +71,9 @@ class GrammarChecker:
 
     def knows(self, params: StructuredOutputsParams) -> bool:
         """Whether `grammar_of` answers at once."""
-        plain = msgspec.structs.replace(params, param="structured_outputs")
+        key = msgspec.msgpack.encode(CheckRequest(params=_without_source(params)))
         with self._known_lock:
-            return msgspec.msgpack.encode(CheckRequest(params=plain)) in self._known
+            return key in self._known
 
     def close(self) -> None:
         """End the process; another call starts it again."""
@@ -145,6 +145,13 @@ class GrammarChecker:
         process.kill()
         process.join(_STOP_S)
         process.close()
+
+
+def _without_source(params: StructuredOutputsParams) -> StructuredOutputsParams:
+    """The same wherever it came from."""
+    params = copy.copy(params)
+    params.param = "structured_outputs"
+    return params
 
 
 def _size(key: bytes, reply: CheckReply) -> int:
