@@ -231,6 +231,25 @@ def test_penalties_stops_and_the_rest_of_sampling_go_together_with_a_grammar():
             assert answer.finish_reason == "stop"
 
 
+def test_a_budget_ends_thinking_and_the_grammar_begins_behind_it():
+    with LLM(kv_cache_memory_bytes=64 << 20, reasoning_parser="qwen3") as llm:
+        encode = llm.get_tokenizer().encode
+        prompt = encode("Say it:", add_special_tokens=False)
+        thinking = prompt + encode("<think>", add_special_tokens=False)
+        end = encode("</think>", add_special_tokens=False)
+        for budget in (0, 6):
+            params = SamplingParams(
+                max_tokens=40, seed=1, thinking_token_budget=budget, structured_outputs={"choice": ["yes", "no"]}
+            )
+            open_one, plain = llm.generate([thinking, prompt], params, use_tqdm=False)
+            assert plain.outputs[0].text in ("yes", "no")
+            answer = open_one.outputs[0]
+            assert answer.token_ids[budget : budget + len(end)] == end
+            assert answer.text.split("</think>")[-1] in ("yes", "no") and answer.finish_reason == "stop"
+    with LLM(kv_cache_memory_bytes=64 << 20) as llm, pytest.raises(RequestError, match="--reasoning-parser"):
+        llm.generate("x", SamplingParams(thinking_token_budget=3), use_tqdm=False)
+
+
 def test_no_whitespace_for_all_requests_is_the_servers_option():
     config = {"backend": "guidance", "disable_any_whitespace": True}
     with LLM(kv_cache_memory_bytes=64 << 20, structured_outputs_config=config) as llm:
