@@ -140,13 +140,19 @@ class ModelRunner:
         )
 
     def _mask_of(self, grammar: GrammarOutput | None, rows: np.ndarray) -> GrammarMask | None:
-        """The masks of the requests in these rows of the table."""
+        """The masks of the requests in these rows of the table.
+
+        A request that was preempted while a plan in flight sampled for it is planned as if that token was not there; it
+        is by now, so this step samples none and its mask is not needed.
+        """
         if grammar is None:
             return None
         column_of = {row: column for column, row in enumerate(rows.tolist())}
-        columns = [column_of[row] for row in self.table.rows(grammar.request_ids).tolist()]
+        columns = [column_of.get(row, -1) for row in self.table.rows(grammar.request_ids).tolist()]
         bitmask = np.frombuffer(grammar.bitmask, np.uint32).reshape(len(columns), -1)
-        return GrammarMask(np.array(columns, np.int64), bitmask)
+        if -1 in columns:
+            bitmask = bitmask[np.array(columns) >= 0]
+        return GrammarMask(np.array([column for column in columns if column >= 0], np.int64), bitmask)
 
     def _append_sound(self, rows: np.ndarray, sampled: SamplerOutput) -> None:
         going_on = np.ones(len(rows), bool)
