@@ -102,7 +102,7 @@ def test_others_that_are_large_end_one_way_or_the_other(checker: GrammarChecker,
         checker.grammar_of(StructuredOutputsParams(**asked))
     except RequestError:
         pass
-    assert time.monotonic() - began < 40  # the bound on waiting, and some
+    assert time.monotonic() - began < 100  # the bound on waiting, and some
 
 
 def test_what_is_known_needs_no_process(checker: GrammarChecker):
