@@ -10,7 +10,7 @@ import asyncio
 import threading
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from minivllm.config.engine import EngineConfig
 from minivllm.engine.core_client import AsyncMPClient
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 logger = init_logger(__name__)
 
 _LAST_OUTPUTS_S = 1.0  # for the loop to handle what the core said last
+_LOOK_EVERY_S = 0.02  # whether a paused engine has come to rest
 _CHUNK = 128  # outputs processed before other tasks of the loop get a turn
 
 
@@ -66,6 +67,8 @@ class AsyncLLM:
         self._dead: asyncio.Event = asyncio.Event()
         self._handled_all = threading.Event()
         self._is_shut_down = False
+        self._may_send = asyncio.Event()  # cleared while paused
+        self._may_send.set()
 
     @classmethod
     def from_engine_args(
@@ -109,6 +112,7 @@ class AsyncLLM:
             request, text = await self._process(prompt, sampling_params, request_id, priority)
         finally:
             self._num_processing -= sampling_params.n
+        await self._may_send.wait()
         self._raise_if_dead()
         collector = RequestOutputCollector(sampling_params.output_kind)
         ids = submit(
@@ -172,6 +176,14 @@ class AsyncLLM:
         """End requests by the ids given to `generate`; their generators get a last output that says "abort"."""
         self._abort([request_id] if isinstance(request_id, str) else request_id)
 
+    async def abort_matching(self, request_ids: Sequence[str]) -> int:
+        """End requests by the ids that clients see, which may stand for several of ours; without ids, all. How many."""
+        open_ids = self.output_processor.external_ids()
+        prefixes = tuple(f"{request_id}-" for request_id in request_ids)
+        chosen = [i for i in open_ids if not request_ids or i in request_ids or i.startswith(prefixes)]
+        self._abort(chosen)
+        return len(chosen)
+
     def _abort(self, request_ids: Iterable[str]) -> None:
         self.engine_core.abort_requests(self.output_processor.abort_requests(request_ids))
 
@@ -211,6 +223,7 @@ class AsyncLLM:
             stat_logger.record(message.scheduler_stats, stats)
 
     def _on_dead(self, error: EngineDeadError) -> None:
+        self._may_send.set()  # who waits hears of it
         if self.engine_core.dead_error is None:
             self.engine_core.dead_error = error
         if not self._is_shut_down:
@@ -255,6 +268,28 @@ class AsyncLLM:
         """Forget every cached KV block; False while a running request holds one."""
         self._start_reading()
         return await self.engine_core.call_utility("reset_prefix_cache")
+
+    async def collective_rpc(self, method: str, *args: Any) -> list[Any]:
+        """Call a method on every worker. Answers that cannot be sent come as their text."""
+        self._start_reading()
+        return await self.engine_core.call_utility("collective_rpc", method, args)
+
+    # -- pausing
+
+    @property
+    def is_paused(self) -> bool:
+        return not self._may_send.is_set()
+
+    async def pause(self, *, abort: bool) -> None:
+        """Send no more requests; `generate` waits. Open ones are aborted, or waited for."""
+        self._may_send.clear()
+        if abort:
+            self._abort(self.output_processor.external_ids())
+        while self.output_processor.has_unfinished_requests() and not self.errored:
+            await asyncio.sleep(_LOOK_EVERY_S)
+
+    def resume(self) -> None:
+        self._may_send.set()
 
     # -- end
 

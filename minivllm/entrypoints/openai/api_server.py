@@ -241,11 +241,16 @@ def build_app(args: Namespace) -> FastAPI:
     from fastapi import FastAPI
     from fastapi.middleware.cors import CORSMiddleware
 
+    from minivllm.entrypoints.openai.batch.router import router as batch_router
     from minivllm.entrypoints.openai.chat_completion.router import router as chat_router
     from minivllm.entrypoints.openai.completion.router import router as completion_router
+    from minivllm.entrypoints.openai.dev import router as dev
     from minivllm.entrypoints.openai.errors import Failures, install_error_handlers
     from minivllm.entrypoints.openai.health.router import router as health_router
+    from minivllm.entrypoints.openai.invocations.router import router as invocations_router
     from minivllm.entrypoints.openai.lifecycle import Lifecycle
+    from minivllm.entrypoints.openai.lora.router import router as lora_router
+    from minivllm.entrypoints.openai.messages.router import router as messages_router
     from minivllm.entrypoints.openai.metrics.router import router as metrics_router
     from minivllm.entrypoints.openai.middleware import (
         OPEN_PATHS,
@@ -256,7 +261,8 @@ def build_app(args: Namespace) -> FastAPI:
         load_middleware,
     )
     from minivllm.entrypoints.openai.models.router import router as models_router
-    from minivllm.entrypoints.openai.tokenize.router import router as tokenize_router
+    from minivllm.entrypoints.openai.responses.router import router as responses_router
+    from minivllm.entrypoints.openai.tokenize import router as tokenize
 
     frontend = frontend_config(args)
     docs = {"openapi_url": None, "docs_url": None, "redoc_url": None} if frontend.disable_fastapi_docs else {}
@@ -266,7 +272,14 @@ def build_app(args: Namespace) -> FastAPI:
     state.strict_fields = frontend.strict_fields
     state.tracks_load = frontend.enable_server_load_tracking
     state.log_error_stack = frontend.log_error_stack
-    routers = (health_router, metrics_router, models_router, tokenize_router, completion_router, chat_router)
+    state.frontend = frontend
+    routers = [health_router, metrics_router, models_router, tokenize.router, completion_router, chat_router]
+    routers += [batch_router, responses_router, messages_router, invocations_router, lora_router]
+    if frontend.enable_tokenizer_info_endpoint:
+        routers.append(tokenize.info_router)
+    if frontend.enable_dev_endpoints or envs.get("VLLM_SERVER_DEV_MODE") not in (None, "0"):
+        logger.warning("the development endpoints are open: /server_info, /abort_requests, /collective_rpc, …")
+        routers += [dev.router, dev.json_router]
     for router in routers:
         app.include_router(router)
     install_error_handlers(app)
@@ -297,10 +310,14 @@ def build_app(args: Namespace) -> FastAPI:
 
 def init_app_state(engine: AsyncLLM, args: Namespace, app: FastAPI, stats: StatLoggers | None = None) -> None:
     """Give the app its engine, and build what serves each route."""
+    from minivllm.entrypoints.openai.batch.serving import ServingBatch
     from minivllm.entrypoints.openai.chat_completion.serving import ServingChat
+    from minivllm.entrypoints.openai.chat_objects import ServingChatObjects
     from minivllm.entrypoints.openai.completion.serving import ServingCompletion
+    from minivllm.entrypoints.openai.messages.serving import ServingMessages
     from minivllm.entrypoints.openai.models.serving import ServedModels
     from minivllm.entrypoints.openai.render import Renderer
+    from minivllm.entrypoints.openai.responses.serving import ServingResponses
     from minivllm.entrypoints.openai.serving_base import ServingSettings
     from minivllm.entrypoints.openai.tokenize.serving import ServingTokenize
     from minivllm.metrics.logging import LoggingStatLogger
@@ -334,6 +351,10 @@ def init_app_state(engine: AsyncLLM, args: Namespace, app: FastAPI, stats: StatL
     state.serving_completion = ServingCompletion(*common)
     state.serving_chat = ServingChat(*common)
     state.serving_tokenize = ServingTokenize(state.models, renderer)
+    chat = ServingChatObjects(*common)
+    state.serving_batch = ServingBatch(chat)
+    state.serving_messages = ServingMessages(chat, state.lifecycle, settings.keep_alive_s)
+    state.serving_responses = ServingResponses(chat, state.lifecycle, settings.keep_alive_s)
 
 
 def _request_log(frontend: FrontendConfig) -> RequestLog | None:
