@@ -46,7 +46,7 @@ async def pause(
 ) -> Response:
     """Take no work: open requests are aborted, or waited for; new ones wait for /resume."""
     if mode == "keep":
-        raise NotImplementedHereError("mode=keep is not supported: running requests cannot be frozen; use abort or wait")
+        raise NotImplementedHereError("mode=keep is not supported: requests cannot be frozen; use abort or wait")
     engine = raw_request.app.state.engine
     await engine.pause(abort=mode == "abort")
     if clear_cache:

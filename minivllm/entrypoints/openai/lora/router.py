@@ -1,4 +1,4 @@
-"""POST /v1/load_lora_adapter and /v1/unload_lora_adapter: refused, with the reason, while the engine takes no adapters."""
+"""POST /v1/load_lora_adapter and /v1/unload_lora_adapter: refused while the engine takes no adapters."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ class MessagesRequest(CountTokensRequest):
                     f"thinking.budget_tokens must be at least {MIN_THINKING_TOKENS}", param="thinking.budget_tokens"
                 )
             if budget >= self.max_tokens:
-                raise RequestError("thinking.budget_tokens must be less than max_tokens", param="thinking.budget_tokens")
+                raise RequestError("budget_tokens must be less than max_tokens", param="thinking.budget_tokens")
         return self
 
 
