@@ -38,14 +38,16 @@ _CHUNK = 128  # outputs processed before other tasks of the loop get a turn
 class AsyncLLM:
     """A running engine. Build it with `from_engine_args` or `from_engine_config`, end it with `shutdown`."""
 
-    def __init__(self, config: EngineConfig, *, stat_loggers: Sequence[StatLogger] = ()) -> None:
-        """Start the core and wait until it serves.
+    def __init__(
+        self, config: EngineConfig, *, stat_loggers: Sequence[StatLogger] = (), **core_options: Any
+    ) -> None:
+        """Start the core and wait until it serves. core_options: see AsyncMPClient, for several API servers.
 
         Raises:
             ConfigError, EngineStartError: it cannot; nothing is left behind.
         """
         self.config = config
-        self.engine_core = AsyncMPClient(config)
+        self.engine_core = AsyncMPClient(config, **core_options)
         try:
             self.tokenizer = load_tokenizer(config)  # while the core loads the model
             load_logits_processors(config.model.logits_processors)  # the slow import, meanwhile
@@ -78,9 +80,11 @@ class AsyncLLM:
         return cls(engine_args.create_engine_config("serve"), stat_loggers=stat_loggers)
 
     @classmethod
-    def from_engine_config(cls, config: EngineConfig, *, stat_loggers: Sequence[StatLogger] = ()) -> AsyncLLM:
+    def from_engine_config(
+        cls, config: EngineConfig, *, stat_loggers: Sequence[StatLogger] = (), **core_options: Any
+    ) -> AsyncLLM:
         """Start the core and wait until it serves. Blocks; may run in any thread."""
-        return cls(config, stat_loggers=stat_loggers)
+        return cls(config, stat_loggers=stat_loggers, **core_options)
 
     # -- requests
 
@@ -230,6 +234,10 @@ class AsyncLLM:
             logger.error("%s", error)
         self.output_processor.fail_all(error)
         self._dead.set()
+
+    def fail(self, cause: str) -> None:
+        """Count as dead from now on, for a reason outside the core: every open request hears of it. On the loop."""
+        self._on_dead(EngineDeadError(cause))
 
     # -- health
 

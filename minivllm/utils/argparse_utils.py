@@ -291,7 +291,8 @@ def add_dataclass_arguments(
     for field in dataclasses.fields(config_class):
         option = "--" + field.name.replace("_", "-")
         kind = _option(hints[field.name], field)
-        group.add_argument(option, default=default_of(field), help=docs.get(field.name), **kind)
+        names = [name for name in (field.metadata.get("short"), option) if name]
+        group.add_argument(*names, default=default_of(field), help=docs.get(field.name), **kind)
 
 
 def default_of(field: dataclasses.Field) -> Any:

@@ -20,8 +20,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import fields
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import fields, replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -35,6 +35,7 @@ from minivllm.entrypoints.openai.listen import (
     url_of,
 )
 from minivllm.logger import configure, init_logger
+from minivllm.utils.sockets import RunDirectory
 from minivllm.version import __version__
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
     from fastapi import FastAPI
 
+    from minivllm.config.engine import EngineConfig
     from minivllm.engine.async_llm import AsyncLLM
     from minivllm.engine.front import StatLogger
     from minivllm.entrypoints.openai.request_log import RequestLog
@@ -51,6 +53,7 @@ logger = init_logger("minivllm.entrypoints.openai.api_server")  # __name__ is __
 
 END_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 NUM_OPEN_FILES = 65535  # a connection is one
+METRICS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"  # prometheus_client's
 ALL_INTERFACES = ("", "0.0.0.0", "::")
 _APP_MODULES = (
     "launcher",
@@ -148,29 +151,58 @@ async def run_server(args: Namespace) -> None:
 
 
 async def run_server_worker(url: str, sock: socket.socket, args: Namespace) -> None:
-    """One API server process: its engine client, its app, its HTTP server."""
+    """The first API server process, which starts the engine core and with --api-server-count further servers."""
+    from minivllm.entrypoints.openai.api_servers import ApiServers
+
     frontend = frontend_config(args)
     stats = StatLoggers()
     async with build_async_engine_client(args, stats) as engine:
-        from minivllm.entrypoints.openai.launcher import serve_http
-
-        app = build_app(args)
-        init_app_state(engine, args, app, stats)
-        gc.collect()
-        gc.freeze()  # what lives as long as the server is not to be scanned again and again
-        statistics = asyncio.ensure_future(_log_statistics(stats))
+        servers = ApiServers(engine, sock, args, frontend.api_server_count)
         try:
-            await serve_http(
-                app,
+            await serve_app(
+                engine,
                 sock,
-                engine=engine,
-                lifecycle=app.state.lifecycle,
-                frontend=frontend,
-                on_listening=lambda: _announce(engine, app, url, frontend),
+                args,
+                stats,
+                on_listening=lambda app: _announce(engine, app, url, frontend),
+                on_signal=servers.on_signal,
             )
         finally:
-            statistics.cancel()
-            app.state.renderer.shutdown()  # the interpreter would wait for what is still queued there
+            await servers.stop(frontend.shutdown_timeout)
+
+
+async def serve_app(
+    engine: AsyncLLM,
+    sock: socket.socket,
+    args: Namespace,
+    stats: StatLoggers,
+    *,
+    on_listening: Callable[[FastAPI], None] = lambda app: None,
+    on_signal: Callable[[int], None] = lambda signum: None,
+    signals: Sequence[signal.Signals] = END_SIGNALS,
+) -> None:
+    """One API server process: its app on its engine client, served until one of `signals`, or the engine's death."""
+    from minivllm.entrypoints.openai.launcher import serve_http
+
+    app = build_app(args)
+    init_app_state(engine, args, app, stats)
+    gc.collect()
+    gc.freeze()  # what lives as long as the server is not to be scanned again and again
+    statistics = asyncio.ensure_future(_log_statistics(stats))
+    try:
+        await serve_http(
+            app,
+            sock,
+            engine=engine,
+            lifecycle=app.state.lifecycle,
+            frontend=frontend_config(args),
+            on_listening=lambda: on_listening(app),
+            on_signal=on_signal,
+            signals=signals,
+        )
+    finally:
+        statistics.cancel()
+        app.state.renderer.shutdown()  # the interpreter would wait for what is still queued there
 
 
 @contextlib.asynccontextmanager
@@ -184,18 +216,32 @@ async def build_async_engine_client(
     """
     from minivllm.engine.arg_utils import AsyncEngineArgs
 
-    config = AsyncEngineArgs.from_cli_args(args).create_engine_config("serve")
+    num_servers = getattr(args, "api_server_count", 1)
+    config = _share(AsyncEngineArgs.from_cli_args(args).create_engine_config("serve"), num_servers)
 
     from minivllm.engine.async_llm import AsyncLLM
 
     # The core needs seconds to import torch and read the weights; FastAPI and the routes are imported meanwhile.
     threading.Thread(target=_import_app, name="import-app", daemon=True).start()
     loggers = [] if stats is None or config.observability.disable_log_stats else [stats]
-    engine = await _start_unless_signalled(lambda: AsyncLLM.from_engine_config(config, stat_loggers=loggers))
+    engine = await _start_unless_signalled(
+        lambda: AsyncLLM.from_engine_config(config, stat_loggers=loggers, num_clients=num_servers)
+    )
     try:
         yield engine
     finally:
         engine.shutdown(timeout_s=0)
+
+
+def _share(config: EngineConfig, num_servers: int) -> EngineConfig:
+    """The configuration of one of several API servers: each counts only its own requests, so it has a share of the
+    limits on what may be queued."""
+    limits = {
+        name: max(1, limit // num_servers)
+        for name in ("max_num_queued_reqs", "max_num_queued_tokens")
+        if (limit := getattr(config.scheduler, name)) is not None
+    }
+    return replace(config, scheduler=replace(config.scheduler, **limits))
 
 
 async def _start_unless_signalled(start_engine: Callable[[], AsyncLLM]) -> AsyncLLM:
@@ -327,10 +373,11 @@ def init_app_state(engine: AsyncLLM, args: Namespace, app: FastAPI, stats: StatL
     names = engine.config.model.served_model_name or [args.model]
     state.engine = engine
     state.models = ServedModels(names, root=args.model, max_model_len=ready.max_model_len)
-    state.registry = make_registry()
+    several = frontend.api_server_count > 1
+    state.registry = make_registry(multiprocess=several)
     if stats is not None and not engine.config.observability.disable_log_stats:
         stats.loggers += [
-            PrometheusStatLogger(state.registry, names[0], ready),
+            PrometheusStatLogger(state.registry, names[0], ready, multiprocess=several),
             LoggingStatLogger(time.monotonic()),
         ]
     renderer = state.renderer = Renderer(
@@ -354,7 +401,8 @@ def init_app_state(engine: AsyncLLM, args: Namespace, app: FastAPI, stats: StatL
     chat = ServingChatObjects(*common)
     state.serving_batch = ServingBatch(chat)
     state.serving_messages = ServingMessages(chat, state.lifecycle, settings.keep_alive_s)
-    state.serving_responses = ServingResponses(chat, state.lifecycle, settings.keep_alive_s)
+    # Several servers share no memory: what one had stored, the next request would not find.
+    state.serving_responses = ServingResponses(chat, state.lifecycle, settings.keep_alive_s, stores=not several)
 
 
 def _request_log(frontend: FrontendConfig) -> RequestLog | None:
@@ -414,6 +462,27 @@ def _announce(engine: AsyncLLM, app: FastAPI, url: str, frontend: FrontendConfig
 
 def run(args: Namespace) -> None:
     """Serve until the end, on uvloop where there is one."""
+    with _metrics_directory(args.api_server_count):
+        _run(args)
+
+
+@contextlib.contextmanager
+def _metrics_directory(num_servers: int) -> Iterator[None]:
+    """Where several servers put their counts, so that each can show the sum. To be set before prometheus_client is
+    imported, which looks only then."""
+    if num_servers == 1 or os.environ.get(METRICS_VARIABLE):
+        yield
+        return
+    directory = RunDirectory()
+    os.environ[METRICS_VARIABLE] = str(directory.path)
+    try:
+        yield
+    finally:
+        del os.environ[METRICS_VARIABLE]
+        directory.remove()
+
+
+def _run(args: Namespace) -> None:
     try:
         import uvloop
     except ImportError:

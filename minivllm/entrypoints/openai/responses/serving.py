@@ -56,7 +56,11 @@ if TYPE_CHECKING:
 
 
 class ServingResponses:
-    def __init__(self, chat: ServingChatObjects, lifecycle: Lifecycle, keep_alive_s: float) -> None:
+    def __init__(
+        self, chat: ServingChatObjects, lifecycle: Lifecycle, keep_alive_s: float, *, stores: bool = True
+    ) -> None:
+        """stores: keep answers for later requests; not where those may reach another process."""
+        self._stores = stores
         self._chat = chat
         self._lifecycle = lifecycle
         self._keep_alive_s = keep_alive_s
@@ -69,11 +73,17 @@ class ServingResponses:
             RequestError: the request is wrong; EngineError: it failed before its first event.
         """
         messages = input_messages(request.input)
+        if not self._stores and request.previous_response_id is not None:
+            raise UnsupportedError(
+                "previous_response_id is not supported with several API servers; send the conversation as input",
+                param="previous_response_id",
+            )
         if request.previous_response_id is not None:
             previous = self._store.get(request.previous_response_id, param="previous_response_id")
             messages = previous.messages + messages
         asked = to_chat(request, messages)
         body = _begin(request)
+        body.store = body.store and self._stores
         try:
             if request.stream:
                 return await self._stream(asked, raw_request, body, messages)
