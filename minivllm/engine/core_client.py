@@ -36,7 +36,12 @@ class _SocketClient:
     """What both socket clients do: start the core, send to it, and know whether it lives."""
 
     def __init__(
-        self, config: EngineConfig, *, num_clients: int = 1, connection: CoreConnection | None = None, client_index: int = 0
+        self,
+        config: EngineConfig,
+        *,
+        num_clients: int = 1,
+        connection: CoreConnection | None = None,
+        client_index: int = 0,
     ) -> None:
         """connection: to a core that runs already; else one is started, for this client and num_clients - 1 others."""
         self.dead_error: EngineDeadError | None = None

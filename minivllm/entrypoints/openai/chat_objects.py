@@ -45,7 +45,7 @@ class ServingChatObjects(ServingChat):
     async def count_tokens(self, request: ChatCompletionRequest) -> int:
         """Tokens of the prompt that `create` would send."""
         self._models.resolve(request.model)
-        return len(await self._renderer.chat(request))
+        return len((await self._prompt(request)).token_ids)
 
 
 class Reasoning(NamedTuple):
