@@ -6,6 +6,7 @@ Answers are compared bit for bit: tokens, every logprob and rank, in their order
 from __future__ import annotations
 
 import random
+import time
 from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +17,10 @@ import msgspec
 from minivllm.core.sched.scheduler import Scheduler
 from minivllm.messages.engine import EngineCoreOutput, EngineCoreRequest, LogprobsLists
 from minivllm.messages.worker import ModelRunnerOutput, SchedulerOutput
-from minivllm.sampling_params import SamplingParams
+from minivllm.sampling_params import SamplingParams, ThinkingTokens
+from minivllm.structured_output.grammar import to_grammar
+from minivllm.structured_output.manager import GrammarManager
+from minivllm.structured_output.vocabulary import Vocabulary
 from minivllm.worker.worker import Worker
 from tests.models.loop import BLOCK_SIZE, engine_config
 
@@ -44,6 +48,15 @@ PARAMS: list[dict[str, Any]] = [
     {"temperature": 0, "extra_args": {"follow": 3}, "logprobs": 1},
     {"temperature": 0.9, "extra_args": {"follow": 5}, "bad_words_token_ids": [[i, j] for i in range(9) for j in range(60)]},
     {"temperature": 1, "logprob_token_ids": [1, 50, 99], "repetition_detection": {"max_pattern_size": 2, "min_count": 2}},
+    {"temperature": 1.5, "structured_outputs": {"regex": "[a-f]{4,30}[0-9]+"}, "logprobs": 2, "presence_penalty": 0.5},
+    {
+        "temperature": 1.5, "min_tokens": 5, "logprobs": 1,
+        "structured_outputs": {"json": {"type": "array", "items": {"enum": ["ab", 12, None]}, "minItems": 2}},
+    },
+    {
+        "temperature": 1.5, "structured_outputs": {"choice": ["yes", "no", "perhaps"]}, "thinking_token_budget": 7,
+        "thinking": ThinkingTokens([300], [301, 302], is_open=True), "logprobs": 0,
+    },
 ]  # fmt: skip
 
 
@@ -92,6 +105,7 @@ class Engine:
             **options,
         )
         self.worker = Worker(config)
+        self.grammars = GrammarManager(vocabulary(config.hf_config.vocab_size).for_llguidance)
         self.ready = self.worker.initialize(lambda phase: None)
 
     def scheduler(self, **changes: Any) -> Scheduler:
@@ -102,6 +116,7 @@ class Engine:
             "max_model_len": self.ready.max_model_len,
             "num_blocks": self.ready.num_blocks,
             "block_size": BLOCK_SIZE,
+            "grammars": self.grammars,
         }
         return Scheduler(**sizes | changes)
 
@@ -144,8 +159,10 @@ class Run:
             plan = self.scheduler.schedule()
             self.num_preemptions += len(plan.preempted_req_ids)
             self.engine.worker.execute_model(plan)
-            self._in_flight.append((plan, self.engine.worker.sample_tokens(None)))
+            grammar = self.scheduler.grammar_bitmask(plan)
+            self._in_flight.append((plan, self.engine.worker.sample_tokens(grammar)))
             if not plan.num_scheduled_tokens:
+                time.sleep(0.001)  # perhaps a grammar is being compiled
                 break
         plan, result = self._in_flight.popleft()
         self.abort(*abort_meanwhile)
@@ -159,6 +176,12 @@ class Run:
                 self.answers[output.request_id].take(output)
 
 
+def vocabulary(vocab_size: int) -> Vocabulary:
+    """Token i is byte i % 256, once for each 256: as good as any for models that know no text. The last one ends."""
+    tokens = [bytes([i % 256]) * (i // 256 + 1) for i in range(vocab_size)]
+    return Vocabulary(tokens, {}, [vocab_size - 1])
+
+
 def make_subjects(lengths: list[int], *, max_tokens: int = 24, seed: int = 0) -> list[EngineCoreRequest]:
     """Requests of so many prompt tokens: stems in common, all of `PARAMS` in turn. The longest fills the context."""
     pick = random.Random(f"subjects {seed}")
@@ -169,13 +192,16 @@ def make_subjects(lengths: list[int], *, max_tokens: int = 24, seed: int = 0) ->
         tail = [pick.randrange(VOCAB) for _ in range(length - num_shared)]
         params = PARAMS[i % len(PARAMS)]
         limit = None if length == max(lengths) else pick.randint(max_tokens // 2, max_tokens)
+        sampling_params = SamplingParams(max_tokens=limit, **params)
+        wanted = sampling_params.structured_outputs
         subjects.append(
             EngineCoreRequest(
                 request_id=f"subject {i}",
                 prompt_token_ids=pick.choice(stems)[:num_shared] + tail,
-                sampling_params=SamplingParams(max_tokens=limit, **params),
+                sampling_params=sampling_params,
                 seed=pick.randrange(2**64),
                 eos_token_ids=[pick.randrange(VOCAB)],
+                grammar=None if wanted is None else to_grammar(wanted, {}),
             )
         )
     return subjects
