@@ -79,8 +79,6 @@ class Walk:
         self.asked[request.request_id] = request
         self.num_asked += 1
         self.driver.add(request)
-        if pick.random() < 0.2:  # as one that must have a mask for each of its tokens
-            self.driver.scheduler.requests[request.request_id].wait_for_tokens()
 
     def _make_it_a_resend(self, request: EngineCoreRequest) -> None:
         """Some of the answer, up to all of it, has been delivered before."""
