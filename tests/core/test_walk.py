@@ -14,6 +14,8 @@ from minivllm.messages.kv_events import AllBlocksCleared, BlockRemoved, BlockSto
 from tests.core.requests import drawn_rules, make_request, make_scheduler
 from tests.fakes import Answer, Driver, answer_alone
 
+pytestmark = pytest.mark.timeout(0)  # as long as --walk-steps asks for
+
 VOCAB = 12  # small: prefixes collide, stop tokens come up
 EOS = 0
 
