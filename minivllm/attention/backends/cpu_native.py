@@ -61,6 +61,10 @@ class CpuNativeBackend(AttentionBackend):
         return self.layout.layout_id
 
     @property
+    def has_scales(self) -> bool:
+        return self.layout.dtype == "fp8_e4m3"
+
+    @property
     def block_bytes(self) -> int:
         return self.layout.block_bytes
 
