@@ -32,8 +32,8 @@ def api_servers(server: Server) -> list[psutil.Process]:
 
 def wait_listening(server: Server) -> None:
     """Until each has answered on a connection of its own: then all take part."""
-    for _ in range(600):
-        if len([line for line in server.log if "Uvicorn running on" in line]) == NUM_SERVERS:
+    for _ in range(1200):
+        if len([line for line in server.log if "Started server process" in line]) == NUM_SERVERS:
             server.children = psutil.Process(server.process.pid).children(recursive=True)
             return
         httpx.get(f"{server.url}/health")

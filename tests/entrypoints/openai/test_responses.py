@@ -99,7 +99,8 @@ def test_openais_client_reads_both(api: Api):
 
     api.run(talk)
     api.chat(messages=[
-        {"role": "user", "content": "Hi"}, {"role": "assistant", "content": ANSWER}, {"role": "user", "content": "Go on"},
+        {"role": "user", "content": "Hi"}, {"role": "assistant", "content": ANSWER},
+        {"role": "user", "content": "Go on"},
     ])  # fmt: skip
     assert api.engine.calls[1].prompt == api.engine.calls[2].prompt
 
