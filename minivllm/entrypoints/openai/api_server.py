@@ -311,6 +311,8 @@ def build_app(args: Namespace) -> FastAPI:
     from minivllm.entrypoints.openai.models.router import router as models_router
     from minivllm.entrypoints.openai.responses.router import router as responses_router
     from minivllm.entrypoints.openai.tokenize import router as tokenize
+    from minivllm.metrics.http import HttpMetrics
+    from minivllm.metrics.prometheus import make_registry
 
     frontend = frontend_config(args)
     docs = {"openapi_url": None, "docs_url": None, "redoc_url": None} if frontend.disable_fastapi_docs else {}
@@ -320,6 +322,7 @@ def build_app(args: Namespace) -> FastAPI:
     state.strict_fields = frontend.strict_fields
     state.tracks_load = frontend.enable_server_load_tracking
     state.log_error_stack = frontend.log_error_stack
+    state.registry = make_registry(multiprocess=frontend.api_server_count > 1)
     state.frontend = frontend
     routers = [health_router, metrics_router, models_router, tokenize.router, completion_router, chat_router]
     routers += [batch_router, responses_router, messages_router, invocations_router, lora_router]
@@ -344,6 +347,8 @@ def build_app(args: Namespace) -> FastAPI:
         else:
             app.middleware("http")(middleware)
     app.add_middleware(Failures)
+    if not getattr(args, "disable_log_stats", False):
+        app.add_middleware(HttpMetrics, registry=state.registry)
     app.add_middleware(RequestId, always=frontend.enable_request_id_headers)
     app.add_middleware(
         CORSMiddleware,
@@ -369,14 +374,13 @@ def init_app_state(engine: AsyncLLM, args: Namespace, app: FastAPI, stats: StatL
     from minivllm.entrypoints.openai.serving_base import ServingSettings
     from minivllm.entrypoints.openai.tokenize.serving import ServingTokenize
     from minivllm.metrics.logging import LoggingStatLogger
-    from minivllm.metrics.prometheus import PrometheusStatLogger, make_registry
+    from minivllm.metrics.prometheus import PrometheusStatLogger
 
     frontend, ready, state = frontend_config(args), engine.ready, app.state
     names = engine.config.model.served_model_name or [args.model]
     state.engine = engine
     state.models = ServedModels(names, root=args.model, max_model_len=ready.max_model_len)
     several = frontend.api_server_count > 1
-    state.registry = make_registry(multiprocess=several)
     if stats is not None and not engine.config.observability.disable_log_stats:
         stats.loggers += [
             PrometheusStatLogger(state.registry, names[0], ready, multiprocess=several),
