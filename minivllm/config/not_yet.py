@@ -63,8 +63,7 @@ NOT_YET = frozenset(
     safetensors_prefetch_block_size safetensors_prefetch_num_threads scheduler_cls
     show_hidden_metrics_for_version skip_mm_profiling sleep_mode_offload_cudagraph
     sleep_preserve_parameter_names sparse_indexer_topk_backend spec_method spec_model spec_tokens
-    specialize_active_lora speculative_config speculative_model
-    structured_outputs_config swa_bounded_replay swap_space
+    specialize_active_lora speculative_config speculative_model swa_bounded_replay swap_space
     task tensor_parallel_size tokens_only tool_server tool_strict_level
     trust_request_mm_kwargs ubatch_size use_fp64_gumbel use_replayssm
     use_v2_block_manager video_pruning_method video_pruning_rate watermark_config
@@ -114,6 +113,7 @@ _INSTEAD = {
     "fail_on_environ_validation": "leave it out; an unknown MINIVLLM_ variable is an error anyway",
     "grpc": "use the HTTP API instead",
     "grpc_port": "use the HTTP API instead",
+    "guided_decoding_backend": "there is one backend; --structured-outputs-config has its options",
     "headless": "leave it out; engine and API server run on one machine",
     "hf_token": "set the environment variable HF_TOKEN instead",
     "logging_config": "use --log-config-file and --log-level instead",
