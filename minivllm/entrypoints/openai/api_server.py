@@ -35,6 +35,7 @@ from minivllm.entrypoints.openai.listen import (
     url_of,
 )
 from minivllm.logger import configure, init_logger
+from minivllm.tracing import RequestTracer
 from minivllm.utils.box_model import is_box_model
 from minivllm.utils.sockets import RunDirectory
 from minivllm.version import __version__
@@ -205,6 +206,8 @@ async def serve_app(
     finally:
         statistics.cancel()
         app.state.renderer.shutdown()  # the interpreter would wait for what is still queued there
+        if app.state.tracer is not None:
+            await asyncio.to_thread(app.state.tracer.shutdown)
 
 
 @contextlib.asynccontextmanager
@@ -396,6 +399,8 @@ def init_app_state(engine: AsyncLLM, args: Namespace, app: FastAPI, stats: StatL
     renderer = state.renderer = Renderer(
         engine.tokenizer, max_model_len=ready.max_model_len, templates=templates
     )
+    endpoint = engine.config.observability.otlp_traces_endpoint
+    state.tracer = None if endpoint is None else RequestTracer(endpoint, names[0])
     settings = ServingSettings(
         response_role=frontend.response_role,
         return_tokens_as_token_ids=frontend.return_tokens_as_token_ids,
@@ -406,6 +411,7 @@ def init_app_state(engine: AsyncLLM, args: Namespace, app: FastAPI, stats: StatL
         shows_cached_tokens=frontend.enable_prompt_tokens_details,
         keep_alive_s=frontend.sse_keep_alive_interval,
         request_log=_request_log(frontend),
+        tracer=state.tracer,
     )
     common = (engine, state.models, renderer, state.lifecycle, settings)
     state.serving_completion = ServingCompletion(*common)
