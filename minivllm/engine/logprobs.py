@@ -25,7 +25,7 @@ class LogprobsProcessor:
         if params.prompt_logprob_token_ids is not None:
             self.prompt_token_id_logprobs = []
             self._num_rows_to_skip = params.prompt_logprob_start or 0
-            self._num_asked = len(params.prompt_logprob_token_ids[0])
+            self._num_named = len(params.prompt_logprob_token_ids[0])
 
     def continue_from(self, rows: SampleLogprobs) -> None:
         """Take the rows of an answer begun elsewhere, one for each of its tokens, the token itself first."""
@@ -44,14 +44,15 @@ class LogprobsProcessor:
             self._add_prompt(output.new_prompt_logprobs)
 
     def _add_prompt(self, lists: LogprobsLists) -> None:
-        """A row ends in the ids asked for by name, from prompt_logprob_start on."""
+        """A row ends in the tokens that prompt_logprob_token_ids named, if it named any."""
         if self.prompt_token_id_logprobs is not None:
-            num_skipped = min(self._num_rows_to_skip, len(lists.token_ids))
-            self._num_rows_to_skip -= num_skipped
-            for ids, values in list(zip(lists.token_ids, lists.logprobs))[num_skipped:]:
-                asked = slice(len(ids) - self._num_asked, None)
-                self.prompt_token_id_logprobs.append(values[asked])
-                del ids[asked], values[asked]
+            for ids, values in zip(lists.token_ids, lists.logprobs):
+                named = slice(len(ids) - self._num_named, None)
+                if self._num_rows_to_skip:
+                    self._num_rows_to_skip -= 1
+                else:
+                    self.prompt_token_id_logprobs.append(values[named])
+                del ids[named], values[named]
         if self.prompt_logprobs is not None:
             self.prompt_logprobs.extend(self._rows(lists, True))
 
