@@ -193,7 +193,7 @@ class SamplingParams(msgspec.Struct, omit_defaults=True, kw_only=True):
             _check_flag("skip_reading_prefix_cache", self.skip_reading_prefix_cache)
             if not self.skip_reading_prefix_cache and self.scores_prompt:
                 raise RequestError(
-                    "skip_reading_prefix_cache=False: logprobs of the prompt need the whole prompt computed; leave it out",
+                    "skip_reading_prefix_cache=False, but logprobs of the prompt need all of it computed; leave it out",
                     param="skip_reading_prefix_cache",
                 )
         if self.repetition_detection is not None:
