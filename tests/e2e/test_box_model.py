@@ -35,7 +35,10 @@ def say(llm: LLM, text: str, params: SamplingParams = GREEDY):
 def test_it_ships_with_the_package_and_is_small():
     directory = minivllm.box_model_path()
     assert directory.parent == Path(minivllm.__file__).parent
-    assert sum(path.stat().st_size for path in directory.iterdir()) <= 24_000_000
+    sizes = {path: path.stat().st_size for path in directory.rglob("*") if path.is_file()}
+    assert sum(sizes.values()) <= 24_000_000
+    draft = minivllm.box_draft_model_path()
+    assert sum(size for path, size in sizes.items() if path.is_relative_to(draft)) <= 2_000_000
 
 
 @pytest.mark.parametrize(("a", "b"), [(23, 45), (19, 64), (70, 12), (38, 27), (2, 2), (3, 5)])
