@@ -15,8 +15,14 @@ from pathlib import Path
 
 from examples.box_model.chat import TURN_START, segments
 from examples.box_model.evaluate import MAX_TOKENS, questions
+from examples.box_model.skills import Exchange
 from minivllm import LLM, SamplingParams, TokensPrompt, box_draft_model_path, box_model_path
 from minivllm.outputs import RequestOutput
+
+
+def prompt_of(exchange: Exchange) -> str:
+    """The template's own text, up to where the answer begins."""
+    return "".join(text for text, _ in segments(exchange.messages, exchange.tools)) + f"{TURN_START}assistant\n"
 
 
 def answers(model: Path, prompts: list[str]) -> list[RequestOutput]:
@@ -84,10 +90,7 @@ def main() -> None:
     parser.add_argument("--num-speculative-tokens", type=int, default=4)
     args = parser.parse_args()
     asked = questions(args.count, args.seed)
-    prompts = [
-        "".join(text for text, _ in segments(one.messages, one.tools)) + f"{TURN_START}assistant\n"
-        for one in asked
-    ]
+    prompts = [prompt_of(exchange) for exchange in asked]
     answered = answers(args.model or box_model_path(), prompts)
     by_skill: dict[str, list[list[bool]]] = defaultdict(list)
     for exchange, right in zip(asked, guesses(args.draft or box_draft_model_path(), answered)):
