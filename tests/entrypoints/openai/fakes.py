@@ -50,12 +50,16 @@ class ByteTokenizer:
     def id_to_token(self, token_id: int) -> str:
         return f"<{token_id}>"
 
+    def template_for(self, tools: list[dict] | None = None) -> str | None:
+        return self.chat_template
+
     def render_chat_template(
         self, messages: list[dict], *, add_generation_prompt: bool = True, **kwargs: Any
     ) -> str:
         if kwargs.get("boom"):
             raise RequestError("the chat template refuses these messages: boom", param="messages")
         text = "".join(f"<{message['role']}>{message['content']}\n" for message in messages)
+        text = f"<tools>{len(kwargs['tools'])}\n{text}" if kwargs.get("tools") else text
         return text + ("<assistant>" if add_generation_prompt else "")
 
 
@@ -100,6 +104,8 @@ class FakeEngine:
         self.failure: Exception = EngineDeadError()
         self.refuses: Exception | None = None  # as a full queue does
         self.ends_early = False  # the generator just stops, as it never should
+        self.num_cached_tokens = 0
+        self.slow_start: asyncio.Event | None = None  # nothing comes before it is set
         self.go_on = asyncio.Event()  # cleared: every answer stops after its first token
         self.go_on.set()
         self.dead_error: EngineDeadError | None = None
@@ -148,6 +154,9 @@ class FakeEngine:
         if params.prompt_logprobs is not None:
             prompt_logprobs = [None, *(logprobs_row(t, params.prompt_logprobs) for t in prompt_token_ids[1:])]
         whole = RequestOutput(request_id, None, prompt_token_ids, answers, True, prompt_logprobs)
+        whole.num_cached_tokens = self.num_cached_tokens
+        if self.slow_start is not None:
+            await self.slow_start.wait()
         outputs = [whole] if params.output_kind is RequestOutputKind.FINAL_ONLY else list(_deltas(whole))
         for count, output in enumerate(outputs):
             if count == 1 or len(outputs) == 1:
