@@ -77,8 +77,7 @@ class Worker:
         on_progress("laying out the KV cache")
         # Untouched pages take no memory: they are the system's until a block is written.
         kv_caches = [
-            torch.empty(backend.kv_cache_shape(size.num_blocks), dtype=dtype, device=platform.device)
-            for _ in range(config.hf_config.num_hidden_layers)
+            backend.new_kv_cache(size.num_blocks) for _ in range(config.hf_config.num_hidden_layers)
         ]
         self.runner = ModelRunner(
             model,
@@ -88,6 +87,7 @@ class Worker:
             max_model_len=size.max_model_len,
             max_num_batched_tokens=max_num_batched_tokens,
             max_num_seqs=max_num_seqs,
+            enforce_eager=config.model.enforce_eager,
         )
         return WorkerReady(
             max_model_len=size.max_model_len,
@@ -97,7 +97,7 @@ class Worker:
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             dtype=name_of(dtype),
-            numerics_id=platform.numerics_id,
+            numerics_id=f"{platform.numerics_id}-{backend.layout_id}",
         )
 
     def execute_model(self, plan: SchedulerOutput) -> None:
@@ -131,6 +131,7 @@ class Worker:
                 block_size=block_size,
                 dtype=dtype,
                 device=self.platform.device,
+                kv_cache_dtype=self.config.cache.kv_cache_dtype,
             )
         )
 
