@@ -16,7 +16,7 @@ from typing import Any
 from minivllm.core.sched.scheduler import Scheduler
 from minivllm.executor.abstract import Executor
 from minivllm.messages.engine import EngineCoreOutput, EngineCoreRequest, FinishReason, LogprobsLists
-from minivllm.messages.worker import ModelRunnerOutput, NewRequestData, SchedulerOutput, WorkerReady
+from minivllm.messages.worker import GrammarOutput, ModelRunnerOutput, NewRequestData, SchedulerOutput, WorkerReady
 from minivllm.sampling_params import SamplingParams
 
 # --- the model -------------------------------------------------------------------------------------------------
@@ -290,7 +290,7 @@ class FakeExecutor(Executor):
         self._results.append(_attempt(self.worker.run, plan))
         return _attempt(lambda: None)
 
-    def sample_tokens(self, grammar: bytes | None) -> Future[ModelRunnerOutput]:
+    def sample_tokens(self, grammar: GrammarOutput | None) -> Future[ModelRunnerOutput]:
         return self._results.pop(0)
 
     def collective_rpc(self, method: str, args: tuple = ()) -> list:

@@ -39,7 +39,7 @@ NOT_YET = frozenset(
     fault_tolerance_config fingerprint_mode fingerprint_value fully_sharded_loras gdn_prefill_backend grpc
     grpc_port guided_decoding_backend headless hf_config_path
     hf_token ignore_patterns interleave_mm_strings io_processor_plugin ir_op_priority jit_monitor_mode
-    jit_monitor_verbose kda_decode_backend kda_prefill_backend kernel_config kv_cache_dtype
+    jit_monitor_verbose kda_decode_backend kda_prefill_backend kernel_config
     kv_cache_dtype_skip_layers kv_cache_metrics kv_cache_metrics_sample kv_offloading_backend
     kv_offloading_size kv_sharing_fast_prefill kv_transfer_config language_model_only limit_mm_per_prompt
     linear_backend logging_config
@@ -63,8 +63,7 @@ NOT_YET = frozenset(
     safetensors_prefetch_block_size safetensors_prefetch_num_threads scheduler_cls
     show_hidden_metrics_for_version skip_mm_profiling sleep_mode_offload_cudagraph
     sleep_preserve_parameter_names sparse_indexer_topk_backend spec_method spec_model spec_tokens
-    specialize_active_lora speculative_config speculative_model
-    structured_outputs_config swa_bounded_replay swap_space
+    specialize_active_lora speculative_config speculative_model swa_bounded_replay swap_space
     task tensor_parallel_size tokens_only tool_server tool_strict_level
     trust_request_mm_kwargs ubatch_size use_fp64_gumbel use_replayssm
     use_v2_block_manager video_pruning_method video_pruning_rate watermark_config
@@ -93,7 +92,6 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "device": ("cpu", "auto"),
     "enable_lora": (False,),
     "enable_sleep_mode": (False,),
-    "kv_cache_dtype": ("auto",),
     "model_impl": ("auto",),
     "nnodes": (1,),
     "pipeline_parallel_size": (1,),
@@ -116,6 +114,7 @@ _INSTEAD = {
     "fail_on_environ_validation": "leave it out; an unknown MINIVLLM_ variable is an error anyway",
     "grpc": "use the HTTP API instead",
     "grpc_port": "use the HTTP API instead",
+    "guided_decoding_backend": "there is one backend; --structured-outputs-config has its options",
     "headless": "leave it out; engine and API server run on one machine",
     "hf_token": "set the environment variable HF_TOKEN instead",
     "logging_config": "use --log-config-file and --log-level instead",

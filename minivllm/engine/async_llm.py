@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from minivllm.config.engine import EngineConfig
 from minivllm.engine.core_client import AsyncMPClient
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from minivllm.engine.arg_utils import AsyncEngineArgs
 
 logger = init_logger(__name__)
+
+T = TypeVar("T")
 
 _LAST_OUTPUTS_S = 1.0  # for the loop to handle what the core said last
 _CHUNK = 128  # outputs processed before other tasks of the loop get a turn
@@ -61,6 +63,8 @@ class AsyncLLM:
         self._num_processing = 0  # requests that no core has seen yet, children counted
         self._rejected_by: list[str] = []  # since the last message of the core
         self._tokenizing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenize")
+        # Waits for the process that compiles constraints, which may take seconds over one.
+        self._checking = ThreadPoolExecutor(max_workers=1, thread_name_prefix="check-grammars")
         self._output_handler: asyncio.Task | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._dead: asyncio.Event = asyncio.Event()
@@ -161,12 +165,19 @@ class AsyncLLM:
     ) -> tuple[EngineCoreRequest, str | None]:
         """Check the request; text is tokenized on a thread, so that a long one does not hold up the others."""
         if isinstance(prompt, EngineCoreRequest):
+            if prompt.grammar is not None:
+                return await self._off_loop(self._checking, self.processor.check_resend, prompt, params), None
             return self.processor.check_resend(prompt, params), None
         call = (request_id, prompt, params, priority)
+        if not self.processor.checks_at_once(params):
+            return await self._off_loop(self._checking, self.processor.process_inputs, *call)
         if isinstance(prompt, list) or (isinstance(prompt, dict) and "prompt_token_ids" in prompt):
             return self.processor.process_inputs(*call)
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._tokenizing, self.processor.process_inputs, *call)
+        return await self._off_loop(self._tokenizing, self.processor.process_inputs, *call)
+
+    @staticmethod
+    async def _off_loop(pool: ThreadPoolExecutor, call: Callable[..., T], *args: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(pool, call, *args)
 
     async def abort(self, request_id: str | Iterable[str]) -> None:
         """End requests by the ids given to `generate`; their generators get a last output that says "abort"."""
@@ -274,6 +285,8 @@ class AsyncLLM:
             self._handled_all.wait(_LAST_OUTPUTS_S)  # requests that finished in time are told so
         self.engine_core.run_on_loop(self._end)
         self._tokenizing.shutdown(wait=False, cancel_futures=True)
+        self._checking.shutdown(wait=False, cancel_futures=True)
+        self.processor.shutdown()
 
     def _abort_all(self) -> None:
         self.output_processor.abort_requests(self.output_processor.request_ids())

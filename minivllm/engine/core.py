@@ -16,6 +16,7 @@ from minivllm.config.kv_events import read_kv_events_config
 from minivllm.core.sched.scheduler import Scheduler
 from minivllm.engine.kv_events import KVEventPublisher
 from minivllm.exceptions import ConfigError, RequestError
+from minivllm.engine.structured import LazyGrammars
 from minivllm.executor.abstract import get_executor_class
 from minivllm.logger import init_logger
 from minivllm.messages.engine import (
@@ -59,6 +60,7 @@ class EngineCore:
                 f"{executor_class.__name__} asks for {self.executor.max_concurrent_batches} batches in flight; the "
                 "scheduler accounts for one at a time"
             )
+        self._grammars = None if config.model.skip_tokenizer_init else LazyGrammars(config)
         try:
             worker = self.executor.initialize()
             self.scheduler = Scheduler(
@@ -77,6 +79,7 @@ class EngineCore:
                 long_prefill_token_threshold=config.scheduler.long_prefill_token_threshold,
                 watermark=config.scheduler.watermark,
                 reserve_full_isl=config.scheduler.scheduler_reserve_full_isl,
+                grammars=self._grammars,
             )
             self._kv_events = KVEventPublisher(kv_events) if kv_events.publishes else None
         except BaseException:
@@ -127,7 +130,8 @@ class EngineCore:
         while self.scheduler.has_requests() and len(self._in_flight) < self.executor.max_concurrent_batches:
             plan = self.scheduler.schedule(time.monotonic())
             forward = self.executor.execute_model(plan)
-            self._in_flight.append((plan, forward, self.executor.sample_tokens(None)))
+            grammar = self.scheduler.grammar_bitmask(plan)  # overlaps with it
+            self._in_flight.append((plan, forward, self.executor.sample_tokens(grammar)))
             if not plan.num_scheduled_tokens:  # only news for the worker: nothing to overlap with
                 break
         if self._in_flight:
@@ -178,6 +182,8 @@ class EngineCore:
 
     def shutdown(self) -> None:
         self.executor.shutdown()
+        if self._grammars is not None:
+            self._grammars.shutdown()
         if self._kv_events is not None:
             self._kv_events.shutdown()
 

@@ -63,6 +63,7 @@ class EngineCoreRequest(msgspec.Struct, array_like=True, omit_defaults=True, gc=
     client_index: int = 0
     priority: int = 0
     cache_salt: str | None = None
+    grammar: str | None = None  # what the output must match, as llguidance reads it; made by the processor
 
 
 class LogprobsLists(msgspec.Struct, array_like=True, gc=False):

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from minivllm.messages.engine import LogprobsLists
+from minivllm.ops.bitmask import apply_bitmask
 from minivllm.ops.log_softmax import log_softmax
 from minivllm.ops.op import OpSpec
 from minivllm.ops.sampling import gumbel_argmax, nonfinite_rows, top_k_top_p_min_p
@@ -19,7 +20,8 @@ from minivllm.sample.constraints import AllowedTokens, BadWords, LogitBias, MinT
 from minivllm.sample.custom import CustomProcessors
 from minivllm.sample.logprobs import gather_logprobs, logprobs_of_tokens
 from minivllm.sample.penalties import Penalties
-from minivllm.sample.step import LogitsStep, SampleBatch
+from minivllm.sample.step import GrammarMask, LogitsStep, SampleBatch
+from minivllm.sample.thinking import ThinkingBudget
 from minivllm.sampling_params import SamplingParams
 
 NONFINITE = "the model gave logits that are not finite numbers; the request cannot go on"
@@ -49,6 +51,7 @@ class Sampler:
         self._nonfinite_rows = nonfinite_rows.select(spec)
         self._truncate = top_k_top_p_min_p.select(spec)
         self._choose = gumbel_argmax.select(spec)
+        self._apply_bitmask = apply_bitmask.select(spec)
         self._is_raw, self._is_logprobs = logprobs_mode.startswith("raw"), logprobs_mode.endswith("logprobs")
         # The order is vLLM's.
         self._before_custom: list[LogitsStep] = [
@@ -56,6 +59,7 @@ class Sampler:
             BadWords(vocab_size),
             MinTokens(vocab_size),
             LogitBias(vocab_size),
+            ThinkingBudget(vocab_size),
         ]
         self._custom = custom
         self._after_custom: list[LogitsStep] = [Penalties(vocab_size)]
@@ -85,20 +89,43 @@ class Sampler:
 
     # A step ------------------------------------------------------------------
 
-    def __call__(self, logits: torch.Tensor, batch: SampleBatch) -> SamplerOutput:
+    def __call__(
+        self, logits: torch.Tensor, batch: SampleBatch, grammar: GrammarMask | None = None
+    ) -> SamplerOutput:
         """One token for each row of `logits` ([M, vocab_size] float32, which is changed)."""
+        columns, asking = self._columns.of(batch.rows), self._asking(batch)
+        is_free = grammar is None and not columns.truncates and self._changes_nothing
+        if is_free and (self._is_raw or not asking):
+            return self._draw(logits, batch, columns, asking)
         failed = dict.fromkeys(self._nonfinite_rows(logits), NONFINITE)
-        asking = self._asking(batch)
         values = self._reported(logits, asking) if self._is_raw else None
+        if grammar is not None:
+            self._apply_bitmask(logits, grammar.columns, grammar.bitmask)
         changed, why = self._constrain(logits, batch)
-        if changed:
+        if changed or grammar is not None:
             failed = dict.fromkeys(self._nonfinite_rows(logits), NOTHING_ALLOWED) | failed
-        noise, why_warped = self._warp(logits, batch)
+        noise, why_warped = self._warp(logits, batch, columns)
         if why or why_warped:
             failed = dict.fromkeys(range(len(logits)), why or why_warped) | failed
-        token_ids = self._choose(logits, *noise)
+        token_ids, _ = self._choose(logits, *noise)
         if not self._is_raw:
             values = self._reported(logits, asking)
+        return SamplerOutput(token_ids.numpy(), self._logprobs(values, token_ids, batch, asking), failed)
+
+    @property
+    def _changes_nothing(self) -> bool:
+        """Whether no request asks for a change of its logits before the temperature."""
+        return self._custom is None and all(step.is_idle for step in self._steps)
+
+    def _draw(
+        self, logits: torch.Tensor, batch: SampleBatch, columns: _Chosen, asking: list[int]
+    ) -> SamplerOutput:
+        """Temperature and noise alone, in one pass: the same division, so the same bits as step by step."""
+        values = self._reported(logits, asking)
+        token_ids, broken = self._choose(
+            logits, columns.temperature, columns.seeds, torch.from_numpy(batch.num_tokens)
+        )
+        failed = dict.fromkeys(np.flatnonzero(broken.numpy()).tolist(), NONFINITE)
         return SamplerOutput(token_ids.numpy(), self._logprobs(values, token_ids, batch, asking), failed)
 
     def logprobs_of(self, logits: torch.Tensor, token_ids: torch.Tensor, num_logprobs: int) -> LogprobsLists:
@@ -117,14 +144,13 @@ class Sampler:
         return changed or self._custom is not None, why
 
     def _warp(
-        self, logits: torch.Tensor, batch: SampleBatch
+        self, logits: torch.Tensor, batch: SampleBatch, columns: _Chosen
     ) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], str | None]:
         """Divide by temperature and truncate, in place; what is left for the noise to know, and as `_constrain`.
 
         The division is done here, so that a row's bits are the same beside rows that truncate and beside
         none; dividing by 1 changes nothing.
         """
-        columns = self._columns.of(batch.rows)
         is_sampled = columns.temperature > 0
         if is_sampled.any():
             logits.div_(torch.where(is_sampled, columns.temperature, 1.0).unsqueeze(1))

@@ -29,6 +29,14 @@ class SampleBatch:
         return self.num_tokens - self.num_prompt_tokens
 
 
+@dataclass(frozen=True)
+class GrammarMask:
+    """What grammars allow in some columns of a batch."""
+
+    columns: np.ndarray  # [K] int64
+    bitmask: np.ndarray  # [K, at least vocab_size / 32] uint32: bit t % 32 of word t // 32 allows token t
+
+
 class LogitsStep(ABC, Generic[T]):
     """One change to the logits that some requests ask for. Costs nothing where nobody does.
 
@@ -46,6 +54,11 @@ class LogitsStep(ABC, Generic[T]):
 
     def remove_request(self, row: int) -> None:
         self._users.pop(row, None)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no known request asks for this."""
+        return not self._users
 
     def apply(self, logits: torch.Tensor, batch: SampleBatch) -> bool:
         """Change the logits ([M, vocab_size] float32) in place; whether anything was done."""

@@ -12,11 +12,11 @@ import torch
 
 from minivllm.attention.backend import AttentionBackend, ForwardContext
 from minivllm.messages.engine import LogprobsLists
-from minivllm.messages.worker import CachedRequestData, ModelRunnerOutput, NewRequestData, SchedulerOutput
+from minivllm.messages.worker import CachedRequestData, GrammarOutput, ModelRunnerOutput, NewRequestData, SchedulerOutput
 from minivllm.models.decoder import DecoderForCausalLM
 from minivllm.sample.logprobs import concatenate
-from minivllm.sample.sampler import NONFINITE, Sampler
-from minivllm.sample.step import SampleBatch
+from minivllm.sample.sampler import NONFINITE, Sampler, SamplerOutput
+from minivllm.sample.step import GrammarMask, SampleBatch
 from minivllm.worker.input_batch import InputBatch, InputBuffers
 from minivllm.worker.request_state import RequestTable
 
@@ -58,7 +58,7 @@ class ModelRunner:
         self._batch = batch
 
     @torch.inference_mode()
-    def sample_tokens(self) -> ModelRunnerOutput:
+    def sample_tokens(self, grammar: GrammarOutput | None = None) -> ModelRunnerOutput:
         """One token for each request whose last known token was in the step, and the logprobs asked for."""
         batch, hidden = self._batch, self._hidden
         self._batch = self._hidden = None
@@ -67,7 +67,7 @@ class ModelRunner:
         result = ModelRunnerOutput(batch.request_ids, [[] for _ in batch.request_ids])
         self._add_prompt_logprobs(batch, hidden, result)
         if len(batch.samples):
-            self._sample(batch, hidden, result)
+            self._sample(batch, hidden, grammar, result)
         return result
 
     # Plan --------------------------------------------------------------------
@@ -106,7 +106,9 @@ class ModelRunner:
 
     # Results -----------------------------------------------------------------
 
-    def _sample(self, batch: InputBatch, hidden: torch.Tensor, result: ModelRunnerOutput) -> None:
+    def _sample(
+        self, batch: InputBatch, hidden: torch.Tensor, grammar: GrammarOutput | None, result: ModelRunnerOutput
+    ) -> None:
         logits = self.model.compute_logits(hidden[batch.sampled_rows])
         rows = batch.rows[batch.samples]
         sampled = self.sampler(
@@ -117,18 +119,45 @@ class ModelRunner:
                 num_prompt_tokens=self.table.num_prompt_tokens[rows],
                 token_ids=self.table.token_ids,
             ),
+            self._mask_of(grammar, rows),
         )
-        going_on = np.ones(len(rows), bool)
-        going_on[list(sampled.failed)] = False
-        self.table.append_tokens(rows[going_on], sampled.token_ids[going_on])
         ids = [batch.request_ids[i] for i in batch.samples.tolist()]
-        for column, (i, token_id) in enumerate(zip(batch.samples.tolist(), sampled.token_ids.tolist())):
-            if column not in sampled.failed:
-                result.sampled_token_ids[i] = [token_id]
-        result.failed.update({ids[column]: why for column, why in sampled.failed.items()})
+        tokens = sampled.token_ids.reshape(-1, 1).tolist()
+        if sampled.failed:
+            self._append_sound(rows, sampled)
+            for column in sampled.failed:
+                tokens[column] = []
+            result.failed.update({ids[column]: why for column, why in sampled.failed.items()})
+        else:
+            self.table.append_tokens(rows, sampled.token_ids)
+        if len(ids) == len(batch.request_ids):
+            result.sampled_token_ids = tokens
+        else:
+            for i, own in zip(batch.samples.tolist(), tokens):
+                result.sampled_token_ids[i] = own
         result.logprobs.update(
             {ids[c]: lists for c, lists in sampled.logprobs.items() if c not in sampled.failed}
         )
+
+    def _mask_of(self, grammar: GrammarOutput | None, rows: np.ndarray) -> GrammarMask | None:
+        """The masks of the requests in these rows of the table.
+
+        A request that was preempted while a plan in flight sampled for it is planned as if that token was not there; it
+        is by now, so this step samples none and its mask is not needed.
+        """
+        if grammar is None:
+            return None
+        column_of = {row: column for column, row in enumerate(rows.tolist())}
+        columns = [column_of.get(row, -1) for row in self.table.rows(grammar.request_ids).tolist()]
+        bitmask = np.frombuffer(grammar.bitmask, np.uint32).reshape(len(columns), -1)
+        if -1 in columns:
+            bitmask = bitmask[np.array(columns) >= 0]
+        return GrammarMask(np.array([column for column in columns if column >= 0], np.int64), bitmask)
+
+    def _append_sound(self, rows: np.ndarray, sampled: SamplerOutput) -> None:
+        going_on = np.ones(len(rows), bool)
+        going_on[list(sampled.failed)] = False
+        self.table.append_tokens(rows[going_on], sampled.token_ids[going_on])
 
     def _add_prompt_logprobs(
         self, batch: InputBatch, hidden: torch.Tensor, result: ModelRunnerOutput

@@ -18,7 +18,7 @@ from minivllm.exceptions import ConfigError
 from minivllm.logger import init_logger
 from minivllm.logits_processors import load_logits_processors
 from minivllm.messages.kv_cache import KVCacheSpec
-from minivllm.messages.worker import ModelRunnerOutput, SchedulerOutput, WorkerReady
+from minivllm.messages.worker import GrammarOutput, ModelRunnerOutput, SchedulerOutput, WorkerReady
 from minivllm.models import loader
 from minivllm.models.decoder import DecoderForCausalLM
 from minivllm.models.registry import load_class
@@ -77,8 +77,7 @@ class Worker:
         on_progress("laying out the KV cache")
         # Untouched pages take no memory: they are the system's until a block is written.
         kv_caches = [
-            torch.empty(backend.kv_cache_shape(size.num_blocks), dtype=dtype, device=platform.device)
-            for _ in range(config.hf_config.num_hidden_layers)
+            backend.new_kv_cache(size.num_blocks) for _ in range(config.hf_config.num_hidden_layers)
         ]
         self.runner = ModelRunner(
             model,
@@ -97,17 +96,16 @@ class Worker:
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             dtype=name_of(dtype),
-            numerics_id=platform.numerics_id,
+            numerics_id=f"{platform.numerics_id}-{backend.layout_id}",
         )
 
     def execute_model(self, plan: SchedulerOutput) -> None:
         """Run the model on a plan's tokens."""
         self._initialized().execute_model(plan)
 
-    def sample_tokens(self, grammar: bytes | None) -> ModelRunnerOutput:
-        """Sample from the last `execute_model`. grammar: a mask of allowed tokens; there is none yet."""
-        assert grammar is None, "structured output is not implemented"
-        return self._initialized().sample_tokens()
+    def sample_tokens(self, grammar: GrammarOutput | None) -> ModelRunnerOutput:
+        """Sample from the last `execute_model`; `grammar` says where not freely."""
+        return self._initialized().sample_tokens(grammar)
 
     def shutdown(self) -> None:
         """Let go of the model and the cache. May be called again."""
@@ -131,6 +129,7 @@ class Worker:
                 block_size=block_size,
                 dtype=dtype,
                 device=self.platform.device,
+                kv_cache_dtype=self.config.cache.kv_cache_dtype,
             )
         )
 

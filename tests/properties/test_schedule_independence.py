@@ -1,7 +1,8 @@
 """Any schedule gives the answer of the request alone, to the last bit of every logprob.
 
 Seeded random schedules on the real worker with the native kernels: arrivals, chunk and batch sizes, pools so
-tight that requests are preempted, prefixes found in the cache, aborts of others, resends, one and two threads. For
+tight that requests are preempted, prefixes found in the cache, aborts of others, resends, one and two threads; some
+requests have a grammar, some think first. For
 every instruction set this machine has, every dtype, and shapes with grouped heads, windows and several
 attention segments. `--walk-steps` is the number of engine steps, all cases together.
 """
@@ -168,4 +169,6 @@ def test_the_subjects_end_in_every_way_and_say_different_things(tmp_path: Path):
     subjects: list[EngineCoreRequest] = make_subjects(SHORT, max_tokens=MAX_TOKENS)
     answers = [engine.alone(subject, max(SHORT) + MAX_TOKENS) for subject in subjects]
     assert {answer.end[0] for answer in answers} == {"length", "stop"}
+    constrained = [answer.end[0] for subject, answer in zip(subjects, answers) if subject.grammar is not None]
+    assert "stop" in constrained and "error" not in constrained
     assert all(len(set(answer.token_ids)) > 3 for answer in answers)
