@@ -10,7 +10,7 @@ from __future__ import annotations
 NOT_YET = frozenset(
     """
     additional_config aggregate_engine_logging all2all_backend allow_deprecated_quantization
-    allowed_local_media_path allowed_media_domains anthropic_disabled_thinking_effort api_server_count
+    allowed_local_media_path allowed_media_domains anthropic_disabled_thinking_effort
     async_scheduling attention_backend attention_config aux_output_config
     code_revision cohere_format cohere_is_reasoning_model collect_detailed_traces compilation_config config
     config_format convert cp_kv_cache_interleave_size cpu_distributed_timeout_seconds cpu_offload_gb
@@ -72,7 +72,7 @@ NOT_YET = frozenset(
 )
 
 ALIASES = {
-    "-ac": "attention_config", "-asc": "api_server_count", "-cc": "compilation_config",
+    "-ac": "attention_config", "-cc": "compilation_config",
     "-dc": "diffusion_config", "-dcp": "decode_context_parallel_size", "-dp": "data_parallel_size",
     "-dpa": "data_parallel_address", "-dpb": "data_parallel_backend", "-dpe": "data_parallel_external_lb",
     "-dph": "data_parallel_hybrid_lb", "-dpl": "data_parallel_size_local",
@@ -84,7 +84,6 @@ ALIASES = {
 
 # What each of these says when it asks for nothing.
 _NEUTRAL: dict[str, tuple[object, ...]] = {
-    "api_server_count": (1,),
     "async_scheduling": (False,),
     "config_format": ("auto", "hf"),
     "cpu_offload_gb": (0,),

@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from minivllm.config.engine import EngineConfig
 from minivllm.config.kv_events import read_kv_events_config
@@ -19,6 +20,7 @@ from minivllm.exceptions import ConfigError, RequestError
 from minivllm.engine.structured import LazyGrammars
 from minivllm.executor.abstract import get_executor_class
 from minivllm.logger import init_logger
+from minivllm.messages.codec import encode
 from minivllm.messages.engine import (
     EngineCoreOutput,
     EngineCoreOutputs,
@@ -42,7 +44,7 @@ class EngineCore:
         ConfigError, ModelFilesError: the model cannot be served as asked.
     """
 
-    UTILITIES = ("reset_prefix_cache",)
+    UTILITIES = ("reset_prefix_cache", "collective_rpc")
 
     def __init__(
         self,
@@ -180,12 +182,25 @@ class EngineCore:
         self._publish_kv_events()
         return done
 
+    def collective_rpc(self, method: str, args: Sequence[Any]) -> list[Any]:
+        """Call a method on every worker; an answer that cannot be sent is given as its text."""
+        answers = self.executor.collective_rpc(method, tuple(args))
+        return [answer if _is_sendable(answer) else str(answer) for answer in answers]
+
     def shutdown(self) -> None:
         self.executor.shutdown()
         if self._grammars is not None:
             self._grammars.shutdown()
         if self._kv_events is not None:
             self._kv_events.shutdown()
+
+
+def _is_sendable(value: Any) -> bool:
+    try:
+        encode(value)
+    except (TypeError, ValueError, OverflowError):
+        return False
+    return True
 
 
 def _ready_message(worker: WorkerReady, vocab_size: int) -> EngineCoreReady:

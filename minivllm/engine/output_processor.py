@@ -204,6 +204,10 @@ class OutputProcessor:
         """The internal ids of all open requests."""
         return list(self._states)
 
+    def external_ids(self) -> list[str]:
+        """The ids given to `generate` of all open requests."""
+        return list(self._by_external_id)
+
     def has_unfinished_requests(self) -> bool:
         return bool(self._states)
 

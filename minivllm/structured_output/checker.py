@@ -23,7 +23,7 @@ from minivllm.logger import init_logger
 from minivllm.sampling_params import StructuredOutputsParams
 from minivllm.structured_output.check_process import CheckReply, CheckRequest, run_checks
 from minivllm.structured_output.limits import COMPILE_CPU_S, COMPILE_MEMORY_BYTES, COMPILE_WAIT_S
-from minivllm.utils.process import spawn
+from minivllm.utils.process import describe_exit, spawn
 
 if TYPE_CHECKING:
     from minivllm.structured_output.vocabulary import Vocabulary
@@ -117,16 +117,17 @@ class GrammarChecker:
             self._pipe.send_bytes(message)
             if self._pipe.poll(COMPILE_WAIT_S):
                 return msgspec.msgpack.decode(self._pipe.recv_bytes(), type=CheckReply)
-            why = _KILLED_BY[signal.SIGPROF]
+            how = f"did not answer within {COMPILE_WAIT_S:.0f} s"  # of the clock: the machine's fault, not a grammar's
         except (EOFError, OSError):
             self._process.join(_STOP_S)
             why = _KILLED_BY.get(-(self._process.exitcode or 0))
-            if why is None:
-                logger.error("the process that checks constraints ended with exit code %s", self._process.exitcode)
+            how = describe_exit(self._process.exitcode)
+            if why is not None:
                 self._stop()
-                raise EngineGenerateError("the structured output could not be checked; send the request again") from None
+                return CheckReply(error=why)
         self._stop()
-        return CheckReply(error=why)
+        logger.error("the process that checks constraints %s", how)
+        raise EngineGenerateError("the structured output could not be checked; send the request again")
 
     def _start(self) -> None:
         if self._encoded_vocabulary is None:

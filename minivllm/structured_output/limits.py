@@ -5,7 +5,7 @@ from __future__ import annotations
 import llguidance
 
 COMPILE_CPU_S = 5  # of processor time, in the process that checks
-COMPILE_WAIT_S = 30.0  # of the clock, whatever the reason
+COMPILE_WAIT_S = 60.0  # of the clock: a machine so busy has other troubles
 COMPILE_MEMORY_BYTES = 1 << 30  # beyond what the process had
 STACK_BYTES = 1 << 20  # of the thread that checks; those of the engine core have at least twice that
 

@@ -17,6 +17,7 @@ from minivllm.models.decoder import DecoderForCausalLM
 from minivllm.sample.logprobs import concatenate
 from minivllm.sample.sampler import NONFINITE, Sampler, SamplerOutput
 from minivllm.sample.step import GrammarMask, SampleBatch
+from minivllm.worker.graphs import StepGraphs, key_of
 from minivllm.worker.input_batch import InputBatch, InputBuffers
 from minivllm.worker.request_state import RequestTable
 
@@ -35,6 +36,7 @@ class ModelRunner:
         max_model_len: int,
         max_num_batched_tokens: int,
         max_num_seqs: int,
+        enforce_eager: bool = False,
     ) -> None:
         block_size = backend.spec.block_size
         self.model, self.backend, self.kv_caches, self.sampler = model, backend, kv_caches, sampler
@@ -42,32 +44,48 @@ class ModelRunner:
         self.table = RequestTable(2 * max_num_seqs, max_model_len, block_size)
         self.buffers = InputBuffers(max_num_batched_tokens, max_num_seqs, -(-max_model_len // block_size))
         self._num_prompt_logprobs: dict[int, int] = {}  # by table row
+        self._graphs = None if enforce_eager else StepGraphs()
         self._batch: InputBatch | None = None
         self._hidden: torch.Tensor | None = None
+        self._logits: torch.Tensor | None = None  # of a decode step, computed with the rest of it
 
     @torch.inference_mode()
     def execute_model(self, plan: SchedulerOutput) -> None:
         """Take in the plan and run the model on its tokens; `sample_tokens` follows."""
         self._follow(plan)
-        self._batch = self._hidden = None
+        self._batch = self._hidden = self._logits = None
         if not plan.num_scheduled_tokens:
             return
         batch = self.buffers.prepare(plan.num_scheduled_tokens, self.table)
         ctx = ForwardContext(self.backend.build_metadata(batch.step), self.kv_caches)
-        self._hidden = self.model.forward(batch.input_ids, batch.positions, ctx)
+        if self._graphs is not None and batch.is_decode:
+            self._logits = self._decode(batch, ctx)
+        else:
+            self._hidden = self.model.forward(batch.input_ids, batch.positions, ctx)
         self._batch = batch
+
+    def _decode(self, batch: InputBatch, ctx: ForwardContext) -> torch.Tensor:
+        """Logits of a step of one token a request, all of which are sampled."""
+
+        def step() -> torch.Tensor:
+            return self.model.compute_logits(self.model.forward(batch.input_ids, batch.positions, ctx))
+
+        return self._graphs.run(key_of(batch.input_ids, batch.positions, ctx.metadata), step)
 
     @torch.inference_mode()
     def sample_tokens(self, grammar: GrammarOutput | None = None) -> ModelRunnerOutput:
         """One token for each request whose last known token was in the step, and the logprobs asked for."""
-        batch, hidden = self._batch, self._hidden
-        self._batch = self._hidden = None
-        if batch is None or hidden is None:
+        batch, hidden, logits = self._batch, self._hidden, self._logits
+        self._batch = self._hidden = self._logits = None
+        if batch is None:
             return ModelRunnerOutput()
         result = ModelRunnerOutput(batch.request_ids, [[] for _ in batch.request_ids])
-        self._add_prompt_logprobs(batch, hidden, result)
-        if len(batch.samples):
-            self._sample(batch, hidden, grammar, result)
+        if logits is None:
+            self._add_prompt_logprobs(batch, hidden, result)
+            if len(batch.samples):
+                logits = self.model.compute_logits(hidden[batch.sampled_rows])
+        if logits is not None:
+            self._sample(batch, logits, grammar, result)
         return result
 
     # Plan --------------------------------------------------------------------
@@ -107,9 +125,8 @@ class ModelRunner:
     # Results -----------------------------------------------------------------
 
     def _sample(
-        self, batch: InputBatch, hidden: torch.Tensor, grammar: GrammarOutput | None, result: ModelRunnerOutput
+        self, batch: InputBatch, logits: torch.Tensor, grammar: GrammarOutput | None, result: ModelRunnerOutput
     ) -> None:
-        logits = self.model.compute_logits(hidden[batch.sampled_rows])
         rows = batch.rows[batch.samples]
         sampled = self.sampler(
             logits,

@@ -87,6 +87,7 @@ class Worker:
             max_model_len=size.max_model_len,
             max_num_batched_tokens=max_num_batched_tokens,
             max_num_seqs=max_num_seqs,
+            enforce_eager=config.model.enforce_eager,
         )
         return WorkerReady(
             max_model_len=size.max_model_len,

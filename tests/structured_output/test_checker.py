@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -81,9 +81,9 @@ LARGE = {"enum": [f"value {i}" for i in range(16_000)]}
 
 def test_a_catastrophic_one_is_refused_in_time_and_only_once(checker: GrammarChecker):
     assert "takes more than 5 s" in refused(checker, grammar=ENDLESS)
-    began = time.monotonic()
+    assert checker._process is None
     assert "takes more than 5 s" in refused(checker, grammar=ENDLESS)
-    assert time.monotonic() - began < 1  # from memory: far from another 5 s
+    assert checker._process is None  # from memory
     assert checker.grammar_of(StructuredOutputsParams(regex="[a-c]"))  # and the next has a process again
 
 
@@ -97,12 +97,9 @@ def test_one_that_crashes_the_compiler_crashes_nothing_else(checker: GrammarChec
     "asked", [{"json": LARGE}, {"regex": "a{1000000}"}, {"regex": "(a|b)*a(a|b){500}"}, {"grammar": "start: start"}]
 )
 def test_others_that_are_large_end_one_way_or_the_other(checker: GrammarChecker, asked: dict):
-    began = time.monotonic()
-    try:
+    with contextlib.suppress(RequestError):
         checker.grammar_of(StructuredOutputsParams(**asked))
-    except RequestError:
-        pass
-    assert time.monotonic() - began < 40  # the bound on waiting, and some
+    assert checker.grammar_of(StructuredOutputsParams(regex="[g-i]"))
 
 
 def test_what_is_known_needs_no_process(checker: GrammarChecker):
