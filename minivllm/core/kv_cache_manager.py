@@ -59,7 +59,7 @@ class KVCacheManager:
 
     def findable_hashes(self, request: Request) -> list[bytes]:
         """The blocks that this request would take from the cache, were they there."""
-        if request.wants_prompt_logprobs:
+        if request.wants_prompt_logprobs or request.sampling_params.skip_reading_prefix_cache:
             return []
         return request.block_hashes[: (request.num_tokens - 1) // self.block_size]
 
