@@ -27,6 +27,7 @@ from minivllm.messages.engine import (
     UtilityOutput,
     UtilityRequest,
 )
+from minivllm.messages.kv_cache import num_tokens_held
 from minivllm.messages.worker import WorkerReady
 
 logger = init_logger(__name__)
@@ -67,6 +68,7 @@ class EngineCore:
                 max_model_len=worker.max_model_len,
                 num_blocks=worker.num_blocks,
                 block_size=worker.block_size,
+                kv_cache_groups=worker.kv_cache_groups,
                 enable_prefix_caching=config.cache.enable_prefix_caching,
                 enable_chunked_prefill=config.scheduler.enable_chunked_prefill,
                 prefix_caching_hash_algo=config.cache.prefix_caching_hash_algo,
@@ -183,7 +185,13 @@ class EngineCore:
 
 
 def _ready_message(worker: WorkerReady, vocab_size: int) -> EngineCoreReady:
-    num_tokens = worker.num_blocks * worker.block_size
+    num_tokens = num_tokens_held(
+        worker.kv_cache_groups,
+        worker.num_blocks,
+        worker.max_model_len,
+        worker.max_num_batched_tokens,
+        worker.block_size,
+    )
     return EngineCoreReady(
         max_model_len=worker.max_model_len,
         num_gpu_blocks=worker.num_blocks,

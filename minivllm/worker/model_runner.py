@@ -35,12 +35,18 @@ class ModelRunner:
         max_model_len: int,
         max_num_batched_tokens: int,
         max_num_seqs: int,
+        group_of_layer: list[int],
     ) -> None:
+        """group_of_layer: each layer's KV cache group; layers of different groups may share a tensor of kv_caches."""
         block_size = backend.spec.block_size
         self.model, self.backend, self.kv_caches, self.sampler = model, backend, kv_caches, sampler
         # As many again for requests that are preempted.
-        self.table = RequestTable(2 * max_num_seqs, max_model_len, block_size)
-        self.buffers = InputBuffers(max_num_batched_tokens, max_num_seqs, -(-max_model_len // block_size))
+        num_groups = max(group_of_layer) + 1
+        self.table = RequestTable(2 * max_num_seqs, max_model_len, block_size, num_groups=num_groups)
+        self.buffers = InputBuffers(
+            max_num_batched_tokens, max_num_seqs, -(-max_model_len // block_size), num_groups=num_groups
+        )
+        self._group_of_layer = group_of_layer
         self._num_prompt_logprobs: dict[int, int] = {}  # by table row
         self._batch: InputBatch | None = None
         self._hidden: torch.Tensor | None = None
@@ -53,7 +59,8 @@ class ModelRunner:
         if not plan.num_scheduled_tokens:
             return
         batch = self.buffers.prepare(plan.num_scheduled_tokens, self.table)
-        ctx = ForwardContext(self.backend.build_metadata(batch.step), self.kv_caches)
+        metadata = [self.backend.build_metadata(step) for step in batch.steps]
+        ctx = ForwardContext([metadata[group] for group in self._group_of_layer], self.kv_caches)
         self._hidden = self.model.forward(batch.input_ids, batch.positions, ctx)
         self._batch = batch
 
@@ -100,9 +107,9 @@ class ModelRunner:
         self.table.num_computed_tokens[rows] = known.num_computed_tokens
         for row, block_ids, resumed in zip(rows.tolist(), known.new_block_ids, known.resumed):
             if resumed:
-                self.table.blocks.replace(row, block_ids)
+                self.table.replace_blocks(row, block_ids)
             elif block_ids:
-                self.table.blocks.append(row, block_ids)
+                self.table.append_blocks(row, block_ids)
 
     # Results -----------------------------------------------------------------
 

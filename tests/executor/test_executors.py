@@ -75,7 +75,7 @@ def the_death_of_the_actor_is_told_at_once(executor: PlainRayExecutor) -> None:
 
 def step(executor: Executor, request_id: str, prompt: list[int]):
     """Run one new request's prompt; the result of the step."""
-    new = NewRequestData(request_id, prompt, [], SamplingParams(ignore_eos=True), 7, [], [0], 0)
+    new = NewRequestData(request_id, prompt, [], SamplingParams(ignore_eos=True), 7, [], [[0]], 0)
     plan = SchedulerOutput(
         executor.num_steps,
         [new],

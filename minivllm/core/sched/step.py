@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from msgspec.structs import astuple
 
+from minivllm.core.kv_cache_manager import BlockIds
 from minivllm.core.request import Request
 from minivllm.messages.worker import CachedRequestData, NewRequestData, SchedulerOutput
 
@@ -15,7 +16,7 @@ class Shortened(NamedTuple):
 
     request: Request
     num_wanted: int  # beyond what it has in this step
-    block_ids: list[int]  # in the plan: new blocks are appended to it
+    block_ids: BlockIds  # in the plan: new blocks are appended to it
 
 
 class Step:
@@ -34,12 +35,12 @@ class Step:
         self._cached = CachedRequestData()
         self._columns = astuple(self._cached)
 
-    def schedule_running(self, request: Request, num_new_tokens: int, new_block_ids: list[int]) -> None:
+    def schedule_running(self, request: Request, num_new_tokens: int, new_block_ids: BlockIds) -> None:
         """The worker knows it: only what changed travels."""
         self._append_cached(request, new_block_ids, False)
         self._spend(request, num_new_tokens)
 
-    def schedule_admitted(self, request: Request, num_new_tokens: int, block_ids: list[int]) -> None:
+    def schedule_admitted(self, request: Request, num_new_tokens: int, block_ids: BlockIds) -> None:
         """New to the worker, or back after a preemption with a new block table."""
         if request.known_to_worker:
             self._append_cached(request, block_ids, True)
@@ -76,7 +77,7 @@ class Step:
             preempted_req_ids=self.preempted,
         )
 
-    def _append_cached(self, request: Request, block_ids: list[int], resumed: bool) -> None:
+    def _append_cached(self, request: Request, block_ids: BlockIds, resumed: bool) -> None:
         request_ids, new_block_ids, resumes, num_computed_tokens = self._columns
         request_ids.append(request.request_id)
         new_block_ids.append(block_ids)
@@ -93,7 +94,16 @@ class Step:
             self.blocks_underway.update(request.block_hashes[first:last])
 
 
-def _new_request_data(request: Request, block_ids: list[int]) -> NewRequestData:
+def append_block_ids(block_ids: BlockIds, more: BlockIds) -> None:
+    """Add to each group's list, in place; either may be the [] that says nothing."""
+    if not block_ids:
+        block_ids += more
+        return
+    for ids, new_ids in zip(block_ids, more):
+        ids += new_ids
+
+
+def _new_request_data(request: Request, block_ids: BlockIds) -> NewRequestData:
     return NewRequestData(
         request_id=request.request_id,
         prompt_token_ids=request.prompt_token_ids,
