@@ -11,7 +11,11 @@ VARIABLES = {
     "MINIVLLM_CPU_ISA": "most the CPU kernels may use: avx2, avx512 or amx (default: what the machine has)",
     "MINIVLLM_CPU_THREADS": "threads of the CPU kernels (default: the processors this process may use)",
     "MINIVLLM_API_KEY": "bearer key of the API server, beside those of --api-key",
+    "MINIVLLM_LOGGING_CONFIG_PATH": "what --log-config-file says when it is not given",
     "MINIVLLM_RUN_DIR": "where the private socket directory is made (default: the system's temporary directory)",
+    "VLLM_API_KEY": "read like MINIVLLM_API_KEY when neither that nor --api-key is given",
+    "VLLM_LOGGING_CONFIG_PATH": "read when neither --log-config-file nor MINIVLLM_LOGGING_CONFIG_PATH is given",
+    "VLLM_SERVER_DEV_MODE": "1: as --enable-dev-endpoints",
 }
 
 

@@ -38,7 +38,6 @@ class RequestError(MinivllmError):
     """The request is at fault (4xx). `param` names the field."""
 
     status = 400
-    type = "BadRequestError"
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message)
@@ -54,14 +53,12 @@ class ModelNotFoundError(RequestError):
     """The request names a model that is not served here."""
 
     status = 404
-    type = "NotFoundError"
 
 
 class QueueFullError(RequestError):
     """A limit on what waits is reached; nothing is wrong with the request. `reason` names the limit."""
 
     status = 503
-    type = "Service Unavailable"
 
     def __init__(self, message: str, *, reason: str) -> None:
         super().__init__(message)
@@ -72,7 +69,6 @@ class EngineError(MinivllmError):
     """The engine is at fault (5xx)."""
 
     status = 500
-    type = "InternalServerError"
 
 
 class EngineGenerateError(EngineError):

@@ -31,8 +31,10 @@ ALLOWED: dict[str, set[str]] = {
     "core": set(),
     "tokenizer": set(),
     "metrics": set(),
-    "engine": {"core", "executor", "tokenizer", "models"},
-    "entrypoints": {"engine", "tokenizer", "metrics"},
+    "tool_parsers": set(),
+    "reasoning": {"tool_parsers"},
+    "engine": {"core", "executor", "tokenizer", "models", "reasoning"},
+    "entrypoints": {"engine", "tokenizer", "metrics", "tool_parsers", "reasoning"},
 }
 
 # `engine` is two sides in one folder: these modules run in the core process, the rest in the client.

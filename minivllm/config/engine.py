@@ -11,6 +11,7 @@ from minivllm.config.load import LoadConfig
 from minivllm.config.model import ModelConfig
 from minivllm.config.observability import ObservabilityConfig
 from minivllm.config.parallel import ParallelConfig
+from minivllm.config.reasoning import ReasoningConfig
 from minivllm.config.scheduler import SchedulerConfig, Usage
 
 
@@ -29,6 +30,7 @@ class EngineConfig:
     load: LoadConfig = LoadConfig()
     parallel: ParallelConfig = ParallelConfig()
     observability: ObservabilityConfig = ObservabilityConfig()
+    reasoning: ReasoningConfig = ReasoningConfig()
     model_class: str = ""  # "module:Class" of the registry; it travels, so that a registered model reaches the core
     generation_config: dict[str, Any] = field(default_factory=dict)  # after overrides; with "vllm", only the end tokens
     usage: Usage = "serve"  # what the defaults of a step's limits depend on

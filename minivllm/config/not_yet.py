@@ -1,7 +1,7 @@
 """Options of vLLM, present and past, that this version does not have.
 
 Naming one is an error that says so, rather than "unknown option": who moves a working command over learns what is
-missing. An option moves from here to a config class when its feature lands. A value that asks for nothing beyond
+missing. An option moves from here to a class when its feature lands. A value that asks for nothing beyond
 what we do anyway is let pass.
 """
 
@@ -20,34 +20,34 @@ NOT_YET = frozenset(
     data_parallel_start_rank data_parallel_supervisor_port dbo_decode_token_threshold
     dbo_prefill_token_threshold dcp_comm_backend dcp_kv_cache_interleave_size dcp_q_replicate
     decode_context_parallel_size default_chat_template_kwargs default_mm_loras device device_ids
-    device_memory_utilization diffusion_config disable_access_log_for_endpoints disable_cascade_attn
+device_memory_utilization diffusion_config disable_cascade_attn
     disable_chunked_mm_input disable_custom_all_reduce disable_log_requests
     disable_nccl_for_dp_synchronization disable_sliding_window distributed_timeout_seconds
     dp_supervisor_probe_failure_threshold dp_supervisor_probe_interval_s dp_supervisor_probe_timeout_s
     dp_sync_interval ec_manager_config ec_transfer_config elastic_ep_max_dp_size enable_auto_tool_choice
     enable_batch_sharded_sampling enable_cumem_allocator enable_dbo enable_elastic_ep enable_ep_weight_filter
     enable_eplb enable_expert_parallel enable_fault_tolerance enable_flash_late_interaction
-    enable_flashinfer_autotune enable_hc_sp enable_layerwise_nvtx_tracing enable_log_deltas enable_log_outputs
-    enable_log_requests enable_logging_iteration_details enable_lora enable_mamba_cache_stochastic_rounding
+    enable_flashinfer_autotune enable_hc_sp enable_layerwise_nvtx_tracing 
+    enable_logging_iteration_details enable_lora enable_mamba_cache_stochastic_rounding
     enable_mamba_shared_prefix_checkpoint enable_mfu_metrics enable_mixed_moe_lora_format enable_mm_embeds
     enable_moe_shared_loras enable_nccl_comm_suspend enable_offline_docs enable_per_request_metrics
-    enable_prompt_adapter enable_prompt_embeds enable_prompt_tokens_details enable_reasoning
-    enable_request_id_headers enable_return_routed_experts enable_scale_out enable_server_load_tracking
-    enable_shm_tensor_arena enable_sleep_mode enable_ssl_refresh enable_tokenizer_info_endpoint
+    enable_prompt_adapter enable_prompt_embeds enable_reasoning
+    enable_return_routed_experts enable_scale_out 
+    enable_shm_tensor_arena enable_sleep_mode 
     enable_tower_connector_lora enable_trace_replay engram_config eplb_config
     exclude_tools_when_tool_choice_none expert_placement_strategy fail_on_environ_validation
     fault_tolerance_config fingerprint_mode fingerprint_value fully_sharded_loras gdn_prefill_backend grpc
-    grpc_port guided_decoding_backend h11_max_header_count h11_max_incomplete_event_size headless hf_config_path
+    grpc_port guided_decoding_backend headless hf_config_path
     hf_token ignore_patterns interleave_mm_strings io_processor_plugin ir_op_priority jit_monitor_mode
     jit_monitor_verbose kda_decode_backend kda_prefill_backend kernel_config kv_cache_dtype
     kv_cache_dtype_skip_layers kv_cache_metrics kv_cache_metrics_sample kv_offloading_backend
     kv_offloading_size kv_sharing_fast_prefill kv_transfer_config language_model_only limit_mm_per_prompt
-    linear_backend log_config_file log_error_stack logging_config
+    linear_backend logging_config
     long_prefill_token_threshold_adaptive lora_dtype lora_modules lora_target_modules mamba_backend
     mamba_block_size mamba_cache_dtype mamba_cache_mode mamba_cache_philox_rounds mamba_ssm_cache_dtype
-    mamba_ssu_algorithm master_addr master_port max_cpu_loras max_cudagraph_capture_size max_log_len
+    mamba_ssu_algorithm master_addr master_port max_cpu_loras max_cudagraph_capture_size 
     max_lora_cls_labels max_lora_rank max_loras
-    max_num_scheduled_tokens max_parallel_loading_workers max_seq_len_to_capture media_io_kwargs middleware
+    max_num_scheduled_tokens max_parallel_loading_workers max_seq_len_to_capture media_io_kwargs 
     mm_device_do_normalize mm_encoder_attn_backend mm_encoder_attn_dtype mm_encoder_fp8_scale_path
     mm_encoder_fp8_scale_save_margin mm_encoder_fp8_scale_save_path mm_encoder_only mm_encoder_tp_mode
     mm_hasher_algorithm mm_ipc_gpu_memory_gb mm_processor_cache_gb mm_processor_cache_type mm_processor_device
@@ -58,15 +58,15 @@ NOT_YET = frozenset(
     performance_mode pipeline_parallel_size pooler_config preemption_mode prefill_context_parallel_size
     prefill_schedule_interval prefix_cache_retention_interval prefix_match_unit
     profiler_config prompt_adapters pt_load_map_location quantization quantization_config ray_workers_use_nsight
-    reasoning_config reasoning_parser reasoning_parser_plugin renderer_num_workers replayssm_buffer_len
+    reasoning_config renderer_num_workers replayssm_buffer_len
     return_sampling_mask rope_scaling rope_theta runner safetensors_load_strategy
     safetensors_prefetch_block_size safetensors_prefetch_num_threads scheduler_cls
     show_hidden_metrics_for_version skip_mm_profiling sleep_mode_offload_cudagraph
     sleep_preserve_parameter_names sparse_indexer_topk_backend spec_method spec_model spec_tokens
-    specialize_active_lora speculative_config speculative_model sse_keep_alive_interval ssl_ca_certs
-    ssl_cert_reqs ssl_certfile ssl_ciphers ssl_keyfile structured_outputs_config swa_bounded_replay swap_space
+    specialize_active_lora speculative_config speculative_model 
+    structured_outputs_config swa_bounded_replay swap_space
     task tensor_parallel_size tokens_only tool_call_parser tool_parser_plugin tool_server tool_strict_level
-    trust_request_chat_template trust_request_mm_kwargs ubatch_size uds use_fp64_gumbel use_replayssm
+    trust_request_chat_template trust_request_mm_kwargs ubatch_size use_fp64_gumbel use_replayssm
     use_v2_block_manager video_pruning_method video_pruning_rate watermark_config
     weight_transfer_config worker_cls worker_extension_cls
     """.split()
@@ -91,7 +91,6 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "cpu_offload_gb": (0,),
     "data_parallel_size": (1,),
     "device": ("cpu", "auto"),
-    "enable_log_requests": (False,),
     "enable_lora": (False,),
     "enable_sleep_mode": (False,),
     "kv_cache_dtype": ("auto",),
@@ -109,9 +108,24 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
 _NEUTRAL_FLAGS = ("disable_log_requests",)
 
 _INSTEAD = {
+    "aggregate_engine_logging": "leave it out; there is one engine and one log line",
+    "data_parallel_size": "start one server per replica behind a load balancer instead",
+    "disable_hybrid_kv_cache_manager": "leave it out; there is one kind of KV cache",
+    "enable_offline_docs": "leave it out; /openapi.json needs no network",
+    "enable_per_request_metrics": "read the histograms of GET /metrics instead",
+    "fail_on_environ_validation": "leave it out; an unknown MINIVLLM_ variable is an error anyway",
+    "grpc": "use the HTTP API instead",
+    "grpc_port": "use the HTTP API instead",
+    "headless": "leave it out; engine and API server run on one machine",
     "hf_token": "set the environment variable HF_TOKEN instead",
+    "logging_config": "use --log-config-file and --log-level instead",
+    "max_seq_len_to_capture": "leave it out; it has no use any more, in vLLM either",
+    "num_scheduler_steps": "leave it out; it has no use any more, in vLLM either",
+    "prompt_adapters": "leave it out; vLLM has removed them, too",
     "rope_scaling": "use --hf-overrides with rope_parameters instead",
     "rope_theta": "use --hf-overrides with rope_theta instead",
+    "swap_space": "leave it out; a preempted request is computed again",
+    "use_v2_block_manager": "leave it out; it has no use any more, in vLLM either",
 }
 
 

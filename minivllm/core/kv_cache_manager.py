@@ -32,6 +32,7 @@ class CachedPrefix(NamedTuple):
 
     num_blocks: int
     found: list[list[KVCacheBlock]]  # one list a group: its last blocks; a window needs none before
+    next_hash: bytes | None = None  # of the full block that follows, had it been found too
 
 
 class _BlockTable:
@@ -85,6 +86,7 @@ class KVCacheManager:
         self._windowed = [index for index, group in enumerate(groups) if group.sliding_window is not None]
         # A block's name in the index is its hash and its group: equal tokens fill one block in each.
         self._tags = [bytes([index]) for index in range(len(groups))] if len(groups) > 1 else [b""]
+        self._nothing_found: list[list[KVCacheBlock]] = [[] for _ in groups]
         self._holdings: dict[str, _Holding] = {}
         self._prefix_stats = PrefixCacheStats()
 
@@ -94,37 +96,41 @@ class KVCacheManager:
         The last token is always left to compute. A request that wants prompt logprobs finds nothing while it
         lacks any: they come from computing the prompt.
         """
-        hashes = self.findable_hashes(request)
+        hashes = [] if request.wants_prompt_logprobs else request.block_hashes
+        num_findable = min(len(hashes), (request.num_tokens - 1) // self.block_size)
         tags, get = self._tags, self.pool.get_cached_block
 
         def is_cached(groups: list[int], index: int) -> bool:
-            return all(get(hashes[index] + tags[group]) is not None for group in groups)
+            for group in groups:
+                if get(hashes[index] + tags[group]) is None:
+                    return False
+            return True
 
-        num_blocks = self._agreement.longest_hit(len(hashes), is_cached)
+        num_blocks = self._agreement.longest_hit(num_findable, is_cached)
+        next_hash = hashes[num_blocks] if num_blocks < num_findable else None
+        if num_blocks == 0:
+            return CachedPrefix(0, self._nothing_found, next_hash)
         found = []
         for group, tag in zip(self.groups, tags):
             first = group.num_passed_blocks(num_blocks * self.block_size, self.block_size)
             found.append([get(block_hash + tag) for block_hash in hashes[first:num_blocks]])
-        return CachedPrefix(num_blocks, found)
-
-    def findable_hashes(self, request: Request) -> list[bytes]:
-        """The blocks that this request would take from the cache, were they there."""
-        if request.wants_prompt_logprobs:
-            return []
-        return request.block_hashes[: (request.num_tokens - 1) // self.block_size]
+        return CachedPrefix(num_blocks, found, next_hash)
 
     def num_blocks_lacking(self, num_tokens: int, prefix: CachedPrefix, num_kept: int = 0) -> int:
         """How many blocks are missing before a request can be admitted with `num_tokens`; 0 when it can.
 
         num_kept: blocks that must be free after it.
         """
-        num_new = sum(self._nums_new(num_tokens, prefix))
-        # A found block that nobody holds is itself in the free list, and will leave it.
-        num_revived = sum(block.ref_cnt == 0 for blocks in prefix.found for block in blocks)
-        return max(0, num_new + num_revived + num_kept - self.pool.num_free_blocks)
+        num_wanted = sum(self._nums_new(num_tokens, prefix)) + num_kept
+        if prefix.num_blocks:
+            # A found block that nobody holds is itself in the free list, and will leave it.
+            num_wanted += sum(block.ref_cnt == 0 for blocks in prefix.found for block in blocks)
+        return max(0, num_wanted - self.pool.num_free_blocks)
 
     def _nums_new(self, num_tokens: int, prefix: CachedPrefix) -> list[int]:
         """How many blocks a request takes in each group when it is admitted, beyond those found."""
+        if not self._windowed:
+            return [self._num_blocks(num_tokens) - prefix.num_blocks] * len(self.groups)
         num_computed = prefix.num_blocks * self.block_size
         return [
             self._num_blocks(group.num_tokens_to_hold(num_tokens, num_computed, self._step_tokens)) - prefix.num_blocks
@@ -139,12 +145,11 @@ class KVCacheManager:
         assert request.request_id not in self._holdings, f"{request.request_id} holds blocks already"
         for blocks in prefix.found:
             self.pool.touch(blocks)
-        nums_new = self._nums_new(num_tokens, prefix)
-        new = self.pool.allocate(sum(nums_new))
-        tables, end = [], 0
-        for found, num_new in zip(prefix.found, nums_new):
-            num_passed, begin, end = prefix.num_blocks - len(found), end, end + num_new
-            tables.append(_BlockTable([self.pool.null] * num_passed + found + new[begin:end], num_passed))
+        tables = []
+        for found, num_new in zip(prefix.found, self._nums_new(num_tokens, prefix)):
+            num_passed = prefix.num_blocks - len(found)
+            blocks = [self.pool.null] * num_passed + found + self.pool.allocate(num_new)
+            tables.append(_BlockTable(blocks, num_passed))
         self._holdings[request.request_id] = _Holding(tables, self._room(tables), prefix.num_blocks)
         if request.num_preemptions == 0:  # a recompute is no news about the cache
             self._prefix_stats.queries += request.num_tokens
@@ -156,30 +161,34 @@ class KVCacheManager:
         holding = self._holdings[request.request_id]
         if num_tokens <= holding.num_tokens:
             return []
-        self._let_windows_pass(holding, request.num_confirmed_tokens)
-        num_wanted = self._num_blocks(num_tokens)
-        nums_new = [max(0, num_wanted - len(table.blocks)) for table in holding.tables]
-        if sum(nums_new) > self.pool.num_free_blocks:
+        if self._windowed:
+            self._let_windows_pass(holding, request.num_confirmed_tokens)
+        num_wanted, num_new = self._num_blocks(num_tokens), 0
+        for table in holding.tables:
+            num_new += max(0, num_wanted - len(table.blocks))
+        if num_new > self.pool.num_free_blocks:
             return None
         block_ids = []
-        for table, num_new in zip(holding.tables, nums_new):
-            new_blocks = self.pool.allocate(num_new)
+        for table in holding.tables:
+            new_blocks = self.pool.allocate(max(0, num_wanted - len(table.blocks)))
             table.blocks += new_blocks
             block_ids.append([block.block_id for block in new_blocks])
-        holding.num_tokens = self._room(holding.tables)
+        holding.num_tokens = num_wanted * self.block_size  # the shortest tables are now so long
         return block_ids
 
     def cache_confirmed_blocks(self, request: Request) -> None:
         """Offer to the cache the blocks that confirmed tokens have filled, and let windows pass."""
-        num_full = min(request.num_confirmed_tokens // self.block_size, len(request.block_hashes))
-        holding = self._holdings[request.request_id]
+        hashes, holding, cache = request.block_hashes, self._holdings[request.request_id], self.pool.cache
+        num_full = min(request.num_confirmed_tokens // self.block_size, len(hashes))
         filled = range(holding.num_cached_blocks, num_full)
-        for group, (table, tag) in enumerate(zip(holding.tables, self._tags)):
-            stored = [i for i in filled if self.pool.cache(table.blocks[i], request.block_hashes[i] + tag)]
+        for group, table in enumerate(holding.tables):
+            blocks, tag = table.blocks, self._tags[group]
+            stored = [index for index in filled if cache(blocks[index], hashes[index] + tag)]
             if self._events is not None:
                 self._events += [self._stored(request, group, run) for run in _runs(stored)]
         holding.num_cached_blocks = max(holding.num_cached_blocks, num_full)
-        self._let_windows_pass(holding, request.num_confirmed_tokens)
+        if self._windowed:
+            self._let_windows_pass(holding, request.num_confirmed_tokens)
 
     def _let_windows_pass(self, holding: _Holding, num_confirmed_tokens: int) -> None:
         """Let go of what no token after the confirmed ones reads. It has been offered to the cache before."""
@@ -246,7 +255,7 @@ class KVCacheManager:
         return -(-num_tokens // self.block_size)
 
     def _room(self, tables: list[_BlockTable]) -> int:
-        return min(len(table.blocks) for table in tables) * self.block_size
+        return min([len(table.blocks) for table in tables]) * self.block_size
 
     def check_integrity(self) -> None:
         """Each block is held as often as it stands in a table, and one still written to by one request only.

@@ -33,11 +33,13 @@ from minivllm.config.model_files import (
 from minivllm.config.not_yet import NOT_YET, asks_for_nothing, refusal
 from minivllm.config.observability import ObservabilityConfig
 from minivllm.config.parallel import ParallelConfig
+from minivllm.config.reasoning import ReasoningConfig
 from minivllm.config.scheduler import SchedulerConfig, Usage, step_limits
 from minivllm.engine.processor import default_sampling_params
 from minivllm.exceptions import ConfigError, ModelFilesError, RequestError
 from minivllm.logits_processors import check_names, name_of
 from minivllm.models.registry import ModelRegistry
+from minivllm.reasoning.registry import reasoning_parser_class
 from minivllm.sampling_params import SamplingParams
 from minivllm.utils.argparse_utils import add_dataclass_arguments, default_of
 from minivllm.utils.box_model import BOX_MODEL_NAME, box_model_path
@@ -55,6 +57,7 @@ PARTS = {
     "load": LoadConfig,
     "parallel": ParallelConfig,
     "observability": ObservabilityConfig,
+    "reasoning": ReasoningConfig,
 }
 _DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 _AT_LEAST_ONE = (
@@ -114,6 +117,7 @@ class EngineArgs(_Flat):
         _check_hash(parts["cache"])
         _check_kv_events(parts["observability"], parts["cache"])
         _check_executor(parts["parallel"])
+        reasoning_parser_class(parts["reasoning"])
         check_names(values["logits_processors"] or ())
         model, load = parts["model"], parts["load"]
         if not model.model:
@@ -132,6 +136,7 @@ class EngineArgs(_Flat):
             load=load,
             parallel=parts["parallel"],
             observability=parts["observability"],
+            reasoning=parts["reasoning"],
             model_class=ModelRegistry.target(hf_config.architecture),
             generation_config=_read_generation_config(directory, model),
             usage=usage,

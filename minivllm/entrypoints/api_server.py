@@ -24,9 +24,9 @@ from starlette.responses import Response
 from minivllm.engine.arg_utils import AsyncEngineArgs
 from minivllm.engine.async_llm import AsyncLLM
 from minivllm.entrypoints.errors import exit_on_error
-from minivllm.entrypoints.openai.api_server import build_async_engine_client, setup_server
+from minivllm.entrypoints.openai.api_server import build_async_engine_client, frontend_config, setup_server
 from minivllm.entrypoints.openai.cli_args import check_environment, refuse_option
-from minivllm.entrypoints.openai.errors import install_error_handlers
+from minivllm.entrypoints.openai.errors import Failures, install_error_handlers
 from minivllm.entrypoints.openai.health.router import router as health_router
 from minivllm.entrypoints.openai.launcher import serve_http
 from minivllm.entrypoints.openai.lifecycle import Lifecycle
@@ -121,9 +121,11 @@ def build_app(engine: AsyncLLM) -> FastAPI:
     app.state.lifecycle = Lifecycle()
     app.include_router(health_router)
     app.include_router(router)
+    app.state.strict_fields = False
     install_error_handlers(app)
     app.add_middleware(BodyLimit)
     app.add_middleware(Admission, lifecycle=app.state.lifecycle)
+    app.add_middleware(Failures)
     return app
 
 
@@ -181,7 +183,7 @@ async def run_server(args: Namespace) -> None:
                 engine=engine,
                 lifecycle=app.state.lifecycle,
                 on_listening=lambda: print(f"minivllm answers on {url}/generate", flush=True),
-                log_level="info",
+                frontend=frontend_config(args),
             )
 
 

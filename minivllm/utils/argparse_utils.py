@@ -23,6 +23,10 @@ _NUMBER = re.compile(r"-\d+(\.\d+)?[a-zA-Z]*")
 class FlexibleArgumentParser(argparse.ArgumentParser):
     """An ArgumentParser that takes `_` for `-`, never abbreviates, and suggests the nearest option.
 
+    An option that takes a JSON object may be given by its parts: `--a.b.c 1` is `--a '{"b": {"c": 1}}'`, and
+    `--a.b+ x` appends to a list. `--config file.yaml` reads options from a file; what the command line says wins, and
+    `namespace.from_config` names what came from the file.
+
     `refuse(option, value)` is asked about every option that is not ours, with the word behind it or None: it gives
     a sentence (the error), how many words behind the option to ignore with it, or None (it does not know it either).
     Its help is short; `common` are the options it then shows, and `--help=all` or `--help=WORD` gives the rest.
@@ -45,8 +49,57 @@ class FlexibleArgumentParser(argparse.ArgumentParser):
         self.add_argument("-h", "--help", action=_HelpAction, help="Show help: all of it, one group, or about a word.")
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
-        args = list(sys.argv[1:] if args is None else args)
-        return super().parse_known_args(self._spelt(args), namespace)
+        args = self._joined(self._spelt(list(sys.argv[1:] if args is None else args)))
+        if "--config" not in self._option_string_actions:
+            return super().parse_known_args(args, namespace)
+        args, path = _without_option(args, "--config")
+        from_file = [] if path is None else self._from_file(path, {word.split("=")[0] for word in args})
+        namespace, rest = super().parse_known_args([*from_file, *args], namespace)
+        namespace.config = path
+        namespace.from_config = frozenset(word.split("=")[0] for word in from_file)
+        return namespace, rest
+
+    def _from_file(self, path: str, given: set[str]) -> list[str]:
+        """The options of a YAML file that are not given otherwise, as words of a command line."""
+        import yaml
+
+        try:
+            with open(path, encoding="utf-8") as file:
+                options = yaml.safe_load(file)
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            self.error(f"--config {path} cannot be read: {error}")
+        if not isinstance(options, dict):
+            self.error(f"--config {path} must hold one option a line, such as max-model-len: 4096")
+        words = []
+        for name, value in options.items():
+            words += self._joined(self._spelt([_as_word(str(name), value)] if value is not None else []))
+        for word in words:
+            if not word.startswith("--"):
+                self.error(f"--config {path}: {word} is not an option; write long names without dashes")
+        return [word for word in words if self._merges(word.split("=")[0]) or not given & _negations(word.split("=")[0])]
+
+    def _merges(self, option: str) -> bool:
+        return isinstance(self._option_string_actions.get(option), _JsonAction)
+
+    def _joined(self, args: list[str]) -> list[str]:
+        """The arguments with `--a.b value` put together to `--a={"b": value}`."""
+        result: list[str] = []
+        queue = list(args)
+        while queue:
+            word = queue.pop(0)
+            if word == "--":
+                return result + [word, *queue]
+            option, equals, value = word.partition("=")
+            if not option.startswith("--") or "." not in option:
+                result.append(word)
+                continue
+            head, *path = option.split(".")
+            if not equals:
+                if not queue:
+                    self.error(f"{option} needs a value")
+                value = queue.pop(0)
+            result.append(f"{head}={json.dumps(_nested(path, value))}")
+        return result
 
     def _spelt(self, args: list[str]) -> list[str]:
         """The arguments with our spelling of every option. Unknown options end the program here, while it is
@@ -61,8 +114,12 @@ class FlexibleArgumentParser(argparse.ArgumentParser):
                 result.append(word)
                 continue
             option, equals, value = word.partition("=")
-            ours = option.replace("_", "-") if option.startswith("--") else option
-            if ours in self._option_string_actions or not (option.startswith("--") or self._is_foreign(option)):
+            head, dot, part = option.partition(".")
+            ours = head.replace("_", "-") + dot + part if option.startswith("--") else option
+            known = ours in self._option_string_actions
+            if dot and isinstance(self._option_string_actions.get(ours.partition(".")[0]), _JsonAction):
+                known = True
+            if known or not (option.startswith("--") or self._is_foreign(option)):
                 result.append(ours + equals + value)
                 continue
             behind = None if equals or not queue or queue[0].startswith("--") else queue[0]
@@ -113,6 +170,8 @@ class FlexibleArgumentParser(argparse.ArgumentParser):
         group = next((g.title for g in self._action_groups if action in g._group_actions), "")
         if word.lower() == (group or "").lower():
             return True
+        if word.lower() == (group or "").lower().removesuffix("config"):  # vLLM's names: Frontend, Cache, …
+            return True
         word = word.lower().lstrip("-").replace("_", "-")
         return any(word in option for option in action.option_strings) or word in (action.help or "").lower()
 
@@ -154,6 +213,70 @@ class _ListAction(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
+class _RepeatedAction(_ListAction):
+    """The same, and given several times it adds."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        before = getattr(namespace, self.dest)
+        super().__call__(parser, namespace, values, option_string)
+        setattr(namespace, self.dest, [*before, *getattr(namespace, self.dest)])
+
+
+class _JsonAction(argparse.Action):
+    """A JSON object; given several times, or by its parts, they are put together, the last word on each key wins."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        before = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, values if before is self.default else _merged(before, values))
+
+
+def _merged(old: Any, new: Any) -> Any:
+    """Objects key by key, and a list behind a list (what `--a.b+` makes); else the new value."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return {**old, **{key: _merged(old[key], value) if key in old else value for key, value in new.items()}}
+    return old + new if isinstance(old, list) and isinstance(new, list) else new
+
+
+def _nested(path: Sequence[str], value: str) -> Any:
+    """A value as typed, in an object for each name of the path; `name+` makes a list of words between commas."""
+    if not path:
+        try:
+            return json.loads(value)
+        except ValueError:
+            return value
+    name, *rest = path
+    if name.endswith("+"):
+        return {name[:-1]: [_nested(rest, item) for item in value.split(",")]}
+    return {name: _nested(rest, value)}
+
+
+def _without_option(args: list[str], option: str) -> tuple[list[str], str | None]:
+    """The arguments without an option and its value, and the value, if it was there."""
+    for i, word in enumerate(args):
+        if word == "--":
+            break
+        if word == option and i + 1 < len(args):
+            return args[:i] + args[i + 2 :], args[i + 1]
+        if word.startswith(f"{option}="):
+            return args[:i] + args[i + 1 :], word.partition("=")[2]
+    return args, None
+
+
+def _as_word(name: str, value: Any) -> str:
+    """`name: value` of a YAML file as one word of a command line."""
+    if value is True:
+        return f"--{name}"
+    if value is False:
+        return f"--no-{name}"
+    return f"--{name}={json.dumps(value) if isinstance(value, (list, dict)) else value}"
+
+
+def _negations(option: str) -> set[str]:
+    """An option and its --no- form."""
+    bare = option.removeprefix("--no-").removeprefix("--")
+    return {f"--{bare}", f"--no-{bare}"}
+
+
 def add_dataclass_arguments(
     parser: argparse.ArgumentParser, config_class: type, *, docs: dict[str, str], title: str, description: str
 ) -> None:
@@ -162,7 +285,7 @@ def add_dataclass_arguments(
     hints = get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
         option = "--" + field.name.replace("_", "-")
-        group.add_argument(option, default=default_of(field), help=docs.get(field.name), **_option(hints[field.name]))
+        group.add_argument(option, default=default_of(field), help=docs.get(field.name), **_option(hints[field.name], field))
 
 
 def default_of(field: dataclasses.Field) -> Any:
@@ -172,8 +295,8 @@ def default_of(field: dataclasses.Field) -> Any:
     return field.default
 
 
-def _option(hint: Any) -> dict[str, Any]:
-    """What `add_argument` wants for a field of this type."""
+def _option(hint: Any, field: dataclasses.Field) -> dict[str, Any]:
+    """What `add_argument` wants for a field of this type; one marked "repeatable" may be given several times."""
     members = [member for member in _members(hint) if member is not type(None)]
     words = [word for member in members if get_origin(member) is Literal for word in get_args(member)]
     if members == [bool]:
@@ -182,9 +305,10 @@ def _option(hint: Any) -> dict[str, Any]:
         return {"choices": words, "metavar": "{" + ",".join(map(str, words)) + "}"}
     kinds = [get_origin(member) or member for member in members if get_origin(member) is not Literal]
     if kinds == [list]:
-        return {"action": _ListAction, "nargs": "+", "metavar": "NAME"}
+        action = _RepeatedAction if field.metadata.get("repeatable") else _ListAction
+        return {"action": action, "nargs": "+", "metavar": "NAME"}
     if kinds == [dict]:
-        return {"type": json_object, "metavar": "JSON"}
+        return {"action": _JsonAction, "type": json_object, "metavar": "JSON"}
     if kinds == [int]:
         return {"type": _one_of(words, size), "metavar": "N"}
     if kinds == [float]:

@@ -220,7 +220,7 @@ def test_a_block_is_found_only_after_its_last_token_is_confirmed():
         Request.from_message(make_request(name, prompt=9), make_block_hasher(BLOCK)) for name in "ab"
     )
     manager.admit(writer, NOTHING_CACHED, writer.num_tokens)
-    assert manager.find_cached_prefix(reader) == NOTHING_CACHED
+    assert manager.find_cached_prefix(reader).num_blocks == 0
     computed(manager, writer, 7)
     assert manager.find_cached_prefix(reader).num_blocks == 1
     computed(manager, writer, 9)

@@ -23,7 +23,7 @@ def test_one_request_too_many_is_a_503_and_room_is_found_again(tiny_model: Path,
             assert httpx.post(url, json=SHORT, timeout=60).status_code == 200
             refused = httpx.post(url, json={**SHORT, "n": 2, "temperature": 1}, timeout=60)
             assert refused.status_code == 503 and refused.headers["retry-after"] == "1"
-            assert refused.json()["error"]["type"] == "Service Unavailable"
+            assert refused.json()["error"]["type"] == "ServiceUnavailableError"
             assert "--max-num-queued-reqs allows 2" in refused.json()["error"]["message"]
         for _ in range(100):  # until the server has noticed that the stream is gone
             answer = httpx.post(url, json={**SHORT, "n": 2, "temperature": 1}, timeout=60)

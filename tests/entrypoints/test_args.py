@@ -60,6 +60,45 @@ def test_underscores_are_as_good_as_dashes():
     assert parse("--no_enable_chunked_prefill").enable_chunked_prefill is False
 
 
+def test_an_object_may_be_given_by_its_parts():
+    args = parse("--hf-overrides", '{"a": {"b": 1}}', "--hf_overrides.a.c_d", "[1]", "--hf-overrides.l+", "x,2")
+    assert args.hf_overrides == {"a": {"b": 1, "c_d": [1]}, "l": ["x", 2]}
+    assert parse("--hf-overrides.l+=x", "--hf-overrides.l+", "y").hf_overrides == {"l": ["x", "y"]}
+    assert parse().hf_overrides == {}
+
+
+def test_a_repeatable_list_grows():
+    assert parse("--middleware", "a.B", "--middleware", "c.D", "e.F").middleware == ["a.B", "c.D", "e.F"]
+
+
+def test_a_file_holds_options_and_the_command_line_wins(tmp_path: Path):
+    path = tmp_path / "options.yaml"
+    path.write_text(
+        "model: theirs\nmax_model_len: 1k\nserved-model-name: [a, b]\nenable-prefix-caching: false\n"
+        "hf-overrides: {x: 1}\nport: 9\nseed: null\nallow-credentials: true\n"
+    )
+    args = parse("--config", str(path), "--port", "7", "--hf-overrides.y", "2")
+    assert (args.max_model_len, args.served_model_name, args.enable_prefix_caching) == (1000, ["a", "b"], False)
+    assert (args.port, args.hf_overrides, args.allow_credentials) == (7, {"x": 1, "y": 2}, True)
+    assert (args.model_tag, args.model) == ("some/model", "theirs")
+    validate_args(args)
+    assert args.model == "some/model"
+    only_file = make_arg_parser().parse_args([f"--config={path}"])
+    validate_args(only_file)
+    assert only_file.model == "theirs"
+    assert parse(f"--config={path}", "--enable-prefix-caching").enable_prefix_caching is True
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [("max-modle-len: 5", "did you mean --max-model-len"), ("tensor-parallel-size: 4", "--tensor-parallel-size"),
+     ("- a", "one option a line"), ("port: http", "--port"), ("a: [", "cannot be read")],
+)  # fmt: skip
+def test_a_wrong_file_is_refused(capsys, tmp_path: Path, text: str, names: str):
+    (tmp_path / "options.yaml").write_text(text)
+    assert names in last_line(capsys, "--config", str(tmp_path / "options.yaml"))
+
+
 def test_a_list_may_be_words_or_json():
     assert parse("--allowed-origins", '["http://a", "http://b"]').allowed_origins == ["http://a", "http://b"]
     assert parse("--allowed-origins", "http://a").allowed_origins == ["http://a"]
@@ -159,6 +198,16 @@ def test_without_a_model_the_one_in_the_box_is_served_under_its_name():
         (["m", "--api-key", ""], "--api-key"),
         (["m", "--root-path", "api"], "--root-path"),
         (["m", "--chat-template", "no/such/file"], "no/such/file"),
+        (["m", "--middleware", "no.such.Thing"], "no.such.Thing"),
+        (["m", "--middleware", "json.dumps"], "neither a class"),
+        (["m", "--ssl-keyfile", "k"], "--ssl-certfile"),
+        (["m", "--ssl-certfile", "no/such.pem"], "no/such.pem"),
+        (["m", "--ssl-certfile", __file__], "TLS"),
+        (["m", "--ssl-cert-reqs", "3"], "--ssl-cert-reqs"),
+        (["m", "--enable-log-outputs"], "--enable-log-requests"),
+        (["m", "--sse-keep-alive-interval", "-1"], "--sse-keep-alive-interval"),
+        (["m", "--h11-max-header-count", "0"], "--h11-max-header-count"),
+        (["m", "--uds", ""], "--uds"),
     ],
 )
 def test_what_the_front_end_can_see_is_checked_at_once(args: list[str], reason: str):
@@ -187,6 +236,7 @@ def test_help_can_be_asked_about_a_group_or_a_word():
     parser = make_arg_parser()
     assert "--block-size" in parser.help_about("CacheConfig")
     assert "--port" not in parser.help_about("CacheConfig")
+    assert "--port" in parser.help_about("frontend")
     assert "--kv-cache-memory-bytes" in parser.help_about("kv_cache")
     assert "no option" in parser.help_about("quux")
 

@@ -194,4 +194,4 @@ def test_a_full_queue_is_a_503():
     engine.max_num_requests = 1
     response = post(engine, {"prompt": "x", "n": 2})
     assert response.status_code == 503
-    assert response.json()["error"]["type"] == "Service Unavailable"
+    assert response.json()["error"]["type"] == "ServiceUnavailableError"

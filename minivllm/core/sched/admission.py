@@ -26,12 +26,6 @@ class Candidate:
         return self._kv_cache.find_cached_prefix(self.request)
 
     @property
-    def first_missing_hash(self) -> bytes | None:
-        """The block that follows what it would take from the cache."""
-        missing = self._kv_cache.findable_hashes(self.request)[self.cached_prefix.num_blocks :]
-        return missing[0] if missing else None
-
-    @property
     def num_cached_tokens(self) -> int:
         return self.cached_prefix.num_blocks * self._kv_cache.block_size
 
@@ -90,7 +84,7 @@ class PrefixNotUnderway(AdmissionRule):
     lets_others_pass = True
 
     def why_not(self, candidate: Candidate, step: Step) -> str | None:
-        if not step.blocks_underway or candidate.first_missing_hash not in step.blocks_underway:
+        if not step.blocks_underway or candidate.cached_prefix.next_hash not in step.blocks_underway:
             return None
         return "its prefix is being computed by another request and will be in the cache next step"
 

@@ -15,7 +15,7 @@ def make_parser() -> FlexibleArgumentParser:
 
 def run(args: Namespace) -> None:
     validate_args(args)
-    configure("APIServer", args.log_level)
+    configure("APIServer", args.log_level, config_file=args.log_config_file)
     from minivllm.entrypoints.openai import api_server  # after --help and wrong arguments are dealt with
 
     api_server.run(args)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import gc
 import hashlib
 import json
@@ -29,7 +28,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from minivllm import envs
 from minivllm.config.frontend import FrontendConfig
-from minivllm.exceptions import ConfigError
+from minivllm.entrypoints.openai.listen import (
+    create_server_socket,
+    create_unix_socket,
+    remove_unix_socket,
+    url_of,
+)
 from minivllm.logger import configure, init_logger
 from minivllm.version import __version__
 
@@ -40,6 +44,7 @@ if TYPE_CHECKING:
 
     from minivllm.engine.async_llm import AsyncLLM
     from minivllm.engine.front import StatLogger
+    from minivllm.entrypoints.openai.request_log import RequestLog
     from minivllm.messages.stats import IterationStats, SchedulerStats
 
 logger = init_logger("minivllm.entrypoints.openai.api_server")  # __name__ is __main__ when run as a module
@@ -83,12 +88,11 @@ def setup_server(args: Namespace) -> tuple[str, socket.socket]:
     for signum in END_SIGNALS:
         signal.signal(signum, _exit_on_signal)
     _raise_open_files_limit()
-    sock = create_server_socket(frontend.host or "", frontend.port)
-    url = _url(frontend.host or "", sock)
+    host = frontend.host or ""
+    sock = create_server_socket(host, frontend.port) if frontend.uds is None else create_unix_socket(frontend.uds)
+    url = url_of(host, sock, tls=frontend.ssl_certfile is not None)
     logger.info("minivllm %s: %s is bound; it answers when the model is loaded", __version__, url)
-    if os.environ.get("VLLM_API_KEY") and not api_keys(frontend):
-        logger.warning("VLLM_API_KEY is not read: no key is needed; set MINIVLLM_API_KEY or pass --api-key to need one")
-    if (frontend.host or "") in ALL_INTERFACES and not api_keys(frontend):
+    if frontend.uds is None and host in ALL_INTERFACES and not api_keys(frontend):
         logger.warning(
             "THE SERVER LISTENS ON ALL INTERFACES WITHOUT A KEY: whoever reaches port %d can use it; "
             "pass --host 127.0.0.1 or --api-key",
@@ -105,54 +109,9 @@ def frontend_config(args: Namespace) -> FrontendConfig:
 
 
 def api_keys(frontend: FrontendConfig) -> list[str]:
-    """Keys that a request may carry; without any, none is needed."""
-    return [key for key in [*(frontend.api_key or []), envs.get("MINIVLLM_API_KEY")] if key]
-
-
-def create_server_socket(host: str, port: int) -> socket.socket:
-    """A bound socket that does not listen yet, so that a load balancer sees no server before there is one.
-
-    Raises:
-        ConfigError: the address is taken, not ours, or not allowed.
-    """
-    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
-    try:
-        try:
-            # Without SO_REUSEADDR: with it, Linux lets two servers bind as long as neither listens, and the
-            # second would learn of the first only after it had loaded its model.
-            sock.bind((host, port))
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE:
-                raise
-            # Connections in TIME_WAIT do not count.
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            sock.bind((host, port))
-    except (OSError, OverflowError) as error:
-        sock.close()
-        raise ConfigError(_bind_failure(host, port, error)) from error
-    return sock
-
-
-def _bind_failure(host: str, port: int, error: Exception) -> str:
-    address = f"{host or '0.0.0.0'}:{port}"
-    code = getattr(error, "errno", None)
-    if code == errno.EADDRINUSE:
-        return f"port {port} is in use{_holder(port)}; stop that server or pass another --port"
-    if code == errno.EACCES:
-        return f"port {port} needs privileges this process lacks; pass a --port from 1024"
-    return f"cannot bind {address}: {getattr(error, 'strerror', None) or error}; check --host and --port"
-
-
-def _holder(port: int) -> str:
-    """Who listens on the port, if the system lets us see it."""
-    import psutil
-
-    with contextlib.suppress(psutil.Error, OSError):
-        for connection in psutil.net_connections("tcp"):
-            if connection.laddr and connection.laddr.port == port and connection.status == psutil.CONN_LISTEN:
-                if connection.pid is not None:
-                    return f" by process {connection.pid} ({psutil.Process(connection.pid).name()})"
-    return ""
+    """Keys that a request may carry; without any, none is needed. vLLM's variable counts when nothing else is said."""
+    keys = [key for key in [*(frontend.api_key or []), envs.get("MINIVLLM_API_KEY")] if key]
+    return keys or [key for key in [envs.get("VLLM_API_KEY")] if key]
 
 
 def _raise_open_files_limit() -> None:
@@ -175,12 +134,6 @@ def _exit_on_signal(signum: int, _frame: Any) -> NoReturn:
     os._exit(128 + signum)
 
 
-def _url(host: str, sock: socket.socket) -> str:
-    port = sock.getsockname()[1]
-    host = "127.0.0.1" if host in ("", "0.0.0.0") else "::1" if host == "::" else host
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
 async def run_server(args: Namespace) -> None:
     """Bind, then serve until a signal or the engine's death. Run it on uvloop, as `main` does.
 
@@ -191,7 +144,7 @@ async def run_server(args: Namespace) -> None:
     try:
         await run_server_worker(url, sock, args)
     finally:
-        sock.close()
+        remove_unix_socket(sock, args.uds)
 
 
 async def run_server_worker(url: str, sock: socket.socket, args: Namespace) -> None:
@@ -212,10 +165,8 @@ async def run_server_worker(url: str, sock: socket.socket, args: Namespace) -> N
                 sock,
                 engine=engine,
                 lifecycle=app.state.lifecycle,
-                shutdown_timeout_s=frontend.shutdown_timeout,
-                on_listening=lambda: _announce(engine, app, url, bool(api_keys(frontend))),
-                log_level=frontend.uvicorn_log_level,
-                access_log=not frontend.disable_uvicorn_access_log,
+                frontend=frontend,
+                on_listening=lambda: _announce(engine, app, url, frontend),
             )
         finally:
             statistics.cancel()
@@ -292,33 +243,54 @@ def build_app(args: Namespace) -> FastAPI:
 
     from minivllm.entrypoints.openai.chat_completion.router import router as chat_router
     from minivllm.entrypoints.openai.completion.router import router as completion_router
-    from minivllm.entrypoints.openai.errors import install_error_handlers
+    from minivllm.entrypoints.openai.errors import Failures, install_error_handlers
     from minivllm.entrypoints.openai.health.router import router as health_router
     from minivllm.entrypoints.openai.lifecycle import Lifecycle
     from minivllm.entrypoints.openai.metrics.router import router as metrics_router
-    from minivllm.entrypoints.openai.middleware import Admission, Authentication, BodyLimit
+    from minivllm.entrypoints.openai.middleware import (
+        OPEN_PATHS,
+        Admission,
+        Authentication,
+        BodyLimit,
+        RequestId,
+        load_middleware,
+    )
     from minivllm.entrypoints.openai.models.router import router as models_router
     from minivllm.entrypoints.openai.tokenize.router import router as tokenize_router
 
     frontend = frontend_config(args)
     docs = {"openapi_url": None, "docs_url": None, "redoc_url": None} if frontend.disable_fastapi_docs else {}
     app = FastAPI(title="minivllm", version=__version__, root_path=frontend.root_path or "", **docs)
-    app.state.lifecycle = Lifecycle()
+    state = app.state
+    state.lifecycle = Lifecycle()
+    state.strict_fields = frontend.strict_fields
+    state.tracks_load = frontend.enable_server_load_tracking
+    state.log_error_stack = frontend.log_error_stack
     routers = (health_router, metrics_router, models_router, tokenize_router, completion_router, chat_router)
     for router in routers:
         app.include_router(router)
     install_error_handlers(app)
     # The last added is the first a request meets.
     app.add_middleware(BodyLimit)
-    app.add_middleware(Admission, lifecycle=app.state.lifecycle)
+    app.add_middleware(Admission, lifecycle=state.lifecycle)
     if keys := api_keys(frontend):
-        app.add_middleware(Authentication, keys=keys)
+        open_paths = OPEN_PATHS - {"/metrics"} if frontend.protect_metrics else OPEN_PATHS
+        app.add_middleware(Authentication, keys=keys, open_paths=open_paths)
+    for import_path in frontend.middleware:
+        middleware = load_middleware(import_path)
+        if isinstance(middleware, type):
+            app.add_middleware(middleware)
+        else:
+            app.middleware("http")(middleware)
+    app.add_middleware(Failures)
+    app.add_middleware(RequestId, always=frontend.enable_request_id_headers)
     app.add_middleware(
         CORSMiddleware,
         allow_origins=frontend.allowed_origins,
         allow_credentials=frontend.allow_credentials,
         allow_methods=frontend.allowed_methods,
         allow_headers=frontend.allowed_headers,
+        expose_headers=["X-Request-Id", "X-Ignored-Fields"],
     )
     return app
 
@@ -354,11 +326,24 @@ def init_app_state(engine: AsyncLLM, args: Namespace, app: FastAPI, stats: StatL
         return_tokens_as_token_ids=frontend.return_tokens_as_token_ids,
         force_include_usage=frontend.enable_force_include_usage,
         system_fingerprint=_fingerprint(engine, names[0]),
+        shows_cached_tokens=frontend.enable_prompt_tokens_details,
+        keep_alive_s=frontend.sse_keep_alive_interval,
+        request_log=_request_log(frontend),
     )
     common = (engine, state.models, renderer, state.lifecycle, settings)
     state.serving_completion = ServingCompletion(*common)
     state.serving_chat = ServingChat(*common)
     state.serving_tokenize = ServingTokenize(state.models, renderer)
+
+
+def _request_log(frontend: FrontendConfig) -> RequestLog | None:
+    from minivllm.entrypoints.openai.request_log import RequestLog
+
+    if not frontend.enable_log_requests:
+        return None
+    return RequestLog(
+        outputs=frontend.enable_log_outputs, deltas=frontend.enable_log_deltas, max_len=frontend.max_log_len
+    )
 
 
 def _fingerprint(engine: AsyncLLM, name: str) -> str:
@@ -382,7 +367,7 @@ async def _log_statistics(stats: StatLoggers) -> None:
         stats.log(time.monotonic())
 
 
-def _announce(engine: AsyncLLM, app: FastAPI, url: str, needs_key: bool) -> None:
+def _announce(engine: AsyncLLM, app: FastAPI, url: str, frontend: FrontendConfig) -> None:
     """The last words before silence: what is served, and a line to paste."""
     ready, name = engine.ready, app.state.models.names[0]
     body: dict[str, Any] = {"model": name, "prompt": "Once upon a time", "max_tokens": 32}
@@ -392,8 +377,9 @@ def _announce(engine: AsyncLLM, app: FastAPI, url: str, needs_key: bool) -> None
     elif engine.tokenizer.chat_template is not None:
         route = "chat/completions"
         body = {"model": name, "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 32}
-    key = ' -H "Authorization: Bearer $MINIVLLM_API_KEY"' if needs_key else ""
-    curl = f"curl -s {url}/v1/{route} -H 'Content-Type: application/json'{key} -d {shlex.quote(json.dumps(body))}"
+    key = ' -H "Authorization: Bearer $MINIVLLM_API_KEY"' if api_keys(frontend) else ""
+    base = url if frontend.uds is None else f"--unix-socket {shlex.quote(frontend.uds)} http://localhost"
+    curl = f"curl -s {base}/v1/{route} -H 'Content-Type: application/json'{key} -d {shlex.quote(json.dumps(body))}"
     lines = [
         "",
         f"  minivllm {__version__} serves {name} ({ready.dtype}, context {ready.max_model_len} tokens)",
@@ -424,7 +410,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         args = make_arg_parser().parse_args(argv)
         validate_args(args)
-        configure("APIServer", args.log_level)
+        configure("APIServer", args.log_level, config_file=args.log_config_file)
         run(args)
 
 

@@ -12,6 +12,7 @@ from minivllm.config.frontend import FrontendConfig
 from minivllm.config.model_files import why_no_template
 from minivllm.config.not_yet import ALIASES, NOT_YET, refusal, words_to_ignore
 from minivllm.engine.arg_utils import AsyncEngineArgs
+from minivllm.entrypoints.openai.tls import check_tls
 from minivllm.exceptions import ConfigError
 from minivllm.utils.argparse_utils import FlexibleArgumentParser, add_dataclass_arguments
 from minivllm.utils.text import nearest
@@ -34,6 +35,7 @@ def make_arg_parser(parser: FlexibleArgumentParser | None = None) -> FlexibleArg
     parser.epilog = environment_help()
     parser.formatter_class = type("_Raw", (parser.formatter_class, argparse.RawDescriptionHelpFormatter), {})
     parser.add_argument("model_tag", nargs="?", metavar="MODEL", help="A local directory or a hub id (or --model).")
+    parser.add_argument("--config", metavar="FILE", help="YAML file with options, by their long names; others win.")
     add_dataclass_arguments(
         parser,
         FrontendConfig,
@@ -80,7 +82,7 @@ def validate_args(args: argparse.Namespace) -> None:
     """
     check_environment()
     if args.model_tag:
-        if args.model and args.model != args.model_tag:
+        if args.model and args.model != args.model_tag and "--model" not in args.from_config:
             raise ConfigError(f"two models are named, {args.model_tag} and --model {args.model}; name one")
         args.model = args.model_tag
     if not 0 <= args.port <= 65535:
@@ -93,9 +95,25 @@ def validate_args(args: argparse.Namespace) -> None:
         )
     if args.api_key and not all(args.api_key):
         raise ConfigError("--api-key holds an empty key; leave it out to serve without keys")
+    if args.uds == "":
+        raise ConfigError("--uds is empty; give a path, or leave it out for TCP")
+    if args.enable_log_outputs and not args.enable_log_requests:
+        raise ConfigError("--enable-log-outputs needs --enable-log-requests")
+    for option in ("sse_keep_alive_interval", "max_log_len"):
+        if (value := getattr(args, option)) is not None and value < 0:
+            raise ConfigError(f"--{option.replace('_', '-')} {value} must be 0 or more")
+    for option in ("h11_max_incomplete_event_size", "h11_max_header_count"):
+        if (value := getattr(args, option)) < 1:
+            raise ConfigError(f"--{option.replace('_', '-')} {value} must be at least 1")
     if args.root_path and not args.root_path.startswith("/"):
         raise ConfigError(f"--root-path {args.root_path} must start with /")
     _check_chat_template(args.chat_template)
+    check_tls(args)
+    if args.middleware:
+        from minivllm.entrypoints.openai.middleware import load_middleware
+
+        for import_path in args.middleware:
+            load_middleware(import_path)
 
 
 def _check_chat_template(template: str | None) -> None:

@@ -1,6 +1,7 @@
-"""What a client sees when something fails: vLLM's JSON body and status codes.
+"""What a client sees when something fails: vLLM's JSON body and status codes, and Anthropic's on its routes.
 
-Owns the mapping from exceptions to bodies; routes and streams raise, and never build a body themselves.
+Owns the mapping from exceptions to bodies; routes and streams raise, and never build a body themselves. A status has
+one spelling of `type`, whoever found the fault, and `param` names the field as the client wrote it.
 """
 
 from __future__ import annotations
@@ -26,6 +27,31 @@ logger = init_logger(__name__)
 MAX_LISTED_ERRORS = 10
 MAX_SHOWN_INPUT = 60  # characters
 MAX_MESSAGE_CHARS = 1000  # a message may quote the request
+ANTHROPIC_PATH = "/v1/messages"
+_TYPES = {
+    400: "BadRequestError",
+    401: "AuthenticationError",
+    403: "PermissionDeniedError",
+    404: "NotFoundError",
+    405: "MethodNotAllowedError",
+    409: "ConflictError",
+    413: "RequestTooLargeError",
+    422: "UnprocessableEntityError",
+    429: "RateLimitError",
+    431: "RequestTooLargeError",
+    500: "InternalServerError",
+    501: "NotImplementedError",
+    503: "ServiceUnavailableError",
+}
+# https://docs.anthropic.com/en/api/errors
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
 # What an exception from the engine may carry and a client need not see: addresses and absolute paths.
 _PRIVATE = re.compile(r"0x[0-9a-fA-F]{4,}|(?<![\w.])(?:[a-z]+://)?/(?:[\w.@+-]+/)+[\w.@+-]*")
 
@@ -34,7 +60,6 @@ class ServerClosingError(EngineError):
     """The server stops: it takes no new requests and ends those that are open."""
 
     status = 503
-    type = "ServiceUnavailableError"
 
     def __init__(
         self, message: str = "the server is shutting down; send the request again elsewhere or later"
@@ -51,6 +76,16 @@ class ErrorInfo(msgspec.Struct):
 
 class ErrorResponse(msgspec.Struct):
     error: ErrorInfo
+
+
+class AnthropicErrorInfo(msgspec.Struct):
+    type: str
+    message: str
+
+
+class AnthropicError(msgspec.Struct, tag_field="type", tag="error"):
+    error: AnthropicErrorInfo
+    request_id: str | None = None
 
 
 _encode = msgspec.json.Encoder().encode
@@ -72,26 +107,42 @@ def _quotable(text: str) -> str:
 
 def _info(error: BaseException) -> ErrorInfo:
     if isinstance(error, RequestError):
-        return ErrorInfo(error.message, error.type, error.param, error.status)
+        return _of_status(error.status, error.message, error.param)
     if isinstance(error, EngineError):
-        return ErrorInfo(_PRIVATE.sub("…", str(error)), error.type, None, error.status)
+        return _of_status(error.status, _PRIVATE.sub("…", str(error)))
     if isinstance(error, RequestValidationError):
         return _validation_info(error)
     if isinstance(error, HTTPException):
-        return ErrorInfo(str(error.detail), HTTPStatus(error.status_code).phrase, None, error.status_code)
-    return ErrorInfo("internal error; the server's log has the cause", "InternalServerError", None, 500)
+        return _of_status(error.status_code, str(error.detail))
+    return _of_status(500, "internal error; the server's log has the cause")
+
+
+def _of_status(status: int, message: str, param: str | None = None) -> ErrorInfo:
+    return ErrorInfo(message, _TYPES.get(status) or HTTPStatus(status).phrase, param, status)
 
 
 def error_body(error: BaseException) -> bytes:
     return _encode(ErrorResponse(error_info(error)))
 
 
-def error_response(error: BaseException, headers: dict[str, str] | None = None) -> Response:
+def anthropic_error(error: BaseException) -> AnthropicError:
+    """The body of any exception, as Anthropic's clients read it; a field is named in the message."""
     info = error_info(error)
+    kind = _ANTHROPIC_TYPES.get(info.code) or ("invalid_request_error" if info.code < 500 else "api_error")
+    message = info.message if not info.param or info.param in info.message else f"{info.param}: {info.message}"
+    return AnthropicError(AnthropicErrorInfo(kind, message))
+
+
+def error_response(error: BaseException, headers: dict[str, str] | None = None, *, path: str = "") -> Response:
+    """path: of the request, which decides the shape."""
+    info = error_info(error)
+    body: msgspec.Struct = ErrorResponse(info)
+    if f"{path}/".endswith((f"{ANTHROPIC_PATH}/", f"{ANTHROPIC_PATH}/count_tokens/")):
+        body = anthropic_error(error)
     headers = dict(headers or {})
     if info.code == HTTPStatus.SERVICE_UNAVAILABLE:
         headers["Retry-After"] = "1"
-    return Response(_encode(ErrorResponse(info)), info.code, headers, media_type="application/json")
+    return Response(_encode(body), info.code, headers, media_type="application/json")
 
 
 def _validation_info(error: RequestValidationError) -> ErrorInfo:
@@ -101,11 +152,13 @@ def _validation_info(error: RequestValidationError) -> ErrorInfo:
         lines.append("…")
     count = f"{len(errors)} validation error{'s' if len(errors) != 1 else ''}"
     param = _location(errors[0]) if errors else None
-    return ErrorInfo("\n".join([f"{count}:", *lines]), "Bad Request", param, 400)
+    return _of_status(400, "\n".join([f"{count}:", *lines]), param)
 
 
 def _location(entry: dict[str, Any]) -> str:
-    return ".".join(str(part) for part in entry.get("loc", ()))
+    """The field as the client wrote it: without FastAPI's "body" before it."""
+    loc = [str(part) for part in entry.get("loc", ())]
+    return ".".join(loc[1:] if loc[:1] == ["body"] and len(loc) > 1 else loc)
 
 
 def _validation_line(entry: dict[str, Any]) -> str:
@@ -121,8 +174,14 @@ def _validation_line(entry: dict[str, Any]) -> str:
 
 async def _on_error(request: Request, error: Exception) -> Response:
     if isinstance(error, EngineError):
-        logger.error("%s %s failed: %s", request.method, request.url.path, error)
-    return error_response(error)
+        logger.error("%s %s failed: %s", request.method, request.scope["path"], error)
+    return _respond(request, error)
+
+
+def _respond(request: Request, error: Exception, headers: dict[str, str] | None = None) -> Response:
+    if getattr(request.app.state, "log_error_stack", False):
+        logger.error("%s %s is answered with an error", request.method, request.scope["path"], exc_info=error)
+    return error_response(error, headers, path=request.scope["path"])
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:
@@ -132,7 +191,7 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
     elif error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
         detail = f"{request.scope['path']} does not answer {request.method}"
         error = HTTPException(405, detail, error.headers)
-    return error_response(error, dict(error.headers or {}))
+    return _respond(request, error, dict(error.headers or {}))
 
 
 class Failures:
@@ -159,12 +218,11 @@ class Failures:
             if scope["type"] != "http" or started:
                 raise
             logger.exception("%s %s failed", scope["method"], scope["path"])
-            await error_response(error)(scope, receive, send)
+            await error_response(error, path=scope["path"])(scope, receive, send)
 
 
 def install_error_handlers(app: FastAPI) -> None:
     """Give every failure of every route, routing itself included, the one body."""
-    app.add_middleware(Failures)
     app.add_exception_handler(MinivllmError, _on_error)
     app.add_exception_handler(RequestValidationError, _on_error)
     app.add_exception_handler(HTTPException, _on_http_error)

@@ -14,8 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
+from minivllm.config.frontend import FrontendConfig
+from minivllm.entrypoints.openai.access_log import silence
+from minivllm.entrypoints.openai.http_protocol import limited_protocol
 from minivllm.entrypoints.openai.lifecycle import Lifecycle
-from minivllm.logger import init_logger
+from minivllm.entrypoints.openai.tls import refresh_certificates, uvicorn_tls_options
+from minivllm.logger import init_logger, log_config_path
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -97,11 +101,10 @@ async def serve_http(
     *,
     engine: AsyncLLM,
     lifecycle: Lifecycle,
-    shutdown_timeout_s: float = 0,
+    frontend: FrontendConfig,
     on_listening: Callable[[], None] = lambda: None,
-    **uvicorn_options: Any,
 ) -> None:
-    """Serve until SIGINT or SIGTERM; the socket is closed at the end.
+    """Serve until SIGINT or SIGTERM; the socket is closed at the end. `frontend` says how; where is the socket's.
 
     Raises:
         EngineDeadError: the engine died under it.
@@ -109,26 +112,37 @@ async def serve_http(
     _log_routes(app)
     config = uvicorn.Config(
         app,
+        http=limited_protocol(frontend.h11_max_incomplete_event_size, frontend.h11_max_header_count),
         lifespan="off",
         backlog=BACKLOG,
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=LAST_BYTES_S,
         server_header=False,
-        **uvicorn_options,
+        uds=frontend.uds,  # for its log line; the socket is bound
+        log_level=frontend.uvicorn_log_level,
+        access_log=not frontend.disable_uvicorn_access_log,
+        **({"log_config": None} if log_config_path(frontend.log_config_file) else {}),  # `logger.configure` has read it
+        **uvicorn_tls_options(frontend),
     )
+    silence(frontend.disable_access_log_for_endpoints)
     server = _Server(config, on_listening)
-    stopper = _Stopper(server, lifecycle, shutdown_timeout_s)
+    stopper = _Stopper(server, lifecycle, frontend.shutdown_timeout)
     loop = asyncio.get_running_loop()
     for signum in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(signum, stopper.on_signal, signum)
-    watchdog = asyncio.ensure_future(_stop_when_dead(engine, server, lifecycle))
+    beside = [asyncio.ensure_future(_stop_when_dead(engine, server, lifecycle))]
+    if frontend.enable_ssl_refresh:
+        config.load()
+        beside.append(asyncio.ensure_future(refresh_certificates(config.ssl, frontend)))
     # The socket was bound without it, so that no second server could bind beside it while the model loaded. Set on the
     # listener, it lets a successor bind while connections of this one are still in TIME_WAIT.
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if sock.family != socket.AF_UNIX:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         await server.serve(sockets=[sock])
     finally:
-        watchdog.cancel()
+        for task in beside:
+            task.cancel()
         sock.close()
     if engine.errored:
         raise engine.dead_error

@@ -16,6 +16,7 @@ class Lifecycle:
     def __init__(self) -> None:
         self.draining = False
         self.num_open = 0
+        self.num_loading = 0  # of these, what GET /load counts
         self._closing: asyncio.Future[None] | None = None
         self._idle = asyncio.Event()
         self._idle.set()
@@ -48,6 +49,10 @@ class Lifecycle:
             self.num_open -= 1
             if self.num_open == 0:
                 self._idle.set()
+
+    def unload(self) -> None:
+        """One that GET /load counts has been answered."""
+        self.num_loading -= 1
 
     async def wait_idle(self, timeout_s: float) -> bool:
         """Wait until nothing is open; False when it took too long."""

@@ -1,52 +1,91 @@
-"""What every request passes before its route. Plain ASGI: bodies are counted, streamed chunks not touched."""
+"""What every request passes before its route. Plain ASGI: bodies are counted, streamed chunks not touched.
+
+    CORS ─▶ RequestId ─▶ Failures ─▶ --middleware ─▶ Authentication ─▶ Admission ─▶ BodyLimit ─▶ routes
+"""
 
 from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Iterable
+import inspect
+import uuid
+from collections.abc import Callable, Iterable
+from importlib import import_module
 from typing import Any
 
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 
 from minivllm.entrypoints.openai.errors import ServerClosingError, error_response
 from minivllm.entrypoints.openai.lifecycle import Lifecycle
+from minivllm.exceptions import ConfigError
 
 MAX_BODY_BYTES = 64 << 20
-OPEN_PATHS = frozenset({"/health", "/ping", "/metrics"})  # what probes and scrapers call, without a key
+MAX_ID_CHARS = 256
+# What probes and scrapers call, without a key; --protect-metrics closes the last.
+OPEN_PATHS = frozenset({"/health", "/ping", "/metrics"})
+
+
+class RequestId:
+    """Gives every request an id, its own X-Request-Id or a new one, and sends it back: always, or with errors only.
+
+    It stands in the scope as "minivllm.request_id". A header that is too long or not printable is not taken.
+    """
+
+    def __init__(self, app: Any, *, always: bool) -> None:
+        self.app = app
+        self._always = always
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get("x-request-id", "")
+        fits = 1 <= len(given) <= MAX_ID_CHARS and given.isprintable()
+        request_id = scope["minivllm.request_id"] = given if fits else uuid.uuid4().hex
+
+        async def with_id(message: Any) -> None:
+            if message["type"] == "http.response.start" and (self._always or message["status"] >= 400):
+                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+            await send(message)
+
+        await self.app(scope, receive, with_id)
 
 
 class Authentication:
-    """Bearer keys on every route but OPEN_PATHS."""
+    """Keys on every route but the open ones: `Authorization: Bearer KEY`, or `x-api-key: KEY` as Anthropic's clients do.
 
-    def __init__(self, app: Any, keys: Iterable[str]) -> None:
+    open_paths: routed paths that need none.
+    """
+
+    def __init__(self, app: Any, keys: Iterable[str], open_paths: frozenset[str] = OPEN_PATHS) -> None:
         self.app = app
         self._digests = [hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest() for key in keys]
+        self._open_paths = open_paths
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "http" and not self._admits(scope):
+        if scope["type"] == "websocket" and not self._has_key(scope):
+            await send({"type": "websocket.close", "code": 1008})  # before accept: HTTP 403
+        elif scope["type"] == "http" and not self._admits(scope):
             headers = {"WWW-Authenticate": "Bearer"}
-            refusal = HTTPException(
-                401, "this server needs a key; send the header Authorization: Bearer <key>"
-            )
-            await error_response(refusal, headers)(scope, receive, send)
-            return
-        await self.app(scope, receive, send)
+            refusal = HTTPException(401, "this server needs a key; send the header Authorization: Bearer <key>")
+            await error_response(refusal, headers, path=scope["path"])(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
 
     def _admits(self, scope: Any) -> bool:
-        return (
-            scope["method"] == "OPTIONS"
-            or _route_path(scope) in OPEN_PATHS
-            or self._is_key(dict(scope["headers"]).get(b"authorization", b""))
-        )
+        return scope["method"] == "OPTIONS" or _route_path(scope) in self._open_paths or self._has_key(scope)
 
-    def _is_key(self, header: bytes) -> bool:
-        scheme, _, key = header.partition(b" ")
-        digest = hashlib.sha256(key.strip()).digest()  # bytes, as sent: a key need not be ASCII
+    def _has_key(self, scope: Any) -> bool:
+        headers = dict(scope["headers"])
+        scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+        bearer = self._is_key(key.strip())
+        return bearer and scheme.lower() == b"bearer" or self._is_key(headers.get(b"x-api-key", b"").strip())
+
+    def _is_key(self, key: bytes) -> bool:
+        digest = hashlib.sha256(key).digest()  # bytes, as sent: a key need not be ASCII
         # Every key is compared, in constant time: how long it takes tells nothing.
-        matches = [hmac.compare_digest(digest, known) for known in self._digests]
-        return scheme.lower() == b"bearer" and any(matches)
+        return any([hmac.compare_digest(digest, known) for known in self._digests])
 
 
 def _route_path(scope: Any) -> str:
@@ -68,7 +107,7 @@ class BodyLimit:
         announced = Headers(scope=scope).get("content-length", "")
         if announced.isdecimal() and int(announced[:20]) > MAX_BODY_BYTES:
             refusal = _too_large()
-            await error_response(refusal, dict(refusal.headers))(scope, receive, send)
+            await error_response(refusal, dict(refusal.headers), path=scope["path"])(scope, receive, send)
             return
         num_bytes = 0
 
@@ -100,7 +139,29 @@ class Admission:
         if scope["type"] != "http" or scope["method"] != "POST":
             await self.app(scope, receive, send)
         elif self._lifecycle.draining:
-            await error_response(ServerClosingError(), {"Connection": "close"})(scope, receive, send)
+            refusal = error_response(ServerClosingError(), {"Connection": "close"}, path=scope["path"])
+            await refusal(scope, receive, send)
         else:
             with self._lifecycle.open_request():
-                await self.app(scope, receive, send)
+                scope["minivllm.at_end"] = at_end = []  # what handlers want done once the last byte is sent
+                try:
+                    await self.app(scope, receive, send)
+                finally:
+                    for call in at_end:
+                        call()
+
+
+def load_middleware(import_path: str) -> type | Callable[..., Any]:
+    """The class or coroutine function of one --middleware.
+
+    Raises:
+        ConfigError: there is no such thing, or it is neither.
+    """
+    module_name, _, name = import_path.replace(":", ".").rpartition(".")
+    try:
+        found = getattr(import_module(module_name), name)
+    except Exception as error:
+        raise ConfigError(f"--middleware {import_path} cannot be imported: {error}; give module.Class") from error
+    if not inspect.isclass(found) and not inspect.iscoroutinefunction(found):
+        raise ConfigError(f"--middleware {import_path} is neither a class nor an async function (request, call_next)")
+    return found

@@ -14,17 +14,24 @@ class StreamOptions(BaseModel):
     continuous_usage_stats: bool = False
 
 
+class PromptTokensDetails(msgspec.Struct):
+    cached_tokens: int
+
+
 class Usage(msgspec.Struct):
     """In tokens."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
-    prompt_tokens_details: None = None
+    prompt_tokens_details: PromptTokensDetails | None = None
 
     @classmethod
-    def of(cls, num_prompt_tokens: int, num_completion_tokens: int) -> Usage:
-        return cls(num_prompt_tokens, num_completion_tokens, num_prompt_tokens + num_completion_tokens)
+    def of(cls, num_prompt_tokens: int, num_completion_tokens: int, num_cached_tokens: int | None = None) -> Usage:
+        """num_cached_tokens: of the prompt, from the prefix cache; None: not told."""
+        details = None if num_cached_tokens is None else PromptTokensDetails(num_cached_tokens)
+        total = num_prompt_tokens + num_completion_tokens
+        return cls(num_prompt_tokens, num_completion_tokens, total, details)
 
 
 class PromptLogprob(msgspec.Struct):

@@ -15,10 +15,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 from minivllm.entrypoints.openai.protocol import StreamOptions
 from minivllm.exceptions import RequestError, UnsupportedError
-from minivllm.logger import init_logger
 from minivllm.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
-
-logger = init_logger(__name__)
 
 MAX_LOGIT_BIAS = 100.0
 MAX_ID_CHARS = 256
@@ -68,6 +65,26 @@ NOT_YET: dict[str, Callable[[Any], bool]] = {
     "web_search_options": _null,
 }
 
+
+
+def _anything(value: Any) -> bool:
+    return True
+
+
+# Fields of the OpenAI API or of vLLM that cannot change the answer: name -> the values for which that is so.
+HARMLESS: dict[str, Callable[[Any], bool]] = {
+    "include_reasoning": _anything,
+    "metadata": _anything,
+    "prediction": _anything,  # a hint for speed
+    "prompt_cache_key": _anything,
+    "prompt_cache_retention": _anything,
+    "safety_identifier": _anything,
+    "service_tier": lambda v: v in (None, "auto", "default"),
+    "session_id": _anything,
+    "store": _empty,
+    "verbosity": lambda v: v in (None, "medium"),
+}
+
 # What beam search would not heed: name -> the values that ask for nothing. Others are refused beside it.
 NOT_WITH_BEAMS: dict[str, Callable[[Any], bool]] = {
     "stream": _empty,
@@ -94,6 +111,7 @@ class SamplingFields(BaseModel):
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
     SUPPORTED_HERE: ClassVar[frozenset[str]] = frozenset()  # names of NOT_YET that this endpoint does have
+    KNOWN_ELSEWHERE: ClassVar[frozenset[str]] = frozenset({*NOT_YET, *HARMLESS})  # not "unknown", though no field here
 
     model: str | None = None
     stream: bool = False
@@ -144,6 +162,9 @@ class SamplingFields(BaseModel):
             for name in (NOT_YET.keys() & body.keys()) - cls.SUPPORTED_HERE:
                 if not NOT_YET[name](body[name]):
                     raise UnsupportedError(f"{name} is not supported yet; leave it out", param=name)
+            for name in (HARMLESS.keys() & body.keys()) - cls.model_fields.keys():
+                if not HARMLESS[name](body[name]):
+                    raise UnsupportedError(f"{name}={str(body[name])[:40]} is not supported; leave it out", param=name)
         return body
 
     @model_validator(mode="after")
@@ -166,8 +187,6 @@ class SamplingFields(BaseModel):
         self._check_beams()
         for text in [self.stop] if isinstance(self.stop, str) else self.stop or []:
             check_unicode(text, "stop")
-        if self.model_extra and (unknown := self.model_extra.keys() - NOT_YET.keys()):
-            logger.debug("ignored unknown request fields: %s", ", ".join(sorted(unknown)))
         return self
 
     def _check_beams(self) -> None:

@@ -14,6 +14,7 @@ from minivllm.entrypoints.openai.lifecycle import Lifecycle
 from minivllm.entrypoints.openai.models.serving import ServedModels
 from minivllm.entrypoints.openai.protocol import json_response
 from minivllm.entrypoints.openai.render import Renderer, truncate
+from minivllm.entrypoints.openai.request_log import RequestLog
 from minivllm.entrypoints.openai.sampling_fields import SamplingFields, check_request_id
 from minivllm.entrypoints.openai.sse import EventStream
 from minivllm.exceptions import EngineGenerateError, RequestError
@@ -36,6 +37,9 @@ class ServingSettings:
     return_tokens_as_token_ids: bool = False
     force_include_usage: bool = False
     system_fingerprint: str | None = None
+    shows_cached_tokens: bool = False  # in usage
+    keep_alive_s: float = 0  # see sse.EventStream
+    request_log: RequestLog | None = None
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,8 @@ class ServingBase(ABC):
         """
         model = self._models.resolve(request.model)
         given = raw_request.headers.get("x-request-id")
-        base = check_request_id(given) if given else request.request_id or uuid.uuid4().hex
+        drawn = raw_request.scope.get("minivllm.request_id") or uuid.uuid4().hex  # what X-Request-Id answers
+        base = check_request_id(given) if given else request.request_id or drawn
         return Answering(f"{self.id_prefix}-{base}", model, int(time.time()))
 
     def _check_length(self, num_prompt_tokens: int) -> None:
@@ -123,11 +128,17 @@ class ServingBase(ABC):
     ) -> AsyncGenerator[RequestOutput, None]:
         """The engine's outputs. num_logprobs: what a beam search reports; else `params` say it."""
         if isinstance(params, BeamSearchParams):
-            return self._beams(token_ids, params, request, request_id, num_logprobs)
-        prompt = {"prompt_token_ids": token_ids}
-        if request.cache_salt is not None:
-            prompt["cache_salt"] = request.cache_salt
-        return self._engine.generate(prompt, params, request_id, priority=request.priority)
+            outputs = self._beams(token_ids, params, request, request_id, num_logprobs)
+        else:
+            prompt = {"prompt_token_ids": token_ids}
+            if request.cache_salt is not None:
+                prompt["cache_salt"] = request.cache_salt
+            outputs = self._engine.generate(prompt, params, request_id, priority=request.priority)
+        log = self._settings.request_log
+        if log is None:
+            return outputs
+        log.request(request_id, token_ids, params, self._engine.tokenizer)
+        return log.watched(request_id, outputs)
 
     async def _answer(self, job: Any, outputs: AsyncGenerator[Any, None], num_choices: int) -> Response:
         """The outputs as one body, or as a stream that has begun."""
@@ -138,6 +149,7 @@ class ServingBase(ABC):
             num_choices=num_choices,
             request_id=job.answering.id,
             lifecycle=self._lifecycle,
+            keep_alive_s=self._settings.keep_alive_s,
         )
         return await stream.start()
 
@@ -166,6 +178,10 @@ class ServingBase(ABC):
         if request.return_tokens_as_token_ids is None:
             return self._settings.return_tokens_as_token_ids
         return request.return_tokens_as_token_ids
+
+    def _cached(self, num_cached_tokens: int | None) -> int | None:
+        """Prompt tokens from the prefix cache, if usage is to tell them."""
+        return (num_cached_tokens or 0) if self._settings.shows_cached_tokens else None
 
     def _includes_usage(self, request: SamplingFields) -> bool:
         return request.include_usage or self._settings.force_include_usage

@@ -2,6 +2,7 @@
 
     stream := chunk* (finish usage? | error) [DONE]
 
+with comment lines between them where nothing else came for a while, if that is asked for.
 A stream's only exits are a finish of every choice or one error event, each followed by [DONE].
 """
 
@@ -24,6 +25,7 @@ from minivllm.logger import init_logger
 logger = init_logger(__name__)
 
 LAST_EVENT_S = 1.0  # for the last event of a closing server to find room in the connection's buffer
+KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
 HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -49,15 +51,22 @@ class EventWriter:
         self._send = send
         self._unfinished = set(range(num_choices))
         self.ended = False
+        self.num_written = 0
 
     async def chunk(self, chunk: Chunk) -> None:
         assert not self.ended, "a chunk after the end of its stream"
         for choice in chunk.choices:
             if choice.finish_reason is not None:
                 self._unfinished.discard(choice.index)
+        self.num_written += 1
         await self._send(
             {"type": "http.response.body", "body": b"data: %b\n\n" % _encode(chunk), "more_body": True}
         )
+
+    async def keep_alive(self) -> None:
+        """A comment, which clients skip and proxies count as life."""
+        if not self.ended:
+            await self._send({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
 
     async def finish(self) -> None:
         """End well; an error when a choice never finished."""
@@ -73,12 +82,15 @@ class EventWriter:
 
     async def _end(self, body: bytes) -> None:
         # One message, so that a cancellation cannot come between the last event and [DONE].
-        await self._send({"type": "http.response.body", "body": body, "more_body": False})
         self.ended = True
+        await self._send({"type": "http.response.body", "body": body, "more_body": False})
 
 
 class EventStream(Response):
-    """An ASGI response that streams chunks and closes their generator however it ends."""
+    """An ASGI response that streams chunks and closes their generator however it ends.
+
+    keep_alive_s: after so long without a chunk, also before the first, a comment line is sent; 0: never.
+    """
 
     def __init__(
         self,
@@ -87,6 +99,7 @@ class EventStream(Response):
         num_choices: int,
         request_id: str,
         lifecycle: Lifecycle,
+        keep_alive_s: float = 0,
     ) -> None:
         self.status_code = 200
         self.background = None
@@ -95,11 +108,19 @@ class EventStream(Response):
         self._num_choices = num_choices
         self._request_id = request_id
         self._lifecycle = lifecycle
-        self._first: Chunk | None = None
+        self._keep_alive_s = keep_alive_s
+        self._first: asyncio.Future[Chunk | None] | None = None
 
     async def start(self) -> EventStream:
-        """Wait for the first chunk: until then a failure is a status, not an event."""
-        self._first = await anext(self._chunks, None)
+        """Wait for the first chunk, or for the time to keep the connection alive: until then a failure is a status."""
+        self._first = asyncio.ensure_future(anext(self._chunks, None))
+        try:
+            await asyncio.wait({self._first}, timeout=self._keep_alive_s or None)
+        except asyncio.CancelledError:
+            await self._close()
+            raise
+        if self._first.done():
+            self._first.result()  # raises what it raised
         return self
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -113,13 +134,39 @@ class EventStream(Response):
             with contextlib.suppress(asyncio.TimeoutError):  # of a client that has stopped reading
                 await asyncio.wait_for(writer.fail(error), LAST_EVENT_S)
         finally:
-            await self._chunks.aclose()
+            await self._close()
+
+    async def _close(self) -> None:
+        """End the generator; it cannot be closed while the first chunk is still being waited for."""
+        if self._first is not None and not self._first.done():
+            self._first.cancel()
+            with contextlib.suppress(asyncio.CancelledError, Exception):
+                await self._first
+        await self._chunks.aclose()
 
     async def _write(self, writer: EventWriter) -> None:
-        async with contextlib.aclosing(self._chunks):
+        keeper = asyncio.ensure_future(self._keep_alive(writer)) if self._keep_alive_s else None
+        try:
+            await self._write_chunks(writer)
+        finally:
+            if keeper is not None:
+                keeper.cancel()
+
+    async def _keep_alive(self, writer: EventWriter) -> None:
+        if not self._first.done():
+            await writer.keep_alive()
+        while not writer.ended:
+            before = writer.num_written
+            await asyncio.sleep(self._keep_alive_s)
+            if writer.num_written == before:
+                await writer.keep_alive()
+
+    async def _write_chunks(self, writer: EventWriter) -> None:
+        try:
             try:
-                if self._first is not None:
-                    await writer.chunk(self._first)
+                first = await self._first
+                if first is not None:
+                    await writer.chunk(first)
                 async for chunk in self._chunks:
                     await writer.chunk(chunk)
             except Exception as error:
@@ -128,3 +175,5 @@ class EventStream(Response):
                 await writer.fail(error)
             else:
                 await writer.finish()
+        finally:
+            await self._close()

@@ -1,18 +1,22 @@
-"""How a handler's work ends early: the client goes, or the server closes."""
+"""What is put around a route's handler: its client's leaving, the server's closing, the load, how a body is read."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import functools
+import json
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from typing import Any, TypeVar
 
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
 from minivllm.entrypoints.openai.errors import ServerClosingError
+from minivllm.entrypoints.openai.ignored_fields import report_ignored
 from minivllm.entrypoints.openai.lifecycle import Lifecycle
 from minivllm.logger import init_logger
 
@@ -20,6 +24,7 @@ logger = init_logger(__name__)
 T = TypeVar("T")
 _END: Any = object()
 CLIENT_CLOSED_REQUEST = 499
+MAX_JSON_DEPTH = 128  # objects and arrays inside each other; a JSON schema of a schema has a dozen
 
 
 class ClientDisconnected(Exception):
@@ -61,21 +66,91 @@ async def _cancel(task: asyncio.Future[Any]) -> None:
 def with_cancellation(handler: Callable[..., Coroutine[Any, Any, Response]]) -> Callable[..., Any]:
     """Cancel a route's handler, and with it the engine's work, when its client disconnects.
 
-    The handler must take its `Request` as `raw_request`. A stream it returns watches for itself.
+    The handler must take its `Request` as `raw_request`. A stream it returns watches for itself. Fields of its
+    `request` that nobody defines are named in the response, or refused with --strict-fields.
     """
 
     @functools.wraps(handler)
     async def attended(*args: Any, **kwargs: Any) -> Response:
         raw_request: Request = kwargs["raw_request"]
+        state = raw_request.app.state
+        ignored = report_ignored(kwargs.get("request"), strict=state.strict_fields)
         try:
-            return await attend(
-                handler(*args, **kwargs), raw_request.receive, raw_request.app.state.lifecycle
-            )
+            response = await attend(handler(*args, **kwargs), raw_request.receive, state.lifecycle)
+            if ignored:
+                response.raw_headers.append((b"x-ignored-fields", ", ".join(ignored).encode()))
+            return response
         except ClientDisconnected:
             logger.info("aborted: the client of %s disconnected", raw_request.url.path)
             return Response(status_code=CLIENT_CLOSED_REQUEST)
 
     return attended
+
+
+def load_aware_call(handler: Callable[..., Coroutine[Any, Any, Response]]) -> Callable[..., Any]:
+    """Count a route's requests for GET /load, from the call to the last byte, when the server tracks its load."""
+
+    @functools.wraps(handler)
+    async def counted(*args: Any, **kwargs: Any) -> Response:
+        raw_request: Request = kwargs["raw_request"]
+        state = raw_request.app.state
+        if state.tracks_load:
+            state.lifecycle.num_loading += 1
+            raw_request.scope["minivllm.at_end"].append(state.lifecycle.unload)
+        return await handler(*args, **kwargs)
+
+    return counted
+
+
+class JsonRequest(Request):
+    """A request whose body is JSON of a bounded depth."""
+
+    async def json(self) -> Any:
+        body = await self.body()
+        try:
+            value = json.loads(body)
+        except json.JSONDecodeError:
+            raise  # FastAPI says where
+        except RecursionError:
+            raise _too_deep() from None
+        except ValueError as error:  # not UTF-8, or a number of thousands of digits
+            raise HTTPException(400, f"the body cannot be read as JSON: {str(error)[:200]}") from None
+        # Few bodies have that many brackets; only of those the depth is looked at.
+        if body.count(b"[") + body.count(b"{") > MAX_JSON_DEPTH and _is_deeper(value, MAX_JSON_DEPTH):
+            raise _too_deep()
+        return value
+
+
+def _too_deep() -> HTTPException:
+    return HTTPException(400, f"the body's JSON has more than {MAX_JSON_DEPTH} levels; send a flatter one")
+
+
+def _is_deeper(value: Any, limit: int) -> bool:
+    """Whether objects and arrays are inside each other more than `limit` times. Level by level: no recursion."""
+    level = [value]
+    for _ in range(limit + 1):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, (dict, list))
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, (dict, list))
+        ]
+        if not level:
+            return False
+    return True
+
+
+class JsonRoute(APIRoute):
+    """A route that reads its body as `JsonRequest` does. For `APIRouter(route_class=JsonRoute)`."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def handle_json(request: Request) -> Response:
+            return await handle(JsonRequest(request.scope, request.receive))
+
+        return handle_json
 
 
 async def require_json(raw_request: Request) -> None:

@@ -100,6 +100,8 @@ class FakeEngine:
         self.failure: Exception = EngineDeadError()
         self.refuses: Exception | None = None  # as a full queue does
         self.ends_early = False  # the generator just stops, as it never should
+        self.num_cached_tokens = 0
+        self.slow_start: asyncio.Event | None = None  # nothing comes before it is set
         self.go_on = asyncio.Event()  # cleared: every answer stops after its first token
         self.go_on.set()
         self.dead_error: EngineDeadError | None = None
@@ -148,6 +150,9 @@ class FakeEngine:
         if params.prompt_logprobs is not None:
             prompt_logprobs = [None, *(logprobs_row(t, params.prompt_logprobs) for t in prompt_token_ids[1:])]
         whole = RequestOutput(request_id, None, prompt_token_ids, answers, True, prompt_logprobs)
+        whole.num_cached_tokens = self.num_cached_tokens
+        if self.slow_start is not None:
+            await self.slow_start.wait()
         outputs = [whole] if params.output_kind is RequestOutputKind.FINAL_ONLY else list(_deltas(whole))
         for count, output in enumerate(outputs):
             if count == 1 or len(outputs) == 1:

@@ -110,9 +110,9 @@ def test_a_wrong_field_is_refused_by_name(api: Api, change: dict, param: str | N
 
 def test_a_field_of_the_wrong_type_is_a_validation_error(api: Api):
     error = error_of(api.post("/v1/completions", {"prompt": "Hi", "temperature": "hot", "n": [1]}))
-    assert (error["type"], error["param"], error["code"]) == ("Bad Request", "body.n", 400)
+    assert (error["type"], error["param"], error["code"]) == ("BadRequestError", "n", 400)
     assert error["message"].startswith("2 validation errors:")
-    assert "body.temperature" in error["message"] and "'hot'" in error["message"]
+    assert "  temperature" in error["message"] and "'hot'" in error["message"]
 
 
 @pytest.mark.parametrize("content", [b"{", b"", b"[1]", b'"x"', b"\xff", b"[" * 100_000])
@@ -328,6 +328,6 @@ def test_a_full_queue_is_a_503_that_says_when_to_come_back(api: Api, path: str, 
     response = api.post(path, {**body, "stream": stream})
     assert response.status_code == 503 and response.headers["retry-after"] == "1"
     error = error_of(response)
-    assert (error["type"], error["param"]) == ("Service Unavailable", None)
+    assert (error["type"], error["param"]) == ("ServiceUnavailableError", None)
     assert "4 requests" in error["message"]
     assert api.engine.calls == []

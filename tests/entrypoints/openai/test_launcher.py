@@ -16,6 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from minivllm.config.frontend import FrontendConfig
 from minivllm.engine.async_llm import AsyncLLM
 from minivllm.entrypoints.openai import api_server, launcher, middleware
 from minivllm.entrypoints.openai.launcher import serve_http
@@ -42,9 +43,8 @@ def serve(
                 sock,
                 engine=api.engine,
                 lifecycle=api.lifecycle,
-                shutdown_timeout_s=shutdown_timeout_s,
+                frontend=FrontendConfig(shutdown_timeout=shutdown_timeout_s, uvicorn_log_level="warning"),
                 on_listening=listening.set,
-                log_level="warning",
             )
         )
         await asyncio.wait(
@@ -235,7 +235,7 @@ def test_a_client_hears_that_its_body_is_too_large(api: Api, monkeypatch: pytest
 
 def test_the_curl_line_names_the_server_and_the_model(engine: FakeEngine, capsys: pytest.CaptureFixture):
     api = Api(engine)
-    api_server._announce(engine, api.app, "http://127.0.0.1:8000", needs_key=True)
+    api_server._announce(engine, api.app, "http://127.0.0.1:8000", FrontendConfig(api_key=["k"]))
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "curl" in line]
     words = shlex.split(line.split("try", 1)[1])
     assert "http://127.0.0.1:8000/v1/chat/completions" in words
@@ -286,22 +286,3 @@ def test_listening_everywhere_without_a_key_is_said_loudly(
     assert exits == [128 + signal.SIGTERM]
     assert url.startswith("http://127.0.0.1:")
     assert any("ALL INTERFACES" in message for message in caplog.messages) == loud
-
-
-@pytest.mark.parametrize(("keys", "warned"), [(None, True), (["k"], False)])
-def test_a_key_for_vllm_is_said_not_to_count(
-    keys: list[str] | None, warned: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setenv("VLLM_API_KEY", "secret")
-    monkeypatch.setattr(api_server.logger.parent, "propagate", True)
-    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        _, sock = api_server.setup_server(server_args(host="127.0.0.1", port=0, api_key=keys))
-        sock.close()
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
-    said = [message for message in caplog.messages if "VLLM_API_KEY is not read" in message]
-    assert bool(said) == warned
-    assert not any("secret" in message for message in caplog.messages)
-    assert all("MINIVLLM_API_KEY" in message for message in said)

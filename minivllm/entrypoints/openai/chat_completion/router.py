@@ -6,12 +6,13 @@ from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
 from minivllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-from minivllm.entrypoints.openai.utils import require_json, with_cancellation
+from minivllm.entrypoints.openai.utils import JsonRoute, load_aware_call, require_json, with_cancellation
 
-router = APIRouter(dependencies=[Depends(require_json)])
+router = APIRouter(route_class=JsonRoute, dependencies=[Depends(require_json)])
 
 
 @router.post("/v1/chat/completions")
 @with_cancellation
+@load_aware_call
 async def create_chat_completion(request: ChatCompletionRequest, raw_request: Request) -> Response:
     return await raw_request.app.state.serving_chat.create(request, raw_request)

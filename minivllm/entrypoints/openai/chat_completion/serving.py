@@ -43,13 +43,14 @@ class _Job:
     echo: str
     formatter: LogprobsFormatter
     num_tokens: dict[int, int] = field(default_factory=dict)  # generated so far, by choice
+    num_cached: int | None = None  # prompt tokens from the prefix cache, if usage tells them
 
     def count(self, answer: CompletionOutput) -> None:
         self.num_tokens[answer.index] = self.num_tokens.get(answer.index, 0) + len(answer.token_ids)
 
     @property
     def usage(self) -> Usage:
-        return Usage.of(len(self.token_ids), sum(self.num_tokens.values()))
+        return Usage.of(len(self.token_ids), sum(self.num_tokens.values()), self.num_cached)
 
     def logprobs(self, answer: CompletionOutput) -> ChatLogprobs | None:
         if self.request.num_logprobs is None or not answer.logprobs:
@@ -100,6 +101,8 @@ class ServingChat(ServingBase):
         prompt_logprobs = None
         async with contextlib.aclosing(outputs):
             async for output in outputs:
+                if job.num_cached is None:  # of n answers the first: the others find what it has left
+                    job.num_cached = self._cached(output.num_cached_tokens)
                 prompt_logprobs = output.prompt_logprobs or prompt_logprobs
                 for answer in check_output(output).outputs:
                     job.count(answer)
@@ -134,6 +137,8 @@ class ServingChat(ServingBase):
         async with contextlib.aclosing(outputs):
             async for output in outputs:
                 check_output(output)
+                if job.num_cached is None:  # of n answers the first: the others find what it has left
+                    job.num_cached = self._cached(output.num_cached_tokens)
                 if not opened:
                     opened = True
                     for chunk in self._opening(job):
@@ -149,7 +154,7 @@ class ServingChat(ServingBase):
                     ):
                         chunk = self._chunk(job, [choice])
                         if continuous:
-                            chunk.usage = Usage.of(len(job.token_ids), job.num_tokens[answer.index])
+                            chunk.usage = Usage.of(len(job.token_ids), job.num_tokens[answer.index], job.num_cached)
                         yield chunk
         if self._includes_usage(job.request):
             chunk = self._chunk(job, [])

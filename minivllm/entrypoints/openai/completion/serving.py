@@ -45,6 +45,7 @@ class _Prompt:
     params: SamplingParams | BeamSearchParams
     echo: str | None  # its text, when it is to be given back
     logprobs: PromptLogprobs | None = None
+    num_cached: int | None = None  # tokens from the prefix cache, if usage tells them
 
 
 @dataclass
@@ -80,7 +81,9 @@ class _Job:
     @property
     def usage(self) -> Usage:
         num_prompt_tokens = sum(len(prompt.token_ids) for prompt in self.prompts)
-        return Usage.of(num_prompt_tokens, sum(choice.num_tokens for choice in self.choices.values()))
+        cached = [prompt.num_cached for prompt in self.prompts if prompt.num_cached is not None]
+        num_tokens = sum(choice.num_tokens for choice in self.choices.values())
+        return Usage.of(num_prompt_tokens, num_tokens, sum(cached) if cached else None)
 
 
 class ServingCompletion(ServingBase):
@@ -177,7 +180,9 @@ class ServingCompletion(ServingBase):
                     body = self._body(job, choice, answer)
                     if body.text or body.logprobs or body.finish_reason or body.token_ids is not UNSET:
                         usage = (
-                            Usage.of(len(choice.prompt.token_ids), choice.num_tokens) if continuous else UNSET
+                            Usage.of(len(choice.prompt.token_ids), choice.num_tokens, choice.prompt.num_cached)
+                            if continuous
+                            else UNSET
                         )
                         yield self._completion(job, [body], usage)
         if self._includes_usage(job.request):
@@ -187,6 +192,8 @@ class ServingCompletion(ServingBase):
         self, job: _Job, index: int, output: RequestOutput
     ) -> list[tuple[_Choice, CompletionOutput]]:
         prompt = job.prompts[index]
+        if prompt.num_cached is None:  # of n answers the first: the others find what it has left
+            prompt.num_cached = self._cached(output.num_cached_tokens)
         if output.prompt_logprobs is not None:
             prompt.logprobs = output.prompt_logprobs
         answers = []

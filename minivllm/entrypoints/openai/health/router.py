@@ -28,6 +28,12 @@ async def ping(raw_request: Request) -> Response:
     return await health(raw_request)
 
 
+@router.get("/load")
+async def load(raw_request: Request) -> Response:
+    """Requests being answered, when the server counts them; else 0."""
+    return JSONResponse({"server_load": raw_request.app.state.lifecycle.num_loading})
+
+
 @router.get("/version")
 async def version() -> Response:
     return JSONResponse({"version": __version__})

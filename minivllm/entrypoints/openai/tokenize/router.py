@@ -7,9 +7,9 @@ from starlette.responses import Response
 
 from minivllm.entrypoints.openai.protocol import json_response
 from minivllm.entrypoints.openai.tokenize.protocol import DetokenizeRequest, TokenizeRequest
-from minivllm.entrypoints.openai.utils import require_json, with_cancellation
+from minivllm.entrypoints.openai.utils import JsonRoute, require_json, with_cancellation
 
-router = APIRouter(dependencies=[Depends(require_json)])
+router = APIRouter(route_class=JsonRoute, dependencies=[Depends(require_json)])
 
 
 @router.post("/tokenize")
