@@ -2,22 +2,21 @@
 #include "activation.h"
 
 #include "isa.h"
+#include "silu.h"
 #include "thread_pool.h"
 
 namespace minivllm::MINIVLLM_ISA {
 namespace {
 
-MINIVLLM_INLINE Vec silu(Vec x) { return x / (set1(1.0f) + exp(zero() - x)); }
-
 template <class T>
 void silu_mul_row(T* out, const T* gate, const T* up, int64_t n) {
     int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) store(out + i, rounded<T>(silu(load(gate + i))) * load(up + i));
+    for (; i + kLanes <= n; i += kLanes) store(out + i, silu_mul<T>(load(gate + i), load(up + i)));
     if (const int rest = int(n - i); rest > 0)
-        store_partial(out + i, rounded<T>(silu(load_partial(gate + i, rest))) * load_partial(up + i, rest), rest);
+        store_partial(out + i, silu_mul<T>(load_partial(gate + i, rest), load_partial(up + i, rest)), rest);
 }
 
-void silu_mul(DType dtype, void* out, const void* gate_up, int64_t row_stride, int64_t rows, int64_t width) {
+void run(DType dtype, void* out, const void* gate_up, int64_t row_stride, int64_t rows, int64_t width) {
     with_dtype(dtype, [&](auto tag) {
         using T = typename decltype(tag)::type;
         parallel_for(rows, 1 + 4096 / width, [&](int64_t begin, int64_t end) {
@@ -31,6 +30,6 @@ void silu_mul(DType dtype, void* out, const void* gate_up, int64_t row_stride, i
 
 }  // namespace
 
-const ActivationKernels activation_kernels = {&silu_mul};
+const ActivationKernels activation_kernels = {&run};
 
 }  // namespace minivllm::MINIVLLM_ISA
