@@ -109,7 +109,6 @@ _NEUTRAL_FLAGS = ("disable_log_requests",)
 _INSTEAD = {
     "aggregate_engine_logging": "leave it out; there is one engine and one log line",
     "data_parallel_size": "start one server per replica behind a load balancer instead",
-    "disable_hybrid_kv_cache_manager": "leave it out; there is one kind of KV cache",
     "enable_offline_docs": "leave it out; /openapi.json needs no network",
     "enable_per_request_metrics": "read the histograms of GET /metrics instead",
     "fail_on_environ_validation": "leave it out; an unknown MINIVLLM_ variable is an error anyway",
