@@ -142,9 +142,10 @@ class Sampler:
         The division is done here, so that a row's bits are the same beside rows that truncate and beside
         none; dividing by 1 changes nothing.
         """
-        is_sampled = columns.temperature > 0
+        temperature = columns.temperature
+        is_sampled = temperature > 0
         if is_sampled.any():
-            logits.div_(torch.where(is_sampled, columns.temperature, 1.0).unsqueeze(1))
+            logits.div_(torch.where(is_sampled, temperature, 1.0).unsqueeze(1))
         why = self._custom.apply_invariant(logits, is_sampled) if self._custom is not None else None
         if columns.truncates:
             self._truncate(logits, columns.top_k, columns.top_p, columns.min_p)
@@ -179,36 +180,52 @@ class Sampler:
         return found
 
 
-@dataclass(frozen=True)
 class _Chosen:
-    """The columns of one batch."""
+    """The columns of one batch, each gathered when it is asked for: most batches need two of them."""
 
-    temperature: torch.Tensor
-    top_k: torch.Tensor
-    top_p: torch.Tensor
-    min_p: torch.Tensor
-    seeds: torch.Tensor
-    truncates: bool
+    def __init__(self, columns: _Columns, rows: np.ndarray) -> None:
+        self._columns, self._rows = columns, rows
+        self.truncates = bool(columns.truncates[rows].any())
+
+    @property
+    def temperature(self) -> torch.Tensor:
+        return torch.from_numpy(self._columns.temperature[self._rows])
+
+    @property
+    def top_k(self) -> torch.Tensor:
+        return torch.from_numpy(self._columns.top_k[self._rows])
+
+    @property
+    def top_p(self) -> torch.Tensor:
+        return torch.from_numpy(self._columns.top_p[self._rows])
+
+    @property
+    def min_p(self) -> torch.Tensor:
+        return torch.from_numpy(self._columns.min_p[self._rows])
+
+    @property
+    def seeds(self) -> torch.Tensor:
+        return torch.from_numpy(self._columns.seeds[self._rows])
 
 
 class _Columns:
     """Numbers every request has, by table row; grown as rows are used."""
 
     def __init__(self) -> None:
-        self._temperature = np.zeros(0, np.float32)
-        self._top_k = np.zeros(0, np.int32)
-        self._top_p = np.zeros(0, np.float32)
-        self._min_p = np.zeros(0, np.float32)
-        self._seeds = np.zeros(0, np.int64)
-        self._truncates = np.zeros(0, bool)
+        self.temperature = np.zeros(0, np.float32)
+        self.top_k = np.zeros(0, np.int32)
+        self.top_p = np.zeros(0, np.float32)
+        self.min_p = np.zeros(0, np.float32)
+        self.seeds = np.zeros(0, np.int64)
+        self.truncates = np.zeros(0, bool)
 
     def set(self, row: int, params: SamplingParams, seed: int) -> None:
-        if row >= len(self._seeds):
-            self._grow(max(row + 1, 2 * len(self._seeds), 64))
-        self._temperature[row] = 0.0 if params.is_greedy else params.temperature
-        self._top_k[row], self._top_p[row], self._min_p[row] = params.top_k, params.top_p, params.min_p
-        self._truncates[row] = params.top_k > 0 or params.top_p < 1 or params.min_p > 0
-        self._seeds[row] = np.uint64(seed).astype(np.int64)  # the same bits
+        if row >= len(self.seeds):
+            self._grow(max(row + 1, 2 * len(self.seeds), 64))
+        self.temperature[row] = 0.0 if params.is_greedy else params.temperature
+        self.top_k[row], self.top_p[row], self.min_p[row] = params.top_k, params.top_p, params.min_p
+        self.truncates[row] = params.top_k > 0 or params.top_p < 1 or params.min_p > 0
+        self.seeds[row] = np.uint64(seed).astype(np.int64)  # the same bits
 
     def _grow(self, num_rows: int) -> None:
         for name, column in vars(self).items():
@@ -217,11 +234,4 @@ class _Columns:
             setattr(self, name, longer)
 
     def of(self, rows: np.ndarray) -> _Chosen:
-        return _Chosen(
-            temperature=torch.from_numpy(self._temperature[rows]),
-            top_k=torch.from_numpy(self._top_k[rows]),
-            top_p=torch.from_numpy(self._top_p[rows]),
-            min_p=torch.from_numpy(self._min_p[rows]),
-            seeds=torch.from_numpy(self._seeds[rows]),
-            truncates=bool(self._truncates[rows].any()),
-        )
+        return _Chosen(self, rows)

@@ -89,6 +89,7 @@ class Worker:
             max_num_batched_tokens=max_num_batched_tokens,
             max_num_seqs=max_num_seqs,
             group_of_layer=[group for group, _ in places],
+            enforce_eager=config.model.enforce_eager,
         )
         return WorkerReady(
             max_model_len=size.max_model_len,
