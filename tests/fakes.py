@@ -17,7 +17,7 @@ from minivllm.core.sched.scheduler import Scheduler
 from minivllm.executor.abstract import Executor
 from minivllm.messages.engine import EngineCoreOutput, EngineCoreRequest, FinishReason, LogprobsLists
 from minivllm.messages.kv_cache import NULL_BLOCK, ONE_FULL_GROUP, KVCacheGroup, has_null_block
-from minivllm.messages.worker import ModelRunnerOutput, NewRequestData, SchedulerOutput, WorkerReady
+from minivllm.messages.worker import GrammarOutput, ModelRunnerOutput, NewRequestData, SchedulerOutput, WorkerReady
 from minivllm.sampling_params import SamplingParams
 
 # --- the model -------------------------------------------------------------------------------------------------
@@ -325,7 +325,7 @@ class FakeExecutor(Executor):
         self._results.append(_attempt(self.worker.run, plan))
         return _attempt(lambda: None)
 
-    def sample_tokens(self, grammar: bytes | None) -> Future[ModelRunnerOutput]:
+    def sample_tokens(self, grammar: GrammarOutput | None) -> Future[ModelRunnerOutput]:
         return self._results.pop(0)
 
     def collective_rpc(self, method: str, args: tuple = ()) -> list:

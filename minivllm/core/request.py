@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from enum import IntEnum
 
+from minivllm.core.grammar import GrammarState
 from minivllm.messages.engine import EngineCoreRequest, FinishReason
 from minivllm.sampling_params import RepetitionDetectionParams
 
@@ -36,7 +37,7 @@ class Request:
         "finish_reason", "stop_reason", "error",
         "scheduled_time", "num_cached_tokens", "num_prompt_logprobs_sent", "answered",
         "_eos_token_ids", "_stop_token_ids", "_max_output_tokens", "_min_output_tokens", "_repetition", "_block_hasher",
-        "num_tokens_to_next_hash",
+        "num_tokens_to_next_hash", "grammar",
         "eos_token_ids",
     )  # fmt: skip
 
@@ -69,6 +70,7 @@ class Request:
         self.num_cached_tokens = 0  # prompt tokens found in the prefix cache when first admitted
         self.num_prompt_logprobs_sent = 0
         self.answered = False  # at least one output has left
+        self.grammar: GrammarState | None = None
 
         self._eos_token_ids = frozenset() if params.ignore_eos else frozenset(message.eos_token_ids)
         self._stop_token_ids = frozenset(params.stop_token_ids or ())
@@ -154,6 +156,20 @@ class Request:
                 self.finish(FinishReason.REPETITION, stop_reason="repetition_detected")
                 return True
         return False
+
+
+    def follow_grammar(self, token_id: int) -> bool:
+        """Go on in its grammar by a token that did not end it; whether the grammar ends it."""
+        self.grammar.accept(token_id)
+        return self.finish_if_grammar_ends()
+
+    def finish_if_grammar_ends(self) -> bool:
+        """End it if its grammar is complete, or failed. To be called once that is ready."""
+        if self.grammar.error is not None:
+            self.finish(FinishReason.ERROR, error=self.grammar.error)
+        elif self.grammar.is_complete:
+            self.finish(FinishReason.STOP)
+        return self.finished
 
 
 def ends_in_repetition(token_ids: list[int], num_last: int, params: RepetitionDetectionParams) -> bool:

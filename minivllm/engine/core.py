@@ -9,15 +9,18 @@ from __future__ import annotations
 import os
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 from minivllm.config.engine import EngineConfig
 from minivllm.config.kv_events import read_kv_events_config
 from minivllm.core.sched.scheduler import Scheduler
 from minivllm.engine.kv_events import KVEventPublisher
 from minivllm.exceptions import ConfigError, RequestError
+from minivllm.engine.structured import LazyGrammars
 from minivllm.executor.abstract import get_executor_class
 from minivllm.logger import init_logger
+from minivllm.messages.codec import encode
 from minivllm.messages.engine import (
     EngineCoreOutput,
     EngineCoreOutputs,
@@ -42,7 +45,7 @@ class EngineCore:
         ConfigError, ModelFilesError: the model cannot be served as asked.
     """
 
-    UTILITIES = ("reset_prefix_cache",)
+    UTILITIES = ("reset_prefix_cache", "collective_rpc")
 
     def __init__(
         self,
@@ -60,6 +63,7 @@ class EngineCore:
                 f"{executor_class.__name__} asks for {self.executor.max_concurrent_batches} batches in flight; the "
                 "scheduler accounts for one at a time"
             )
+        self._grammars = None if config.model.skip_tokenizer_init else LazyGrammars(config)
         try:
             worker = self.executor.initialize()
             self.scheduler = Scheduler(
@@ -79,6 +83,7 @@ class EngineCore:
                 long_prefill_token_threshold=config.scheduler.long_prefill_token_threshold,
                 watermark=config.scheduler.watermark,
                 reserve_full_isl=config.scheduler.scheduler_reserve_full_isl,
+                grammars=self._grammars,
             )
             self._kv_events = KVEventPublisher(kv_events) if kv_events.publishes else None
         except BaseException:
@@ -129,7 +134,8 @@ class EngineCore:
         while self.scheduler.has_requests() and len(self._in_flight) < self.executor.max_concurrent_batches:
             plan = self.scheduler.schedule(time.monotonic())
             forward = self.executor.execute_model(plan)
-            self._in_flight.append((plan, forward, self.executor.sample_tokens(None)))
+            grammar = self.scheduler.grammar_bitmask(plan)  # overlaps with it
+            self._in_flight.append((plan, forward, self.executor.sample_tokens(grammar)))
             if not plan.num_scheduled_tokens:  # only news for the worker: nothing to overlap with
                 break
         if self._in_flight:
@@ -178,10 +184,25 @@ class EngineCore:
         self._publish_kv_events()
         return done
 
+    def collective_rpc(self, method: str, args: Sequence[Any]) -> list[Any]:
+        """Call a method on every worker; an answer that cannot be sent is given as its text."""
+        answers = self.executor.collective_rpc(method, tuple(args))
+        return [answer if _is_sendable(answer) else str(answer) for answer in answers]
+
     def shutdown(self) -> None:
         self.executor.shutdown()
+        if self._grammars is not None:
+            self._grammars.shutdown()
         if self._kv_events is not None:
             self._kv_events.shutdown()
+
+
+def _is_sendable(value: Any) -> bool:
+    try:
+        encode(value)
+    except (TypeError, ValueError, OverflowError):
+        return False
+    return True
 
 
 def _ready_message(worker: WorkerReady, vocab_size: int) -> EngineCoreReady:

@@ -7,7 +7,7 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from minivllm.executor.abstract import Executor
-from minivllm.messages.worker import ModelRunnerOutput, SchedulerOutput, WorkerReady
+from minivllm.messages.worker import GrammarOutput, ModelRunnerOutput, SchedulerOutput, WorkerReady
 
 if TYPE_CHECKING:
     from minivllm.worker.worker import Worker
@@ -30,7 +30,7 @@ class UniProcExecutor(Executor):
     def execute_model(self, plan: SchedulerOutput) -> Future[None]:
         return _completed(self.worker.execute_model, plan)
 
-    def sample_tokens(self, grammar: bytes | None) -> Future[ModelRunnerOutput]:
+    def sample_tokens(self, grammar: GrammarOutput | None) -> Future[ModelRunnerOutput]:
         return _completed(self.worker.sample_tokens, grammar)
 
     def collective_rpc(self, method: str, args: tuple = ()) -> list:

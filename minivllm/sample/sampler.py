@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from minivllm.messages.engine import LogprobsLists
+from minivllm.ops.bitmask import apply_bitmask
 from minivllm.ops.log_softmax import log_softmax
 from minivllm.ops.op import OpSpec
 from minivllm.ops.sampling import gumbel_argmax, nonfinite_rows, top_k_top_p_min_p
@@ -19,7 +20,8 @@ from minivllm.sample.constraints import AllowedTokens, BadWords, LogitBias, MinT
 from minivllm.sample.custom import CustomProcessors
 from minivllm.sample.logprobs import gather_logprobs, logprobs_of_tokens
 from minivllm.sample.penalties import Penalties
-from minivllm.sample.step import LogitsStep, SampleBatch
+from minivllm.sample.step import GrammarMask, LogitsStep, SampleBatch
+from minivllm.sample.thinking import ThinkingBudget
 from minivllm.sampling_params import SamplingParams
 
 NONFINITE = "the model gave logits that are not finite numbers; the request cannot go on"
@@ -49,6 +51,7 @@ class Sampler:
         self._nonfinite_rows = nonfinite_rows.select(spec)
         self._truncate = top_k_top_p_min_p.select(spec)
         self._choose = gumbel_argmax.select(spec)
+        self._apply_bitmask = apply_bitmask.select(spec)
         self._is_raw, self._is_logprobs = logprobs_mode.startswith("raw"), logprobs_mode.endswith("logprobs")
         # The order is vLLM's.
         self._before_custom: list[LogitsStep] = [
@@ -56,6 +59,7 @@ class Sampler:
             BadWords(vocab_size),
             MinTokens(vocab_size),
             LogitBias(vocab_size),
+            ThinkingBudget(vocab_size),
         ]
         self._custom = custom
         self._after_custom: list[LogitsStep] = [Penalties(vocab_size)]
@@ -85,15 +89,20 @@ class Sampler:
 
     # A step ------------------------------------------------------------------
 
-    def __call__(self, logits: torch.Tensor, batch: SampleBatch) -> SamplerOutput:
+    def __call__(
+        self, logits: torch.Tensor, batch: SampleBatch, grammar: GrammarMask | None = None
+    ) -> SamplerOutput:
         """One token for each row of `logits` ([M, vocab_size] float32, which is changed)."""
         columns, asking = self._columns.of(batch.rows), self._asking(batch)
-        if not columns.truncates and self._changes_nothing and (self._is_raw or not asking):
+        is_free = grammar is None and not columns.truncates and self._changes_nothing
+        if is_free and (self._is_raw or not asking):
             return self._draw(logits, batch, columns, asking)
         failed = dict.fromkeys(self._nonfinite_rows(logits), NONFINITE)
         values = self._reported(logits, asking) if self._is_raw else None
+        if grammar is not None:
+            self._apply_bitmask(logits, grammar.columns, grammar.bitmask)
         changed, why = self._constrain(logits, batch)
-        if changed:
+        if changed or grammar is not None:
             failed = dict.fromkeys(self._nonfinite_rows(logits), NOTHING_ALLOWED) | failed
         noise, why_warped = self._warp(logits, batch, columns)
         if why or why_warped:

@@ -14,11 +14,11 @@ import torch
 
 from minivllm.attention.backend import AttentionBackend, ForwardContext
 from minivllm.messages.engine import LogprobsLists
-from minivllm.messages.worker import CachedRequestData, ModelRunnerOutput, NewRequestData, SchedulerOutput
+from minivllm.messages.worker import CachedRequestData, GrammarOutput, ModelRunnerOutput, NewRequestData, SchedulerOutput
 from minivllm.models.decoder import DecoderForCausalLM
 from minivllm.sample.logprobs import concatenate
 from minivllm.sample.sampler import NONFINITE, Sampler, SamplerOutput
-from minivllm.sample.step import SampleBatch
+from minivllm.sample.step import GrammarMask, SampleBatch
 from minivllm.worker.graphs import StepGraphs, key_of
 from minivllm.worker.input_batch import InputBatch, InputBuffers
 from minivllm.worker.request_state import RequestTable
@@ -82,7 +82,7 @@ class ModelRunner:
         return self._graphs.run(key_of(batch.input_ids, batch.positions, metadata), step)
 
     @torch.inference_mode()
-    def sample_tokens(self) -> ModelRunnerOutput:
+    def sample_tokens(self, grammar: GrammarOutput | None = None) -> ModelRunnerOutput:
         """One token for each request whose last known token was in the step, and the logprobs asked for."""
         batch, hidden, logits = self._batch, self._hidden, self._logits
         self._batch = self._hidden = self._logits = None
@@ -94,7 +94,7 @@ class ModelRunner:
             if len(batch.samples):
                 logits = self.model.compute_logits(hidden[batch.sampled_rows])
         if logits is not None:
-            self._sample(batch, logits, result)
+            self._sample(batch, logits, grammar, result)
         return result
 
     # Plan --------------------------------------------------------------------
@@ -133,7 +133,9 @@ class ModelRunner:
 
     # Results -----------------------------------------------------------------
 
-    def _sample(self, batch: InputBatch, logits: torch.Tensor, result: ModelRunnerOutput) -> None:
+    def _sample(
+        self, batch: InputBatch, logits: torch.Tensor, grammar: GrammarOutput | None, result: ModelRunnerOutput
+    ) -> None:
         rows = batch.rows[batch.samples]
         sampled = self.sampler(
             logits,
@@ -143,6 +145,7 @@ class ModelRunner:
                 num_prompt_tokens=self.table.num_prompt_tokens[rows],
                 token_ids=self.table.token_ids,
             ),
+            self._mask_of(grammar, rows),
         )
         ids = [batch.request_ids[i] for i in batch.samples.tolist()]
         tokens = sampled.token_ids.reshape(-1, 1).tolist()
@@ -161,6 +164,21 @@ class ModelRunner:
         result.logprobs.update(
             {ids[c]: lists for c, lists in sampled.logprobs.items() if c not in sampled.failed}
         )
+
+    def _mask_of(self, grammar: GrammarOutput | None, rows: np.ndarray) -> GrammarMask | None:
+        """The masks of the requests in these rows of the table.
+
+        A request that was preempted while a plan in flight sampled for it is planned as if that token was not there; it
+        is by now, so this step samples none and its mask is not needed.
+        """
+        if grammar is None:
+            return None
+        column_of = {row: column for column, row in enumerate(rows.tolist())}
+        columns = [column_of.get(row, -1) for row in self.table.rows(grammar.request_ids).tolist()]
+        bitmask = np.frombuffer(grammar.bitmask, np.uint32).reshape(len(columns), -1)
+        if -1 in columns:
+            bitmask = bitmask[np.array(columns) >= 0]
+        return GrammarMask(np.array([column for column in columns if column >= 0], np.int64), bitmask)
 
     def _append_sound(self, rows: np.ndarray, sampled: SamplerOutput) -> None:
         going_on = np.ones(len(rows), bool)

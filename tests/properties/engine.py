@@ -6,6 +6,7 @@ Answers are compared bit for bit: tokens, every logprob and rank, in their order
 from __future__ import annotations
 
 import random
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,10 @@ import msgspec
 
 from minivllm.core.sched.scheduler import Scheduler
 from minivllm.messages.engine import EngineCoreOutput, EngineCoreRequest, LogprobsLists
-from minivllm.sampling_params import SamplingParams
+from minivllm.sampling_params import SamplingParams, ThinkingTokens
+from minivllm.structured_output.grammar import to_grammar
+from minivllm.structured_output.manager import GrammarManager
+from minivllm.structured_output.vocabulary import Vocabulary
 from minivllm.worker.worker import Worker
 from tests.models.loop import BLOCK_SIZE, engine_config
 
@@ -37,6 +41,15 @@ PARAMS: list[dict[str, Any]] = [
         "stop_token_ids": list(range(0, VOCAB, 40)), "logprobs": 4, "prompt_logprobs": 3,
     },
     {"temperature": 1, "allowed_token_ids": list(range(100, 164)), "logprobs": -1},
+    {"temperature": 1.5, "structured_outputs": {"regex": "[a-f]{4,30}[0-9]+"}, "logprobs": 2, "presence_penalty": 0.5},
+    {
+        "temperature": 1.5, "min_tokens": 5, "logprobs": 1,
+        "structured_outputs": {"json": {"type": "array", "items": {"enum": ["ab", 12, None]}, "minItems": 2}},
+    },
+    {
+        "temperature": 1.5, "structured_outputs": {"choice": ["yes", "no", "perhaps"]}, "thinking_token_budget": 7,
+        "thinking": ThinkingTokens([300], [301, 302], is_open=True), "logprobs": 0,
+    },
 ]  # fmt: skip
 
 
@@ -80,6 +93,7 @@ class Engine:
             model, num_gpu_blocks_override=num_blocks, max_num_seqs=16, max_num_batched_tokens=2048, **options
         )
         self.worker = Worker(config)
+        self.grammars = GrammarManager(vocabulary(config.hf_config.vocab_size).for_llguidance)
         self.ready = self.worker.initialize(lambda phase: None)
 
     def scheduler(self, **changes: Any) -> Scheduler:
@@ -91,6 +105,7 @@ class Engine:
             "num_blocks": self.ready.num_blocks,
             "block_size": BLOCK_SIZE,
             "kv_cache_groups": self.ready.kv_cache_groups,
+            "grammars": self.grammars,
         }
         return Scheduler(**sizes | changes)
 
@@ -129,7 +144,9 @@ class Run:
         plan = self.scheduler.schedule()
         self.num_preemptions += len(plan.preempted_req_ids)
         self.engine.worker.execute_model(plan)
-        result = self.engine.worker.sample_tokens(None)
+        result = self.engine.worker.sample_tokens(self.scheduler.grammar_bitmask(plan))
+        if not plan.num_scheduled_tokens:
+            time.sleep(0.001)  # a grammar is being compiled
         self.abort(*abort_meanwhile)
         self._take(self.scheduler.update_from_output(plan, result))
         self.scheduler.check_integrity()
@@ -139,6 +156,12 @@ class Run:
             for output in outputs:
                 self.num_cached_tokens += output.num_cached_tokens
                 self.answers[output.request_id].take(output)
+
+
+def vocabulary(vocab_size: int) -> Vocabulary:
+    """Token i is byte i % 256, once for each 256: as good as any for models that know no text. The last one ends."""
+    tokens = [bytes([i % 256]) * (i // 256 + 1) for i in range(vocab_size)]
+    return Vocabulary(tokens, {}, [vocab_size - 1])
 
 
 def make_subjects(lengths: list[int], *, max_tokens: int = 24, seed: int = 0) -> list[EngineCoreRequest]:
@@ -151,13 +174,16 @@ def make_subjects(lengths: list[int], *, max_tokens: int = 24, seed: int = 0) ->
         tail = [pick.randrange(VOCAB) for _ in range(length - num_shared)]
         params = PARAMS[i % len(PARAMS)]
         limit = None if length == max(lengths) else pick.randint(max_tokens // 2, max_tokens)
+        sampling_params = SamplingParams(max_tokens=limit, **params)
+        wanted = sampling_params.structured_outputs
         subjects.append(
             EngineCoreRequest(
                 request_id=f"subject {i}",
                 prompt_token_ids=pick.choice(stems)[:num_shared] + tail,
-                sampling_params=SamplingParams(max_tokens=limit, **params),
+                sampling_params=sampling_params,
                 seed=pick.randrange(2**64),
                 eos_token_ids=[pick.randrange(VOCAB)],
+                grammar=None if wanted is None else to_grammar(wanted, {}),
             )
         )
     return subjects

@@ -1,8 +1,9 @@
 """Any schedule gives the answer of the request alone, to the last bit of every logprob.
 
 Seeded random schedules on the real worker with the native kernels: arrivals, chunk and batch sizes, pools so
-tight that requests are preempted, prefixes found in the cache, aborts of others, resends, one and two threads. For
-every instruction set this machine has, every dtype, and shapes with grouped heads, windows and several
+tight that requests are preempted, prefixes found in the cache, aborts of others, resends, one and two threads; some
+requests have a grammar, some think first. For
+every instruction set this machine has, every dtype, fp8 and int8 caches, and shapes with grouped heads, windows and several
 attention segments. `--walk-steps` is the number of engine steps, all cases together.
 """
 
@@ -52,7 +53,10 @@ SHAPES = {
         [150, 512, 1025, 2048],
     ),
 }
-CASES = [(shape, dtype, isa) for shape in SHAPES for dtype in DTYPES for isa in ISAS]
+CASES = [(shape, dtype, isa, "auto") for shape in SHAPES for dtype in DTYPES for isa in ISAS]
+CASES += [("grouped heads", "bfloat16", isa, kv_dtype) for isa in ISAS for kv_dtype in ("fp8", "int8")]
+CASES += [("long prompts", "bfloat16", "amx", "int8"), ("a window and biases", "float32", "avx512", "int8")]
+CASES = [case for case in CASES if case[2] in ISAS]
 MAX_TOKENS = 40
 
 
@@ -62,12 +66,12 @@ def num_steps(walk_steps: int) -> int:
 
 
 @pytest.fixture
-def engine(case: tuple[str, str, str], tmp_path: Path) -> Iterator[Engine]:
+def engine(case: tuple[str, str, str, str], tmp_path: Path) -> Iterator[Engine]:
     """The engine of a case; its instruction set is in use for the length of the test."""
-    shape, dtype, isa = case
+    shape, dtype, isa, kv_dtype = case
     isa_before, threads_before = native.lib.isa(), native.lib.num_threads()
     native.lib.set_isa(isa)
-    yield Engine(make_model(tmp_path, dtype=dtype, seed=3, **SHAPES[shape][0]))
+    yield Engine(make_model(tmp_path, dtype=dtype, seed=3, **SHAPES[shape][0]), kv_cache_dtype=kv_dtype)
     native.lib.set_isa(isa_before)
     native.lib.set_num_threads(threads_before)
 
@@ -75,7 +79,7 @@ def engine(case: tuple[str, str, str], tmp_path: Path) -> Iterator[Engine]:
 class Walk:
     """Schedule after schedule on one engine."""
 
-    def __init__(self, engine: Engine, case: tuple[str, str, str]) -> None:
+    def __init__(self, engine: Engine, case: tuple[str, str, str, str]) -> None:
         _, lengths, self.budgets = SHAPES[case[0]]
         self.engine = engine
         self.random = random.Random(f"walk {case}")
@@ -168,4 +172,6 @@ def test_the_subjects_end_in_every_way_and_say_different_things(tmp_path: Path):
     subjects: list[EngineCoreRequest] = make_subjects(SHORT, max_tokens=MAX_TOKENS)
     answers = [engine.alone(subject, max(SHORT) + MAX_TOKENS) for subject in subjects]
     assert {answer.end[0] for answer in answers} == {"length", "stop"}
+    constrained = [answer.end[0] for subject, answer in zip(subjects, answers) if subject.grammar is not None]
+    assert "stop" in constrained and "error" not in constrained
     assert all(len(set(answer.token_ids)) > 3 for answer in answers)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from minivllm.core.grammar import Grammars
 from minivllm.core.kv_cache_manager import BlockIds, KVCacheManager
 from minivllm.core.kv_cache_utils import make_block_hasher
 from minivllm.core.request import Request, RequestStatus
@@ -27,7 +28,7 @@ from minivllm.messages.engine import EngineCoreOutput, EngineCoreRequest, Finish
 from minivllm.messages.kv_cache import ONE_FULL_GROUP, KVCacheGroup, longest_request
 from minivllm.messages.kv_events import KVCacheEvent
 from minivllm.messages.stats import SchedulerStats
-from minivllm.messages.worker import ModelRunnerOutput, SchedulerOutput
+from minivllm.messages.worker import GrammarOutput, ModelRunnerOutput, SchedulerOutput
 
 logger = init_logger(__name__)
 
@@ -43,7 +44,8 @@ class Scheduler:
     `max_model_len`. One request of full length must fit the cache alone: that is what guarantees progress, since
     the first in order is never preempted for another.
 
-    `prompt_share` is how much of a step one long prompt may take while others wait (see chunks.py).
+    `prompt_share` is how much of a step one long prompt may take while others wait (see chunks.py). Without
+    `grammars` no request may have one.
 
     Raises (on construction):
         ConfigError: the limits contradict each other; the message names both.
@@ -69,6 +71,7 @@ class Scheduler:
         prefix_caching_hash_algo: str = "sha256",
         hash_secret: bytes = b"",
         record_kv_events: bool = False,
+        grammars: Grammars | None = None,
     ) -> None:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_num_seqs = max_num_seqs
@@ -113,6 +116,9 @@ class Scheduler:
             PrefixNotUnderway(),
             self._blocks_free,
         ]
+        self._grammars = grammars
+        self._with_grammar: dict[str, Request] = {}  # of `requests`
+        self._compiling: list[Request] = []  # their grammars are not ready; they wait outside the queue
         self._ended_on_arrival: list[Request] = []
         self._finished_req_ids: list[str] = []  # the worker must forget these
         self._some_ended = False  # and may still stand in `running`
@@ -162,11 +168,17 @@ class Scheduler:
         self.requests[accepted.request_id] = accepted
         if accepted.finish_if_stopped(self.max_model_len):
             self._ended_on_arrival.append(accepted)  # its prior output was all there is
+        elif request.grammar is not None:
+            accepted.grammar = self._grammars.start(request)
+            self._with_grammar[accepted.request_id] = accepted
+            self._compiling.append(accepted)
         else:
             self.waiting.add(accepted)
 
     def _check_request(self, request: EngineCoreRequest) -> None:
         num_prompt_tokens = len(request.prompt_token_ids)
+        if request.grammar is not None and self._grammars is None:
+            raise RequestError("this engine has no grammars", param="structured_outputs")
         if request.request_id in self.requests:
             raise RequestError(
                 f"request id {request.request_id!r} is in use; choose another", param="request_id"
@@ -194,6 +206,8 @@ class Scheduler:
             request.finish(FinishReason.ABORT)
             if was_running:
                 self.kv_cache.free(request)
+            elif request in self._compiling:
+                self._compiling.remove(request)
             else:
                 self.waiting.remove(request)
             self._emit(outputs, request)
@@ -222,7 +236,7 @@ class Scheduler:
         """The state now; counters since the last call."""
         stats = SchedulerStats(
             num_running_reqs=len(self.running),
-            num_waiting_reqs=len(self.waiting),
+            num_waiting_reqs=len(self.waiting) + len(self._compiling),
             kv_cache_usage=self.kv_cache.pool.usage,
             prefix_cache=self.kv_cache.take_prefix_stats(),
             num_preemptions=self._num_preemptions,
@@ -245,12 +259,26 @@ class Scheduler:
             now,
             long_budget=self._chunks.long_budget(),
         )
+        if self._compiling:
+            self._take_in_compiled()
         self._continue_running(step)
         if not step.preempted:  # a step that had to evict admits nobody
             self._admit_waiting(step)
         if step.shortened and step.token_budget:
             self._give_back_the_rest(step)
         return self._describe(step)
+
+    def _take_in_compiled(self) -> None:
+        """Those whose grammar is ready take their place in the queue; the others hold up nobody."""
+        still_compiling = []
+        for request in self._compiling:
+            if not request.grammar.is_ready:
+                still_compiling.append(request)
+            elif request.finish_if_grammar_ends():  # it did not compile, or the prior output was all of it
+                self._ended_on_arrival.append(request)
+            else:
+                self.waiting.add(request)
+        self._compiling = still_compiling
 
     def _continue_running(self, step: Step) -> None:
         # The hot loop over running requests; one that decodes costs one call into the KV cache and one into the step.
@@ -358,6 +386,21 @@ class Scheduler:
         self._num_scheduled_tokens += plan.total_num_scheduled_tokens
         return plan
 
+    def grammar_bitmask(self, plan: SchedulerOutput) -> GrammarOutput | None:
+        """What the requests of a plan that have a grammar may sample, to be made while it runs; None if none has."""
+        if not self._with_grammar:
+            return None
+        chosen = {
+            request_id: request.grammar
+            for request_id, request in self._with_grammar.items()
+            if request_id in plan.num_scheduled_tokens
+            and request.num_computed_tokens == request.num_tokens
+            and request.grammar.is_constraining
+        }
+        if not chosen:
+            return None
+        return GrammarOutput(list(chosen), self._grammars.bitmask(list(chosen.values())))
+
     # Its result in
 
     def update_from_output(self, plan: SchedulerOutput, result: ModelRunnerOutput) -> OutputsByClient:
@@ -416,6 +459,8 @@ class Scheduler:
             request.append_output_token(token_id)
             if request.finish_if_stopped(self.max_model_len):
                 return token_ids[: index + 1]
+            if request.grammar is not None and request.follow_grammar(token_id):
+                return token_ids[: index + 1]
         return token_ids
 
     def _unsent_rows(self, request: Request, rows: LogprobsLists | None) -> LogprobsLists | None:
@@ -457,6 +502,8 @@ class Scheduler:
         outputs.setdefault(request.client_index, []).append(output)
         if request.status is RequestStatus.FINISHED:
             del self.requests[request.request_id]
+            if request.grammar is not None:
+                del self._with_grammar[request.request_id]
             self._some_ended = True
             if request.known_to_worker:
                 self._finished_req_ids.append(request.request_id)
@@ -475,7 +522,9 @@ class Scheduler:
             AssertionError: an invariant is broken; the message names the request or block.
         """
         self.kv_cache.check_integrity()
-        placed = [*self.waiting, *self.running, *self._ended_on_arrival]
+        placed = [*self.waiting, *self.running, *self._compiling, *self._ended_on_arrival]
+        constrained = {request_id for request_id, request in self.requests.items() if request.grammar is not None}
+        assert constrained == set(self._with_grammar), "grammars are kept of other requests than have one"
         ids = [request.request_id for request in placed]
         assert len(ids) == len(set(ids)), f"a request is in two queues: {sorted(ids)}"
         assert set(ids) == set(self.requests), f"lost requests: {set(self.requests) ^ set(ids)}"
