@@ -11,7 +11,7 @@ NOT_YET = frozenset(
     """
     additional_config aggregate_engine_logging all2all_backend allow_deprecated_quantization
     allowed_local_media_path allowed_media_domains anthropic_disabled_thinking_effort
-    async_scheduling attention_backend attention_config aux_output_config
+    attention_backend attention_config aux_output_config
     code_revision cohere_format cohere_is_reasoning_model collect_detailed_traces compilation_config config
     config_format convert cp_kv_cache_interleave_size cpu_distributed_timeout_seconds cpu_offload_gb
     cpu_offload_params cudagraph_capture_sizes cudagraph_metrics custom_histogram_buckets data_parallel_address
@@ -84,7 +84,6 @@ ALIASES = {
 
 # What each of these says when it asks for nothing.
 _NEUTRAL: dict[str, tuple[object, ...]] = {
-    "async_scheduling": (False,),
     "config_format": ("auto", "hf"),
     "cpu_offload_gb": (0,),
     "data_parallel_size": (1,),

@@ -182,14 +182,15 @@ class Worker:
     ) -> tuple[memory.KVCacheSize, memory.Budget]:
         config = self.config
         dtype_bytes = backend.spec.dtype.itemsize
-        groups = self._kv_cache_groups(model, backend.spec.block_size, max_model_len, limits[0])
+        step_tokens = limits[0] * config.scheduler.max_plans_in_flight
+        groups = self._kv_cache_groups(model, backend.spec.block_size, max_model_len, step_tokens)
         spec = KVCacheSpec(
             block_size=backend.spec.block_size,
             block_bytes=backend.block_bytes,
             num_layers=kv_layout.layers_per_block(groups),
             layout_id=backend.layout_id,
             groups=groups,
-            step_tokens=limits[0],
+            step_tokens=step_tokens,
         )
         budget = memory.Budget(
             limit_bytes=self.platform.memory_limit_bytes(),
