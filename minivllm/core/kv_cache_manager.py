@@ -96,7 +96,8 @@ class KVCacheManager:
         The last token is always left to compute. A request that wants prompt logprobs finds nothing while it
         lacks any: they come from computing the prompt.
         """
-        hashes = [] if request.wants_prompt_logprobs else request.block_hashes
+        must_compute = request.wants_prompt_logprobs or request.sampling_params.skip_reading_prefix_cache
+        hashes = [] if must_compute else request.block_hashes
         num_findable = min(len(hashes), (request.num_tokens - 1) // self.block_size)
         tags, get = self._tags, self.pool.get_cached_block
 

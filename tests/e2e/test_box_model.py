@@ -9,6 +9,8 @@ import pytest
 from openai import OpenAI
 
 import minivllm
+from examples.box_model.agreement import answers, guesses, prompt_of
+from examples.box_model.evaluate import questions
 from minivllm import LLM, SamplingParams
 from tests.e2e.server import serving
 
@@ -35,7 +37,10 @@ def say(llm: LLM, text: str, params: SamplingParams = GREEDY):
 def test_it_ships_with_the_package_and_is_small():
     directory = minivllm.box_model_path()
     assert directory.parent == Path(minivllm.__file__).parent
-    assert sum(path.stat().st_size for path in directory.iterdir()) <= 24_000_000
+    sizes = {path: path.stat().st_size for path in directory.rglob("*") if path.is_file()}
+    assert sum(sizes.values()) <= 24_000_000
+    draft = minivllm.box_draft_model_path()
+    assert sum(size for path, size in sizes.items() if path.is_relative_to(draft)) <= 2_000_000
 
 
 @pytest.mark.parametrize(("a", "b"), [(23, 45), (19, 64), (70, 12), (38, 27), (2, 2), (3, 5)])
@@ -63,6 +68,15 @@ def test_a_sure_answer_is_peaked_and_the_start_of_a_story_is_not(llm: LLM):
     sure = say(llm, "What is 23 + 45?", asked)
     unsure = say(llm, "Tell me a story.", asked)
     assert sure.cumulative_logprob > -0.5 > unsure.cumulative_logprob
+
+
+def test_its_draft_guesses_most_of_what_it_says():
+    asked = questions(1, seed=1)
+    prompts = [prompt_of(exchange) for exchange in asked]
+    answered = answers(minivllm.box_model_path(), prompts)
+    right = [is_right for found in guesses(minivllm.box_draft_model_path(), answered) for is_right in found]
+    assert len(right) > 100
+    assert sum(right) > 0.7 * len(right)
 
 
 def test_the_server_serves_it_under_its_name_and_streams_what_it_says_whole(client: OpenAI):
