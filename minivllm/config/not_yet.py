@@ -21,7 +21,7 @@ NOT_YET = frozenset(
     dbo_prefill_token_threshold dcp_comm_backend dcp_kv_cache_interleave_size dcp_q_replicate
     decode_context_parallel_size default_mm_loras device device_ids
     device_memory_utilization diffusion_config disable_cascade_attn
-    disable_chunked_mm_input disable_custom_all_reduce disable_hybrid_kv_cache_manager disable_log_requests
+    disable_chunked_mm_input disable_custom_all_reduce disable_log_requests
     disable_nccl_for_dp_synchronization disable_sliding_window distributed_timeout_seconds
     dp_supervisor_probe_failure_threshold dp_supervisor_probe_interval_s dp_supervisor_probe_timeout_s
     dp_sync_interval ec_manager_config ec_transfer_config elastic_ep_max_dp_size
@@ -106,7 +106,6 @@ _NEUTRAL_FLAGS = ("disable_log_requests",)
 _INSTEAD = {
     "aggregate_engine_logging": "leave it out; there is one engine and one log line",
     "data_parallel_size": "start one server per replica behind a load balancer instead",
-    "disable_hybrid_kv_cache_manager": "leave it out; there is one kind of KV cache",
     "enable_offline_docs": "leave it out; /openapi.json needs no network",
     "enable_per_request_metrics": "read the histograms of GET /metrics instead",
     "fail_on_environ_validation": "leave it out; an unknown MINIVLLM_ variable is an error anyway",

@@ -7,6 +7,8 @@ how its result is sent.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -32,13 +34,19 @@ class ModelRunner:
         max_model_len: int,
         max_num_batched_tokens: int,
         max_num_seqs: int,
+        group_of_layer: list[int],
         enforce_eager: bool = False,
     ) -> None:
+        """group_of_layer: each layer's KV cache group; layers of different groups may share a tensor of kv_caches."""
         block_size = backend.spec.block_size
         self.model, self.backend, self.kv_caches, self.sampler = model, backend, kv_caches, sampler
         # As many again for requests that are preempted.
-        self.table = RequestTable(2 * max_num_seqs, max_model_len, block_size)
-        self.buffers = InputBuffers(max_num_batched_tokens, max_num_seqs, -(-max_model_len // block_size))
+        num_groups = max(group_of_layer) + 1
+        self.table = RequestTable(2 * max_num_seqs, max_model_len, block_size, num_groups=num_groups)
+        self.buffers = InputBuffers(
+            max_num_batched_tokens, max_num_seqs, -(-max_model_len // block_size), num_groups=num_groups
+        )
+        self._group_of_layer = group_of_layer
         self.prompt_logprobs = PromptLogprobs(model.compute_logits, sampler)
         self._graphs = None if enforce_eager else StepGraphs()
         self._batch: InputBatch | None = None
@@ -53,20 +61,21 @@ class ModelRunner:
         if not plan.num_scheduled_tokens:
             return
         batch = self.buffers.prepare(plan.num_scheduled_tokens, self.table)
-        ctx = ForwardContext(self.backend.build_metadata(batch.step), self.kv_caches)
+        metadata = [self.backend.build_metadata(step) for step in batch.steps]
+        ctx = ForwardContext([metadata[group] for group in self._group_of_layer], self.kv_caches)
         if self._graphs is not None and batch.is_decode:
-            self._logits = self._decode(batch, ctx)
+            self._logits = self._decode(batch, metadata, ctx)
         else:
             self._hidden = self.model.forward(batch.input_ids, batch.positions, ctx)
         self._batch = batch
 
-    def _decode(self, batch: InputBatch, ctx: ForwardContext) -> torch.Tensor:
-        """Logits of a step of one token a request, all of which are sampled."""
+    def _decode(self, batch: InputBatch, metadata: list[Any], ctx: ForwardContext) -> torch.Tensor:
+        """Logits of a step of one token a request, all of which are sampled. metadata: one a KV cache group."""
 
         def step() -> torch.Tensor:
             return self.model.compute_logits(self.model.forward(batch.input_ids, batch.positions, ctx))
 
-        return self._graphs.run(key_of(batch.input_ids, batch.positions, ctx.metadata), step)
+        return self._graphs.run(key_of(batch.input_ids, batch.positions, metadata), step)
 
     @torch.inference_mode()
     def sample_tokens(self, grammar: GrammarOutput | None = None) -> ModelRunnerOutput:
@@ -113,9 +122,9 @@ class ModelRunner:
         self.table.num_computed_tokens[rows] = known.num_computed_tokens
         for row, block_ids, resumed in zip(rows.tolist(), known.new_block_ids, known.resumed):
             if resumed:
-                self.table.blocks.replace(row, block_ids)
+                self.table.replace_blocks(row, block_ids)
             elif block_ids:
-                self.table.blocks.append(row, block_ids)
+                self.table.append_blocks(row, block_ids)
 
     # Results -----------------------------------------------------------------
 
