@@ -21,6 +21,9 @@ class CacheConfig:
     """Number of KV blocks; wins over both sizes."""
     enable_prefix_caching: bool = True
     """Keep the KV blocks of past prompts and reuse them for equal prefixes."""
+    disable_hybrid_kv_cache_manager: bool = False
+    """Keep the KV of every token in every layer. Without it, layers with a sliding window let go of what the window has
+    passed. Answers are the same."""
     prefix_caching_hash_algo: Literal["sha256", "xxhash"] = "sha256"
     """How blocks are named: sha256, which nobody can make collide, or xxhash (XXH3 of 128 bits, with a secret drawn at
     the start), which is faster and needs the package xxhash."""

@@ -26,8 +26,8 @@ class Attention:
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ctx: ForwardContext
     ) -> torch.Tensor:
         """q: [T, num_heads, head_dim]; k, v: [T, num_kv_heads, head_dim] -> [T, num_heads * head_dim]."""
-        kv_cache = ctx.kv_caches[self.layer_index]
-        out = self._backend.forward(q, k, v, kv_cache, ctx.metadata, options=self.options)
+        kv_cache, metadata = ctx.kv_caches[self.layer_index], ctx.metadata[self.layer_index]
+        out = self._backend.forward(q, k, v, kv_cache, metadata, options=self.options)
         return out.view(q.shape[0], -1)
 
     def scales(self) -> Iterator[Weight]:

@@ -131,6 +131,7 @@ class DecoderForCausalLM(ABC):
         variant = self.variant(config)
         where = {"dtype": backend.spec.dtype, "device": backend.spec.device}
         sizes = (config.vocab_size, config.hidden_size)
+        self.sliding_windows = variant.sliding_windows
         self.tied = config.tie_word_embeddings
         self.lm_head = LMHead(*sizes, **where)
         self.embed_tokens = TiedEmbedding(self.lm_head) if self.tied else Embedding(*sizes, **where)
