@@ -57,7 +57,7 @@ static Isa detect() {
     if (!(ymm && bit(b, 5))) return Isa::none;
     if (!(zmm && avx512)) return Isa::avx2;
 #ifdef MINIVLLM_BUILD_AMX
-    if (tiles && bit(d, 24) && bit(d, 22) && request_tile_registers()) return Isa::amx;
+    if (tiles && bit(d, 24) && bit(d, 25) && bit(d, 22) && request_tile_registers()) return Isa::amx;  // TILE, INT8, BF16
 #else
     (void)tiles;
 #endif

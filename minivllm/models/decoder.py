@@ -42,13 +42,15 @@ class SelfAttention:
         index: int,
         backend: AttentionBackend,
         rotary: RotaryEmbedding,
+        quantization: str | None,
     ) -> None:
         where = {"dtype": backend.spec.dtype, "device": backend.spec.device}
+        packed = {**where, "quantization": quantization}
         heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         self.qkv_proj = QKVLinear(
-            config.hidden_size, heads, kv_heads, head_dim, bias=variant.qkv_bias, **where
+            config.hidden_size, heads, kv_heads, head_dim, bias=variant.qkv_bias, **packed
         )
-        self.o_proj = RowLinear(heads * head_dim, config.hidden_size, "o_proj", bias=variant.o_bias, **where)
+        self.o_proj = RowLinear(heads * head_dim, config.hidden_size, "o_proj", bias=variant.o_bias, **packed)
         self.q_norm = RMSNorm(head_dim, config.rms_norm_eps, **where) if variant.qk_norm else None
         self.k_norm = RMSNorm(head_dim, config.rms_norm_eps, **where) if variant.qk_norm else None
         self.rotary = rotary
@@ -75,8 +77,10 @@ class SelfAttention:
 class MLP:
     """The gated feed-forward part."""
 
-    def __init__(self, config: HFConfig, variant: Variant, *, dtype: torch.dtype, device: str) -> None:
-        where = {"bias": variant.mlp_bias, "dtype": dtype, "device": device}
+    def __init__(
+        self, config: HFConfig, variant: Variant, *, dtype: torch.dtype, device: str, quantization: str | None
+    ) -> None:
+        where = {"bias": variant.mlp_bias, "dtype": dtype, "device": device, "quantization": quantization}
         inner = config.intermediate_size
         self.gate_up_proj = GatedLinear(config.hidden_size, inner, config.hidden_act, **where)
         self.down_proj = RowLinear(inner, config.hidden_size, "down_proj", **where)
@@ -100,12 +104,13 @@ class DecoderLayer:
         index: int,
         backend: AttentionBackend,
         rotary: RotaryEmbedding,
+        quantization: str | None,
     ) -> None:
         where = {"dtype": backend.spec.dtype, "device": backend.spec.device}
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, **where)
-        self.self_attn = SelfAttention(config, variant, index, backend, rotary)
+        self.self_attn = SelfAttention(config, variant, index, backend, rotary, quantization)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, **where)
-        self.mlp = MLP(config, variant, **where)
+        self.mlp = MLP(config, variant, **where, quantization=quantization)
 
     def __call__(self, residual: torch.Tensor, positions: torch.Tensor, ctx: ForwardContext) -> None:
         """residual: [T, hidden_size], changed in place."""
@@ -122,8 +127,10 @@ class DecoderLayer:
 class DecoderForCausalLM(ABC):
     """A decoder and its LM head. Memory is reserved here; the loader fills it."""
 
-    def __init__(self, config: HFConfig, backend: AttentionBackend, max_positions: int) -> None:
-        """max_positions: tokens the rotary table covers.
+    def __init__(
+        self, config: HFConfig, backend: AttentionBackend, max_positions: int, quantization: str | None = None
+    ) -> None:
+        """max_positions: tokens the rotary table covers; quantization: what linear weights become, None: `dtype`.
 
         Raises:
             ModelFilesError: config.json asks for something that is not served.
@@ -132,11 +139,12 @@ class DecoderForCausalLM(ABC):
         where = {"dtype": backend.spec.dtype, "device": backend.spec.device}
         sizes = (config.vocab_size, config.hidden_size)
         self.tied = config.tie_word_embeddings
-        self.lm_head = LMHead(*sizes, **where)
+        self.lm_head = LMHead(*sizes, **where, quantization=quantization)
         self.embed_tokens = TiedEmbedding(self.lm_head) if self.tied else Embedding(*sizes, **where)
         rotary = RotaryEmbedding(config, max_positions, **where)
         self.layers = [
-            DecoderLayer(config, variant, index, backend, rotary) for index in range(config.num_hidden_layers)
+            DecoderLayer(config, variant, index, backend, rotary, quantization)
+            for index in range(config.num_hidden_layers)
         ]
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, **where)
 

@@ -280,12 +280,15 @@ def _negations(option: str) -> set[str]:
 def add_dataclass_arguments(
     parser: argparse.ArgumentParser, config_class: type, *, docs: dict[str, str], title: str, description: str
 ) -> None:
-    """One option for each field of a dataclass, in a group of its own. `docs` gives each its help."""
+    """One option for each field of a dataclass, in a group of its own. `docs` gives each its help.
+
+    A field's metadata may name a `short` option beside it.
+    """
     group = parser.add_argument_group(title, description)
     hints = get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
-        option = "--" + field.name.replace("_", "-")
-        group.add_argument(option, default=default_of(field), help=docs.get(field.name), **_option(hints[field.name], field))
+        names = [*field.metadata.get("short", "").split(), "--" + field.name.replace("_", "-")]
+        group.add_argument(*names, default=default_of(field), help=docs.get(field.name), **_option(hints[field.name], field))
 
 
 def default_of(field: dataclasses.Field) -> Any:

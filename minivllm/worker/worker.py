@@ -97,7 +97,7 @@ class Worker:
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             dtype=name_of(dtype),
-            numerics_id=platform.numerics_id,
+            numerics_id="-".join(filter(None, [platform.numerics_id, config.model.quantization])),
         )
 
     def execute_model(self, plan: SchedulerOutput) -> None:
@@ -147,7 +147,7 @@ class Worker:
     def _build_model(self, backend: AttentionBackend, max_model_len: int) -> DecoderForCausalLM:
         """The model without its weights: pages that nobody has touched."""
         model_class = load_class(self.config.model_class)
-        return model_class(self.config.hf_config, backend, max_model_len)
+        return model_class(self.config.hf_config, backend, max_model_len, self.config.model.quantization)
 
     def _check_files(self, model: DecoderForCausalLM) -> loader.LoadPlan | None:
         """What will be read from where; None for made-up weights."""
@@ -188,7 +188,7 @@ class Worker:
         budget = memory.Budget(
             limit_bytes=self.platform.memory_limit_bytes(),
             available_bytes=self.platform.memory_available_bytes(),
-            weight_bytes=sum(torch.Size(weight.shape).numel() for weight in model.weights()) * dtype_bytes,
+            weight_bytes=sum(weight.num_bytes for weight in model.weights()),
             step_bytes=memory.step_bytes(config.hf_config, *limits, dtype_bytes),
             process_bytes=self.platform.process_memory_bytes(),
         )

@@ -127,6 +127,12 @@ def test_a_misspelt_option_is_answered_with_the_nearest(capsys):
     assert line == "minivllm: error: unknown option --max-modle-len; did you mean --max-model-len?"
 
 
+@pytest.mark.parametrize("option", ["--quantization", "-q"])
+def test_a_quantization_that_is_not_served_is_refused_by_its_name(capsys, option: str):
+    line = last_line(capsys, option, "awq")
+    assert "--quantization" in line and "'awq'" in line and "int8" in line
+
+
 def test_an_abbreviated_option_is_refused(capsys):
     assert "--max-model-l;" in last_line(capsys, "--max-model-l", "5")
 
@@ -135,7 +141,7 @@ def test_an_abbreviated_option_is_refused(capsys):
     "args",
     [
         ["--tensor-parallel-size", "2"], ["--tensor_parallel_size=2"], ["-tp", "2"], ["--enable-lora"],
-        ["--compilation-config.mode", "3"], ["--quantization", "awq"], ["--tool-call-parser", "hermes"],
+        ["--compilation-config.mode", "3"], ["--lora-dtype", "auto"], ["--tool-call-parser", "hermes"],
     ],
 )  # fmt: skip
 def test_an_option_of_vllm_that_is_not_here_yet_is_refused_by_its_name(capsys, args: list[str]):

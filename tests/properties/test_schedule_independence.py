@@ -2,7 +2,7 @@
 
 Seeded random schedules on the real worker with the native kernels: arrivals, chunk and batch sizes, pools so
 tight that requests are preempted, prefixes found in the cache, aborts of others, resends, one and two threads. For
-every instruction set this machine has, every dtype, and shapes with grouped heads, windows and several
+every instruction set this machine has, every dtype and int8 weights, and shapes with grouped heads, windows and several
 attention segments. `--walk-steps` is the number of engine steps, all cases together.
 """
 
@@ -53,6 +53,7 @@ SHAPES = {
     ),
 }
 CASES = [(shape, dtype, isa) for shape in SHAPES for dtype in DTYPES for isa in ISAS]
+CASES += [(shape, "int8", isa) for shape in ("grouped heads", "a window and biases") for isa in ISAS]
 MAX_TOKENS = 40
 
 
@@ -67,7 +68,9 @@ def engine(case: tuple[str, str, str], tmp_path: Path) -> Iterator[Engine]:
     shape, dtype, isa = case
     isa_before, threads_before = native.lib.isa(), native.lib.num_threads()
     native.lib.set_isa(isa)
-    yield Engine(make_model(tmp_path, dtype=dtype, seed=3, **SHAPES[shape][0]))
+    quantization = "int8" if dtype == "int8" else None
+    model = make_model(tmp_path, dtype="bfloat16" if quantization else dtype, seed=3, **SHAPES[shape][0])
+    yield Engine(model, quantization=quantization)
     native.lib.set_isa(isa_before)
     native.lib.set_num_threads(threads_before)
 
