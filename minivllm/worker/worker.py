@@ -56,7 +56,7 @@ class Worker:
             ConfigError: the model does not fit the machine or the arguments.
         """
         config, platform = self.config, self.platform
-        platform.prepare()
+        platform.prepare(config.cpu)
         on_progress("checking the model")
         custom = self._custom_processors()
         dtype = resolve_dtype(config.model.dtype, config.hf_config.dtype)

@@ -271,8 +271,8 @@ def test_a_keyword_of_vllm_that_is_not_here_yet_is_refused():
 
 
 def test_a_misspelt_variable_of_ours_is_answered_with_the_nearest(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("MINIVLLM_CPU_THREAD", "4")
-    with pytest.raises(ConfigError, match="MINIVLLM_CPU_THREAD is unknown; did you mean MINIVLLM_CPU_THREADS"):
+    monkeypatch.setenv("MINIVLLM_CPU_IS", "avx2")
+    with pytest.raises(ConfigError, match="MINIVLLM_CPU_IS is unknown; did you mean MINIVLLM_CPU_ISA"):
         validate_args(make_arg_parser().parse_args(["some/model"]))
 
 
