@@ -39,7 +39,7 @@ NOT_YET = frozenset(
     fault_tolerance_config fingerprint_mode fingerprint_value fully_sharded_loras gdn_prefill_backend grpc
     grpc_port guided_decoding_backend headless hf_config_path
     hf_token ignore_patterns interleave_mm_strings io_processor_plugin ir_op_priority jit_monitor_mode
-    jit_monitor_verbose kda_decode_backend kda_prefill_backend kernel_config kv_cache_dtype
+    jit_monitor_verbose kda_decode_backend kda_prefill_backend kernel_config
     kv_cache_dtype_skip_layers kv_cache_metrics kv_cache_metrics_sample kv_offloading_backend
     kv_offloading_size kv_sharing_fast_prefill kv_transfer_config language_model_only limit_mm_per_prompt
     linear_backend logging_config
@@ -93,7 +93,6 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "device": ("cpu", "auto"),
     "enable_lora": (False,),
     "enable_sleep_mode": (False,),
-    "kv_cache_dtype": ("auto",),
     "model_impl": ("auto",),
     "nnodes": (1,),
     "pipeline_parallel_size": (1,),

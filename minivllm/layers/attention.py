@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from minivllm.attention.backend import AttentionBackend, ForwardContext
+from minivllm.ops.paged_attention import Options
 
 
 class Attention:
@@ -14,14 +15,12 @@ class Attention:
         self.layer_index = layer_index
         self.sliding_window = sliding_window
         self._backend = backend
-        self._scale = backend.spec.head_dim**-0.5
+        self.options = Options(scale=backend.spec.head_dim**-0.5, sliding_window=sliding_window)
 
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ctx: ForwardContext
     ) -> torch.Tensor:
         """q: [T, num_heads, head_dim]; k, v: [T, num_kv_heads, head_dim] -> [T, num_heads * head_dim]."""
         kv_cache = ctx.kv_caches[self.layer_index]
-        out = self._backend.forward(
-            q, k, v, kv_cache, ctx.metadata, scale=self._scale, sliding_window=self.sliding_window
-        )
+        out = self._backend.forward(q, k, v, kv_cache, ctx.metadata, options=self.options)
         return out.view(q.shape[0], -1)

@@ -108,6 +108,17 @@ class Sampler:
         """Whether no request asks for a change of its logits before the temperature."""
         return self._custom is None and all(step.is_idle for step in self._steps)
 
+    def wants_likeliest_only(self, rows: np.ndarray) -> bool:
+        """Whether all that these table rows ask of their logits is the likeliest token, so that nobody need hold them."""
+        is_asked = not self._num_logprobs.keys().isdisjoint(rows.tolist())
+        return self._changes_nothing and not is_asked and self._columns.are_greedy(rows)
+
+    @staticmethod
+    def of_likeliest(token_ids: torch.Tensor, is_broken: torch.Tensor) -> SamplerOutput:
+        """The output where `wants_likeliest_only`, of what the model found: both [M]."""
+        failed = dict.fromkeys(np.flatnonzero(is_broken.numpy()).tolist(), NONFINITE)
+        return SamplerOutput(token_ids.numpy(), failed=failed)
+
     def _draw(
         self, logits: torch.Tensor, batch: SampleBatch, columns: _Chosen, asking: list[int]
     ) -> SamplerOutput:
@@ -215,6 +226,9 @@ class _Columns:
             longer = np.zeros(num_rows, column.dtype)
             longer[: len(column)] = column
             setattr(self, name, longer)
+
+    def are_greedy(self, rows: np.ndarray) -> bool:
+        return not self._temperature[rows].any()
 
     def of(self, rows: np.ndarray) -> _Chosen:
         return _Chosen(

@@ -107,17 +107,8 @@ class ModelRunner:
     # Results -----------------------------------------------------------------
 
     def _sample(self, batch: InputBatch, hidden: torch.Tensor, result: ModelRunnerOutput) -> None:
-        logits = self.model.compute_logits(hidden[batch.sampled_rows])
         rows = batch.rows[batch.samples]
-        sampled = self.sampler(
-            logits,
-            SampleBatch(
-                rows=rows,
-                num_tokens=self.table.num_tokens[rows],
-                num_prompt_tokens=self.table.num_prompt_tokens[rows],
-                token_ids=self.table.token_ids,
-            ),
-        )
+        sampled = self._choose_tokens(hidden[batch.sampled_rows], rows)
         ids = [batch.request_ids[i] for i in batch.samples.tolist()]
         tokens = sampled.token_ids.reshape(-1, 1).tolist()
         if sampled.failed:
@@ -134,6 +125,20 @@ class ModelRunner:
                 result.sampled_token_ids[i] = own
         result.logprobs.update(
             {ids[c]: lists for c, lists in sampled.logprobs.items() if c not in sampled.failed}
+        )
+
+    def _choose_tokens(self, hidden: torch.Tensor, rows: np.ndarray) -> SamplerOutput:
+        """A token for each row of `hidden`; `rows` are the requests' in the table."""
+        if self.sampler.wants_likeliest_only(rows):
+            return self.sampler.of_likeliest(*self.model.likeliest_tokens(hidden))
+        return self.sampler(
+            self.model.compute_logits(hidden),
+            SampleBatch(
+                rows=rows,
+                num_tokens=self.table.num_tokens[rows],
+                num_prompt_tokens=self.table.num_prompt_tokens[rows],
+                token_ids=self.table.token_ids,
+            ),
         )
 
     def _append_sound(self, rows: np.ndarray, sampled: SamplerOutput) -> None:

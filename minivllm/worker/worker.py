@@ -77,8 +77,7 @@ class Worker:
         on_progress("laying out the KV cache")
         # Untouched pages take no memory: they are the system's until a block is written.
         kv_caches = [
-            torch.empty(backend.kv_cache_shape(size.num_blocks), dtype=dtype, device=platform.device)
-            for _ in range(config.hf_config.num_hidden_layers)
+            backend.new_kv_cache(size.num_blocks) for _ in range(config.hf_config.num_hidden_layers)
         ]
         self.runner = ModelRunner(
             model,
@@ -97,7 +96,9 @@ class Worker:
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             dtype=name_of(dtype),
-            numerics_id="-".join(filter(None, [platform.numerics_id, config.model.quantization])),
+            numerics_id="-".join(
+                filter(None, [platform.numerics_id, backend.layout_id, config.model.quantization])
+            ),
         )
 
     def execute_model(self, plan: SchedulerOutput) -> None:
@@ -131,6 +132,7 @@ class Worker:
                 block_size=block_size,
                 dtype=dtype,
                 device=self.platform.device,
+                kv_cache_dtype=self.config.cache.kv_cache_dtype,
             )
         )
 
