@@ -13,7 +13,6 @@ enum class Epilogue : int {
     store = 0,         // out = sum
     add_residual = 1,  // out += sum
     silu_mul = 2,      // out = silu(gate) * up, of a weight whose first n/2 rows are the gate's, packed interleaved
-    argmax = 3,        // of each row, out_dtype being float32; nothing is written but `best` and `broken`
 };
 
 // y[m][n] = Σ_k x[m][k]·w[n][k] + addend[m][n] + bias[n], then the epilogue. Rows contiguous; strides in elements.
@@ -31,9 +30,6 @@ struct LinearCall {
     void* out;  // [m, n]; with silu_mul [m, n / 2]
     DType out_dtype;
     int64_t out_stride;
-    int64_t* best = nullptr;    // [m]: the lowest index of a row's largest value
-    int64_t block_rows = 0;     // the kernel's: rows it takes at a time
-    uint8_t* broken = nullptr;  // [m]: whether the row holds a NaN or +inf, or nothing above -inf
 };
 
 // Rows [start, start + rows) of a weight, to be packed.

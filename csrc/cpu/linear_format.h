@@ -34,17 +34,6 @@ void bind_linear_format(nb::module_& m, const char* name) {
                                   ptr<const float>(addend), addend_stride, Epilogue(epilogue), ptr<void>(out),
                                   DType(out_dtype), out_stride});
              },
-             release_gil)
-        .def("argmax",
-             [](const Format& format, uintptr_t best, uintptr_t broken, uintptr_t x, int64_t x_stride, int64_t m,
-                uintptr_t packed) {
-                 LinearCall call{format.dtype, m, format.n, format.k, ptr<const void>(x), x_stride,
-                                 ptr<const void>(packed), nullptr, DType::f32, nullptr, 0, Epilogue::argmax, nullptr,
-                                 DType::f32, 0};
-                 call.best = ptr<int64_t>(best);
-                 call.broken = ptr<uint8_t>(broken);
-                 format.multiply(call);
-             },
              release_gil);
 }
 

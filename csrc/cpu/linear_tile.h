@@ -11,7 +11,6 @@
 #include "linear.h"
 #include "silu.h"
 #include "thread_pool.h"
-#include "vec_math.h"
 
 namespace minivllm::MINIVLLM_ISA {
 namespace {
@@ -167,52 +166,6 @@ MINIVLLM_INLINE void store_past_caches(T* p, Vec x) {
     else _mm_stream_si128((__m128i*)p, _mm_load_si128((const __m128i*)lanes));
 }
 
-// The largest value so far of one row, lane by lane, with its index; and whether all were below infinity.
-struct RowPeaks {
-    Vec values, indices;  // an index below 2^24 is exact in float32
-    uint32_t below_infinity;
-
-    void clear() {
-        values = set1(-kInfinity);
-        indices = zero();
-        below_infinity = kAllLanes;
-    }
-    // A vector whose first element has this index. A later one wins only if it is larger: ties go to the lowest.
-    MINIVLLM_INLINE void take(Vec x, int64_t index) {
-        below_infinity &= lanes_less(x, set1(kInfinity));
-        indices = where_less(values, x, set1(float(index)) + lane_numbers(), indices);
-        values = where_less(values, x, x, values);
-    }
-};
-
-// A row's result over a range of its features.
-struct Peak {
-    float value;
-    int32_t index;
-    bool below_infinity;
-
-    bool beats(const Peak& other) const {
-        return value > other.value || (value == other.value && index < other.index);
-    }
-};
-
-inline Peak peak_of(const RowPeaks& row) {
-    Peak best{-kInfinity, INT32_MAX, row.below_infinity == kAllLanes};
-    float values[kLanes], indices[kLanes];
-    store(values, row.values);
-    store(indices, row.indices);
-    for (int i = 0; i < kLanes; ++i) {
-        const Peak lane{values[i], int32_t(indices[i]), best.below_infinity};
-        if (lane.value > -kInfinity && lane.beats(best)) best = lane;
-    }
-    return best;
-}
-
-// This thread's peaks of a block's rows.
-inline RowPeaks* row_peaks(int64_t num_rows) {
-    return static_cast<RowPeaks*>(thread_scratch(2, size_t(num_rows) * sizeof(RowPeaks)));
-}
-
 // What is added to the sums of one panel: the bias, in float32, zeros where there is none; and where the panel's
 // vectors belong.
 template <int kVectors>
@@ -248,7 +201,6 @@ struct PanelEnd {
     // Rows [0, num_rows) of the sums are rows row, row + 1, … of the output.
     template <class Sums>
     void finish(const Sums& sums, int64_t row, int64_t num_rows) const {
-        if (call.epilogue == Epilogue::argmax) return take_peaks(sums, row, num_rows);
         with_dtype(call.out_dtype, [&](auto tag) {
             using Y = typename decltype(tag)::type;
             for (int64_t r = 0; r < num_rows; ++r)
@@ -275,16 +227,6 @@ struct PanelEnd {
         }
     }
 
-    template <class Sums>
-    void take_peaks(const Sums& sums, int64_t row, int64_t num_rows) const {
-        RowPeaks* peaks = row_peaks(kMaxBlockRows) + row % call.block_rows;
-        for (int64_t r = 0; r < num_rows; ++r)
-            for (int v = 0; v < kVectors && count[v] > 0; ++v) {
-                const Vec x = value(sums, r, v, row + r);
-                peaks[r].take(where_less(lane_numbers(), set1(float(count[v])), x, set1(-kInfinity)), first[v]);
-            }
-    }
-
     static bool is_past_caches(const LinearCall& call) {
         const int64_t size = size_of(call.out_dtype), row_bytes = call.out_stride * size;
         return call.epilogue == Epilogue::store && call.m * row_bytes >= kLargeOutputBytes && row_bytes % 64 == 0 &&
@@ -301,60 +243,28 @@ struct Block {
     int64_t num_rows, stride, k;  // k includes the padding
 };
 
-// The peaks of a block's rows: each piece of the panels finds its own, and they are merged by value and index, which
-// no order of the pieces can change.
-template <class Kernel, class KernelBlock>
-void find_peaks(const LinearCall& call, const KernelBlock& block, int64_t first_row, int64_t num_rows,
-                int64_t num_panels, int64_t piece) {
-    const int64_t num_pieces = (num_panels + piece - 1) / piece;
-    auto* peaks = static_cast<Peak*>(thread_scratch(3, size_t(num_pieces * num_rows) * sizeof(Peak)));
-    parallel_tasks(num_pieces, [&](int64_t i) {
-        RowPeaks* rows = row_peaks(kMaxBlockRows);
-        for (int64_t r = 0; r < num_rows; ++r) rows[r].clear();
-        Kernel::run(call, block, first_row, i * piece, (i + 1) * piece < num_panels ? (i + 1) * piece : num_panels);
-        for (int64_t r = 0; r < num_rows; ++r) peaks[i * num_rows + r] = peak_of(rows[r]);
-    });
-    for (int64_t r = 0; r < num_rows; ++r) {
-        Peak best{-kInfinity, 0, true};
-        for (int64_t i = 0; i < num_pieces; ++i) {
-            const Peak& peak = peaks[i * num_rows + r];
-            const bool below_infinity = best.below_infinity && peak.below_infinity;
-            if (peak.beats(best)) best = peak;
-            best.below_infinity = below_infinity;
-        }
-        call.best[first_row + r] = best.index;
-        call.broken[first_row + r] = !(best.below_infinity && best.value > -kInfinity);
-    }
-}
-
 // Kernel::prepare(call, first_row, num_rows) for blocks of rows that fit in L2, then
 // Kernel::run(call, block, first_row, first_panel, end_panel), panels split over threads. Each output is one
 // thread's, and is summed over all of K in the kernel's own order: neither the blocks nor the threads can be seen
 // in the result.
 template <class Kernel>
-void multiply_blocks(const LinearCall& given) {
+void multiply_blocks(const LinearCall& call) {
     using Layout = typename Kernel::Layout;
-    LinearCall call = given;
     const int64_t padded = round_up(call.k, Layout::kStep);
     int64_t block_rows = kBlockBytes / (padded * int64_t(sizeof(typename Kernel::A))) / Kernel::kRows * Kernel::kRows;
     if (block_rows < Kernel::kRows) block_rows = Kernel::kRows;
     if (block_rows > kMaxBlockRows) block_rows = kMaxBlockRows / Kernel::kRows * Kernel::kRows;
-    call.block_rows = block_rows;
     const int64_t num_panels = Features{call.n, call.epilogue == Epilogue::silu_mul}.template num_panels<Layout>();
     for (int64_t first = 0; first < call.m; first += block_rows) {
         const int64_t rows = call.m - first < block_rows ? call.m - first : block_rows;
         const auto block = Kernel::prepare(call, first, rows);
         const int64_t least = 1 + kMultipliesPerThread / (rows * padded * Layout::kPanel);
-        const int64_t share = num_panels / (num_threads() * kPiecesPerThread);
-        const int64_t piece = share > least ? share : least;
-        if (call.epilogue == Epilogue::argmax) {
-            find_peaks<Kernel>(call, block, first, rows, num_panels, piece);
-            continue;
-        }
-        parallel_pieces(num_panels, piece, [&](int64_t begin, int64_t end) {
-            Kernel::run(call, block, first, begin, end);
-            _mm_sfence();  // of what went past the caches
-        });
+        const int64_t piece = num_panels / (num_threads() * kPiecesPerThread);
+        parallel_pieces(num_panels, piece > least ? piece : least,
+                        [&](int64_t begin, int64_t end) {
+                            Kernel::run(call, block, first, begin, end);
+                            _mm_sfence();  // of what went past the caches
+                        });
     }
 }
 

@@ -14,6 +14,7 @@ from minivllm.config.observability import ObservabilityConfig
 from minivllm.config.parallel import ParallelConfig
 from minivllm.config.reasoning import ReasoningConfig
 from minivllm.config.scheduler import SchedulerConfig, Usage
+from minivllm.config.structured_outputs import StructuredOutputsConfig
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class EngineConfig:
     parallel: ParallelConfig = ParallelConfig()
     observability: ObservabilityConfig = ObservabilityConfig()
     reasoning: ReasoningConfig = ReasoningConfig()
+    structured_outputs: StructuredOutputsConfig = StructuredOutputsConfig()
     cpu: CpuConfig = CpuConfig()
     model_class: str = ""  # "module:Class" of the registry; it travels, so that a registered model reaches the core
     generation_config: dict[str, Any] = field(default_factory=dict)  # after overrides; with "vllm", only the end tokens

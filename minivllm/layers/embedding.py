@@ -31,11 +31,6 @@ class LMHead:
         """hidden: [M, hidden_size] -> [M, vocab_size] float32."""
         return self.packed(hidden, out_dtype=torch.float32)
 
-    def argmax(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of each row's logits, which are never all in memory at once: the index of the largest, the lowest among
-        equals ([M] int64), and whether there is none ([M] bool)."""
-        return self.packed.argmax(hidden)
-
     def weights(self) -> Iterator[Weight]:
         shape = (self.packed.out_features, self.packed.in_features)
         yield Weight("weight", shape, self.packed.nbytes, self.packed.load_rows)

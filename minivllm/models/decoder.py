@@ -164,10 +164,6 @@ class DecoderForCausalLM(ABC):
         """hidden: [M, hidden_size] -> [M, vocab_size] float32."""
         return self.lm_head(hidden)
 
-    def likeliest_tokens(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """hidden: [M, hidden_size] -> the argmax of `compute_logits` ([M] int64), and whether there is none ([M] bool)."""
-        return self.lm_head.argmax(hidden)
-
     def weights(self) -> Iterator[Weight]:
         """Every tensor the checkpoint must hold, under its name there."""
         yield from under("model.embed_tokens", self.embed_tokens.weights())

@@ -84,13 +84,6 @@ class DenseLinear:
         y = silu_mul(self._sums(x, bias, addend).to(x.dtype))
         return y if out is None else out.copy_(y)
 
-    def argmax(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of each row of self(x, out_dtype=float32): the lowest index of its largest value, [M] int64; and whether no
-        token can be chosen from it (it holds a NaN or +inf, or nothing above -inf), [M] bool."""
-        y = self(x, out_dtype=torch.float32)
-        largest = y.amax(-1, keepdim=True)
-        return (y == largest).to(torch.uint8).argmax(-1), ~largest.squeeze(1).isfinite()
-
     def _sums(
         self, x: torch.Tensor, bias: torch.Tensor | None, addend: torch.Tensor | None
     ) -> torch.Tensor:
@@ -193,22 +186,6 @@ class PackedLinear:
             out = torch.empty(x.shape[0], self.out_features // 2, dtype=x.dtype)
         return self._multiply(_SILU_MUL, out, self.out_features // 2, x, bias, addend)
 
-    def argmax(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of each row of self(x, out_dtype=float32): the lowest index of its largest value, [M] int64; and whether no
-        token can be chosen from it (it holds a NaN or +inf, or nothing above -inf), [M] bool.
-
-        The values are those of that call to the last bit, and are never all in memory at once.
-        """
-        assert not self.gated and self.out_features <= _MOST_INDICES
-        check_input(self, x, None, None)
-        if x.stride(1) != 1:
-            x = x.contiguous()
-        best, broken = torch.empty(len(x), dtype=torch.int64), torch.empty(len(x), dtype=torch.bool)
-        self._format.argmax(
-            best.data_ptr(), broken.data_ptr(), x.data_ptr(), x.stride(0), len(x), self._packed.data_ptr()
-        )
-        return best, broken
-
     def _multiply(
         self,
         epilogue: int,
@@ -240,7 +217,6 @@ class PackedLinear:
         return out
 
 
-_MOST_INDICES = 1 << 24  # the kernel counts them in float32
 _STORE, _ADD_RESIDUAL, _SILU_MUL = 0, 1, 2  # as in csrc/cpu/linear.h
 
 

@@ -18,7 +18,7 @@ from minivllm.exceptions import ConfigError
 from minivllm.logger import init_logger
 from minivllm.logits_processors import load_logits_processors
 from minivllm.messages.kv_cache import KVCacheSpec
-from minivllm.messages.worker import ModelRunnerOutput, SchedulerOutput, WorkerReady
+from minivllm.messages.worker import GrammarOutput, ModelRunnerOutput, SchedulerOutput, WorkerReady
 from minivllm.models import loader
 from minivllm.models.decoder import DecoderForCausalLM
 from minivllm.models.registry import load_class
@@ -87,6 +87,7 @@ class Worker:
             max_model_len=size.max_model_len,
             max_num_batched_tokens=max_num_batched_tokens,
             max_num_seqs=max_num_seqs,
+            enforce_eager=config.model.enforce_eager,
         )
         return WorkerReady(
             max_model_len=size.max_model_len,
@@ -105,10 +106,9 @@ class Worker:
         """Run the model on a plan's tokens."""
         self._initialized().execute_model(plan)
 
-    def sample_tokens(self, grammar: bytes | None) -> ModelRunnerOutput:
-        """Sample from the last `execute_model`. grammar: a mask of allowed tokens; there is none yet."""
-        assert grammar is None, "structured output is not implemented"
-        return self._initialized().sample_tokens()
+    def sample_tokens(self, grammar: GrammarOutput | None) -> ModelRunnerOutput:
+        """Sample from the last `execute_model`; `grammar` says where not freely."""
+        return self._initialized().sample_tokens(grammar)
 
     def shutdown(self) -> None:
         """Let go of the model and the cache. May be called again."""

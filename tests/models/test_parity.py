@@ -173,16 +173,3 @@ def test_other_dtypes_are_converted_as_they_are_read(tmp_path: Path):
     assert answer.tokens == expected.argmax(-1).tolist()
     half = Loop(path, dtype="float16").run(case.prompts[:1], greedy(logprobs=0))[0]
     assert len(half.tokens) == NUM_TOKENS
-
-
-@pytest.mark.parametrize("quantization", [None, "int8"])
-def test_greedy_tokens_are_the_same_with_their_logits_and_without(tmp_path: Path, quantization: str | None):
-    """Alone in the batch they need no logits; logprobs, or a neighbour that samples, have them made."""
-    loop = Loop(make_model(tmp_path, arch="qwen3", seed=4, dtype="bfloat16"), quantization=quantization)
-    prompts = [list(range(3, 3 + length)) for length in (40, 9, 1)]
-    greedy = SamplingParams(temperature=0, max_tokens=NUM_TOKENS)
-    with_logits = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, logprobs=1)
-    expected = [answer.tokens for answer in loop.run(prompts, greedy)]
-    assert [answer.tokens for answer in loop.run(prompts, with_logits)] == expected
-    mixed = loop.run(prompts, [greedy, SamplingParams(temperature=1, max_tokens=NUM_TOKENS), greedy])
-    assert [mixed[0].tokens, mixed[2].tokens] == [expected[0], expected[2]]

@@ -7,7 +7,6 @@ import torch
 
 from minivllm.ops import activation, linear, native
 from minivllm.ops.linear import DenseLinear, PackedLinear
-from minivllm.ops.linear_int8 import PackedInt8Linear
 from minivllm.ops.op import OpSpec
 
 # Half a unit of the output, and what the float32 sums lose.
@@ -257,36 +256,3 @@ def test_outputs_and_addends_that_do_not_fit_are_refused(dtype):
         layer(x, addend=torch.zeros(2, 8, dtype=torch.float64))
     with pytest.raises(ValueError, match="residual is"):
         layer.add_to(torch.zeros(2, 8, dtype=torch.float64), x)
-
-
-# Greedy tokens ---------------------------------------------------------------
-
-
-@pytest.mark.parametrize("cls", [PackedLinear, PackedInt8Linear, DenseLinear])
-@pytest.mark.parametrize("n, k", [(1, 8), (33, 64), (700, 100), (5001, 600)])
-def test_the_largest_output_is_found_without_the_outputs(dtype, cls, n, k, num_threads):
-    layer = packed(matrix(n, k, dtype), cls)
-    for m in (1, 5, 33, 70):
-        x = torch.randn(m, k).to(dtype)
-        y = layer(x, out_dtype=torch.float32)
-        best, broken = layer.argmax(x)
-        assert best.tolist() == [row.tolist().index(row.max().item()) for row in y]
-        assert not broken.any()
-
-
-@pytest.mark.parametrize("cls", [PackedLinear, PackedInt8Linear, DenseLinear])
-def test_equal_largest_outputs_give_the_lowest_index(dtype, cls, num_threads):
-    weight = torch.zeros(3000, 64)
-    weight[[77, 300, 1500, 2999]] = 1.0
-    best, broken = packed(weight.to(dtype), cls).argmax(torch.ones(3, 64, dtype=dtype))
-    assert best.tolist() == [77] * 3 and not broken.any()
-
-
-@pytest.mark.parametrize("cls", [PackedLinear, DenseLinear])
-def test_a_row_without_a_largest_output_is_said_to_be_broken(dtype, cls):
-    weight = torch.ones(100, 2)
-    weight[60] = torch.tensor([1.0, 0.0])
-    x = torch.tensor([[1.0, 1.0], [float("nan"), 1.0], [float("inf"), 1.0], [-float("inf"), 1.0], [2.0, -1.0]])
-    best, broken = packed(weight.to(dtype), cls).argmax(x.to(dtype))
-    assert broken.tolist() == [False, True, True, True, False]
-    assert best[0] == 0 and best[4] == 60
