@@ -42,6 +42,11 @@ class SchedulerConfig:
     stream_interval: int = 1
     """Tokens between two chunks of a stream; the first and the last are sent at once."""
 
+    @property
+    def max_plans_in_flight(self) -> int:
+        """Steps planned before the first one's result is in, at most."""
+        return 2 if self.async_scheduling else 1
+
 
 def step_limits(scheduler: SchedulerConfig, usage: Usage, max_model_len: int) -> tuple[int, int]:
     """max_num_batched_tokens and max_num_seqs.

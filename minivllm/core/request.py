@@ -121,7 +121,7 @@ class Request:
     def wants_prompt_logprobs(self) -> bool:
         """True until every prompt position has been reported; until then the prompt must be computed, not found."""
         return (
-            self.sampling_params.prompt_logprobs is not None
+            self.sampling_params.scores_prompt
             and self.num_prompt_logprobs_sent < self.num_prompt_tokens - 1
         )
 

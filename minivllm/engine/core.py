@@ -31,6 +31,7 @@ from minivllm.messages.engine import (
     UtilityOutput,
     UtilityRequest,
 )
+from minivllm.messages.kv_cache import num_tokens_held
 from minivllm.messages.worker import ModelRunnerOutput, SchedulerOutput, WorkerReady
 
 logger = init_logger(__name__)
@@ -80,6 +81,8 @@ class EngineCore:
                 max_model_len=worker.max_model_len,
                 num_blocks=worker.num_blocks,
                 block_size=worker.block_size,
+                kv_cache_groups=worker.kv_cache_groups,
+                max_plans_in_flight=self.executor.max_concurrent_batches,
                 enable_prefix_caching=config.cache.enable_prefix_caching,
                 enable_chunked_prefill=config.scheduler.enable_chunked_prefill,
                 prefix_caching_hash_algo=config.cache.prefix_caching_hash_algo,
@@ -96,7 +99,7 @@ class EngineCore:
         except BaseException:
             self.executor.shutdown()
             raise
-        self.ready = _ready_message(worker, config.hf_config.vocab_size)
+        self.ready = _ready_message(worker, config.hf_config.vocab_size, self.executor.max_concurrent_batches)
         self._in_flight: deque[_InFlight] = deque()  # in the order of execution
         self._untold: defaultdict[int, list[EngineCoreOutput]] = defaultdict(
             list
@@ -213,8 +216,14 @@ def _is_sendable(value: Any) -> bool:
     return True
 
 
-def _ready_message(worker: WorkerReady, vocab_size: int) -> EngineCoreReady:
-    num_tokens = worker.num_blocks * worker.block_size
+def _ready_message(worker: WorkerReady, vocab_size: int, max_plans_in_flight: int) -> EngineCoreReady:
+    num_tokens = num_tokens_held(
+        worker.kv_cache_groups,
+        worker.num_blocks,
+        worker.max_model_len,
+        worker.max_num_batched_tokens * max_plans_in_flight,
+        worker.block_size,
+    )
     return EngineCoreReady(
         max_model_len=worker.max_model_len,
         num_gpu_blocks=worker.num_blocks,

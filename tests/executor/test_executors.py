@@ -86,7 +86,7 @@ def the_death_of_the_actor_is_told_at_once(executor: PlainRayExecutor) -> None:
 
 def give(executor: Executor, request_id: str, prompt: list[int]) -> tuple[Future, Future]:
     """Give it a plan with one new request; the futures of its forward pass and of its result."""
-    new = NewRequestData(request_id, prompt, [], SamplingParams(ignore_eos=True), 7, [], [0], 0)
+    new = NewRequestData(request_id, prompt, [], SamplingParams(ignore_eos=True), 7, [], [[0]], 0)
     plan = SchedulerOutput(
         executor.num_steps,
         [new],

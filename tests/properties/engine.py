@@ -116,6 +116,7 @@ class Engine:
             "max_model_len": self.ready.max_model_len,
             "num_blocks": self.ready.num_blocks,
             "block_size": BLOCK_SIZE,
+            "kv_cache_groups": self.ready.kv_cache_groups,
             "grammars": self.grammars,
         }
         return Scheduler(**sizes | changes)

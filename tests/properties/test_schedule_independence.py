@@ -19,6 +19,7 @@ import torch
 from make_random_model import make_model
 
 from minivllm.messages.engine import EngineCoreRequest
+from minivllm.messages.kv_cache import blocks_of_request, has_null_block
 from minivllm.ops import native
 from minivllm.ops.op import OpSpec
 from tests.core.requests import drawn_rules
@@ -99,7 +100,8 @@ class Walk:
         """One random schedule from its first arrival to its last answer."""
         pick = self.random
         native.lib.set_num_threads(pick.choice([1, 2]))
-        run = Run(self.engine, self._scheduler(), num_in_flight=pick.choice([1, 2, 2, 3]))
+        num_in_flight = pick.choice([1, 2, 2, 3])
+        run = Run(self.engine, self._scheduler(num_in_flight), num_in_flight)
         expected: dict[str, Answer] = {}
         aborted: set[str] = set()
         num_requests = pick.randint(3, 9)
@@ -115,14 +117,16 @@ class Walk:
         self.num_preemptions += run.num_preemptions
         self.num_cached_tokens += run.num_cached_tokens
 
-    def _scheduler(self):
+    def _scheduler(self, num_in_flight: int):
         pick = self.random
         budget = pick.choice(self.budgets)
-        least = -(-self.max_model_len // 32)
+        groups = self.engine.ready.kv_cache_groups
+        least = blocks_of_request(groups, self.max_model_len, budget * num_in_flight, 32) + has_null_block(groups)
         max_num_seqs = min(budget, pick.choice([1, 3, 8, 16, 16]))
         return self.engine.scheduler(
             **drawn_rules(pick, max_num_seqs),
             max_num_batched_tokens=budget,
+            max_plans_in_flight=num_in_flight,
             max_num_seqs=max_num_seqs,
             max_model_len=self.max_model_len,
             num_blocks=pick.choice([least, least, least + 1, least + 2, self.engine.ready.num_blocks]),

@@ -7,10 +7,10 @@ Imports no torch, does no I/O, reads no clock; it never learns how a step is run
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from minivllm.core.grammar import Grammars
-from minivllm.core.kv_cache_manager import KVCacheManager
+from minivllm.core.kv_cache_manager import BlockIds, KVCacheManager
 from minivllm.core.kv_cache_utils import make_block_hasher
 from minivllm.core.request import Request, RequestStatus
 from minivllm.core.sched.admission import (
@@ -22,10 +22,11 @@ from minivllm.core.sched.admission import (
 )
 from minivllm.core.sched.chunks import ChunkSizes
 from minivllm.core.sched.request_queue import POLICIES, RequestQueue, insert_in_order
-from minivllm.core.sched.step import Shortened, Step
+from minivllm.core.sched.step import Shortened, Step, append_block_ids
 from minivllm.exceptions import ConfigError, RequestError
 from minivllm.logger import init_logger
 from minivllm.messages.engine import EngineCoreOutput, EngineCoreRequest, FinishReason, LogprobsLists
+from minivllm.messages.kv_cache import ONE_FULL_GROUP, KVCacheGroup, longest_request
 from minivllm.messages.kv_events import KVCacheEvent
 from minivllm.messages.stats import SchedulerStats
 from minivllm.messages.worker import GrammarOutput, ModelRunnerOutput, SchedulerOutput
@@ -59,6 +60,8 @@ class Scheduler:
         max_model_len: int,
         num_blocks: int,
         block_size: int,
+        kv_cache_groups: Sequence[KVCacheGroup] = ONE_FULL_GROUP,
+        max_plans_in_flight: int = 1,
         enable_prefix_caching: bool = True,
         enable_chunked_prefill: bool = True,
         policy: str = "fcfs",
@@ -76,9 +79,18 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self.max_model_len = max_model_len
         self.enable_chunked_prefill = enable_chunked_prefill
-        self._check_limits(num_blocks * block_size)
+        self._check_limits()
+        # A window moves on when a result is in: behind it may lie what all plans in flight compute of one request.
+        step_tokens = max_num_batched_tokens * max_plans_in_flight
+        self._check_one_request_fits(kv_cache_groups, num_blocks, block_size, step_tokens)
 
-        self.kv_cache = KVCacheManager(num_blocks, block_size, record_events=record_kv_events)
+        self.kv_cache = KVCacheManager(
+            num_blocks,
+            block_size,
+            groups=kv_cache_groups,
+            step_tokens=step_tokens,
+            record_events=record_kv_events,
+        )
         self.requests: dict[str, Request] = {}  # accepted and not yet answered for the last time
         self.waiting = RequestQueue()
         self.running: list[Request] = []  # in order; the list object stays the same, admission reads it
@@ -119,13 +131,8 @@ class Scheduler:
         self._num_preemptions = 0
         self._num_scheduled_tokens = 0
 
-    def _check_limits(self, cache_tokens: int) -> None:
+    def _check_limits(self) -> None:
         budget, length = self.max_num_batched_tokens, self.max_model_len
-        if cache_tokens < length:
-            raise ConfigError(
-                f"the KV cache holds {cache_tokens} tokens and --max-model-len is {length}: one request may not fit; "
-                f"lower --max-model-len to {cache_tokens} or give the cache more memory"
-            )
         if not self.enable_chunked_prefill and budget < length:
             raise ConfigError(
                 f"--max-num-batched-tokens {budget} is below --max-model-len {length}: without chunked prefill a "
@@ -135,6 +142,17 @@ class Scheduler:
             raise ConfigError(
                 f"--max-num-seqs {self.max_num_seqs} must be from 1 to --max-num-batched-tokens {budget}: "
                 "every running request needs a token a step"
+            )
+
+    def _check_one_request_fits(
+        self, groups: Sequence[KVCacheGroup], num_blocks: int, block_size: int, step_tokens: int
+    ) -> None:
+        fitting = longest_request(groups, num_blocks, step_tokens, block_size, limit=self.max_model_len)
+        if fitting < self.max_model_len:
+            raise ConfigError(
+                f"{num_blocks} KV blocks of {block_size} tokens have room for one request of {fitting} tokens and "
+                f"--max-model-len is {self.max_model_len}; lower --max-model-len to {fitting} or give the cache more "
+                "memory"
             )
 
     # What comes in
@@ -283,7 +301,7 @@ class Scheduler:
         num_new_tokens = num_wanted
         if num_wanted > 1:
             num_new_tokens = self._chunks.of_running(index, num_wanted, step)
-        new_block_ids: list[int] | None = []
+        new_block_ids: BlockIds | None = []
         if num_new_tokens > 0:
             new_block_ids = self.kv_cache.extend(request, request.num_computed_tokens + num_new_tokens)
             if new_block_ids is None:
@@ -298,7 +316,7 @@ class Scheduler:
         return True
 
     def _note_shortened(
-        self, request: Request, num_wanted: int, num_given: int, block_ids: list[int], step: Step
+        self, request: Request, num_wanted: int, num_given: int, block_ids: BlockIds, step: Step
     ) -> None:
         """It took less than it wanted, perhaps for the sake of others."""
         if self._chunks.is_long(num_wanted):
@@ -316,13 +334,13 @@ class Scheduler:
             new_block_ids = self.kv_cache.extend(request, request.num_computed_tokens + num_more)
             if new_block_ids is None:  # no reason to preempt anybody
                 continue
-            block_ids += new_block_ids
+            append_block_ids(block_ids, new_block_ids)
             if step.includes(request):
                 step.add_tokens(request, num_more)
             else:
                 step.schedule_running(request, num_more, block_ids)
 
-    def _preempt_until_it_fits(self, request: Request, num_new_tokens: int, step: Step) -> list[int] | None:
+    def _preempt_until_it_fits(self, request: Request, num_new_tokens: int, step: Step) -> BlockIds | None:
         """Blocks for the next tokens, at the cost of the last in order; None when that was the request itself."""
         new_block_ids = None
         while new_block_ids is None:
@@ -542,7 +560,7 @@ class Scheduler:
             assert request.status is RequestStatus.RUNNING, (
                 f"{request.request_id} runs as {request.status.name}"
             )
-            capacity = len(self.kv_cache.block_ids(request)) * self.kv_cache.block_size
+            capacity = self.kv_cache.num_tokens_with_room(request)
             assert request.num_computed_tokens <= capacity, f"{request.request_id} computed beyond its blocks"
             assert request.num_computed_tokens <= request.num_schedulable_tokens < request.max_num_tokens
             num_underway = sum(planned.num_tokens_of(request) for planned in self._in_flight)

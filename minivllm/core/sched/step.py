@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from minivllm.core.kv_cache_manager import BlockIds
 from minivllm.core.request import Request
 from minivllm.messages.worker import CachedRequestData, NewRequestData, SchedulerOutput
 
@@ -13,7 +14,7 @@ class Shortened(NamedTuple):
 
     request: Request
     num_wanted: int  # beyond what it has in this step
-    block_ids: list[int]  # in the plan: new blocks are appended to it
+    block_ids: BlockIds  # in the plan: new blocks are appended to it
 
 
 class Step:
@@ -38,7 +39,7 @@ class Step:
         self.begins: list[int] = []  # tokens of each computed before
         self.counts: list[int] = []  # and in this step
         self.lost: set[Request] = set()  # of them, preempted since: they keep their tokens of this step, not the KV
-        self._block_ids: dict[int, list[int]] = {}  # by column: what the worker appends to the block table …
+        self._block_ids: dict[int, BlockIds] = {}  # by column: what the worker appends to the block tables …
         self._resumed: set[int] = set()  # … or, in these columns, puts in its place
         self._new_requests: list[Request] = []
         self._new: list[NewRequestData] = []
@@ -55,7 +56,7 @@ class Step:
         if end < request.placeholders_end:
             request.num_schedulable_tokens = end + 1
 
-    def schedule_running(self, request: Request, num_new_tokens: int, new_block_ids: list[int]) -> None:
+    def schedule_running(self, request: Request, num_new_tokens: int, new_block_ids: BlockIds) -> None:
         """The worker knows it: only what changed travels."""
         self._block_ids[len(self.requests)] = new_block_ids
         self.requests.append(request)
@@ -63,7 +64,7 @@ class Step:
         self.counts.append(num_new_tokens)
         self._spend(request, num_new_tokens)
 
-    def schedule_admitted(self, request: Request, num_new_tokens: int, block_ids: list[int]) -> None:
+    def schedule_admitted(self, request: Request, num_new_tokens: int, block_ids: BlockIds) -> None:
         """New to the worker, or back after a preemption with a new block table."""
         if request.scheduled_time is None:
             request.scheduled_time = self.now
@@ -141,7 +142,16 @@ class Step:
             self.blocks_underway.update(request.block_hashes[first:last])
 
 
-def _new_request_data(request: Request, block_ids: list[int]) -> NewRequestData:
+def append_block_ids(block_ids: BlockIds, more: BlockIds) -> None:
+    """Add to each group's list, in place; either may be the [] that says nothing."""
+    if not block_ids:
+        block_ids += more
+        return
+    for ids, new_ids in zip(block_ids, more):
+        ids += new_ids
+
+
+def _new_request_data(request: Request, block_ids: BlockIds) -> NewRequestData:
     return NewRequestData(
         request_id=request.request_id,
         prompt_token_ids=request.prompt_token_ids,
