@@ -19,6 +19,7 @@ from minivllm.layers.linear import GatedLinear, QKVLinear, RowLinear
 from minivllm.layers.norm import RMSNorm
 from minivllm.layers.rotary import RotaryEmbedding
 from minivllm.layers.weight import Weight, under
+from minivllm.ops.rotary import HeadNorms
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,10 @@ class SelfAttention:
     ) -> None:
         """Add the attention of x, and so of its tokens, to `residual` in place."""
         q, k, v = self.qkv_proj(x)
+        norms = None
         if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        self.rotary(positions, q, k)
+            norms = HeadNorms(self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
+        self.rotary(positions, q, k, norms)
         self.o_proj.add_to(residual, self.attention(q, k, v, ctx))
 
     def weights(self) -> Iterator[Weight]:

@@ -24,12 +24,14 @@ def test_logprobs_are_near_those_of_the_float_model(tmp_path: Path, family: str)
     model = make_model(tmp_path, seed=5, dtype="bfloat16", **FAMILIES[family])
     params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, logprobs=0)
     exact, quantized = Loop(model).run(PROMPTS, params), Loop(model, quantization="int8").run(PROMPTS, params)
-    for a, b in zip(exact, quantized):
-        differences = [
-            abs(x[token] - y[token]) for x, y in zip(a.prompt_logprobs, b.prompt_logprobs) for token in x.keys() & y
-        ]
-        assert len(differences) == len(a.prompt_logprobs)
-        assert sum(differences) <= 0.2 * len(differences)
+    differences = [
+        abs(x[token] - y[token])
+        for a, b in zip(exact, quantized)
+        for x, y in zip(a.prompt_logprobs, b.prompt_logprobs)
+        for token in x.keys() & y
+    ]
+    assert len(differences) == sum(len(prompt) - 1 for prompt in PROMPTS)
+    assert sum(differences) <= 0.2 * len(differences)  # random weights are never sure of themselves
 
 
 def test_weights_take_half_the_memory(tmp_path: Path):
