@@ -51,6 +51,7 @@ def vllm(model: Path, python: str) -> Peer:
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "LD_PRELOAD": ":".join(libraries),
+        "PYTHONPATH": "",  # ours is none of its business
     }
     return Peer("vllm", [*server, "--max-model-len", max_len(model)], [python], env)
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from minivllm.models.registry import ModelRegistry
     from minivllm.outputs import BeamSearchOutput, CompletionOutput, RequestOutput
     from minivllm.sampling_params import BeamSearchParams, SamplingParams
-    from minivllm.utils.box_model import box_model_path
+    from minivllm.utils.box_model import box_draft_model_path, box_model_path
 
 _MODULE_OF = {
     "LLM": "minivllm.entrypoints.llm",
@@ -34,6 +34,7 @@ _MODULE_OF = {
     "TokensPrompt": "minivllm.engine.processor",
     "ModelRegistry": "minivllm.models.registry",
     "LogitsProcessor": "minivllm.logits_processors",
+    "box_draft_model_path": "minivllm.utils.box_model",
     "box_model_path": "minivllm.utils.box_model",
 }
 
@@ -53,6 +54,7 @@ __all__ = [
     "TextPrompt",
     "TokensPrompt",
     "__version__",
+    "box_draft_model_path",
     "box_model_path",
 ]
 

@@ -230,6 +230,10 @@ class SamplingParams(msgspec.Struct, omit_defaults=True, kw_only=True):
     min_tokens: int = 0
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    prompt_logprob_token_ids: list[list[int]] | None = None
+    prompt_logprob_start: int | None = None
+    flat_logprobs: bool = False
+    skip_reading_prefix_cache: bool | None = None
     detokenize: bool = True
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
@@ -273,6 +277,11 @@ class SamplingParams(msgspec.Struct, omit_defaults=True, kw_only=True):
     def is_greedy(self) -> bool:
         return self.temperature < GREEDY_BELOW
 
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether logprobs of the prompt's own tokens, or of others at their places, were asked for."""
+        return self.prompt_logprobs is not None or self.prompt_logprob_token_ids is not None
+
     def verify(self) -> None:
         """Check what needs neither model nor tokenizer.
 
@@ -305,6 +314,15 @@ class SamplingParams(msgspec.Struct, omit_defaults=True, kw_only=True):
         self._verify_stop()
         self._verify_bad_words()
         self._verify_logprob_token_ids()
+        self._verify_prompt_logprob_token_ids()
+        _check_flag("flat_logprobs", self.flat_logprobs)
+        if self.skip_reading_prefix_cache is not None:
+            _check_flag("skip_reading_prefix_cache", self.skip_reading_prefix_cache)
+            if not self.skip_reading_prefix_cache and self.scores_prompt:
+                raise RequestError(
+                    "skip_reading_prefix_cache=False, but logprobs of the prompt need all of it computed; leave it out",
+                    param="skip_reading_prefix_cache",
+                )
         if self.repetition_detection is not None:
             self.repetition_detection.verify()
         if self.extra_args is not None:
@@ -353,6 +371,27 @@ class SamplingParams(msgspec.Struct, omit_defaults=True, kw_only=True):
                 f"logprobs={self.logprobs} must equal the {len(ids)} logprob_token_ids; leave it out",
                 param="logprobs",
             )
+
+    def _verify_prompt_logprob_token_ids(self) -> None:
+        name, rows = "prompt_logprob_token_ids", self.prompt_logprob_token_ids
+        if rows is None:
+            if self.prompt_logprob_start is not None:
+                raise RequestError(f"prompt_logprob_start needs {name}", param="prompt_logprob_start")
+            return
+        if hasattr(rows, "tolist"):  # an array
+            rows = self.prompt_logprob_token_ids = rows.tolist()
+        if not (isinstance(rows, list) and rows and all(isinstance(row, list) for row in rows)):
+            raise RequestError(f"{name} must be a list of lists of token ids", param=name)
+        width = len(rows[0])
+        if not 1 <= width <= MAX_LOGPROB_TOKEN_IDS or any(len(row) != width for row in rows):
+            raise RequestError(
+                f"{name} must hold rows of equal length, 1 to {MAX_LOGPROB_TOKEN_IDS} ids; fill up with -1", param=name
+            )
+        for row in rows:
+            for token in row:
+                _check_int(name, token, -1, 2**31 - 1)
+        if self.prompt_logprob_start is not None:
+            _check_int("prompt_logprob_start", self.prompt_logprob_start, 0, 2**31 - 1)
 
     def _normalize_temperature(self) -> None:
         if self.is_greedy:

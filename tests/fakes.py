@@ -8,14 +8,17 @@ AssertionError. Its "model" is a hash of all tokens so far: the next token depen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
+from minivllm.config.engine import EngineConfig
 from minivllm.core.sched.scheduler import Scheduler
 from minivllm.executor.abstract import Executor
 from minivllm.messages.engine import EngineCoreOutput, EngineCoreRequest, FinishReason, LogprobsLists
+from minivllm.messages.kv_cache import NULL_BLOCK, ONE_FULL_GROUP, KVCacheGroup, has_null_block
 from minivllm.messages.worker import GrammarOutput, ModelRunnerOutput, NewRequestData, SchedulerOutput, WorkerReady
 from minivllm.sampling_params import SamplingParams
 
@@ -64,7 +67,7 @@ def logprobs_rows(token_ids: list[int], chains: list[int]) -> LogprobsLists:
 
 @dataclass
 class _State:
-    """A request as the worker knows it. `block_ids` is None between a preemption and the return."""
+    """A request as the worker knows it. `tables`, one a KV cache group, is None between a preemption and the return."""
 
     tokens: list[int]
     chains: list[int]
@@ -72,15 +75,16 @@ class _State:
     params: SamplingParams
     seed: int
     eos_token_ids: list[int]
-    block_ids: list[int] | None
+    tables: list[list[int]] | None
     num_computed: int
+    has_failed: bool = False  # its next token will never be known; plans that were made before go on over it
 
     @classmethod
     def from_message(cls, new: NewRequestData) -> _State:
         tokens = new.prompt_token_ids + new.prior_output_token_ids
         return cls(
             tokens, chain_of(tokens), len(new.prompt_token_ids), new.sampling_params, new.seed,
-            new.eos_token_ids, list(new.block_ids), new.num_computed_tokens,
+            new.eos_token_ids, [list(ids) for ids in new.block_ids], new.num_computed_tokens,
         )  # fmt: skip
 
     def append(self, token_id: int) -> None:
@@ -99,15 +103,20 @@ class FakeWorker:
         vocab_size: int = 64,
         max_num_batched_tokens: int | None = None,
         max_num_seqs: int | None = None,
+        max_model_len: int | None = None,
+        groups: Sequence[KVCacheGroup] = ONE_FULL_GROUP,
     ) -> None:
+        self.groups = groups
+        self._has_null = has_null_block(groups)
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.vocab_size = vocab_size
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_num_seqs = max_num_seqs
+        self.max_model_len = max_model_len
         self.failures: dict[str, str] = {}
         self.states: dict[str, _State] = {}
-        self.kv: dict[tuple[int, int], int] = {}  # (block, offset) -> chain
+        self.kv: dict[tuple[int, int], tuple[int, int]] = {}  # (block, offset) -> (group, chain)
         self.num_computed_tokens = 0  # all work done, recomputation included
         self._next_step = 0
 
@@ -121,9 +130,11 @@ class FakeWorker:
         self._next_step += 1
         self._apply(plan)
         self._check_budgets(plan)
+        self._forget_what_windows_passed()
         self._check_writable(plan)
         for request_id, num_new in plan.num_scheduled_tokens.items():
             self._check_readable(request_id, self.states[request_id].num_computed)
+            self._check_tables(request_id, num_new)
             assert num_new > 0, f"{request_id}: {num_new} tokens scheduled"
         for request_id, num_new in plan.num_scheduled_tokens.items():
             self._write(request_id, num_new)
@@ -136,8 +147,8 @@ class FakeWorker:
             assert request_id in self.states, f"{request_id} finished and was never known"
             del self.states[request_id]
         for request_id in plan.preempted_req_ids:
-            assert self.states[request_id].block_ids is not None, f"{request_id} preempted twice"
-            self.states[request_id].block_ids = None
+            assert self.states[request_id].tables is not None, f"{request_id} preempted twice"
+            self.states[request_id].tables = None
         for new in plan.scheduled_new_reqs:
             assert new.request_id not in self.states, f"{new.request_id} is not new"
             self.states[new.request_id] = _State.from_message(new)
@@ -150,17 +161,19 @@ class FakeWorker:
         assert sorted(named) == sorted(plan.num_scheduled_tokens), "scheduled and described requests differ"
 
     def _apply_cached(
-        self, state: _State, request_id: str, block_ids: list[int], resumed: bool, num_computed: int
+        self, state: _State, request_id: str, block_ids: list[list[int]], resumed: bool, num_computed: int
     ) -> None:
         if resumed:
-            assert state.block_ids is None, f"{request_id} resumed and was not preempted"
-            state.block_ids, state.num_computed = list(block_ids), num_computed
+            assert state.tables is None, f"{request_id} resumed and was not preempted"
+            state.tables, state.num_computed = [list(ids) for ids in block_ids], num_computed
             return
-        assert state.block_ids is not None, f"{request_id} continues and has no blocks"
+        assert state.tables is not None, f"{request_id} continues and has no blocks"
         assert state.num_computed == num_computed, (
             f"{request_id}: {num_computed} != {state.num_computed} computed"
         )
-        state.block_ids += block_ids
+        assert len(block_ids) in (0, len(self.groups)), f"{request_id}: blocks for {len(block_ids)} groups"
+        for table, new_ids in zip(state.tables, block_ids):
+            table += new_ids
 
     def _check_budgets(self, plan: SchedulerOutput) -> None:
         total = sum(plan.num_scheduled_tokens.values())
@@ -172,14 +185,32 @@ class FakeWorker:
         for request_id, num_new in plan.num_scheduled_tokens.items():
             state = self.states[request_id]
             end = state.num_computed + num_new
-            assert end <= len(state.tokens), f"{request_id}: token {end} is not known yet"
-            assert end <= len(state.block_ids) * self.block_size, f"{request_id}: token {end} has no block"
+            assert state.has_failed or end <= len(state.tokens), f"{request_id}: token {end} is not known yet"
+
+    def _check_tables(self, request_id: str, num_new: int) -> None:
+        """One table a group, long enough, whose blocks are real wherever this step reads or writes."""
+        state, size = self.states[request_id], self.block_size
+        assert len(state.tables) == len(self.groups), f"{request_id} has {len(state.tables)} tables"
+        end = state.num_computed + num_new
+        for table, group in zip(state.tables, self.groups):
+            assert end <= len(table) * size, f"{request_id}: token {end} has no block"
+            used = table[group.num_passed_blocks(state.num_computed, size) : -(-end // size)]
+            assert not self._has_null or NULL_BLOCK not in used, f"{request_id}: a block in use is null: {table}"
+
+    def _forget_what_windows_passed(self) -> None:
+        """A real worker keeps the ids, and reads them never again; here nothing may be left that could be read."""
+        for state in self.states.values():
+            for table, group in zip(state.tables or (), self.groups):
+                num_passed = group.num_passed_blocks(state.num_computed, self.block_size)
+                table[:num_passed] = [NULL_BLOCK] * num_passed
 
     def _check_writable(self, plan: SchedulerOutput) -> None:
         """A block written to in this step is in one live block table only."""
         num_holders: dict[int, int] = {}
         for request_id, state in self.states.items():
-            block_ids = state.block_ids or []
+            block_ids = [block_id for table in state.tables or () for block_id in table]
+            if self._has_null:
+                block_ids = [block_id for block_id in block_ids if block_id != NULL_BLOCK]
             assert len(set(block_ids)) == len(block_ids), f"{request_id} holds a block twice: {block_ids}"
             for block_id in block_ids:
                 assert 0 <= block_id < self.num_blocks, f"{request_id}: there is no block {block_id}"
@@ -187,25 +218,33 @@ class FakeWorker:
         for request_id, num_new in plan.num_scheduled_tokens.items():
             state = self.states[request_id]
             first, last = state.num_computed, state.num_computed + num_new - 1
-            for block_id in state.block_ids[first // self.block_size : last // self.block_size + 1]:
+            written = slice(first // self.block_size, last // self.block_size + 1)
+            for block_id in [block_id for table in state.tables for block_id in table[written]]:
                 assert num_holders[block_id] == 1, (
                     f"{request_id} writes to block {block_id}, which others hold"
                 )
 
     def _check_readable(self, request_id: str, num_tokens: int) -> None:
-        """What attention reads for the first `num_tokens` positions was written by this very prefix."""
+        """What attention reads among the first `num_tokens` positions was written by this very prefix, for this group.
+
+        Queries start at num_computed: a window reads nothing that lies further behind.
+        """
         state = self.states[request_id]
-        for position in range(num_tokens):
-            slot = (state.block_ids[position // self.block_size], position % self.block_size)
-            assert self.kv.get(slot) == state.chains[position], (
-                f"{request_id}: wrong KV at {position}, slot {slot}"
-            )
+        for number, (table, group) in enumerate(zip(state.tables, self.groups)):
+            window = group.sliding_window
+            first = 0 if window is None else max(0, state.num_computed - window + 1)
+            for position in range(num_tokens if state.has_failed else first, num_tokens):
+                slot = (table[position // self.block_size], position % self.block_size)
+                assert self.kv.get(slot) == (number, state.chains[position]), (
+                    f"{request_id}: wrong KV at {position}, slot {slot}, group {number}"
+                )
 
     def _write(self, request_id: str, num_new: int) -> None:
         state = self.states[request_id]
-        for position in range(state.num_computed, state.num_computed + num_new):
-            slot = (state.block_ids[position // self.block_size], position % self.block_size)
-            self.kv[slot] = state.chains[position]
+        for number, table in enumerate(state.tables):
+            for position in range(state.num_computed, state.num_computed + num_new):
+                slot = (table[position // self.block_size], position % self.block_size)
+                self.kv[slot] = (-1, -1) if state.has_failed else (number, state.chains[position])
         self.num_computed_tokens += num_new
 
     def _sample(self, plan: SchedulerOutput) -> ModelRunnerOutput:
@@ -219,10 +258,13 @@ class FakeWorker:
             if error is not None:
                 result.failed[request_id] = error
                 self._spoil(state, num_new)
-            if error is not None or state.num_computed < len(state.tokens):
+                state.has_failed = True
+            if state.has_failed or state.num_computed < len(state.tokens):
                 result.sampled_token_ids.append([])
                 continue
             num_output_tokens = len(state.tokens) - state.num_prompt_tokens
+            assert num_output_tokens < (state.params.max_tokens or 1 << 40), f"{request_id}: beyond its max_tokens"
+            assert len(state.tokens) < (self.max_model_len or 1 << 40), f"{request_id}: beyond max_model_len"
             masked = masked_tokens(state.params, state.eos_token_ids, num_output_tokens)
             token_id = sample(state.chains[-1], state.seed, masked, self.vocab_size)
             state.append(token_id)
@@ -233,8 +275,9 @@ class FakeWorker:
 
     def _spoil(self, state: _State, num_new: int) -> None:
         """A failed request's KV is in doubt: whoever reads what this step wrote must fail a check."""
-        for position in range(state.num_computed - num_new, state.num_computed):
-            self.kv[state.block_ids[position // self.block_size], position % self.block_size] = -1
+        for table in state.tables:
+            for position in range(state.num_computed - num_new, state.num_computed):
+                self.kv[table[position // self.block_size], position % self.block_size] = (-1, -1)
 
     def _add_prompt_logprobs(
         self, request_id: str, state: _State, num_new: int, result: ModelRunnerOutput
@@ -255,8 +298,12 @@ class FakeWorker:
 class FakeExecutor(Executor):
     """A `FakeWorker` behind the executor's five verbs. Sizes come from the config, or are small.
 
-    Subclass it to misbehave; `minivllm --distributed-executor-backend tests.fakes:FakeExecutor` runs it in a core.
+    It has as many plans in flight as the real ones. Subclass it to misbehave; `minivllm --distributed-executor-backend tests.fakes:FakeExecutor` runs it in a core.
     """
+
+    def __init__(self, config: EngineConfig, **callbacks: Any) -> None:
+        super().__init__(config, **callbacks)
+        self.max_concurrent_batches = 2 if config.scheduler.async_scheduling else 1
 
     def initialize(self) -> WorkerReady:
         config = self.config
@@ -351,19 +398,26 @@ class Answer:
 
 
 class Driver:
-    """A scheduler and a fake worker in one loop, as EngineCore would run them, with integrity checked each step."""
+    """A scheduler and a fake worker in one loop, as EngineCore would run them, with integrity checked each step.
 
-    def __init__(self, scheduler: Scheduler, *, vocab_size: int = 64) -> None:
+    `num_in_flight` plans at most are made before the result of the first is accounted for.
+    """
+
+    def __init__(self, scheduler: Scheduler, *, vocab_size: int = 64, num_in_flight: int = 1) -> None:
         self.scheduler = scheduler
+        self.num_in_flight = num_in_flight
         self.worker = FakeWorker(
             num_blocks=len(scheduler.kv_cache.pool.blocks),
             block_size=scheduler.kv_cache.block_size,
             vocab_size=vocab_size,
             max_num_batched_tokens=scheduler.max_num_batched_tokens,
             max_num_seqs=scheduler.max_num_seqs,
+            max_model_len=scheduler.max_model_len,
+            groups=scheduler.kv_cache.groups,
         )
         self.answers: dict[str, Answer] = {}
-        self.plans: list[SchedulerOutput] = []
+        self.plans: list[SchedulerOutput] = []  # in the order of their results
+        self._in_flight: deque[tuple[SchedulerOutput, ModelRunnerOutput]] = deque()
 
     def add(self, request: EngineCoreRequest) -> None:
         self.scheduler.add_request(request)
@@ -373,10 +427,14 @@ class Driver:
         self._collect(self.scheduler.abort_requests(request_ids))
 
     def step(self, *, abort_meanwhile: Iterable[str] = (), now: float = 0.0) -> SchedulerOutput:
-        """One step; `abort_meanwhile` are aborts that arrive while the worker computes."""
-        plan = self.scheduler.schedule(now)
-        self.scheduler.check_integrity()
-        result = self.worker.run(plan)
+        """Plan, and account for the oldest plan; `abort_meanwhile` are aborts that arrive while the worker computes."""
+        while not self._in_flight or len(self._in_flight) < self.num_in_flight and self.scheduler.has_requests():
+            plan = self.scheduler.schedule(now)
+            self.scheduler.check_integrity()
+            self._in_flight.append((plan, self.worker.run(plan)))
+            if not plan.num_scheduled_tokens:
+                break
+        plan, result = self._in_flight.popleft()
         self.abort(*abort_meanwhile)
         self._collect(self.scheduler.update_from_output(plan, result))
         self.scheduler.check_integrity()
@@ -386,7 +444,7 @@ class Driver:
     def run(self, max_steps: int = 10_000) -> dict[str, Answer]:
         """Step until nothing is left to do."""
         for _ in range(max_steps):
-            if not self.scheduler.has_requests():
+            if not self.scheduler.has_requests() and not self._in_flight:
                 self.check_idle()
                 return self.answers
             self.step()

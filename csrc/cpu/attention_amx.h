@@ -34,10 +34,6 @@ struct CodeTable {
     }
 };
 
-MINIVLLM_INLINE void prefetch_kilobyte(const char* p) {
-    for (int i = 0; i < 1024; i += 64) _mm_prefetch(p + i, _MM_HINT_T1);
-}
-
 class AmxMath {
 public:
     static constexpr int kExpDegree = 4;
@@ -57,8 +53,10 @@ public:
         values_ = keys_ + kStep * head_dim_;
         spare_ = values_ + kStep * head_dim_;
         tail_ = spare_ + kTile * head_dim_;
-        is_wide_ = rows.count > 16;
+        is_wide_ = rows.count > kNarrow;
         is_bytes_ = a.layout.type != KvType::bf16;
+        // Few rows of bf16 read as fast as memory gives: a line here and there leads on the processor's own prefetching.
+        fetch_step_ = is_wide_ || is_bytes_ ? 64 : 256;
         std::memset(tail_, 0, 1024);
     }
 
@@ -89,7 +87,7 @@ public:
         is_cut_ = false;
         for (int t = step.first_tile; t < step.end_tile; ++t) {
             keys_of_[t] = reinterpret_cast<const bf16*>(step.key[t]);
-            if (is_bytes_ && is_wide_) keys_of_[t] = widen(keys_ + t * kTile * head_dim_, step.key[t], step.next[t]);
+            if (is_bytes_ && is_wide_) keys_of_[t] = widen(keys_ + t * kTile * head_dim_, step.key[t]);
         }
         if (is_wide_ || !is_bytes_) read_values(step, step.first_tile, step.end_tile, 0);
     }
@@ -99,9 +97,8 @@ public:
             const int n = t + 1 < step.end_tile ? 2 : 1;
             const char* next[2] = {};
             for (int i = 0; i < n; ++i) {
-                if (!is_bytes_ && block == 0) next[i] = step.next[t + i];
-                if (is_bytes_ && !is_wide_)
-                    keys_of_[t + i] = widen(keys_ + i * kTile * head_dim_, step.key[t + i], step.next[t + i]);
+                if (block == 0) next[i] = step.next[t + i];
+                if (is_bytes_ && !is_wide_) keys_of_[t + i] = widen(keys_ + i * kTile * head_dim_, step.key[t + i]);
             }
             float* to = s_.scores + t * kTile;
             if (is_wide_)
@@ -147,7 +144,7 @@ private:
             const char* tile = step.key[t] + half;
             bf16* own = values_ + (t - origin) * kTile * head_dim_;
             values_of_[t] = reinterpret_cast<const bf16*>(tile);
-            if (is_bytes_) values_of_[t] = widen(own, tile, step.next[t] == nullptr ? nullptr : step.next[t] + half);
+            if (is_bytes_) values_of_[t] = widen(own, tile);
             const int64_t p = step.begin + t * kTile;
             if (rows_->begin[last] > p || rows_->end[0] < p + kTile) {
                 is_cut_ |= keep_visible(own, values_of_[t], int(rows_->begin[0] - p), int(rows_->end[last] - p));
@@ -156,20 +153,27 @@ private:
         }
     }
 
+    // While part `i` of `n` of a tile is worked on, that part of the same tile of the next step is fetched into L2.
+    MINIVLLM_INLINE void fetch(const char* tile, int i, int n) const {
+        if (tile == nullptr) return;
+        const int64_t bytes = a_->layout.tile_bytes();
+        for (int64_t at = bytes * i / n / 64 * 64; at < bytes * (i + 1) / n; at += fetch_step_)
+            _mm_prefetch(tile + at, _MM_HINT_T1);
+    }
+
     const char* next_values(const Step& step, int t) const {
-        return is_bytes_ || step.next[t] == nullptr ? nullptr : step.next[t] + a_->layout.half_bytes();
+        return step.next[t] == nullptr ? nullptr : step.next[t] + a_->layout.half_bytes();
     }
 
     bf16* weights_of(int64_t r) const { return weights_ + r / 16 * kStepTiles * 512 + r % 16 * 32; }
 
-    // A tile of codes to bf16, exactly, in bf16's order; `next`, if any, is prefetched beside.
-    const bf16* widen(bf16* to, const char* from, const char* next) const {
+    // A tile of codes to bf16, exactly, in bf16's order.
+    const bf16* widen(bf16* to, const char* from) const {
         static constexpr CodeTable int8(KvType::int8), fp8(KvType::fp8_e4m3);
         const CodeTable& table = a_->layout.type == KvType::int8 ? int8 : fp8;
         const __m512i low0 = _mm512_load_si512(table.low), low1 = _mm512_load_si512(table.low + 64);
         const __m512i high0 = _mm512_load_si512(table.high), high1 = _mm512_load_si512(table.high + 64);
         for (int64_t i = 0; i < kTile * head_dim_; i += 64) {
-            if (next != nullptr) _mm_prefetch(next + i, _MM_HINT_T1);
             const __m512i code = _mm512_loadu_si512(from + i);
             const __m512i sign = _mm512_and_si512(code, _mm512_set1_epi8(char(0x80)));
             const __m512i low = _mm512_permutex2var_epi8(low0, code, low1);
@@ -204,10 +208,7 @@ private:
             _tile_loadd(7, key_rows(key + 16 * head_dim_, k), 64);
             _tile_dpbf16ps(1, 4, 7);
             _tile_dpbf16ps(3, 5, 7);
-            if (next != nullptr) {
-                prefetch_kilobyte(next + k * 1024);
-                prefetch_kilobyte(next + k * 1024 + 32 * head_dim_);
-            }
+            fetch(next, k, num_k_);
         }
         _tile_stored(0, to, kStep * 4);
         _tile_stored(1, to + 16, kStep * 4);
@@ -237,11 +238,7 @@ private:
                 _tile_loadd(5, key_rows(keys[1] + group, k), 64);
                 _tile_dpbf16ps(3, 4, 5);
             }
-            for (int i = 0; i < n; ++i)
-                if (next[i] != nullptr) {
-                    prefetch_kilobyte(next[i] + k * 1024);
-                    prefetch_kilobyte(next[i] + k * 1024 + 32 * head_dim_);
-                }
+            for (int i = 0; i < n; ++i) fetch(next[i], k, num_k_);
         }
         _tile_stored(0, to, kStep * 4);
         _tile_stored(1, to + 16, kStep * 4);
@@ -269,7 +266,7 @@ private:
 
     // n groups of 16 dimensions from g on.
     template <int n>
-    MINIVLLM_INLINE void wide_group(float* rows, const Step& step, int first, int end, int g, bool prefetches) const {
+    MINIVLLM_INLINE void wide_group(float* rows, const Step& step, int first, int end, int g, bool fetches) const {
         const int64_t stride = head_dim_ * 4;
         float *out = rows + g * 16, *lower = out + 16 * head_dim_;
         _tile_loadd(0, out, stride);
@@ -290,9 +287,8 @@ private:
                 _tile_dpbf16ps(1, 4, 7);
                 _tile_dpbf16ps(3, 5, 7);
             }
-            const char* next = prefetches ? next_values(step, t) : nullptr;
-            if (next != nullptr)
-                for (int i = 0; i < n; ++i) prefetch_kilobyte(next + (g + i) * 1024);
+            const char* next = fetches ? next_values(step, t) : nullptr;
+            for (int i = 0; i < n; ++i) fetch(next, g + i, int(head_dim_ / 16));
         }
         _tile_stored(0, out, stride);
         _tile_stored(2, lower, stride);
@@ -332,9 +328,7 @@ private:
                 _tile_loadd(5, values + 1536, 64);
                 _tile_dpbf16ps(3, 4, 5);
             }
-            const char* next = next_values(step, t);
-            if (next != nullptr)
-                for (int i = 0; i < n; ++i) prefetch_kilobyte(next + (g + i) * 1024);
+            for (int i = 0; i < n; ++i) fetch(next_values(step, t), g + i, int(head_dim_ / 16));
         }
         _tile_stored(0, out, stride);
         if (n == 4) {
@@ -376,7 +370,7 @@ private:
             const int64_t last = rows_->count - 1;
             if (rows_->begin[last] <= p && rows_->end[0] >= p + kTile) continue;
             const bf16* tile = reinterpret_cast<const bf16*>(step.key[t] + a_->layout.half_bytes());
-            if (is_bytes_) tile = widen(spare_, step.key[t] + a_->layout.half_bytes(), nullptr);
+            if (is_bytes_) tile = widen(spare_, step.key[t] + a_->layout.half_bytes());
             for (int64_t r = block; r < block_end; ++r)
                 for (int64_t j = greater(rows_->begin[r] - p, 0); j < lesser(rows_->end[r] - p, kTile); ++j)
                     for (int64_t d = 0; d < head_dim_; ++d) {
@@ -392,6 +386,7 @@ private:
     int64_t head_dim_ = 0;
     int num_k_ = 0;
     bool is_wide_ = false, is_bytes_ = false, is_cut_ = false;
+    int64_t fetch_step_ = 64;
     bf16 *q_ = nullptr, *weights_ = nullptr, *keys_ = nullptr, *values_ = nullptr, *tail_ = nullptr, *spare_ = nullptr;
     const bf16 *keys_of_[kStepTiles] = {}, *values_of_[kStepTiles] = {};  // of the step's tiles
 };

@@ -21,6 +21,7 @@ constexpr int kStepTiles = int(kStep) / kTile;
 constexpr int kStepVecs = int(kStep) / kLanes;
 constexpr int64_t kMaxRows = 256;  // of a walk
 constexpr int64_t kBlock = 32;      // rows that take a step together: what they need of it stays in the nearest cache
+constexpr int64_t kNarrow = 16;     // a walk of no more rows touches no rows beyond them; others are padded to blocks
 constexpr float kLog2e = 1.44269504f;
 constexpr float kMasked = -1e30f;  // 2^(kMasked - maximum) is zero, and no infinity enters the arithmetic
 
@@ -176,7 +177,8 @@ private:
     }
 
     void start_segment() {
-        std::memset(s_.seg_out, 0, size_t((rows_.count + kBlock - 1) / kBlock * kBlock * head_dim_ * 4));
+        const int64_t num_rows = rows_.count > kNarrow ? (rows_.count + kBlock - 1) / kBlock * kBlock : rows_.count;
+        std::memset(s_.seg_out, 0, size_t(num_rows * head_dim_ * 4));
         for (int64_t r = 0; r < rows_.count; ++r) s_.seg_max[r] = kMasked, s_.seg_sum[r] = 0;
     }
 

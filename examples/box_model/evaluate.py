@@ -20,10 +20,9 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from openai import BadRequestError, OpenAI
+from openai import OpenAI
 
 from examples.box_model import skills
-from examples.box_model.chat import TURN_START, parse_calls, segments
 from examples.box_model.data import documents, text_of
 from examples.box_model.skills import Exchange
 
@@ -47,28 +46,27 @@ class Examiner:
         self.greedy = {"model": model, "temperature": 0, "max_tokens": MAX_TOKENS}
 
     def ask(self, exchange: Exchange) -> Reply:
-        """By the chat route; as a prompt of the template's own text where the route does not take it yet."""
-        tools = {"tools": exchange.tools} if exchange.tools else {}
-        for extra in (tools, tools | {"tool_choice": "none"}) if tools else ({},):
-            try:
-                choice = self.client.chat.completions.create(
-                    messages=exchange.messages, **self.greedy, **extra
-                ).choices[0]
-                return self._reply(choice)
-            except BadRequestError:
-                continue
-        prompt = "".join(text for text, _ in segments(exchange.messages, exchange.tools))
-        choice = self.client.completions.create(
-            prompt=f"{prompt}{TURN_START}assistant\n", **self.greedy
+        """By the chat route, tools and their answers in its own roles."""
+        offered = {"tools": exchange.tools} if exchange.tools else {}
+        choice = self.client.chat.completions.create(
+            messages=with_ids(exchange.messages), **self.greedy, **offered
         ).choices[0]
-        return Reply(choice.text, parse_calls(choice.text), choice.finish_reason)
+        functions = [call.function for call in choice.message.tool_calls or ()]
+        calls = [(function.name, _parsed(function.arguments)) for function in functions]
+        return Reply(choice.message.content or "", calls, choice.finish_reason)
 
-    def _reply(self, choice: Any) -> Reply:
-        text = choice.message.content or ""
-        if choice.message.tool_calls:  # the server parses calls
-            functions = [call.function for call in choice.message.tool_calls]
-            return Reply(text, [(f.name, _parsed(f.arguments)) for f in functions], choice.finish_reason)
-        return Reply(text, parse_calls(text), choice.finish_reason)
+
+def with_ids(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The API names each call, and its answer by that name; a template does not show it."""
+    named, last = [], ""
+    for index, message in enumerate(messages):
+        if message.get("tool_calls"):
+            last = f"call_{index}"
+            message = {**message, "tool_calls": [{**call, "id": last} for call in message["tool_calls"]]}
+        elif message["role"] == "tool":
+            message = {**message, "tool_call_id": last}
+        named.append(message)
+    return named
 
 
 def _parsed(arguments: str) -> Any:

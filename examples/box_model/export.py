@@ -1,4 +1,4 @@
-"""A trained model as a Hugging Face directory.
+"""A trained model as a Hugging Face directory, and back.
 
 Owns config.json, generation_config.json and model.safetensors (bf16); the tokenizer's files are `tokenizer.py`'s.
 """
@@ -6,11 +6,12 @@ Owns config.json, generation_config.json and model.safetensors (bf16); the token
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from examples.box_model.chat import END_OF_TEXT, PAD, TURN_END
@@ -33,6 +34,14 @@ def export(model: Qwen3, tokenizer: Tokenizer, directory: Path) -> None:
         name: tensor.to(torch.bfloat16).cpu().contiguous() for name, tensor in model.state_dict().items()
     }
     save_file(tensors, str(directory / "model.safetensors"), metadata={"format": "pt"})
+
+
+def read(directory: Path) -> Qwen3:
+    """The float32 network of a directory that `export` wrote."""
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    model = Qwen3(Sizes(**{field.name: config[field.name] for field in fields(Sizes)}))
+    model.load_state_dict(load_file(str(directory / "model.safetensors")))
+    return model
 
 
 def model_config(sizes: Sizes, ids: dict[str, int]) -> dict[str, Any]:

@@ -5,6 +5,9 @@
 Owns the training loop, its checkpoints and its curve. The learning rate follows the clock: up, flat, then down
 to nothing over the last part of `--minutes`; stopped and started again with the same `--scratch`, it goes on
 where it was. Answers are trained on, what the model reads is not.
+
+With `--teacher DIR` the wanted thing is not the text but what another model would say of it: its distribution
+over the vocabulary at every token of an answer (Hinton et al. 2015, arXiv:1503.02531). So a draft model is made.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from examples.box_model import skills
 from examples.box_model.batches import IGNORED, Batch, pack
 from examples.box_model.chat import segments
 from examples.box_model.data import documents
-from examples.box_model.export import export
+from examples.box_model.export import export, read
 from examples.box_model.model import Qwen3, Sizes, document_mask
 from examples.box_model.tokenizer import train_tokenizer
 
@@ -47,6 +50,7 @@ class Trainer:
         self.args = args
         self.tokenizer = tokenizer
         self.model = Qwen3(PRESETS[args.preset], args.seed).to(args.device)
+        self.teacher = read(args.teacher).to(args.device, torch.bfloat16) if args.teacher else None
         self.hidden = torch.compile(self.model.hidden) if args.compile else self.model.hidden
         matrices = [p for name, p in self.model.named_parameters() if p.ndim == 2 and "embed" not in name]
         others = [p for name, p in self.model.named_parameters() if p.ndim == 1 or "embed" in name]
@@ -60,6 +64,7 @@ class Trainer:
         self.elapsed = 0.0
         self.tokens = 0
         self.curve: list[dict] = []
+        self.agreement: float | None = None  # share of the last step's tokens that student and teacher guess alike
 
     def state(self) -> dict:
         return {
@@ -85,6 +90,13 @@ class Trainer:
             logits = self.model.logits(hidden.flatten(0, 1)[index])
         return logits, batch.targets.flatten()[index]
 
+    @torch.no_grad()
+    def taught(self, batch: Batch) -> Tensor:
+        """The teacher's logits [n, vocabulary], float32, where `answers` has the student's."""
+        mask = document_mask(batch.documents, torch.bfloat16)
+        hidden = self.teacher.hidden(batch.ids, batch.positions, mask)
+        return self.teacher.logits(hidden[batch.targets != IGNORED]).float()
+
     def train_on(self, batch: Batch) -> float:
         """One step; the mean loss of its tokens."""
         rate = learning_rate(self.elapsed / (60 * self.args.minutes))
@@ -92,7 +104,12 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = self.args.lr * rate
         logits, targets = self.answers(batch)
-        loss = F.cross_entropy(logits.float(), targets)
+        if self.teacher is None:
+            loss = F.cross_entropy(logits.float(), targets)
+        else:
+            taught = self.taught(batch)
+            loss = distance(taught, logits.float())
+            self.agreement = (logits.argmax(-1) == taught.argmax(-1)).float().mean().item()
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:
@@ -138,6 +155,12 @@ class Trainer:
         return exact / total
 
 
+def distance(taught: Tensor, said: Tensor) -> Tensor:
+    """KL divergence of what is said from what is taught, both logits [n, vocabulary]; mean over n."""
+    said, taught = F.log_softmax(said, -1), F.log_softmax(taught, -1)
+    return F.kl_div(said, taught, reduction="batchmean", log_target=True)
+
+
 def learning_rate(progress: float) -> float:
     """The share of the top rate: warm up, stay, go down linearly."""
     if progress < WARMUP:
@@ -153,7 +176,7 @@ def save(trainer: Trainer, path: Path) -> None:
 
 def tokenizer_in(scratch: Path, args: argparse.Namespace) -> Tokenizer:
     """The run's tokenizer, trained when there is none yet."""
-    path = args.tokenizer or scratch / "tokenizer.json"
+    path = args.tokenizer or (args.teacher or scratch) / "tokenizer.json"
     if not path.exists():
         train_tokenizer(PRESETS[args.preset].vocab_size, args.tokenizer_documents, args.seed).save(str(path))
     return Tokenizer.from_file(str(path))
@@ -197,6 +220,8 @@ def train(args: argparse.Namespace) -> None:
 def note(trainer: Trainer, loss: float) -> None:
     """Add a point to the curve, and print it."""
     point = {"step": trainer.step, "minutes": round(trainer.elapsed / 60, 2), "tokens": trainer.tokens}
+    if trainer.agreement is not None:
+        point["agreement"] = round(trainer.agreement, 3)
     trainer.curve.append(point | {"loss": round(loss, 4)})
     (trainer.args.scratch / "curve.json").write_text(json.dumps(trainer.curve))
     if not math.isfinite(loss):
@@ -226,6 +251,9 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=None, help="directory to write the model in, when done")
     parser.add_argument("--scratch", type=Path, required=True, help="directory for checkpoints and the curve")
+    parser.add_argument(
+        "--teacher", type=Path, default=None, help="directory of a model with the same tokenizer to learn from"
+    )
     parser.add_argument("--preset", choices=PRESETS, default="minnow")
     parser.add_argument(
         "--tokenizer", type=Path, default=None, help="a tokenizer.json to use instead of a new one"

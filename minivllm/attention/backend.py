@@ -29,7 +29,11 @@ class AttentionSpec:
 
 @dataclass(frozen=True)
 class StepInputs:
-    """One step's tokens and where their keys and values go; requests in batch order."""
+    """One step's tokens and where their keys and values go; requests in batch order.
+
+    Where they go differs from one KV cache group of layers to the next (`block_table`, `slot_mapping`). In the table of a
+    window, what stands before the window is anything: it must not be read.
+    """
 
     query_start_loc: torch.Tensor  # [num_reqs + 1] int32: request b's rows are query_start_loc[b] … [b + 1]
     seq_lens: torch.Tensor  # [num_reqs] int32: tokens a request has after this step
@@ -41,7 +45,7 @@ class StepInputs:
 class ForwardContext:
     """What a step's layers share beyond their input: an argument of `forward`, never a global."""
 
-    metadata: Any  # as the backend's build_metadata made it
+    metadata: list[Any]  # as the backend's build_metadata made it; one a layer, the same for all of a KV cache group
     kv_caches: list[torch.Tensor]  # one a layer
 
 
@@ -60,6 +64,11 @@ class AttentionBackend(ABC):
         """None, or the reason this backend cannot serve the spec."""
 
     @property
+    def has_scales(self) -> bool:
+        """Whether the cache's type counts in a k_scale and a v_scale of the layer's, which a checkpoint may hold."""
+        return False
+
+    @property
     @abstractmethod
     def block_bytes(self) -> int:
         """Bytes of one block in one layer, keys and values together."""
@@ -73,7 +82,7 @@ class AttentionBackend(ABC):
 
     @abstractmethod
     def build_metadata(self, step: StepInputs) -> Any:
-        """Whatever `forward` wants to know of the step, made once for all layers."""
+        """Whatever `forward` wants to know of the step, made once for all layers of a KV cache group."""
 
     @abstractmethod
     def forward(

@@ -21,10 +21,13 @@ class CacheConfig:
     """Number of KV blocks; wins over both sizes."""
     enable_prefix_caching: bool = True
     """Keep the KV blocks of past prompts and reuse them for equal prefixes."""
+    disable_hybrid_kv_cache_manager: bool = False
+    """Keep the KV of every token in every layer. Without it, layers with a sliding window let go of what the window has
+    passed. Answers are the same."""
     prefix_caching_hash_algo: Literal["sha256", "xxhash"] = "sha256"
     """How blocks are named: sha256, which nobody can make collide, or xxhash (XXH3 of 128 bits, with a secret drawn at
     the start), which is faster and needs the package xxhash."""
     kv_cache_dtype: Literal["auto", "bfloat16", "float16", "fp8", "fp8_e4m3", "int8"] = "auto"
-    """What keys and values are stored as, whatever the model computes in; auto: the same. fp8 is fp8_e4m3, with a scale
-    of 1; int8 has a scale for each token and KV head, made from its own key or value alone. Either halves what bfloat16
+    """What keys and values are stored as, whatever the model computes in; auto: the same. fp8 is fp8_e4m3, with the
+    checkpoint's k_scale and v_scale, or 1; int8 has a scale for each token and KV head, made from its own key or value alone. Either halves what bfloat16
     takes."""

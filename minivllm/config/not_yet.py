@@ -11,7 +11,7 @@ NOT_YET = frozenset(
     """
     additional_config aggregate_engine_logging all2all_backend allow_deprecated_quantization
     allowed_local_media_path allowed_media_domains anthropic_disabled_thinking_effort
-    async_scheduling attention_backend attention_config aux_output_config
+    attention_backend attention_config aux_output_config
     code_revision cohere_format cohere_is_reasoning_model collect_detailed_traces compilation_config config
     config_format convert cp_kv_cache_interleave_size cpu_distributed_timeout_seconds cpu_offload_gb
     cpu_offload_params cudagraph_capture_sizes cudagraph_metrics custom_histogram_buckets data_parallel_address
@@ -21,7 +21,7 @@ NOT_YET = frozenset(
     dbo_prefill_token_threshold dcp_comm_backend dcp_kv_cache_interleave_size dcp_q_replicate
     decode_context_parallel_size default_mm_loras device device_ids
     device_memory_utilization diffusion_config disable_cascade_attn
-    disable_chunked_mm_input disable_custom_all_reduce disable_hybrid_kv_cache_manager disable_log_requests
+    disable_chunked_mm_input disable_custom_all_reduce disable_log_requests
     disable_nccl_for_dp_synchronization disable_sliding_window distributed_timeout_seconds
     dp_supervisor_probe_failure_threshold dp_supervisor_probe_interval_s dp_supervisor_probe_timeout_s
     dp_sync_interval ec_manager_config ec_transfer_config elastic_ep_max_dp_size
@@ -54,7 +54,7 @@ NOT_YET = frozenset(
     mm_processor_kwargs mm_shm_cache_max_object_size_mb mm_tensor_ipc model_class_overrides model_impl
     model_loader_extra_config moe_backend nnodes node_rank num_scheduler_steps num_speculative_tokens numa_bind
     numa_bind_cpus numa_bind_nodes offload_backend offload_group_size offload_num_in_group offload_params
-    offload_prefetch_step optimization_level otlp_traces_endpoint per_request_spec_decode_metrics
+    offload_prefetch_step optimization_level per_request_spec_decode_metrics
     performance_mode pipeline_parallel_size pooler_config preemption_mode prefill_context_parallel_size
     prefill_schedule_interval prefix_cache_retention_interval prefix_match_unit
     profiler_config prompt_adapters pt_load_map_location quantization quantization_config ray_workers_use_nsight
@@ -84,7 +84,6 @@ ALIASES = {
 
 # What each of these says when it asks for nothing.
 _NEUTRAL: dict[str, tuple[object, ...]] = {
-    "async_scheduling": (False,),
     "config_format": ("auto", "hf"),
     "cpu_offload_gb": (0,),
     "data_parallel_size": (1,),
@@ -107,7 +106,6 @@ _NEUTRAL_FLAGS = ("disable_log_requests",)
 _INSTEAD = {
     "aggregate_engine_logging": "leave it out; there is one engine and one log line",
     "data_parallel_size": "start one server per replica behind a load balancer instead",
-    "disable_hybrid_kv_cache_manager": "leave it out; there is one kind of KV cache",
     "enable_offline_docs": "leave it out; /openapi.json needs no network",
     "enable_per_request_metrics": "read the histograms of GET /metrics instead",
     "fail_on_environ_validation": "leave it out; an unknown MINIVLLM_ variable is an error anyway",

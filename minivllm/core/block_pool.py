@@ -5,6 +5,8 @@ Knows nothing of requests, policies or tensors. A block is in one of three state
     held      ref_cnt > 0, not in the free list
     cached    ref_cnt = 0, in the free list, named by the index: found again until it is reused
     empty     ref_cnt = 0, in the free list, without a name: reused before any cached one
+
+With `has_null`, block 0 is in none of them: it stands in block tables where a window has passed, and belongs to nobody.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from minivllm.core.kv_cache_utils import FreeKVCacheBlockQueue, KVCacheBlock
+from minivllm.messages.kv_cache import NULL_BLOCK
 from minivllm.messages.kv_events import AllBlocksCleared, BlockRemoved, KVCacheEvent
 
 
@@ -22,11 +25,17 @@ class BlockPool:
     first, and the second is reused first once it is free.
     """
 
-    def __init__(self, num_blocks: int, events: list[KVCacheEvent] | None = None) -> None:
+    def __init__(
+        self, num_blocks: int, events: list[KVCacheEvent] | None = None, *, has_null: bool = False
+    ) -> None:
         """events: where to note what leaves the index, if somebody wants to know."""
         self._events = events
         self.blocks = [KVCacheBlock(block_id) for block_id in range(num_blocks)]
-        self._free = FreeKVCacheBlockQueue(self.blocks)
+        self.null = self.blocks[NULL_BLOCK] if has_null else None
+        if self.null is not None:
+            self.null.ref_cnt = 1  # for ever
+        self._usable = self.blocks[1:] if has_null else self.blocks
+        self._free = FreeKVCacheBlockQueue(self._usable)
         self._by_hash: dict[bytes, KVCacheBlock] = {}
 
     @property
@@ -36,7 +45,7 @@ class BlockPool:
     @property
     def usage(self) -> float:
         """Share of blocks held, 0 to 1. What is only cached counts as free."""
-        return 1 - self._free.num_free_blocks / len(self.blocks)
+        return 1 - self._free.num_free_blocks / len(self._usable)
 
     def get_cached_block(self, block_hash: bytes) -> KVCacheBlock | None:
         """The block with this content, held or not."""
@@ -85,7 +94,7 @@ class BlockPool:
 
     def reset_prefix_cache(self) -> bool:
         """Forget all content. Refused (False) while any block is held."""
-        if self._free.num_free_blocks != len(self.blocks):
+        if self._free.num_free_blocks != len(self._usable):
             return False
         for block in list(self._by_hash.values()):
             self._forget_content(block)
@@ -112,6 +121,7 @@ class BlockPool:
         assert {b.block_id for b in free} == {b.block_id for b in self.blocks if b.ref_cnt == 0}, (
             "free != unheld"
         )
+        assert self.null is None or (self.null.ref_cnt, self.null.block_hash) == (1, None), f"{self.null} was used"
         for before, after in zip(free, free[1:]):
             assert after.prev_free is before, f"{after}: broken link"
         named = [block for block in self.blocks if block.block_hash is not None]

@@ -10,7 +10,8 @@ import os
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from concurrent.futures import Future
+from typing import Any, NamedTuple
 
 from minivllm.config.engine import EngineConfig
 from minivllm.config.kv_events import read_kv_events_config
@@ -30,11 +31,20 @@ from minivllm.messages.engine import (
     UtilityOutput,
     UtilityRequest,
 )
-from minivllm.messages.worker import WorkerReady
+from minivllm.messages.kv_cache import num_tokens_held
+from minivllm.messages.worker import ModelRunnerOutput, SchedulerOutput, WorkerReady
 
 logger = init_logger(__name__)
 
 _IDLE_SLEEP_S = 0.001  # when requests wait for something other than compute
+
+
+class _InFlight(NamedTuple):
+    """A plan that the executor has and whose result is not accounted for."""
+
+    plan: SchedulerOutput
+    forward: Future[None]
+    sampled: Future[ModelRunnerOutput]
 
 
 class EngineCore:
@@ -57,10 +67,10 @@ class EngineCore:
         executor_class = get_executor_class(config.parallel.distributed_executor_backend)
         self.log_stats = not config.observability.disable_log_stats
         self.executor = executor_class(config, on_death=on_death, on_progress=on_progress)
-        if self.executor.max_concurrent_batches != 1:
+        if config.scheduler.async_scheduling and self.executor.max_concurrent_batches < 2:
             raise ConfigError(
-                f"{executor_class.__name__} asks for {self.executor.max_concurrent_batches} batches in flight; the "
-                "scheduler accounts for one at a time"
+                f"--async-scheduling needs an executor that takes a plan while another runs, and "
+                f"{executor_class.__name__} does not; leave it out"
             )
         self._grammars = None if config.model.skip_tokenizer_init else LazyGrammars(config)
         try:
@@ -71,6 +81,8 @@ class EngineCore:
                 max_model_len=worker.max_model_len,
                 num_blocks=worker.num_blocks,
                 block_size=worker.block_size,
+                kv_cache_groups=worker.kv_cache_groups,
+                max_plans_in_flight=self.executor.max_concurrent_batches,
                 enable_prefix_caching=config.cache.enable_prefix_caching,
                 enable_chunked_prefill=config.scheduler.enable_chunked_prefill,
                 prefix_caching_hash_algo=config.cache.prefix_caching_hash_algo,
@@ -87,8 +99,8 @@ class EngineCore:
         except BaseException:
             self.executor.shutdown()
             raise
-        self.ready = _ready_message(worker, config.hf_config.vocab_size)
-        self._in_flight: deque = deque()  # of (plan, its forward's future, its sampling's future)
+        self.ready = _ready_message(worker, config.hf_config.vocab_size, self.executor.max_concurrent_batches)
+        self._in_flight: deque[_InFlight] = deque()  # in the order of execution
         self._untold: defaultdict[int, list[EngineCoreOutput]] = defaultdict(
             list
         )  # by client; for the next step
@@ -126,15 +138,16 @@ class EngineCore:
     def step(self, apply_late_aborts: Callable[[], None] = lambda: None) -> dict[int, EngineCoreOutputs]:
         """Schedule, run, and account for one batch; what each client should hear, by client_index.
 
+        With several plans in flight the batch accounted for is the oldest; the youngest was planned while it ran.
         apply_late_aborts: called after the batch ran and before its results are accounted for.
         """
         outputs: dict[int, list[EngineCoreOutput]] = {}
         while self.scheduler.has_requests() and len(self._in_flight) < self.executor.max_concurrent_batches:
             plan = self.scheduler.schedule(time.monotonic())
             forward = self.executor.execute_model(plan)
-            grammar = self.scheduler.grammar_bitmask(plan)  # overlaps with it
-            self._in_flight.append((plan, forward, self.executor.sample_tokens(grammar)))
-            if not plan.num_scheduled_tokens:  # only news for the worker: nothing to overlap with
+            grammar = self.scheduler.grammar_bitmask(plan)  # made while the forward pass runs
+            self._in_flight.append(_InFlight(plan, forward, self.executor.sample_tokens(grammar)))
+            if not plan.num_scheduled_tokens:  # only news for the worker, or all wait for what is in flight
                 break
         if self._in_flight:
             plan, forward, sampled = self._in_flight.popleft()
@@ -142,7 +155,7 @@ class EngineCore:
             result = sampled.result()
             apply_late_aborts()
             outputs = self.scheduler.update_from_output(plan, result)
-            if not plan.num_scheduled_tokens and self.scheduler.has_unfinished_requests():
+            if not plan.num_scheduled_tokens and not self._in_flight and self.scheduler.has_unfinished_requests():
                 time.sleep(_IDLE_SLEEP_S)
         self._publish_kv_events()
         return self._address(outputs)
@@ -203,8 +216,14 @@ def _is_sendable(value: Any) -> bool:
     return True
 
 
-def _ready_message(worker: WorkerReady, vocab_size: int) -> EngineCoreReady:
-    num_tokens = worker.num_blocks * worker.block_size
+def _ready_message(worker: WorkerReady, vocab_size: int, max_plans_in_flight: int) -> EngineCoreReady:
+    num_tokens = num_tokens_held(
+        worker.kv_cache_groups,
+        worker.num_blocks,
+        worker.max_model_len,
+        worker.max_num_batched_tokens * max_plans_in_flight,
+        worker.block_size,
+    )
     return EngineCoreReady(
         max_model_len=worker.max_model_len,
         num_gpu_blocks=worker.num_blocks,

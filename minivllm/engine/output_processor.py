@@ -18,7 +18,7 @@ from minivllm.engine.parallel_sampling import ParentRequest
 from minivllm.exceptions import EngineGenerateError, RequestError
 from minivllm.messages.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 from minivllm.messages.stats import FinishedRequestStats, IterationStats
-from minivllm.outputs import CompletionOutput, RequestMetrics, RequestOutput, SampleLogprobs
+from minivllm.outputs import CompletionOutput, PromptLogprobs, RequestMetrics, RequestOutput, SampleLogprobs
 from minivllm.sampling_params import RequestOutputKind
 from minivllm.tokenizer.tokenizer import Tokenizer
 
@@ -138,13 +138,15 @@ class RequestState:
         answers = [answer] if self.parent is None else self.parent.add(answer)
         if not answers:
             return None
+        prompt_logprobs, prompt_token_id_logprobs = self._prompt_logprobs()
         return RequestOutput(
             request_id=self.external_id,
             prompt=self.prompt,
             prompt_token_ids=self.prompt_token_ids,
             outputs=answers,
             finished=finished if self.parent is None else self.parent.finished,
-            prompt_logprobs=self._prompt_logprobs(),
+            prompt_logprobs=prompt_logprobs,
+            prompt_token_id_logprobs=prompt_token_id_logprobs,
             metrics=self.metrics,
             num_cached_tokens=self.num_cached_tokens,
         )
@@ -170,12 +172,12 @@ class RequestState:
             logprobs=None if logprobs is None else logprobs[max(start - self.num_unscored_tokens, 0) :],
         )
 
-    def _prompt_logprobs(self):
-        """All rows, and under DELTA only once."""
+    def _prompt_logprobs(self) -> tuple[PromptLogprobs | None, list[list[float]] | None]:
+        """All rows, and those of tokens asked for by id; under DELTA only once."""
         if self.sent_prompt_logprobs and self.params.output_kind is RequestOutputKind.DELTA:
-            return None
+            return None, None
         self.sent_prompt_logprobs = True
-        return self.logprobs.prompt_logprobs
+        return self.logprobs.prompt_logprobs, self.logprobs.prompt_token_id_logprobs
 
 
 class OutputProcessor:

@@ -169,6 +169,7 @@ class Processor:
         parsed = parse_prompt(prompt)
         token_ids = self._token_ids(parsed, params)
         self._check_params(params)
+        self._check_prompt_rows(params, len(token_ids))
         if params.n * len(token_ids) > _MAX_FANNED_OUT_TOKENS:
             raise RequestError(
                 f"n={params.n} answers to a prompt of {len(token_ids)} tokens are more than {_MAX_FANNED_OUT_TOKENS} "
@@ -278,6 +279,8 @@ class Processor:
         self._check_logprobs("prompt_logprobs", params.prompt_logprobs)
         self._check_in_vocabulary("stop_token_ids", params.stop_token_ids)
         self._check_in_vocabulary("logprob_token_ids", params.logprob_token_ids)
+        for row in params.prompt_logprob_token_ids or ():
+            self._check_in_vocabulary("prompt_logprob_token_ids", (token for token in row if token != -1))
         if params.allowed_token_ids is not None:
             if not params.allowed_token_ids:
                 raise RequestError(
@@ -315,6 +318,17 @@ class Processor:
             raise RequestError(
                 "stop strings need a tokenizer; use stop_token_ids, or drop --skip-tokenizer-init",
                 param="stop",
+            )
+
+    @staticmethod
+    def _check_prompt_rows(params: SamplingParams, num_prompt_tokens: int) -> None:
+        """Of prompt_logprob_token_ids there is a row for each token of the prompt after the first, from start on."""
+        rows, start = params.prompt_logprob_token_ids, params.prompt_logprob_start or 0
+        if rows is not None and len(rows) != num_prompt_tokens - 1 - start:
+            raise RequestError(
+                f"prompt_logprob_token_ids has {len(rows)} rows; a prompt of {num_prompt_tokens} tokens with "
+                f"prompt_logprob_start={start} needs {max(0, num_prompt_tokens - 1 - start)}",
+                param="prompt_logprob_token_ids",
             )
 
     def _check_logprobs(self, name: str, asked: int | None) -> None:
@@ -436,6 +450,7 @@ class Processor:
                 param="prompt",
             )
         self._check_params(params)
+        self._check_prompt_rows(params, len(prompt))
         self._check_grammar(request, params)
         return request
 

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from minivllm.entrypoints.tool_use import NO_TOOLS, ToolUse
-from minivllm.exceptions import RequestError, UnsupportedError
+from minivllm.entrypoints.tool_use import NO_TOOLS, ToolUse, form_of_calls
+from minivllm.exceptions import RequestError
 from minivllm.reasoning.abstract import ReasoningParser
+from minivllm.sampling_params import StructuredOutputsParams
 from minivllm.tool_parsers.abstract import ToolParser
 from minivllm.tool_parsers.forced import ArgumentsToolParser, JsonListToolParser
 from minivllm.tool_parsers.pieces import CallEnd, CallStart, Content, Piece, Reasoning
@@ -37,11 +38,6 @@ class AnswerFormat:
                 'say "none" or "required", or name a function',
                 param="tool_choice",
             )
-        if use.must_call:
-            raise UnsupportedError(
-                'tool_choice "required", or a function\'s name, is not supported yet; say "auto" or "none"',
-                param="tool_choice",
-            )
         return AnswerPlan(self, use, include_reasoning)
 
 
@@ -56,14 +52,15 @@ class AnswerPlan:
     @property
     def needs_special_tokens(self) -> bool:
         """Whether the text must be detokenized with its special tokens: they may be what is to be parsed."""
-        reasoning, tools = self.format.reasoning_parser, self.format.tool_parser
-        return bool(
-            reasoning and reasoning.needs_special_tokens or self._reads_calls and tools and tools.needs_special_tokens
-        )
+        parsers = [self.format.reasoning_parser, self.format.tool_parser if self.use.may_call else None]
+        return any(parser is not None and parser.needs_special_tokens for parser in parsers)
 
     @property
-    def _reads_calls(self) -> bool:
-        return self.use.may_call
+    def form(self) -> StructuredOutputsParams | None:
+        """The form that answers must have, for the engine: calls, where they must be; None: any."""
+        if not self.use.must_call:
+            return None
+        return form_of_calls(self.use, self.format.tool_parser.call_format if self.calls_its_own_way else None)
 
     @property
     def calls_its_own_way(self) -> bool:

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from minivllm.exceptions import RequestError
+from minivllm.sampling_params import StructuredOutputsParams
+from minivllm.tool_parsers.abstract import CallFormat
 
 MAX_TOOLS = 1024
 MAX_NAME_CHARS = 256
+JSON_LIST = CallFormat('{"name": ', ', "parameters": ', "}", separator=", ", first="[", last="]")
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,42 @@ def _read_choice(tools: list[dict[str, Any]], choice: Any) -> tuple[Any, str | N
         names = ", ".join(tool["function"]["name"] for tool in tools[:10])
         raise RequestError(f"tool_choice names {_shown(name)}, which is not in tools: {names}", param="tool_choice")
     return "named", name
+
+
+def form_of_calls(use: ToolUse, written: CallFormat | None) -> StructuredOutputsParams:
+    """The form of an answer that must call: as the model writes calls, or, where that is not known, as JSON.
+
+    As JSON it is a list of {"name", "parameters"}; of a function that was named, its arguments alone.
+    """
+    if written is None and use.choice == "named":
+        return StructuredOutputsParams(json=_arguments_schema(use.callable[0]), param="tools")
+    written = written or JSON_LIST
+    calls = {
+        "type": "tags_with_separator",
+        "tags": [
+            {
+                "type": "tag",
+                "begin": written.begin + written.spelt(tool["function"]["name"]) + written.middle,
+                "content": {"type": "json_schema", "json_schema": _arguments_schema(tool)},
+                "end": written.end,
+            }
+            for tool in use.callable
+        ],
+        "separator": written.separator,
+        "at_least_one": True,
+        "stop_after_first": use.choice == "named" or not use.parallel,
+    }
+    first, last = ([{"type": "const_string", "value": text}] if text else [] for text in (written.first, written.last))
+    form = {"type": "sequence", "elements": [*first, calls, *last]}
+    return StructuredOutputsParams(structural_tag={"type": "structural_tag", "format": form}, param="tools")
+
+
+def _arguments_schema(tool: dict[str, Any]) -> dict[str, Any]:
+    """A function without parameters takes no arguments."""
+    given = tool["function"].get("parameters")
+    if given is None:
+        return {"type": "object", "properties": {}, "additionalProperties": False}
+    return {"type": "object", **given}
 
 
 def _shown(value: Any) -> str:

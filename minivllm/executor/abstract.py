@@ -28,7 +28,7 @@ class Executor(ABC):
     from `initialize`'s thread.
     """
 
-    max_concurrent_batches: int = 1
+    max_concurrent_batches: int = 1  # plans given to it and not yet answered, at most; a subclass may take more
 
     def __init__(
         self,

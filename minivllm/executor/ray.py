@@ -37,6 +37,8 @@ class RayExecutor(Executor):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if self.config.scheduler.async_scheduling:  # the actor takes its calls in order, so it may have two
+            self.max_concurrent_batches = 2
         self._ray: Any = None
         self._has_joined = False
         self._stopping = False

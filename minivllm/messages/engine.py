@@ -68,7 +68,8 @@ class EngineCoreRequest(msgspec.Struct, array_like=True, omit_defaults=True, gc=
 
 
 class LogprobsLists(msgspec.Struct, array_like=True, gc=False):
-    """Logprobs of consecutive positions. Row i: the token itself first, then the k most likely."""
+    """Logprobs of consecutive positions. Row i: the token itself first, then the k most likely, then (of a prompt) the
+    tokens that prompt_logprob_token_ids names there."""
 
     token_ids: list[list[int]]
     logprobs: list[list[float]]

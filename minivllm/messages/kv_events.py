@@ -6,6 +6,8 @@ the numbers is a loss. Append new fields last, with a default.
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 
 
@@ -18,6 +20,9 @@ class BlockStored(msgspec.Struct, array_like=True, omit_defaults=True, gc=False,
     block_size: int
     lora_id: int | None = None
     medium: str | None = None
+    lora_name: str | None = None
+    extra_keys: list[tuple[Any, ...] | None] | None = None
+    group_idx: int | None = None  # of a model with several KV cache groups: each holds a block of its own
 
 
 class BlockRemoved(msgspec.Struct, array_like=True, omit_defaults=True, gc=False, tag=True):
@@ -25,6 +30,7 @@ class BlockRemoved(msgspec.Struct, array_like=True, omit_defaults=True, gc=False
 
     block_hashes: list[bytes]
     medium: str | None = None
+    group_idx: int | None = None
 
 
 class AllBlocksCleared(msgspec.Struct, array_like=True, omit_defaults=True, gc=False, tag=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from minivllm.messages.engine import LogprobsLists
+from minivllm.messages.kv_cache import ONE_FULL_GROUP, KVCacheGroup
 from minivllm.sampling_params import SamplingParams
 
 
@@ -17,7 +18,7 @@ class NewRequestData(msgspec.Struct, array_like=True, gc=False):
     sampling_params: SamplingParams
     seed: int
     eos_token_ids: list[int]
-    block_ids: list[int]
+    block_ids: list[list[int]]  # one list a KV cache group
     num_computed_tokens: int
 
 
@@ -25,8 +26,8 @@ class CachedRequestData(msgspec.Struct, array_like=True, gc=False):
     """Requests the worker knows, as columns of equal length. The worker itself appended the tokens it sampled."""
 
     request_ids: list[str] = []
-    new_block_ids: list[list[int]] = []  # appended to the block table …
-    resumed: list[bool] = []  # … or replacing it, after a preemption
+    new_block_ids: list[list[list[int]]] = []  # a list a group, or []: appended to the block tables …
+    resumed: list[bool] = []  # … or replacing them, after a preemption
     num_computed_tokens: list[int] = []
 
 
@@ -73,3 +74,4 @@ class WorkerReady(msgspec.Struct, array_like=True):
     max_num_batched_tokens: int
     dtype: str
     numerics_id: str
+    kv_cache_groups: tuple[KVCacheGroup, ...] = ONE_FULL_GROUP

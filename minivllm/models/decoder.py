@@ -131,6 +131,7 @@ class DecoderForCausalLM(ABC):
         variant = self.variant(config)
         where = {"dtype": backend.spec.dtype, "device": backend.spec.device}
         sizes = (config.vocab_size, config.hidden_size)
+        self.sliding_windows = variant.sliding_windows
         self.tied = config.tie_word_embeddings
         self.lm_head = LMHead(*sizes, **where)
         self.embed_tokens = TiedEmbedding(self.lm_head) if self.tied else Embedding(*sizes, **where)
@@ -164,6 +165,11 @@ class DecoderForCausalLM(ABC):
         yield from under("model.norm", self.norm.weights())
         if not self.tied:
             yield from under("lm_head", self.lm_head.weights())
+
+    def scales(self) -> Iterator[Weight]:
+        """Single numbers that the checkpoint may hold."""
+        for index, layer in enumerate(self.layers):
+            yield from under(f"model.layers.{index}.self_attn", layer.self_attn.attention.scales())
 
     def is_redundant(self, name: str) -> bool:
         """Whether a tensor some checkpoints carry holds nothing that is not known without it."""

@@ -1,8 +1,8 @@
 """The native calls of a stretch of code, written down with their arguments so that they can be made again.
 
-Arguments are addresses: a recording keeps alive every tensor that was made while it was taken, and whoever replays it
-sees to it that all other memory lies where it lay. Sees to nothing else; when a replay is right is for
-`worker/graphs.py` to know.
+Arguments are addresses: a recording keeps alive every tensor that torch made, or made a view of, while it was taken, and
+whoever replays it sees to it that all other memory lies where it lay. Memory that an op keeps between calls and may
+replace is kept alive by taking a view of it in each call. When a replay is right is for `worker/graphs.py` to know.
 """
 
 from __future__ import annotations

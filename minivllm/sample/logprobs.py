@@ -38,6 +38,18 @@ def logprobs_of_tokens(values: torch.Tensor, token_ids: torch.Tensor, asked: lis
     )
 
 
+def append_tokens(lists: LogprobsLists, values: torch.Tensor, asked: torch.Tensor) -> None:
+    """Add to each row the tokens asked for at its position.
+
+    values: [M, vocab_size] float32; asked: [M, k] int64, where -1 stands for no token and gets -inf.
+    """
+    found = values.gather(1, asked.clamp_min(0)).masked_fill(asked < 0, float("-inf"))
+    for row, ids in zip(lists.token_ids, asked.tolist()):
+        row += ids
+    for row, more in zip(lists.logprobs, found.tolist()):
+        row += more
+
+
 def concatenate(parts: list[LogprobsLists]) -> LogprobsLists:
     """The rows of all parts, in order."""
     return LogprobsLists(

@@ -18,7 +18,7 @@ from minivllm.ops.op import OpSpec
 from minivllm.ops.sampling import gumbel_argmax, nonfinite_rows, top_k_top_p_min_p
 from minivllm.sample.constraints import AllowedTokens, BadWords, LogitBias, MinTokens
 from minivllm.sample.custom import CustomProcessors
-from minivllm.sample.logprobs import gather_logprobs, logprobs_of_tokens
+from minivllm.sample.logprobs import append_tokens, gather_logprobs, logprobs_of_tokens
 from minivllm.sample.penalties import Penalties
 from minivllm.sample.step import GrammarMask, LogitsStep, SampleBatch
 from minivllm.sample.thinking import ThinkingBudget
@@ -128,9 +128,18 @@ class Sampler:
         failed = dict.fromkeys(np.flatnonzero(broken.numpy()).tolist(), NONFINITE)
         return SamplerOutput(token_ids.numpy(), self._logprobs(values, token_ids, batch, asking), failed)
 
-    def logprobs_of(self, logits: torch.Tensor, token_ids: torch.Tensor, num_logprobs: int) -> LogprobsLists:
-        """Logprobs of given tokens under unprocessed logits: those of a prompt, whatever the logprobs mode."""
-        return gather_logprobs(self._log_softmax(logits), token_ids, num_logprobs)
+    def logprobs_of(
+        self, logits: torch.Tensor, token_ids: torch.Tensor, num_logprobs: int, also: torch.Tensor | None = None
+    ) -> LogprobsLists:
+        """Logprobs of given tokens under unprocessed logits: those of a prompt, whatever the logprobs mode.
+
+        also: [M, k] int64, further tokens for the end of each row; -1 for none.
+        """
+        values = self._log_softmax(logits)
+        lists = gather_logprobs(values, token_ids, num_logprobs)
+        if also is not None:
+            append_tokens(lists, values, also)
+        return lists
 
     def nonfinite_rows(self, logits: torch.Tensor) -> list[int]:
         """The rows of `logits` that no token can be drawn from."""

@@ -5,9 +5,11 @@ A parser for another format is a file with a subclass that has a `read`, and a l
 
 from __future__ import annotations
 
+import json
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from minivllm.tool_parsers.pieces import Answer, CallArguments, CallEnd, CallStart, Content, Piece
@@ -18,6 +20,7 @@ class Malformed(Exception):
     """The text is not a call, or not any more."""
 
 
+@dataclass(frozen=True)
 class CallFormat:
     """How a model writes a call whose arguments are JSON: begin, the name, middle, the arguments, end.
 
@@ -25,19 +28,17 @@ class CallFormat:
     calls, `separator` between two.
     """
 
-    def __init__(
-        self,
-        begin: str,
-        middle: str,
-        end: str,
-        *,
-        quoted: bool = True,
-        separator: str = "",
-        first: str = "",
-        last: str = "",
-    ) -> None:
-        self.begin, self.middle, self.end = begin, middle, end
-        self.quoted, self.separator, self.first, self.last = quoted, separator, first, last
+    begin: str
+    middle: str
+    end: str
+    quoted: bool = True
+    separator: str = ""
+    first: str = ""
+    last: str = ""
+
+    def spelt(self, name: str) -> str:
+        """A function's name as it stands in a call."""
+        return json.dumps(name, ensure_ascii=False) if self.quoted else name
 
 
 class ToolParser(ABC):

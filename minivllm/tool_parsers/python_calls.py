@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import re
-import warnings
-from typing import Any
 
 from minivllm.tool_parsers.abstract import Malformed, ToolParser
+from minivllm.tool_parsers.python_literal import read_literal
 from minivllm.utils.text_source import Reading
 
 _NAME = re.compile(r"[A-Za-z_][\w.-]*")
 _CLOSING = {"(": ")", "[": "]", "{": "}"}
-_CONSTANTS = {"true": True, "false": False, "null": None}  # as models that think of JSON write them
 
 
 class PythonToolParser(ToolParser):
@@ -48,7 +45,7 @@ class PythonToolParser(ToolParser):
             if not key or (yield from self.source.accept("=")) is None:
                 raise Malformed
             text = yield from self._expression()
-            value = read_literal(text)
+            value = _json_of(text)
             if not num_arguments:
                 self.name(name)
                 self.begin()
@@ -104,40 +101,15 @@ class PythonToolParser(ToolParser):
             self.source.skip(len(escaped))
 
 
-def read_literal(text: str) -> str:
-    """The JSON of a Python literal.
+def _json_of(text: str) -> str:
+    """A Python literal as JSON.
 
     Raises:
         Malformed: it is no literal, or JSON cannot say it.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # of escapes that Python does not know, which it keeps as they are
-            expression = ast.parse(text.strip(), mode="eval").body
-        written = json.dumps(_value(expression), ensure_ascii=False, allow_nan=False)
+        written = json.dumps(read_literal(text), ensure_ascii=False, allow_nan=False)
         written.encode()
-    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
+    except ValueError:
         raise Malformed from None
     return written
-
-
-def _value(node: ast.expr) -> Any:
-    if isinstance(node, ast.Constant) and (
-        node.value is None or isinstance(node.value, (bool, int, float, str))
-    ):
-        return node.value
-    if isinstance(node, ast.Name) and node.id in _CONSTANTS:
-        return _CONSTANTS[node.id]
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.UAdd)):
-        operand = _value(node.operand)
-        if type(operand) in (int, float):
-            return -operand if isinstance(node.op, ast.USub) else operand
-    if isinstance(node, (ast.List, ast.Tuple)):
-        return [_value(item) for item in node.elts]
-    if isinstance(node, ast.Dict):
-        keys = [key and _value(key) for key in node.keys]
-        if all(isinstance(key, str) for key in keys):
-            return dict(zip(keys, map(_value, node.values)))
-    raise Malformed

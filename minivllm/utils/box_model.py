@@ -1,4 +1,4 @@
-"""Where the model that ships with the package lies."""
+"""Where the models that ship with the package lie."""
 
 from __future__ import annotations
 
@@ -21,9 +21,22 @@ def box_model_path() -> Path:
     Raises:
         ModelFilesError: this installation was built without it.
     """
-    if not (_DIRECTORY / "config.json").is_file():
+    return _existing(_DIRECTORY)
+
+
+def box_draft_model_path() -> Path:
+    """The directory of its draft: a smaller model with the same tokenizer, which guesses what the other will say.
+
+    Raises:
+        ModelFilesError: this installation was built without it.
+    """
+    return _existing(_DIRECTORY / "draft")
+
+
+def _existing(directory: Path) -> Path:
+    if not (directory / "config.json").is_file():
         raise ModelFilesError(
-            f"this installation has no model in the box (no config.json in {_DIRECTORY}); "
+            f"this installation has no model in the box (no config.json in {directory}); "
             "name a model, or train one with python -m examples.box_model.train"
         )
-    return _DIRECTORY
+    return directory

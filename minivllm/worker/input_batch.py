@@ -27,7 +27,7 @@ class InputBatch:
     samples: np.ndarray
     input_ids: torch.Tensor  # [num_tokens] int64
     positions: torch.Tensor  # [num_tokens] int64
-    step: StepInputs
+    steps: list[StepInputs]  # one a KV cache group; they differ in where keys and values lie
 
     @property
     def is_decode(self) -> bool:
@@ -42,13 +42,13 @@ class InputBatch:
 
 
 class InputBuffers:
-    def __init__(self, max_num_tokens: int, max_num_reqs: int, max_blocks: int) -> None:
+    def __init__(self, max_num_tokens: int, max_num_reqs: int, max_blocks: int, *, num_groups: int = 1) -> None:
         self._input_ids = np.zeros(max_num_tokens, np.int64)
         self._positions = np.zeros(max_num_tokens, np.int64)
-        self._slot_mapping = np.zeros(max_num_tokens, np.int64)
+        self._slot_mapping = np.zeros((num_groups, max_num_tokens), np.int64)
         self._query_start_loc = np.zeros(max_num_reqs + 1, np.int32)
         self._seq_lens = np.zeros(max_num_reqs, np.int32)
-        self._block_table = np.zeros((max_num_reqs, max_blocks), np.int32)
+        self._block_table = np.zeros((num_groups, max_num_reqs, max_blocks), np.int32)
         self._counting = np.arange(max_num_tokens)
 
     def prepare(self, num_scheduled_tokens: dict[str, int], table: RequestTable) -> InputBatch:
@@ -67,18 +67,23 @@ class InputBuffers:
         positions = self._positions[:num_tokens]
         np.add(self._counting[:num_tokens], np.repeat(begins - first_rows, counts), out=positions)
         self._input_ids[:num_tokens] = table.token_ids[row_of_token, positions]
-        self._slot_mapping[:num_tokens] = table.blocks.slots(row_of_token, positions)
         self._query_start_loc[1 : num_reqs + 1] = stops
         self._seq_lens[:num_reqs] = ends
-        num_blocks = -(-int(ends.max()) // table.blocks.block_size)
-        self._block_table[:num_reqs, :num_blocks] = table.blocks.block_ids[rows, :num_blocks]
-
-        step = StepInputs(
-            query_start_loc=torch.from_numpy(self._query_start_loc[: num_reqs + 1]),
-            seq_lens=torch.from_numpy(self._seq_lens[:num_reqs]),
-            block_table=torch.from_numpy(self._block_table[:num_reqs, :num_blocks]),
-            slot_mapping=torch.from_numpy(self._slot_mapping[:num_tokens]),
-        )
+        query_start_loc = torch.from_numpy(self._query_start_loc[: num_reqs + 1])
+        seq_lens = torch.from_numpy(self._seq_lens[:num_reqs])
+        steps = []
+        for blocks, block_table, slot_mapping in zip(table.blocks, self._block_table, self._slot_mapping):
+            num_blocks = -(-int(ends.max()) // blocks.block_size)
+            slot_mapping[:num_tokens] = blocks.slots(row_of_token, positions)
+            block_table[:num_reqs, :num_blocks] = blocks.block_ids[rows, :num_blocks]
+            steps.append(
+                StepInputs(
+                    query_start_loc=query_start_loc,
+                    seq_lens=seq_lens,
+                    block_table=torch.from_numpy(block_table[:num_reqs, :num_blocks]),
+                    slot_mapping=torch.from_numpy(slot_mapping[:num_tokens]),
+                )
+            )
         return InputBatch(
             request_ids=request_ids,
             rows=rows,
@@ -88,5 +93,5 @@ class InputBuffers:
             samples=np.flatnonzero(ends == table.num_tokens[rows]),
             input_ids=torch.from_numpy(self._input_ids[:num_tokens]),
             positions=torch.from_numpy(positions),
-            step=step,
+            steps=steps,
         )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from minivllm.config.cache import CacheConfig
 from minivllm.config.hf_config import HFConfig
 from minivllm.exceptions import ConfigError
-from minivllm.messages.kv_cache import KVCacheSpec
+from minivllm.messages.kv_cache import KVCacheGroup, KVCacheSpec, has_null_block, num_tokens_held
 
 GIB = 1 << 30
 DEFAULT_MOST_BYTES = 4 * GIB
@@ -35,22 +36,28 @@ class KVCacheSize:
     """What was decided."""
 
     num_blocks: int
-    block_size: int  # tokens
-    num_bytes: int
+    spec: KVCacheSpec
     max_model_len: int
 
     @property
+    def block_size(self) -> int:
+        return self.spec.block_size
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_blocks * self.spec.bytes_per_block
+
+    @property
     def num_tokens(self) -> int:
-        return self.num_blocks * self.block_size
+        """In requests of max_model_len; without windows, in any."""
+        spec = self.spec
+        return num_tokens_held(spec.groups, self.num_blocks, self.max_model_len, spec.step_tokens, spec.block_size)
 
     @property
     def max_concurrency(self) -> float:
         """Requests of max_model_len that fit at once."""
-        return self.num_blocks / blocks_for(self.max_model_len, self.block_size)
-
-
-def blocks_for(num_tokens: int, block_size: int) -> int:
-    return -(-num_tokens // block_size)
+        usable = self.num_blocks - has_null_block(self.spec.groups)
+        return usable / self.spec.blocks_of_request(self.max_model_len)
 
 
 def step_bytes(hf: HFConfig, num_tokens: int, num_seqs: int, dtype_bytes: int) -> int:
@@ -70,12 +77,13 @@ def size_kv_cache(
     """
     check_weights_fit(budget)
     num_blocks = _num_blocks(cache, spec, budget)
-    fitting_len = num_blocks * spec.block_size
+    fitting_len = spec.longest_request(num_blocks, max_model_len)
     if is_auto and fitting_len:
-        max_model_len = min(max_model_len, fitting_len)
-    size = KVCacheSize(num_blocks, spec.block_size, num_blocks * spec.bytes_per_block, max_model_len)
+        max_model_len = fitting_len
+    size = KVCacheSize(num_blocks, spec, max_model_len)
     if fitting_len < max_model_len:
-        needed = blocks_for(max_model_len, spec.block_size) * spec.bytes_per_block
+        num_blocks_needed = spec.blocks_of_request(max_model_len) + has_null_block(spec.groups)
+        needed = num_blocks_needed * spec.bytes_per_block
         more = "--kv-cache-memory-bytes" if cache.num_gpu_blocks_override is None else "--num-gpu-blocks-override"
         remedy = f"pass --max-model-len {fitting_len} or auto, or" if fitting_len else "pass"
         raise ConfigError(
@@ -136,7 +144,20 @@ def describe(size: KVCacheSize, budget: Budget) -> str:
         f"{gib(budget.step_bytes)} = {gib(used)} of {gib(budget.available_bytes)} available (limit "
         f"{gib(budget.limit_bytes)}); KV cache: {size.num_tokens:,} tokens in {size.num_blocks:,} blocks of "
         f"{size.block_size}, {size.max_concurrency:.2f} requests of {size.max_model_len:,} tokens at once"
+        f"{_describe_groups(size.spec.groups)}"
     )
+
+
+def _describe_groups(groups: Sequence[KVCacheGroup]) -> str:
+    """Empty for one group of full attention."""
+    if not has_null_block(groups):
+        return ""
+    kinds = [
+        f"{len(each.layers)} layers of {'full attention' if each.sliding_window is None else f'window {each.sliding_window:,}'}"
+        for each in groups
+    ]
+    counts = {kind: kinds.count(kind) for kind in kinds}
+    return "; block tables: " + ", ".join(f"{count} × {kind}" for kind, count in counts.items())
 
 
 def gib(num_bytes: int) -> str:

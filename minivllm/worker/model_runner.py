@@ -7,22 +7,20 @@ how its result is sent.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 
 from minivllm.attention.backend import AttentionBackend, ForwardContext
-from minivllm.messages.engine import LogprobsLists
 from minivllm.messages.worker import CachedRequestData, GrammarOutput, ModelRunnerOutput, NewRequestData, SchedulerOutput
 from minivllm.models.decoder import DecoderForCausalLM
-from minivllm.sample.logprobs import concatenate
-from minivllm.sample.sampler import NONFINITE, Sampler, SamplerOutput
+from minivllm.sample.sampler import Sampler, SamplerOutput
 from minivllm.sample.step import GrammarMask, SampleBatch
 from minivllm.worker.graphs import StepGraphs, key_of
 from minivllm.worker.input_batch import InputBatch, InputBuffers
+from minivllm.worker.prompt_logprobs import PromptLogprobs
 from minivllm.worker.request_state import RequestTable
-
-# Logits of a prompt held at once: a whole chunk over a large vocabulary is a gigabyte.
-_PROMPT_LOGPROB_ROWS = 64
 
 
 class ModelRunner:
@@ -36,14 +34,20 @@ class ModelRunner:
         max_model_len: int,
         max_num_batched_tokens: int,
         max_num_seqs: int,
+        group_of_layer: list[int],
         enforce_eager: bool = False,
     ) -> None:
+        """group_of_layer: each layer's KV cache group; layers of different groups may share a tensor of kv_caches."""
         block_size = backend.spec.block_size
         self.model, self.backend, self.kv_caches, self.sampler = model, backend, kv_caches, sampler
         # As many again for requests that are preempted.
-        self.table = RequestTable(2 * max_num_seqs, max_model_len, block_size)
-        self.buffers = InputBuffers(max_num_batched_tokens, max_num_seqs, -(-max_model_len // block_size))
-        self._num_prompt_logprobs: dict[int, int] = {}  # by table row
+        num_groups = max(group_of_layer) + 1
+        self.table = RequestTable(2 * max_num_seqs, max_model_len, block_size, num_groups=num_groups)
+        self.buffers = InputBuffers(
+            max_num_batched_tokens, max_num_seqs, -(-max_model_len // block_size), num_groups=num_groups
+        )
+        self._group_of_layer = group_of_layer
+        self.prompt_logprobs = PromptLogprobs(model.compute_logits, sampler)
         self._graphs = None if enforce_eager else StepGraphs()
         self._batch: InputBatch | None = None
         self._hidden: torch.Tensor | None = None
@@ -57,20 +61,21 @@ class ModelRunner:
         if not plan.num_scheduled_tokens:
             return
         batch = self.buffers.prepare(plan.num_scheduled_tokens, self.table)
-        ctx = ForwardContext(self.backend.build_metadata(batch.step), self.kv_caches)
+        metadata = [self.backend.build_metadata(step) for step in batch.steps]
+        ctx = ForwardContext([metadata[group] for group in self._group_of_layer], self.kv_caches)
         if self._graphs is not None and batch.is_decode:
-            self._logits = self._decode(batch, ctx)
+            self._logits = self._decode(batch, metadata, ctx)
         else:
             self._hidden = self.model.forward(batch.input_ids, batch.positions, ctx)
         self._batch = batch
 
-    def _decode(self, batch: InputBatch, ctx: ForwardContext) -> torch.Tensor:
-        """Logits of a step of one token a request, all of which are sampled."""
+    def _decode(self, batch: InputBatch, metadata: list[Any], ctx: ForwardContext) -> torch.Tensor:
+        """Logits of a step of one token a request, all of which are sampled. metadata: one a KV cache group."""
 
         def step() -> torch.Tensor:
             return self.model.compute_logits(self.model.forward(batch.input_ids, batch.positions, ctx))
 
-        return self._graphs.run(key_of(batch.input_ids, batch.positions, ctx.metadata), step)
+        return self._graphs.run(key_of(batch.input_ids, batch.positions, metadata), step)
 
     @torch.inference_mode()
     def sample_tokens(self, grammar: GrammarOutput | None = None) -> ModelRunnerOutput:
@@ -81,7 +86,7 @@ class ModelRunner:
             return ModelRunnerOutput()
         result = ModelRunnerOutput(batch.request_ids, [[] for _ in batch.request_ids])
         if logits is None:
-            self._add_prompt_logprobs(batch, hidden, result)
+            self.prompt_logprobs.add_to(result, batch, hidden, self.table)
             if len(batch.samples):
                 logits = self.model.compute_logits(hidden[batch.sampled_rows])
         if logits is not None:
@@ -103,24 +108,23 @@ class ModelRunner:
         row = self.table.remove(request_id)
         if row is not None:
             self.sampler.remove_request(row)
-            self._num_prompt_logprobs.pop(row, None)
+            self.prompt_logprobs.remove_request(row)
 
     def _remember(self, request: NewRequestData) -> None:
         self._forget(request.request_id)
         row = self.table.add(request)
         params = request.sampling_params
         self.sampler.add_request(row, params, request.seed, request.eos_token_ids)
-        if params.prompt_logprobs is not None:
-            self._num_prompt_logprobs[row] = params.prompt_logprobs
+        self.prompt_logprobs.add_request(row, params)
 
     def _continue(self, known: CachedRequestData) -> None:
         rows = self.table.rows(known.request_ids)
         self.table.num_computed_tokens[rows] = known.num_computed_tokens
         for row, block_ids, resumed in zip(rows.tolist(), known.new_block_ids, known.resumed):
             if resumed:
-                self.table.blocks.replace(row, block_ids)
+                self.table.replace_blocks(row, block_ids)
             elif block_ids:
-                self.table.blocks.append(row, block_ids)
+                self.table.append_blocks(row, block_ids)
 
     # Results -----------------------------------------------------------------
 
@@ -175,35 +179,3 @@ class ModelRunner:
         going_on = np.ones(len(rows), bool)
         going_on[list(sampled.failed)] = False
         self.table.append_tokens(rows[going_on], sampled.token_ids[going_on])
-
-    def _add_prompt_logprobs(
-        self, batch: InputBatch, hidden: torch.Tensor, result: ModelRunnerOutput
-    ) -> None:
-        """Logprobs of the prompt tokens that this step's tokens predict, of the requests that asked."""
-        if not self._num_prompt_logprobs:
-            return
-        for i, row in enumerate(batch.rows.tolist()):
-            if row not in self._num_prompt_logprobs:
-                continue
-            begin, num_prompt = int(batch.begins[i]), int(self.table.num_prompt_tokens[row])
-            # The token at p predicts the one at p + 1; the prompt's last predicts none of the prompt.
-            num_rows = min(int(batch.ends[i]), num_prompt - 1) - begin
-            if num_rows <= 0:
-                continue
-            first = int(batch.first_rows[i])
-            targets = torch.from_numpy(self.table.token_ids[row, begin + 1 : begin + 1 + num_rows]).long()
-            lists = self._score(hidden[first : first + num_rows], targets, self._num_prompt_logprobs[row])
-            if lists is None:
-                result.failed[batch.request_ids[i]] = NONFINITE
-            else:
-                result.prompt_logprobs[batch.request_ids[i]] = lists
-
-    def _score(self, hidden: torch.Tensor, targets: torch.Tensor, num_logprobs: int) -> LogprobsLists | None:
-        """Logprobs of `targets`, each predicted by a row of `hidden`; None if a row is not finite."""
-        parts = []
-        for rows, ids in zip(hidden.split(_PROMPT_LOGPROB_ROWS), targets.split(_PROMPT_LOGPROB_ROWS)):
-            logits = self.model.compute_logits(rows)
-            if self.sampler.nonfinite_rows(logits):
-                return None
-            parts.append(self.sampler.logprobs_of(logits, ids, num_logprobs))
-        return concatenate(parts)

@@ -13,10 +13,12 @@ from minivllm.worker.block_table import BlockTable, longer
 
 
 class RequestTable:
-    def __init__(self, num_rows: int, max_model_len: int, block_size: int) -> None:
-        """num_rows: requests expected at once; more make the table grow."""
+    def __init__(self, num_rows: int, max_model_len: int, block_size: int, *, num_groups: int = 1) -> None:
+        """num_rows: requests expected at once; more make the table grow. num_groups: of the KV cache."""
         self.row_of: dict[str, int] = {}
-        self.blocks = BlockTable(num_rows, -(-max_model_len // block_size), block_size)
+        self.blocks = [
+            BlockTable(num_rows, -(-max_model_len // block_size), block_size) for _ in range(num_groups)
+        ]
         self.token_ids = np.zeros((num_rows, max_model_len), np.int32)
         self.num_tokens = np.zeros(num_rows, np.int64)
         self.num_prompt_tokens = np.zeros(num_rows, np.int64)
@@ -34,14 +36,25 @@ class RequestTable:
         self.num_tokens[row] = num_prompt + num_prior
         self.num_prompt_tokens[row] = num_prompt
         self.num_computed_tokens[row] = request.num_computed_tokens
-        self.blocks.replace(row, request.block_ids)
+        self.replace_blocks(row, request.block_ids)
         return row
+
+    def replace_blocks(self, row: int, block_ids: list[list[int]]) -> None:
+        """block_ids: one list a KV cache group."""
+        for blocks, ids in zip(self.blocks, block_ids, strict=True):
+            blocks.replace(row, ids)
+
+    def append_blocks(self, row: int, block_ids: list[list[int]]) -> None:
+        """block_ids: one list a KV cache group."""
+        for blocks, ids in zip(self.blocks, block_ids, strict=True):
+            blocks.append(row, ids)
 
     def remove(self, request_id: str) -> int | None:
         """Forget a request; the row it had, None if it is not known."""
         row = self.row_of.pop(request_id, None)
         if row is not None:
-            self.blocks.clear(row)
+            for blocks in self.blocks:
+                blocks.clear(row)
             self._free_rows.append(row)
         return row
 
@@ -63,5 +76,6 @@ class RequestTable:
         new = 2 * old
         for name in ("token_ids", "num_tokens", "num_prompt_tokens", "num_computed_tokens"):
             setattr(self, name, longer(getattr(self, name), new))
-        self.blocks.grow(new)
+        for blocks in self.blocks:
+            blocks.grow(new)
         self._free_rows.extend(reversed(range(old, new)))

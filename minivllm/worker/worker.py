@@ -17,7 +17,7 @@ from minivllm.config.scheduler import step_limits
 from minivllm.exceptions import ConfigError
 from minivllm.logger import init_logger
 from minivllm.logits_processors import load_logits_processors
-from minivllm.messages.kv_cache import KVCacheSpec
+from minivllm.messages.kv_cache import KVCacheGroup, KVCacheSpec
 from minivllm.messages.worker import GrammarOutput, ModelRunnerOutput, SchedulerOutput, WorkerReady
 from minivllm.models import loader
 from minivllm.models.decoder import DecoderForCausalLM
@@ -25,7 +25,7 @@ from minivllm.models.registry import load_class
 from minivllm.platforms.platform import detect
 from minivllm.sample.custom import CustomProcessors
 from minivllm.sample.sampler import Sampler
-from minivllm.worker import memory
+from minivllm.worker import kv_layout, memory
 from minivllm.worker.model_runner import ModelRunner
 
 logger = init_logger(__name__)
@@ -76,17 +76,19 @@ class Worker:
 
         on_progress("laying out the KV cache")
         # Untouched pages take no memory: they are the system's until a block is written.
-        kv_caches = [
-            backend.new_kv_cache(size.num_blocks) for _ in range(config.hf_config.num_hidden_layers)
+        tensors = [
+            backend.new_kv_cache(size.num_blocks) for _ in range(size.spec.num_layers)
         ]
+        places = kv_layout.places(size.spec.groups)
         self.runner = ModelRunner(
             model,
             backend,
-            kv_caches,
+            [tensors[place] for _, place in places],
             Sampler(config.hf_config.vocab_size, config.model.logprobs_mode, device=platform.device, custom=custom),
             max_model_len=size.max_model_len,
             max_num_batched_tokens=max_num_batched_tokens,
             max_num_seqs=max_num_seqs,
+            group_of_layer=[group for group, _ in places],
             enforce_eager=config.model.enforce_eager,
         )
         return WorkerReady(
@@ -98,6 +100,7 @@ class Worker:
             max_num_batched_tokens=max_num_batched_tokens,
             dtype=name_of(dtype),
             numerics_id=f"{platform.numerics_id}-{backend.layout_id}",
+            kv_cache_groups=tuple(size.spec.groups),
         )
 
     def execute_model(self, plan: SchedulerOutput) -> None:
@@ -179,11 +182,15 @@ class Worker:
     ) -> tuple[memory.KVCacheSize, memory.Budget]:
         config = self.config
         dtype_bytes = backend.spec.dtype.itemsize
+        step_tokens = limits[0] * config.scheduler.max_plans_in_flight
+        groups = self._kv_cache_groups(model, backend.spec.block_size, max_model_len, step_tokens)
         spec = KVCacheSpec(
             block_size=backend.spec.block_size,
             block_bytes=backend.block_bytes,
-            num_layers=config.hf_config.num_hidden_layers,
+            num_layers=kv_layout.layers_per_block(groups),
             layout_id=backend.layout_id,
+            groups=groups,
+            step_tokens=step_tokens,
         )
         budget = memory.Budget(
             limit_bytes=self.platform.memory_limit_bytes(),
@@ -194,6 +201,15 @@ class Worker:
         )
         is_auto = config.model.max_model_len == "auto"
         return memory.size_kv_cache(config.cache, spec, budget, max_model_len, is_auto=is_auto), budget
+
+    def _kv_cache_groups(
+        self, model: DecoderForCausalLM, block_size: int, max_model_len: int, step_tokens: int
+    ) -> tuple[KVCacheGroup, ...]:
+        if self.config.cache.disable_hybrid_kv_cache_manager:
+            return kv_layout.all_full(len(model.sliding_windows))
+        return kv_layout.group_layers(
+            model.sliding_windows, max_model_len=max_model_len, step_tokens=step_tokens, block_size=block_size
+        )
 
 
 def resolve_dtype(asked: str, checkpoint: str | None) -> torch.dtype:

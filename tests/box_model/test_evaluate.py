@@ -1,75 +1,54 @@
-"""The examiner: right answers score, broken words and endless stories do not, and refusals have a way round."""
+"""The examiner: right answers score, broken words and endless stories do not, and tools are put as the API has them."""
 
 from __future__ import annotations
 
 from random import Random
 from types import SimpleNamespace
 
-import httpx
 import pytest
-from openai import BadRequestError
 
 from examples.box_model import skills
-from examples.box_model.chat import assistant_text, segments
-from examples.box_model.evaluate import Examiner, Reply, judge, known_words, questions, table
+from examples.box_model.chat import segments
+from examples.box_model.evaluate import Examiner, Reply, judge, known_words, questions, table, with_ids
 
 STORY = skills.ask("stories", "Tell me a story about Ada the ant.", "Ada the ant slept.", must=("Ada", "ant"))
 WORDS = {"Ada", "the", "ant", "slept"}
 
 
 class FakeClient:
-    """A server that knows the answer to each exchange; its chat route refuses what `refuses` names."""
+    """A server that knows the answer to an exchange, and parses calls."""
 
-    def __init__(self, exchange: skills.Exchange, refuses: tuple[str, ...] = ()) -> None:
-        self.exchange, self.refuses = exchange, refuses
-        self.asked: list[str] = []
+    def __init__(self, exchange: skills.Exchange) -> None:
+        self.exchange = exchange
+        self.asked: dict = {}
         self.chat = SimpleNamespace(completions=SimpleNamespace(create=self._chat))
-        self.completions = SimpleNamespace(create=self._complete)
 
-    def _chat(self, *, messages, tools=None, tool_choice="auto", **_):
-        self.asked.append(f"chat {tool_choice}" if tools else "chat")
-        has_tool_role = any(message["role"] == "tool" for message in messages)
-        if ("tools" in self.refuses and tools and tool_choice != "none") or (
-            "tool role" in self.refuses and has_tool_role
-        ):
-            response = httpx.Response(400, request=httpx.Request("POST", "http://server"))
-            raise BadRequestError("not yet", response=response, body=None)
-        message = SimpleNamespace(content=assistant_text(self.exchange.answer), tool_calls=None)
-        return SimpleNamespace(choices=[SimpleNamespace(message=message, finish_reason="stop")])
-
-    def _complete(self, *, prompt, **_):
-        self.asked.append("completion")
-        wanted = "".join(text for text, _ in segments(self.exchange.messages, self.exchange.tools))
-        assert prompt == wanted + "<|im_start|>assistant\n"
-        choice = SimpleNamespace(text=assistant_text(self.exchange.answer), finish_reason="stop")
-        return SimpleNamespace(choices=[choice])
+    def _chat(self, **asked):
+        self.asked = asked
+        calls = [
+            SimpleNamespace(function=SimpleNamespace(**call["function"]))
+            for call in self.exchange.answer.get("tool_calls", ())
+        ]
+        message = SimpleNamespace(content=self.exchange.answer["content"], tool_calls=calls or None)
+        reason = "tool_calls" if calls else "stop"
+        return SimpleNamespace(choices=[SimpleNamespace(message=message, finish_reason=reason)])
 
 
-@pytest.mark.parametrize(
-    "maker, refuses, asked",
-    [
-        (skills.add, (), ["chat"]),
-        (skills.call_tool, (), ["chat auto"]),
-        (skills.call_tool, ("tools",), ["chat auto", "chat none"]),
-        (skills.use_tool_answer, ("tools", "tool role"), ["chat auto", "chat none", "completion"]),
-    ],
-)
-def test_a_question_takes_the_first_route_that_accepts_it(maker, refuses, asked):
+@pytest.mark.parametrize("maker", [skills.add, skills.call_tool, skills.use_tool_answer])
+def test_a_question_is_put_to_the_chat_route_with_its_tools(maker):
     exchange = maker(Random(1), True)
-    client = FakeClient(exchange, refuses)
+    client = FakeClient(exchange)
     reply = Examiner(client, "model").ask(exchange)
-    assert client.asked == asked
+    assert client.asked.get("tools") == (exchange.tools or None)
     assert judge(exchange, reply, set())
 
 
-def test_calls_that_the_server_parsed_are_taken_as_they_are():
-    exchange = skills.call_tool(Random(1), True)
-    function = SimpleNamespace(**exchange.answer["tool_calls"][0]["function"])
-    message = SimpleNamespace(content=None, tool_calls=[SimpleNamespace(function=function)])
-    reply = Examiner(FakeClient(exchange), "model")._reply(
-        SimpleNamespace(message=message, finish_reason="tool_calls")
-    )
-    assert judge(exchange, reply, set())
+def test_calls_and_their_answers_are_named_as_the_api_wants_it():
+    exchange = skills.use_tool_answer(Random(1), True)
+    named = with_ids(exchange.messages)
+    [call] = next(m for m in named if m.get("tool_calls"))["tool_calls"]
+    assert next(m for m in named if m["role"] == "tool")["tool_call_id"] == call["id"]
+    assert segments(named, exchange.tools) == segments(exchange.messages, exchange.tools)
 
 
 @pytest.mark.parametrize(

@@ -18,3 +18,12 @@ def test_an_installation_without_it_says_so_and_what_to_do(tmp_path, monkeypatch
     monkeypatch.setattr(box_model, "_DIRECTORY", tmp_path)
     with pytest.raises(ModelFilesError, match="no model in the box .* name a model, or train one"):
         box_model.box_model_path()
+
+
+def test_the_draft_lies_beside_it(tmp_path, monkeypatch):
+    (tmp_path / "draft").mkdir()
+    (tmp_path / "draft" / "config.json").write_text("{}")
+    monkeypatch.setattr(box_model, "_DIRECTORY", tmp_path)
+    assert box_model.box_draft_model_path() == tmp_path / "draft"
+    with pytest.raises(ModelFilesError):
+        box_model.box_model_path()

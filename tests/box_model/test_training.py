@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from itertools import islice
 
 import pytest
@@ -10,10 +11,10 @@ from transformers import AutoModelForCausalLM
 
 from examples.box_model.batches import IGNORED, pack
 from examples.box_model.data import documents
-from examples.box_model.export import export
+from examples.box_model.export import export, read
 from examples.box_model.model import Qwen3, Sizes, document_mask
 from examples.box_model.tokenizer import train_tokenizer
-from examples.box_model.train import learning_rate
+from examples.box_model.train import PRESETS, Trainer, distance, learning_rate, parse_args
 
 SIZES = Sizes(vocab_size=1024, hidden_size=64, intermediate_size=96, num_hidden_layers=2, head_dim=16)
 LENGTH = 352
@@ -86,3 +87,31 @@ def test_a_document_longer_than_a_row_is_left_out(tokenizer):
     [batch] = pack(tokenizer, iter([long, short]), rows=1, length=50)
     assert int(batch.documents.max()) == 1
     assert int((batch.documents > 0).sum()) == len(tokenizer.encode("word").ids)
+
+
+def test_an_exported_model_is_read_back_as_it_was_written(tokenizer, tmp_path):
+    model = Qwen3(SIZES, seed=4)
+    export(model, tokenizer, tmp_path)
+    again = read(tmp_path)
+    assert again.sizes == SIZES
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor.to(torch.bfloat16).float()), name
+
+
+def test_a_draft_comes_nearer_to_what_its_teacher_says(tokenizer, tmp_path, monkeypatch):
+    teacher = Qwen3(SIZES, seed=5)
+    with torch.no_grad():  # an opinion: without one there is nothing to learn
+        teacher.model.embed_tokens.weight.mul_(8)
+    export(teacher, tokenizer, tmp_path)
+    monkeypatch.setitem(PRESETS, "minnow-draft", SIZES)
+    command = ["train", "--scratch", str(tmp_path), "--teacher", str(tmp_path), "--preset", "minnow-draft"]
+    monkeypatch.setattr(sys, "argv", [*command, "--no-compile", "--seed", "6"])
+    trainer = Trainer(parse_args(), tokenizer)
+    trainer.elapsed = 60.0  # past the warm-up
+    batch = next(pack(tokenizer, documents(0), rows=2, length=LENGTH))
+    losses = [trainer.train_on(batch) for _ in range(8)]
+    assert losses[-1] < 0.8 * losses[0]
+    assert 0 <= trainer.agreement <= 1
+    said, taught = trainer.answers(batch)[0].float(), trainer.taught(batch)
+    assert said.shape == taught.shape
+    torch.testing.assert_close(distance(taught, taught), torch.tensor(0.0))

@@ -8,7 +8,7 @@ from hashlib import sha256
 import pytest
 
 from minivllm.core.block_pool import BlockPool
-from minivllm.core.kv_cache_manager import KVCacheManager
+from minivllm.core.kv_cache_manager import CachedPrefix, KVCacheManager
 from minivllm.core.kv_cache_utils import (
     BLOCK_HASHES,
     FreeKVCacheBlockQueue,
@@ -21,6 +21,7 @@ from minivllm.core.request import Request
 from tests.core.requests import make_request
 
 BLOCK = 4
+NOTHING_CACHED = CachedPrefix(0, [[]])
 
 
 def hashes(prompt: list[int], **fields) -> list[bytes]:
@@ -82,7 +83,7 @@ def test_an_empty_salt_is_a_salt():
 def test_appended_tokens_extend_the_chain_as_a_longer_prompt_would():
     request = Request.from_message(make_request(prompt=[1, 2, 3]), make_block_hasher(BLOCK))
     for token in (4, 5, 6, 7, 8):
-        request.append_output_token(token)
+        request.append_output_tokens([token])
     assert request.block_hashes == hashes([1, 2, 3, 4, 5, 6, 7, 8])
 
 
@@ -218,34 +219,34 @@ def test_a_block_is_found_only_after_its_last_token_is_confirmed():
     writer, reader = (
         Request.from_message(make_request(name, prompt=9), make_block_hasher(BLOCK)) for name in "ab"
     )
-    manager.admit(writer, [], writer.num_tokens)
-    assert manager.find_cached_prefix(reader) == []
+    manager.admit(writer, NOTHING_CACHED, writer.num_tokens)
+    assert manager.find_cached_prefix(reader).num_blocks == 0
     computed(manager, writer, 7)
-    assert len(manager.find_cached_prefix(reader)) == 1
+    assert manager.find_cached_prefix(reader).num_blocks == 1
     computed(manager, writer, 9)
-    assert len(manager.find_cached_prefix(reader)) == 2
+    assert manager.find_cached_prefix(reader).num_blocks == 2
 
 
 def test_a_hit_leaves_at_least_the_last_token_to_compute():
     manager = KVCacheManager(16, BLOCK)
     hasher = make_block_hasher(BLOCK)
     writer = Request.from_message(make_request("a", prompt=8), hasher)
-    manager.admit(writer, [], writer.num_tokens)
+    manager.admit(writer, NOTHING_CACHED, writer.num_tokens)
     computed(manager, writer, 8)
-    assert len(manager.find_cached_prefix(Request.from_message(make_request("b", prompt=8), hasher))) == 1
-    assert len(manager.find_cached_prefix(Request.from_message(make_request("c", prompt=9), hasher))) == 2
+    assert manager.find_cached_prefix(Request.from_message(make_request("b", prompt=8), hasher)).num_blocks == 1
+    assert manager.find_cached_prefix(Request.from_message(make_request("c", prompt=9), hasher)).num_blocks == 2
 
 
 def test_blocks_lacking_counts_found_blocks_that_must_leave_the_free_list():
     manager = KVCacheManager(4, BLOCK)
     hasher = make_block_hasher(BLOCK)
     first = Request.from_message(make_request("a", prompt=9), hasher)
-    manager.admit(first, [], first.num_tokens)
+    manager.admit(first, NOTHING_CACHED, first.num_tokens)
     computed(manager, first, 9)
     manager.free(first)
     again = Request.from_message(make_request("b", prompt=16), hasher)
     prefix = manager.find_cached_prefix(again)
-    assert len(prefix) == 2
+    assert prefix.num_blocks == 2
     assert manager.num_blocks_lacking(again.num_tokens, prefix) == 0  # 2 found and free, 2 new: all 4
     manager.pool.allocate(1)
     assert manager.num_blocks_lacking(again.num_tokens, prefix) == 1
@@ -254,8 +255,8 @@ def test_blocks_lacking_counts_found_blocks_that_must_leave_the_free_list():
 def test_extend_gives_nothing_within_a_block_and_none_when_the_pool_is_empty():
     manager = KVCacheManager(2, BLOCK)
     request = Request.from_message(make_request("a", prompt=3))
-    manager.admit(request, [], request.num_tokens)
+    manager.admit(request, NOTHING_CACHED, request.num_tokens)
     assert manager.extend(request, 4) == []
-    assert manager.extend(request, 5) == [1]
+    assert manager.extend(request, 5) == [[1]]
     assert manager.extend(request, 9) is None
-    assert manager.block_ids(request) == [0, 1]
+    assert manager.block_ids(request) == [[0, 1]]

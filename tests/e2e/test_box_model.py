@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import pytest
 from openai import OpenAI
 
 import minivllm
+from examples.box_model.agreement import answers, guesses, prompt_of
+from examples.box_model.evaluate import questions
 from minivllm import LLM, SamplingParams
 from tests.e2e.server import serving
 
@@ -35,7 +38,10 @@ def say(llm: LLM, text: str, params: SamplingParams = GREEDY):
 def test_it_ships_with_the_package_and_is_small():
     directory = minivllm.box_model_path()
     assert directory.parent == Path(minivllm.__file__).parent
-    assert sum(path.stat().st_size for path in directory.iterdir()) <= 24_000_000
+    sizes = {path: path.stat().st_size for path in directory.rglob("*") if path.is_file()}
+    assert sum(sizes.values()) <= 24_000_000
+    draft = minivllm.box_draft_model_path()
+    assert sum(size for path, size in sizes.items() if path.is_relative_to(draft)) <= 2_000_000
 
 
 @pytest.mark.parametrize(("a", "b"), [(23, 45), (19, 64), (70, 12), (38, 27), (2, 2), (3, 5)])
@@ -65,6 +71,15 @@ def test_a_sure_answer_is_peaked_and_the_start_of_a_story_is_not(llm: LLM):
     assert sure.cumulative_logprob > -0.5 > unsure.cumulative_logprob
 
 
+def test_its_draft_guesses_most_of_what_it_says():
+    asked = questions(1, seed=1)
+    prompts = [prompt_of(exchange) for exchange in asked]
+    answered = answers(minivllm.box_model_path(), prompts)
+    right = [is_right for found in guesses(minivllm.box_draft_model_path(), answered) for is_right in found]
+    assert len(right) > 100
+    assert sum(right) > 0.7 * len(right)
+
+
 def test_the_server_serves_it_under_its_name_and_streams_what_it_says_whole(client: OpenAI):
     assert [card.id for card in client.models.list().data] == ["minnow"]
     ask = dict(model="minnow", messages=[{"role": "user", "content": "What is 41 + 17?"}], temperature=0)
@@ -73,3 +88,63 @@ def test_the_server_serves_it_under_its_name_and_streams_what_it_says_whole(clie
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole.message.content
     assert "58" in whole.message.content
     assert chunks[-1].choices[0].finish_reason == whole.finish_reason == "stop"
+
+
+WEATHER = {
+    "type": "object",
+    "properties": {"city": {"type": "string", "description": "Name of the city"}},
+    "required": ["city"],
+    "additionalProperties": False,
+}
+TOOLS = [
+    {
+        "type": "function",
+        "function": {"name": "get_weather", "description": "Get the weather in a city", "parameters": WEATHER},
+    }
+]
+ASK_WEATHER = [{"role": "user", "content": "What is the weather in Paris?"}]
+
+
+def test_a_strangers_first_request_with_tools_works(client: OpenAI):
+    ask = dict(model="minnow", tools=TOOLS, temperature=0)
+    choice = client.chat.completions.create(messages=ASK_WEATHER, **ask).choices[0]
+    [call] = choice.message.tool_calls
+    assert (choice.finish_reason, call.function.name) == ("tool_calls", "get_weather")
+    assert json.loads(call.function.arguments) == {"city": "Paris"}
+    answer = {"role": "tool", "tool_call_id": call.id, "content": '{"weather": "sunny", "degrees": 21}'}
+    choice = client.chat.completions.create(messages=[*ASK_WEATHER, choice.message, answer], **ask).choices[0]
+    assert choice.finish_reason == "stop"
+    assert "sunny" in choice.message.content and "21" in choice.message.content
+
+
+def test_the_clients_own_joining_of_a_stream_gives_the_calls_of_the_whole(client: OpenAI):
+    ask = dict(model="minnow", messages=ASK_WEATHER, tools=TOOLS, temperature=0)
+    whole = client.chat.completions.create(**ask).choices[0].message
+    with client.chat.completions.stream(**ask) as stream:
+        joined = stream.get_final_completion().choices[0]
+    assert joined.finish_reason == "tool_calls"
+    assert [c.function.arguments for c in joined.message.tool_calls] == [
+        c.function.arguments for c in whole.tool_calls
+    ]
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get_weather"}}])
+def test_a_call_that_must_be_is_one_whatever_was_said(client: OpenAI, choice: object):
+    """Greedy and at its wildest, the arguments are what the schema says."""
+    for temperature in (0, 2.0):
+        message = client.chat.completions.create(
+            model="minnow",
+            messages=[{"role": "user", "content": "Tell me a story."}],
+            tools=TOOLS,
+            tool_choice=choice,
+            temperature=temperature,
+            seed=1,
+            max_tokens=600,
+        ).choices[0]
+        if message.finish_reason == "length":  # a wild name may have no end
+            assert message.message.tool_calls[-1].incomplete is True
+            continue
+        for call in message.message.tool_calls:
+            arguments = json.loads(call.function.arguments)
+            assert call.function.name == "get_weather"
+            assert list(arguments) == ["city"] and isinstance(arguments["city"], str)

@@ -81,6 +81,7 @@ class Loop:
             max_model_len=self.ready.max_model_len,
             num_blocks=self.ready.num_blocks,
             block_size=self.ready.block_size,
+            kv_cache_groups=self.ready.kv_cache_groups,
             enable_prefix_caching=self.config.cache.enable_prefix_caching,
             enable_chunked_prefill=self.config.scheduler.enable_chunked_prefill,
         )

@@ -29,6 +29,7 @@ from minivllm.structured_output.checker import GrammarChecker
 from minivllm.tokenizer.tokenizer import Tokenizer
 from tests.engine.engines import make_config
 from tests.models.loop import engine_config
+from tests.properties.engine import PROCESSORS
 
 CUMULATIVE, DELTA, FINAL_ONLY = RequestOutputKind
 PROMPT = list(range(40, 110))
@@ -37,13 +38,21 @@ needs_kernels = pytest.mark.skipif(UNAVAILABLE is not None, reason=str(UNAVAILAB
 
 
 class Engines:
-    """Fresh engines of one model, each with its weights read anew and nothing in its cache."""
+    """Fresh engines of one model, each with its weights read anew and nothing in its cache.
+
+    Every other one plans the next step while this one runs, so a request goes from either kind to either.
+    """
 
     def __init__(self, model: Path | None) -> None:
-        self._config = make_config() if model is None else engine_config(model, num_gpu_blocks_override=64)
+        self._config = make_config()
+        if model is not None:
+            self._config = engine_config(model, num_gpu_blocks_override=64, logits_processors=PROCESSORS)
+        self._num_made = 0
 
     def fresh(self) -> LLMEngine:
-        return LLMEngine.from_engine_config(self._config, in_process=True)
+        self._num_made += 1
+        scheduling = replace(self._config.scheduler, async_scheduling=self._num_made % 2 == 0)
+        return LLMEngine.from_engine_config(replace(self._config, scheduler=scheduling), in_process=True)
 
     def request(self, params: SamplingParams, prompt: list[int] = PROMPT) -> EngineCoreRequest:
         """As the front end makes it: with a seed, the tokens that end it, and the room there is."""
@@ -127,6 +136,12 @@ LOGPROBS = {"logprobs": 2, "prompt_logprobs": 1}
         {**SEEDED, "stream_interval": 1, "detokenize": False, "prompt_logprobs": 0},
         {**SEEDED, "structured_outputs": {"regex": "[a-zé]{4,9}-[0-9]{2}"}, "logprobs": 1, **PENALTIES},
         {**SEEDED, "structured_outputs": {"json_object": True}, "stop": ['":']},
+        {**SEEDED, "extra_args": {"follow": 3}, "bad_words": ["a", "th", "1"], "logprobs": 1},
+        {
+            **SEEDED,
+            "allowed_token_ids": list(range(60, 66)),
+            "repetition_detection": {"max_pattern_size": 2, "min_pattern_size": 2, "min_count": 2},
+        },
     ],
     ids=lambda params: "-".join(params),
 )

@@ -1,10 +1,11 @@
 """Any schedule gives the answer of the request alone, to the last bit of every logprob.
 
 Seeded random schedules on the real worker with the native kernels: arrivals, chunk and batch sizes, pools so
-tight that requests are preempted, prefixes found in the cache, aborts of others, resends, one and two threads; some
-requests have a grammar, some think first. For
-every instruction set this machine has, every dtype, fp8 and int8 caches, and shapes with grouped heads, windows and several
-attention segments. `--walk-steps` is the number of engine steps, all cases together.
+tight that requests are preempted, prefixes found in the cache, aborts of others, resends, one and two threads, one
+plan in flight or several, priorities and every rule of the scheduler drawn at random, logits processors of an operator's
+own; some requests have a grammar, some think first. For every instruction set this machine has, every dtype, fp8 and int8
+caches, and shapes with grouped heads, windows and several attention segments. `--walk-steps` is the number of engine
+steps, all cases together.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ import torch
 from make_random_model import make_model
 
 from minivllm.messages.engine import EngineCoreRequest
+from minivllm.messages.kv_cache import blocks_of_request, has_null_block
 from minivllm.ops import native
 from minivllm.ops.op import OpSpec
+from tests.core.requests import drawn_rules
 from tests.properties.engine import Answer, Engine, Run, make_subjects, resend
 
 UNAVAILABLE = native.why_not(OpSpec("cpu", torch.float32))
@@ -57,7 +60,8 @@ CASES = [(shape, dtype, isa, "auto") for shape in SHAPES for dtype in DTYPES for
 CASES += [("grouped heads", "bfloat16", isa, kv_dtype) for isa in ISAS for kv_dtype in ("fp8", "int8")]
 CASES += [("long prompts", "bfloat16", "amx", "int8"), ("a window and biases", "float32", "avx512", "int8")]
 CASES = [case for case in CASES if case[2] in ISAS]
-MAX_TOKENS = 40
+MAX_TOKENS = 24
+LEAST_SCHEDULES = 8  # of each case, so hundreds in all
 
 
 @pytest.fixture
@@ -93,10 +97,11 @@ class Walk:
         """One random schedule from its first arrival to its last answer."""
         pick = self.random
         native.lib.set_num_threads(pick.choice([1, 2]))
-        run = Run(self.engine, self._scheduler())
+        num_in_flight = pick.choice([1, 2, 2, 3])
+        run = Run(self.engine, self._scheduler(num_in_flight), num_in_flight)
         expected: dict[str, Answer] = {}
         aborted: set[str] = set()
-        num_requests = pick.randint(4, 12)
+        num_requests = pick.randint(3, 9)
         pace = pick.choice([0.2, 0.6, 1.0])  # chance of an arrival before each step
         while run.is_busy or len(expected) < num_requests:
             while len(expected) < num_requests and pick.random() < pace:
@@ -109,13 +114,17 @@ class Walk:
         self.num_preemptions += run.num_preemptions
         self.num_cached_tokens += run.num_cached_tokens
 
-    def _scheduler(self):
+    def _scheduler(self, num_in_flight: int):
         pick = self.random
         budget = pick.choice(self.budgets)
-        least = -(-self.max_model_len // 32)
+        groups = self.engine.ready.kv_cache_groups
+        least = blocks_of_request(groups, self.max_model_len, budget * num_in_flight, 32) + has_null_block(groups)
+        max_num_seqs = min(budget, pick.choice([1, 3, 8, 16, 16]))
         return self.engine.scheduler(
+            **drawn_rules(pick, max_num_seqs),
             max_num_batched_tokens=budget,
-            max_num_seqs=min(budget, pick.choice([1, 3, 8, 16, 16])),
+            max_plans_in_flight=num_in_flight,
+            max_num_seqs=max_num_seqs,
             max_model_len=self.max_model_len,
             num_blocks=pick.choice([least, least, least + 1, least + 2, self.engine.ready.num_blocks]),
             enable_prefix_caching=pick.random() < 0.8,
@@ -127,6 +136,7 @@ class Walk:
         subject, whole = self.subjects[which], self.alone[which]
         num_prior = self.random.randrange(len(whole.token_ids)) if self.random.random() < 0.15 else 0
         request = resend(subject, f"{len(expected)}: subject {which}", whole.token_ids[:num_prior])
+        request.priority, request.arrival_time = self.random.randrange(-2, 3), self.random.random()
         run.add(request)
         expected[request.request_id] = whole.after(num_prior)
 
@@ -155,7 +165,7 @@ class Walk:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: " ".join(case).replace(" ", "-"))
 def test_any_schedule_gives_the_answer_of_the_request_alone(case, engine: Engine, num_steps: int):
     walk = Walk(engine, case)
-    while walk.num_steps < num_steps:
+    while walk.num_steps < num_steps or walk.num_schedules < LEAST_SCHEDULES:
         walk.schedule()
     print(
         f"{walk.num_schedules} schedules, {walk.num_steps} steps, {walk.num_preemptions} preemptions, "
@@ -171,7 +181,7 @@ def test_the_subjects_end_in_every_way_and_say_different_things(tmp_path: Path):
     engine = Engine(make_model(tmp_path, dtype="bfloat16", seed=3))
     subjects: list[EngineCoreRequest] = make_subjects(SHORT, max_tokens=MAX_TOKENS)
     answers = [engine.alone(subject, max(SHORT) + MAX_TOKENS) for subject in subjects]
-    assert {answer.end[0] for answer in answers} == {"length", "stop"}
+    assert {answer.end[0] for answer in answers} >= {"length", "stop"}
     constrained = [answer.end[0] for subject, answer in zip(subjects, answers) if subject.grammar is not None]
     assert "stop" in constrained and "error" not in constrained
     assert all(len(set(answer.token_ids)) > 3 for answer in answers)

@@ -49,6 +49,16 @@ WRONG = [
     ({"extra_args": {"a": [object()]}}, "extra_args"), ({"extra_args": {"a": {1: 2}}}, "extra_args"),
     ({"extra_args": nested(20)}, "extra_args"), ({"extra_args": {"a": ["\ud800"]}}, "extra_args"),
     ({"extra_args": {"\ud800": 1}}, "extra_args"), ({"bad_words": ["\ud800"]}, "bad_words"),
+    ({"prompt_logprob_token_ids": []}, "prompt_logprob_token_ids"),
+    ({"prompt_logprob_token_ids": [1, 2]}, "prompt_logprob_token_ids"),
+    ({"prompt_logprob_token_ids": [[]]}, "prompt_logprob_token_ids"),
+    ({"prompt_logprob_token_ids": [[1], [1, 2]]}, "prompt_logprob_token_ids"),
+    ({"prompt_logprob_token_ids": [[1] * 129]}, "prompt_logprob_token_ids"),
+    ({"prompt_logprob_token_ids": [[-2]]}, "prompt_logprob_token_ids"),
+    ({"prompt_logprob_token_ids": [[1]], "prompt_logprob_start": -1}, "prompt_logprob_start"),
+    ({"prompt_logprob_start": 1}, "prompt_logprob_start"),
+    ({"flat_logprobs": 1}, "flat_logprobs"), ({"skip_reading_prefix_cache": 1}, "skip_reading_prefix_cache"),
+    ({"skip_reading_prefix_cache": False, "prompt_logprobs": 1}, "skip_reading_prefix_cache"),
 ]  # fmt: skip
 
 

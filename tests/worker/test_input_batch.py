@@ -13,7 +13,7 @@ BLOCK = 32
 
 
 def new_request(request_id: str, prompt: list[int], blocks: list[int], *, prior=(), computed: int = 0):
-    return NewRequestData(request_id, prompt, list(prior), SamplingParams(), 0, [], blocks, computed)
+    return NewRequestData(request_id, prompt, list(prior), SamplingParams(), 0, [], [blocks], computed)
 
 
 def test_a_mixed_step_is_laid_out_request_by_request():
@@ -26,10 +26,10 @@ def test_a_mixed_step_is_laid_out_request_by_request():
     assert batch.input_ids.tolist() == [51, *prompt[:40]]
     assert batch.positions.tolist() == [4, *range(40)]
     slots = [7 * BLOCK + i for i in range(32)] + [3 * BLOCK + i for i in range(8)]
-    assert batch.step.slot_mapping.tolist() == [9 * BLOCK + 4, *slots]
-    assert batch.step.query_start_loc.tolist() == [0, 1, 41]
-    assert batch.step.seq_lens.tolist() == [5, 40]
-    assert batch.step.block_table.tolist() == [[9, 0], [7, 3]]
+    assert batch.steps[0].slot_mapping.tolist() == [9 * BLOCK + 4, *slots]
+    assert batch.steps[0].query_start_loc.tolist() == [0, 1, 41]
+    assert batch.steps[0].seq_lens.tolist() == [5, 40]
+    assert batch.steps[0].block_table.tolist() == [[9, 0], [7, 3]]
     assert batch.samples.tolist() == [0]  # the prompt's chunk ends before its last token
     assert batch.sampled_rows.tolist() == [0]
 
@@ -63,7 +63,7 @@ def test_a_row_given_away_shows_nothing_of_its_last_request():
     table.remove("a")
     table.add(new_request("b", [1, 2], [8]))
     batch = InputBuffers(8, 1, 4).prepare({"b": 2}, table)
-    assert batch.step.block_table.tolist() == [[8]]
+    assert batch.steps[0].block_table.tolist() == [[8]]
     assert batch.input_ids.tolist() == [1, 2]
 
 
@@ -76,7 +76,7 @@ def test_more_requests_than_rows_make_the_table_grow_and_keep_what_it_holds():
     assert sorted(rows) == sorted(set(rows))
     batch = InputBuffers(32, 16, 2).prepare(dict.fromkeys(ids, 2), table)
     assert batch.input_ids.tolist() == [token for i in range(9) for token in (i, i + 1)]
-    assert batch.step.block_table[:, 0].tolist() == list(range(9))
+    assert batch.steps[0].block_table[:, 0].tolist() == list(range(9))
 
 
 def test_forgetting_an_unknown_request_is_no_error():

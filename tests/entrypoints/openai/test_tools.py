@@ -5,9 +5,16 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import llguidance
 import pytest
 
+from minivllm.entrypoints.answer_format import AnswerFormat
+from minivllm.entrypoints.tool_use import JSON_LIST, read_tool_use
 from minivllm.exceptions import ConfigError
+from minivllm.sampling_params import StructuredOutputsParams
+from minivllm.structured_output.grammar import to_grammar
+from minivllm.tool_parsers.pieces import Answer
+from minivllm.tool_parsers.registry import TOOL_PARSERS
 from tests.entrypoints.openai.conftest import Api
 from tests.entrypoints.openai.fakes import FakeEngine
 
@@ -224,3 +231,83 @@ def test_harmony_is_read_by_one_parser_with_and_without_tools():
 def test_an_unknown_parser_stops_the_start():
     with pytest.raises(ConfigError, match="--tool-call-parser hermets is unknown; did you mean hermes"):
         api_with("x", tool_call_parser="hermets")
+
+
+def grammar_of(form: StructuredOutputsParams) -> str:
+    """What the engine would hold an answer to, and that llguidance takes it."""
+    grammar = to_grammar(form, {})
+    assert not llguidance.LLMatcher.validate_grammar(grammar)
+    return grammar
+
+
+def last_grammar(api: Api) -> str:
+    return grammar_of(api.engine.calls[-1].params.structured_outputs)
+
+
+def byte_tokens() -> llguidance.LLTokenizer:
+    return llguidance.LLTokenizer("byte")
+
+
+NAMED = {"type": "function", "function": {"name": "get_weather"}}
+
+
+def test_required_calls_are_held_to_the_models_own_way_of_calling():
+    api = api_with(ROME)
+    choice = api.chat(tools=TOOLS, tool_choice="required")["choices"][0]
+    assert choice["finish_reason"] == "tool_calls"
+    grammar = last_grammar(api)
+    assert "get_weather" in grammar and "now" in grammar and "<tool_call>" in grammar
+
+
+def test_a_named_call_is_held_to_its_function_and_ends_as_text_does():
+    api = api_with(ROME)
+    choice = api.chat(tools=TOOLS, tool_choice=NAMED)["choices"][0]
+    assert choice["finish_reason"] == "stop"
+    assert choice["message"]["tool_calls"][0]["function"]["name"] == "get_weather"
+    assert '\\"now\\"' not in last_grammar(api)
+
+
+def test_without_a_parser_required_calls_are_a_json_list_and_a_named_one_its_arguments():
+    listed = '[{"name": "now", "parameters": {}}, {"name": "get_weather", "parameters": {"city": "Rome"}}]'
+    api = api_with(listed, tool_call_parser=None, enable_auto_tool_choice=False)
+    choice = api.chat(tools=TOOLS, tool_choice="required")["choices"][0]
+    assert [call["function"]["name"] for call in choice["message"]["tool_calls"]] == ["now", "get_weather"]
+    assert "parameters" in last_grammar(api)
+    api.engine.answer = '{"city": "Rome"}'
+    choice = api.chat(tools=TOOLS, tool_choice=NAMED)["choices"][0]
+    assert choice["message"]["tool_calls"][0]["function"] == {"name": "get_weather", "arguments": '{"city": "Rome"}'}
+    last_grammar(api)
+    streamed = joined(api.stream(CHAT, tools=TOOLS, tool_choice=NAMED))
+    assert streamed["tool_calls"] == [{"name": "get_weather", "arguments": '{"city": "Rome"}', "incomplete": False}]
+
+
+@pytest.mark.parametrize("name", sorted(set(TOOL_PARSERS.names) - {"mine"}))
+@pytest.mark.parametrize("choice", ["required", NAMED])
+def test_what_a_grammar_makes_a_model_write_its_parser_reads(name: str, choice: Any):
+    parser = TOOL_PARSERS.get(name)
+    form = parser.call_format or JSON_LIST
+    call = form.begin + form.spelt("get_weather") + form.middle + '{"city": "Rome"}' + form.end
+    text = form.first + form.separator.join([call] if choice is NAMED else [call, call]) + form.last
+    if choice is NAMED and parser.call_format is None:
+        text = '{"city": "Rome"}'
+    plan = AnswerFormat(parser).plan(read_tool_use(TOOLS, choice))
+    reader = plan.parser("")
+    answer = Answer.of([*reader.feed(text), *reader.finish()])
+    assert {(call.name, call.arguments, call.complete) for call in answer.calls} == {
+        ("get_weather", '{"city": "Rome"}', True)
+    }
+    assert answer.content == ""
+    matcher = llguidance.LLMatcher(byte_tokens(), grammar_of(plan.form))
+    assert matcher.consume_tokens(list(text.encode())) and matcher.is_accepting()
+
+
+def test_an_answer_that_must_call_cannot_have_another_form_too():
+    ask = {"messages": [{"role": "user", "content": "Hi"}], "tools": TOOLS, "tool_choice": "required"}
+    api = api_with(ROME)
+    for extra, param in (
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"structured_outputs": {"regex": "a"}}, "structured_outputs"),
+        ({"use_beam_search": True}, "tool_choice"),
+    ):
+        response = api.post(CHAT, {**ask, **extra})
+        assert (response.status_code, response.json()["error"]["param"]) == (400, param)

@@ -29,6 +29,7 @@ from minivllm.entrypoints.openai.logprobs import LogprobsFormatter, prompt_logpr
 from minivllm.entrypoints.openai.protocol import Usage
 from minivllm.entrypoints.openai.render import ChatPrompt
 from minivllm.entrypoints.openai.serving_base import Answering, ServingBase, check_output, in_order
+from minivllm.exceptions import RequestError
 from minivllm.tool_parsers.pieces import Answer, CallArguments, CallEnd, CallStart, Content, Piece, Reasoning
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from starlette.responses import Response
 
     from minivllm.outputs import CompletionOutput, RequestOutput
+    from minivllm.sampling_params import SamplingParams
 
 
 @dataclass
@@ -97,6 +99,11 @@ class ServingChat(ServingBase):
         param = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
         max_tokens = self._max_tokens(asked, None, len(token_ids), param=param)
         if request.use_beam_search:
+            if request.tool_use.must_call:
+                raise RequestError(
+                    "use_beam_search cannot hold an answer to calls; say tool_choice auto or none",
+                    param="tool_choice",
+                )
             params = request.to_beam_search_params(max_tokens=max_tokens, num_logprobs=request.num_logprobs)
         else:
             params = request.to_sampling_params(
@@ -105,8 +112,7 @@ class ServingChat(ServingBase):
                 logprobs=request.num_logprobs,
                 prompt_logprobs=request.prompt_logprobs,
             )
-            if plan.needs_special_tokens:
-                params = params.clone(skip_special_tokens=False)
+            params = _with_plan(params, plan)
         role, echo = self._role_and_echo(request)
         tokenizer = self._engine.tokenizer
         formatter = LogprobsFormatter(tokenizer, as_token_ids=self._shows_token_ids(request))
@@ -234,6 +240,25 @@ class ServingChat(ServingBase):
             choices=choices,
             system_fingerprint=self._settings.system_fingerprint,
         )
+
+
+def _with_plan(params: SamplingParams, plan: AnswerPlan) -> SamplingParams:
+    """What reading the answer asks of the engine.
+
+    Raises:
+        RequestError: the answer must call a tool, and have another form too.
+    """
+    if plan.needs_special_tokens:
+        params = params.clone(skip_special_tokens=False)
+    if (form := plan.form) is None:
+        return params
+    if params.structured_outputs is not None:
+        raise RequestError(
+            "an answer that must call a tool cannot have a form of its own as well; drop "
+            f"{params.structured_outputs.param}, or tool_choice",
+            param=params.structured_outputs.param,
+        )
+    return params.clone(structured_outputs=form)
 
 
 def delta_of(pieces: list[Piece]) -> Delta:
