@@ -1,8 +1,9 @@
 """Rotary position embedding (Su et al. 2021, arXiv:2104.09864), halves paired as in GPT-NeoX, Llama and Qwen.
 
 Owns the rotation, not the table: frequencies and their scaling belong to `layers/rotary.py`. Computed in
-float32 and rounded once. Qwen3's norm of each head comes before it and may be part of it. Hugging Face rounds cosines, sines and each product to the dtype instead: in float32
-the two agree to the bit, in bfloat16 ours is the nearer to exact.
+float32 and rounded once. Qwen3's norm of each head comes before it and may be part of it. Hugging Face rounds
+cosines, sines and each product to the dtype instead: in float32 the two agree to the bit, in bfloat16 ours is
+the nearer to exact.
 """
 
 from __future__ import annotations
