@@ -1,10 +1,10 @@
-"""Linear layers against the machine: TFLOP/s and GB/s of weights at several numbers of rows, ours beside oneDNN.
+"""Linear layers against the machine: TFLOP/s, and GB/s of weights, at several numbers of rows, ours beside oneDNN.
 
-    python benchmarks/gemm.py [--model qwen3-0.6b | llama-3.2-1b] [--rows 1,16,64,…] [--threads N] [--no-onednn]
+    python benchmarks/gemm.py [--model qwen3-0.6b | llama-3.2-1b] [--shapes qkv,down] [--rows 1,16,64,…] [--threads N]
 
-Each shape has so many copies of its weight that none is found in a cache, as in a model. oneDNN is called with its
-weight packed for that number of rows. Best of several runs, ours and oneDNN's in turns; the read bandwidth (a sum over
-1 GiB on huge pages, by torch) is measured before and after.
+Each shape has so many copies of its weight that none is found in a cache, as in a model. oneDNN (bfloat16, through
+torch) has its weight packed for that number of rows; int8 is `--quantization int8`, its activations made int8 in the call. All
+three and a read of 1 GiB (`roofline.py`) take turns, and the fastest of the turns counts: machines drift.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ import time
 from collections.abc import Callable
 
 import torch
+from roofline import bandwidth
 
 from minivllm.ops import native
 from minivllm.ops.linear import PackedLinear
+from minivllm.ops.linear_int8 import PackedInt8Linear
 
 # in_features, out_features
 SHAPES = {
@@ -29,69 +31,44 @@ SHAPES = {
         "vocabulary": (2048, 128256),
     },
 }  # fmt: skip
-COLD_BYTES = 512 << 20  # of weights, read in turn
+COLD_BYTES = 400 << 20  # of bfloat16 weights, read in turn
+
+Layer = Callable[[torch.Tensor], object]
 
 
-def read_bandwidth() -> float:
-    """GB/s of a sum over 1 GiB."""
-    buffer = native.huge_pages(1 << 30).view(torch.int64)
-    buffer.zero_()
-    return best(lambda: buffer.sum(), repeat=4, work=buffer.nbytes) / 1e9
+def onednn(weight: torch.Tensor, num_rows: int) -> Layer:
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, num_rows)
+    return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
 
 
-def best(run: Callable[[], object], *, repeat: int, work: float) -> float:
-    """Work a second in the fastest of the runs, after one that does not count."""
-    run()
-    times = []
-    for _ in range(repeat):
-        began = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - began)
-    return work / min(times)
+def ours(cls: type[PackedLinear], weight: torch.Tensor, out: torch.Tensor) -> Layer:
+    layer = cls(*weight.shape, torch.bfloat16)
+    layer.load_rows(0, weight)
+    return lambda x: layer(x, out=out[: len(x)])
 
 
-class OneDnn:
-    """torch's own prepacked linear."""
-
-    def __init__(self, weight: torch.Tensor, num_rows: int) -> None:
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight, num_rows)
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
+def seconds(layers: list[Layer], x: torch.Tensor) -> float:
+    began = time.perf_counter()
+    for layer in layers:
+        layer(x)
+    return time.perf_counter() - began
 
 
-def sweep(layers: list[Callable[[torch.Tensor], object]], x: torch.Tensor) -> Callable[[], None]:
-    def run() -> None:
-        for layer in layers:
-            layer(x)
-
-    return run
-
-
-def compare(k: int, n: int, rows: list[int], repeat: int, with_onednn: bool, quantization: str | None) -> None:
+def compare(k: int, n: int, rows: list[int], repeat: int) -> None:
+    """One line for each number of rows."""
     count = max(1, COLD_BYTES // (2 * n * k))
     weight = torch.randn(n, k).mul_(k**-0.5).bfloat16()
-    ours = [packed(weight, quantization) for _ in range(count)]
-    outputs = {m: torch.empty(m, n, dtype=torch.bfloat16) for m in rows}
-    weight_bytes = count * ours[0].nbytes
+    out = torch.empty(max(rows), n, dtype=torch.bfloat16)
+    bf16 = [ours(PackedLinear, weight, out) for _ in range(count)]
+    int8 = [ours(PackedInt8Linear, weight, out) for _ in range(count)]
     for m in rows:
         x = torch.randn(m, k).bfloat16()
-        flops = 2.0 * m * n * k * count
-        layers = [lambda x, layer=layer, out=outputs[m]: layer(x, out=out) for layer in ours]
-        rate = best(sweep(layers, x), repeat=repeat, work=1)
-        line = f"  M {m:5d}   {flops * rate / 1e12:6.2f} TFLOP/s {weight_bytes * rate / 1e9:6.1f} GB/s"
-        if with_onednn:
-            peers = [OneDnn(weight, m) for _ in range(count)]
-            theirs = best(sweep(peers, x), repeat=repeat, work=1)
-            line += f"   oneDNN {flops * theirs / 1e12:6.2f} {weight_bytes * theirs / 1e9:6.1f}   x {rate / theirs:.2f}"
-        print(line, flush=True)
-
-
-def packed(weight: torch.Tensor, quantization: str | None) -> PackedLinear:
-    assert quantization is None
-    layer = PackedLinear(*weight.shape, torch.bfloat16)
-    layer.load_rows(0, weight)
-    return layer
+        peer = [onednn(weight, m) for _ in range(count)]
+        turns = [(seconds(bf16, x), seconds(int8, x), seconds(peer, x), bandwidth(0.05)) for _ in range(repeat)]
+        times, read = [min(turn[i] for turn in turns) for i in range(3)], max(turn[3] for turn in turns)
+        flop, size = 2e-12 * m * n * k * count, 2e-9 * n * k * count
+        columns = [f"{flop / t:6.2f} T {size / t * share:5.1f} GB/s" for t, share in zip(times, (1, 0.5, 1))]
+        print(f"  M {m:5d}  bf16 {columns[0]} int8 {columns[1]} oneDNN {columns[2]}  read {read:4.1f} GB/s", flush=True)
 
 
 def main() -> None:
@@ -100,20 +77,17 @@ def main() -> None:
     parser.add_argument("--shapes", help="some of the shapes, by name")
     parser.add_argument("--rows", default="1,4,16,64,128,256,2048")
     parser.add_argument("--threads", type=int, default=native.lib.num_threads())
-    parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--no-onednn", action="store_true")
+    parser.add_argument("--repeat", type=int, default=4)
     args = parser.parse_args()
     native.lib.set_num_threads(args.threads)
     torch.set_num_threads(args.threads)
     rows = [int(m) for m in args.rows.split(",")]
-    print(f"{native.lib.isa()}, {args.threads} threads, bfloat16; read {read_bandwidth():.1f} GB/s")
+    print(f"{native.lib.isa()}, {args.threads} threads")
     with torch.inference_mode():
         for name, (k, n) in SHAPES[args.model].items():
-            if args.shapes and name not in args.shapes.split(","):
-                continue
-            print(f"{name}: {k} -> {n}")
-            compare(k, n, [m for m in rows if m * n < 64e6], args.repeat, not args.no_onednn, None)
-    print(f"read {read_bandwidth():.1f} GB/s")
+            if args.shapes is None or name in args.shapes.split(","):
+                print(f"{name}: {k} -> {n}")
+                compare(k, n, [m for m in rows if m * n < 64e6], args.repeat)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,9 @@ def llm(engine: str, model: str, extra: dict) -> Run:
     module = importlib.import_module(engine)
     if engine == "minivllm":
         extra = {"kv_cache_memory_bytes": 8 << 30} | extra
-    engine = module.LLM(model=model, dtype="bfloat16", max_model_len=8192, **extra)
+    with open(f"{model}/config.json") as file:
+        longest = min(8192, json.load(file)["max_position_embeddings"])
+    engine = module.LLM(model=model, dtype="bfloat16", max_model_len=longest, **extra)
 
     def run(prompts: list[list[int]], num_out: int) -> None:
         params = module.SamplingParams(temperature=0.0, max_tokens=num_out, ignore_eos=True)

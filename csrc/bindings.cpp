@@ -58,7 +58,8 @@ NB_MODULE(_native, m) {
     m.def("cap_isa", [](const std::string& name) { cap_active_isa(parse_isa(name)); }, nb::arg("name"),
           "Use nothing above this instruction set; no error if the processor has less.");
     m.def("num_threads", &num_threads, "Threads that share a kernel's work, the calling one included.");
-    m.def("set_num_threads", &set_num_threads, nb::arg("n"), release_gil);
+    m.def("set_num_threads", &set_num_threads, nb::arg("n"), nb::arg("processors") = std::vector<int>(), release_gil,
+          "The threads but the calling one are bound to `processors`, one each from the second on; [] binds none.");
     m.def("advise_huge_pages", &advise_huge_pages, nb::arg("address"), nb::arg("bytes"));
     BindRegistrar::bind_all(m);
 }

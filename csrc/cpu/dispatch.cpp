@@ -58,7 +58,7 @@ static Isa detect() {
     if (!(ymm && bit(b, 5))) return Isa::none;
     if (!(zmm && avx512)) return Isa::avx2;
 #ifdef MINIVLLM_BUILD_AMX
-    const bool amx = tiles && vbmi && bit(d, 24) && bit(d, 22);
+    const bool amx = tiles && vbmi && bit(d, 24) && bit(d, 25) && bit(d, 22);
     if (amx && __get_cpuid_count(7, 1, &a, &b, &c, &d) && bit(a, 5) && request_tile_registers()) return Isa::amx;
 #else
     (void)tiles;

@@ -1,8 +1,8 @@
-// Linear layers in bfloat16 on AMX tiles. Included by linear.cpp only.
+// Matrix products on AMX tiles, in bfloat16 and in int8; and linear layers in bfloat16. Included by linear*.cpp only.
 //
-// A tile product adds, for each of 16 rows and 16 columns, 16 pairs of products to a float32 sum, in an order
-// that is the processor's and the same for every row, however many rows the tile has. K goes up in steps of 32.
-// Subnormal inputs and results count as zero, as always with AMX.
+// A bfloat16 tile product adds, for each of 16 rows and 16 columns, 16 pairs of products to a float32 sum, in an order
+// that is the processor's and the same for every row, however many rows the tile has. Subnormal inputs and results
+// count as zero, as always with AMX. An int8 one adds 64 products to an int32 sum, exactly.
 //
 // Two row tiles by two column tiles of sums use four loads for four products: the loads must come from L1 for the
 // products to be the limit. So K is cut into chunks whose part of a panel stays in L1 while all rows pass; rows are
@@ -15,9 +15,8 @@
 namespace minivllm::MINIVLLM_ISA {
 namespace {
 
-constexpr int64_t kTile = 512;        // bfloat16 in a tile: 1 KiB
-constexpr int64_t kTileSums = 256;    // float32 in a tile
-constexpr int64_t kChunkSteps = 16;   // of K: 32 KiB of a panel
+constexpr int64_t kTileSums = 256;     // float32 or int32 in a tile
+constexpr int64_t kChunkSteps = 16;    // of K: 32 KiB of a panel
 constexpr int64_t kAheadBytes = 8192;  // how far ahead of a thin product the weight is fetched
 
 // [K/32][2 column groups][16 pairs of k][16 columns][2]: each [16][16][2] is one tile, 1 KiB.
@@ -98,61 +97,138 @@ struct Ahead {
     }
 };
 
-// sums: kTiles tiles one after the other, in the order of the tile registers. x: the tiles of 16 rows; those of
-// the next 16 rows are `stride` further. A step is 32 of K.
-template <int kTiles>
-MINIVLLM_INLINE void load_sums(const float* sums, bool are_zero) {
-    if (are_zero) {
-        _tile_zero(0);
-        _tile_zero(1);
-        if constexpr (kTiles == 4) {
-            _tile_zero(2);
-            _tile_zero(3);
-        }
-        return;
-    }
-    _tile_loadd(0, sums, 64);
-    _tile_loadd(1, sums + kTileSums, 64);
-    if constexpr (kTiles == 4) {
-        _tile_loadd(2, sums + 2 * kTileSums, 64);
-        _tile_loadd(3, sums + 3 * kTileSums, 64);
-    }
-}
+// The tile products of an element type; a step of K is one tile's row.
+struct Bf16Product {
+    using Element = bf16;
+    static MINIVLLM_INLINE void upper_left() { _tile_dpbf16ps(0, 4, 6); }
+    static MINIVLLM_INLINE void upper_right() { _tile_dpbf16ps(1, 4, 7); }
+    static MINIVLLM_INLINE void lower_left() { _tile_dpbf16ps(2, 5, 6); }
+    static MINIVLLM_INLINE void lower_right() { _tile_dpbf16ps(3, 5, 7); }
+};
+struct Int8Product {
+    using Element = int8_t;
+    static MINIVLLM_INLINE void upper_left() { _tile_dpbssd(0, 4, 6); }
+    static MINIVLLM_INLINE void upper_right() { _tile_dpbssd(1, 4, 7); }
+    static MINIVLLM_INLINE void lower_left() { _tile_dpbssd(2, 5, 6); }
+    static MINIVLLM_INLINE void lower_right() { _tile_dpbssd(3, 5, 7); }
+};
 
-template <int kTiles>
-MINIVLLM_INLINE void store_sums(float* sums) {
-    _tile_stored(0, sums, 64);
-    _tile_stored(1, sums + kTileSums, 64);
-    if constexpr (kTiles == 4) {
-        _tile_stored(2, sums + 2 * kTileSums, 64);
-        _tile_stored(3, sums + 3 * kTileSums, 64);
-    }
-}
+// A block of rows times a panel. The block: [rows/16][K/step][16][step], each [16][step] one tile; the panel:
+// [K/step][2 column groups] tiles. Sums are float32 or int32, tiles of [16][16], kept as their bits.
+template <class Product>
+struct AmxPanel {
+    using Element = typename Product::Element;
+    static constexpr int64_t kTile = 1024 / sizeof(Element), kStep = 64 / sizeof(Element);
+    static constexpr int64_t kRows = 32;  // of x at a time
 
-template <int kTiles>
-MINIVLLM_INLINE void add_products(float* sums, bool are_zero, const bf16* x, int64_t stride, const bf16* w,
-                                  int64_t steps, Ahead& ahead) {
-    load_sums<kTiles>(sums, are_zero);
-    for (int64_t s = 0; s < steps; ++s, x += kTile, w += 2 * kTile) {
-        ahead.step();
-        _tile_stream_loadd(4, x, 64);
-        _tile_loadd(6, w, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_loadd(7, w + kTile, 64);
-        _tile_dpbf16ps(1, 4, 7);
-        if constexpr (kTiles == 4) {
-            _tile_stream_loadd(5, x + stride, 64);
-            _tile_dpbf16ps(2, 5, 6);
-            _tile_dpbf16ps(3, 5, 7);
+    // Calls finish(sums, row, num_rows) for up to 16 rows of the block at a time: the left columns' tile of sums, with
+    // the right ones' kTileSums further. `end`: of what this thread will read of the weight.
+    template <class Finish>
+    static void multiply(const Block<Element>& block, const Element* panel, const char* end, const Finish& finish) {
+        if (block.num_rows <= kRows) thin(block, panel, end, finish);
+        else thick(block, panel, end, finish);
+    }
+
+private:
+    // Up to 32 rows: a panel is read once, from memory as a rule.
+    template <class Finish>
+    static void thin(const Block<Element>& block, const Element* panel, const char* end, const Finish& finish) {
+        alignas(64) float sums[4 * kTileSums];
+        Ahead ahead{reinterpret_cast<const char*>(panel) + kAheadBytes, end, 32};
+        add_products(sums, true, block, 0, 0, block.k / kStep, panel, ahead);
+        finish_group(sums, block, 0, finish);
+    }
+
+    template <class Finish>
+    static void thick(const Block<Element>& block, const Element* panel, const char* end, const Finish& finish) {
+        const int64_t steps = block.k / kStep, num_chunks = (steps + kChunkSteps - 1) / kChunkSteps;
+        const int64_t groups = (block.num_rows + kRows - 1) / kRows;
+        float* sums = static_cast<float*>(thread_scratch(1, size_t(groups * 4 * kTileSums) * sizeof(float)));
+        for (int64_t c = 0; c < num_chunks; ++c) {
+            const int64_t begin = steps * c / num_chunks, stop = steps * (c + 1) / num_chunks;
+            const Element* chunk = panel + begin * 2 * kTile;
+            const char* next = reinterpret_cast<const char*>(panel + stop * 2 * kTile);
+            const char* last = next + (stop - begin) * 2048;
+            Ahead ahead{next, last < end ? last : end, (32 + groups - 1) / groups};
+            for (int64_t g = 0; g < groups; ++g) {
+                float* group_sums = sums + g * 4 * kTileSums;
+                add_products(group_sums, c == 0, block, g, begin, stop - begin, chunk, ahead);
+                if (c + 1 == num_chunks) finish_group(group_sums, block, g, finish);
+            }
         }
     }
-    store_sums<kTiles>(sums);
-}
+
+    template <class Finish>
+    static MINIVLLM_INLINE void finish_group(const float* sums, const Block<Element>& block, int64_t g,
+                                             const Finish& finish) {
+        for (int64_t row = g * kRows; row < block.num_rows && row < (g + 1) * kRows; row += 16)
+            finish(sums + row % kRows / 16 * 2 * kTileSums, row, block.num_rows - row < 16 ? block.num_rows - row : 16);
+    }
+
+    // Adds steps [first, first + steps) of K for the rows of group g.
+    static MINIVLLM_INLINE void add_products(float* sums, bool are_zero, const Block<Element>& block, int64_t g,
+                                             int64_t first, int64_t steps, const Element* w, Ahead& ahead) {
+        const Element* x = block.rows + 2 * g * block.stride + first * kTile;
+        if (block.num_rows - g * kRows > 16) add_products<4>(sums, are_zero, x, block.stride, w, steps, ahead);
+        else add_products<2>(sums, are_zero, x, block.stride, w, steps, ahead);
+    }
+
+    // sums: kTiles tiles in the order of the tile registers. x: the tiles of 16 rows; those of the next 16 rows are
+    // `stride` further.
+    template <int kTiles>
+    static MINIVLLM_INLINE void add_products(float* sums, bool are_zero, const Element* x, int64_t stride,
+                                             const Element* w, int64_t steps, Ahead& ahead) {
+        load_sums<kTiles>(sums, are_zero);
+        for (int64_t s = 0; s < steps; ++s, x += kTile, w += 2 * kTile) {
+            ahead.step();
+            _tile_stream_loadd(4, x, 64);
+            _tile_loadd(6, w, 64);
+            Product::upper_left();
+            _tile_loadd(7, w + kTile, 64);
+            Product::upper_right();
+            if constexpr (kTiles == 4) {
+                _tile_stream_loadd(5, x + stride, 64);
+                Product::lower_left();
+                Product::lower_right();
+            }
+        }
+        store_sums<kTiles>(sums);
+    }
+
+    template <int kTiles>
+    static MINIVLLM_INLINE void load_sums(const float* sums, bool are_zero) {
+        if (are_zero) {
+            _tile_zero(0);
+            _tile_zero(1);
+            if constexpr (kTiles == 4) {
+                _tile_zero(2);
+                _tile_zero(3);
+            }
+            return;
+        }
+        _tile_loadd(0, sums, 64);
+        _tile_loadd(1, sums + kTileSums, 64);
+        if constexpr (kTiles == 4) {
+            _tile_loadd(2, sums + 2 * kTileSums, 64);
+            _tile_loadd(3, sums + 3 * kTileSums, 64);
+        }
+    }
+
+    template <int kTiles>
+    static MINIVLLM_INLINE void store_sums(float* sums) {
+        _tile_stored(0, sums, 64);
+        _tile_stored(1, sums + kTileSums, 64);
+        if constexpr (kTiles == 4) {
+            _tile_stored(2, sums + 2 * kTileSums, 64);
+            _tile_stored(3, sums + 3 * kTileSums, 64);
+        }
+    }
+};
 
 struct AmxKernel {
     using A = bf16;
     using Layout = AmxLayout;
-    static constexpr int64_t kRows = 32;  // of x at a time
+    static constexpr int64_t kRows = AmxPanel<Bf16Product>::kRows;
 
     // x as tiles, [rows/16][K/32][16][32]: read in the order they lie, where rows a power of two apart would share
     // a few cache sets. Rows beyond the last are whatever they are: they meet no other row.
@@ -164,7 +240,7 @@ struct AmxKernel {
             for (int64_t row = begin; row < end; ++row) {
                 const bf16* from = x + row * call.x_stride;
                 bf16* to = tiles + row / 16 * 16 * k + row % 16 * 32;
-                for (int64_t i = 0; i < k; i += 32, to += kTile)
+                for (int64_t i = 0; i < k; i += 32, to += 512)
                     convert_row(to, from + i, call.k - i < 32 ? call.k - i : 32, 32);
             }
         });
@@ -179,52 +255,10 @@ struct AmxKernel {
         const char* end = reinterpret_cast<const char*>(packed + end_panel * size);
         for (int64_t p = first_panel; p < end_panel; ++p) {
             const PanelEnd<2> panel_end(call, p);
-            if (block.num_rows <= kRows) thin(panel_end, block, first_row, packed + p * size, end);
-            else thick(panel_end, block, first_row, packed + p * size, end);
-        }
-    }
-
-    // Up to 32 rows: a panel is read once, from memory as a rule.
-    static void thin(const PanelEnd<2>& panel_end, const Block<bf16>& block, int64_t first_row, const bf16* panel,
-                     const char* end) {
-        alignas(64) float sums[4 * kTileSums];
-        Ahead ahead{reinterpret_cast<const char*>(panel) + kAheadBytes, end, 32};
-        product(sums, true, block, 0, 0, block.k / 32, panel, ahead);
-        finish(panel_end, sums, block, 0, first_row);
-    }
-
-    static void thick(const PanelEnd<2>& panel_end, const Block<bf16>& block, int64_t first_row, const bf16* panel,
-                      const char* end) {
-        const int64_t steps = block.k / 32, num_chunks = (steps + kChunkSteps - 1) / kChunkSteps;
-        const int64_t groups = (block.num_rows + kRows - 1) / kRows;
-        float* sums = static_cast<float*>(thread_scratch(1, size_t(groups * 4 * kTileSums) * sizeof(float)));
-        for (int64_t c = 0; c < num_chunks; ++c) {
-            const int64_t begin = steps * c / num_chunks, stop = steps * (c + 1) / num_chunks;
-            const bf16* chunk = panel + begin * 2 * kTile;
-            const char* next = reinterpret_cast<const char*>(panel + stop * 2 * kTile);
-            const char* last = next + (stop - begin) * 4 * kTile;
-            Ahead ahead{next, last < end ? last : end, (32 + groups - 1) / groups};
-            for (int64_t g = 0; g < groups; ++g) {
-                float* group_sums = sums + g * 4 * kTileSums;
-                product(group_sums, c == 0, block, g, begin, stop - begin, chunk, ahead);
-                if (c + 1 == num_chunks) finish(panel_end, group_sums, block, g, first_row);
-            }
-        }
-    }
-
-    // Adds steps [first, first + steps) of K for the rows of group g.
-    static MINIVLLM_INLINE void product(float* sums, bool are_zero, const Block<bf16>& block, int64_t g,
-                                        int64_t first, int64_t steps, const bf16* w, Ahead& ahead) {
-        const bf16* x = block.rows + 2 * g * block.stride + first * kTile;
-        if (block.num_rows - g * kRows > 16) add_products<4>(sums, are_zero, x, block.stride, w, steps, ahead);
-        else add_products<2>(sums, are_zero, x, block.stride, w, steps, ahead);
-    }
-
-    static void finish(const PanelEnd<2>& panel_end, const float* sums, const Block<bf16>& block, int64_t g,
-                       int64_t first_row) {
-        for (int64_t row = g * kRows; row < block.num_rows && row < (g + 1) * kRows; row += 16) {
-            const int64_t rows = block.num_rows - row < 16 ? block.num_rows - row : 16;
-            panel_end.finish(FloatSums{sums + row % kRows / 16 * 2 * kTileSums, 16, kTileSums}, first_row + row, rows);
+            AmxPanel<Bf16Product>::multiply(
+                block, packed + p * size, end, [&](const float* sums, int64_t row, int64_t num_rows) {
+                    panel_end.finish(FloatSums{sums, 16, kTileSums}, first_row + row, num_rows);
+                });
         }
     }
 };

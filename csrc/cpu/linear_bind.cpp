@@ -1,13 +1,9 @@
 #include "linear.h"
 
-#include <stdexcept>
-
-#include "../bindings.h"
+#include "linear_format.h"
 
 namespace minivllm {
 
-// How one weight matrix is packed: its sizes, and the instruction set that was in use when it was made, which
-// stays the one that reads it.
 struct LinearFormat {
     LinearFormat(int dtype, int64_t n, int64_t k, bool interleaved)
         : kernels(linear_kernels()), dtype(DType(dtype)), n(n), k(k), interleaved(interleaved),
@@ -20,21 +16,11 @@ struct LinearFormat {
     }
 
     void gather_rows(uintptr_t out, uintptr_t packed, uintptr_t ids, int64_t num_ids) const {
-        const int64_t* rows = ptr<const int64_t>(ids);
-        for (int64_t i = 0; i < num_ids; ++i)
-            if (rows[i] < 0 || rows[i] >= n)
-                throw std::out_of_range("row " + std::to_string(rows[i]) + " is outside the " + std::to_string(n) +
-                                        " rows of the weight");
-        kernels.gather_rows(dtype, ptr<void>(out), ptr<const void>(packed), k, rows, num_ids);
+        check_rows(ptr<const int64_t>(ids), num_ids, n);
+        kernels.gather_rows(dtype, ptr<void>(out), ptr<const void>(packed), k, ptr<const int64_t>(ids), num_ids);
     }
 
-    void multiply(uintptr_t out, int out_dtype, int64_t out_stride, int epilogue, uintptr_t x, int64_t x_stride,
-                  int64_t m, uintptr_t packed, uintptr_t bias, int bias_dtype, uintptr_t addend,
-                  int64_t addend_stride) const {
-        kernels.multiply({dtype, m, n, k, ptr<const void>(x), x_stride, ptr<const void>(packed),
-                          ptr<const void>(bias), DType(bias_dtype), ptr<const float>(addend), addend_stride,
-                          Epilogue(epilogue), ptr<void>(out), DType(out_dtype), out_stride});
-    }
+    void multiply(const LinearCall& call) const { kernels.multiply(call); }
 
     const LinearKernels& kernels;
     DType dtype;
@@ -43,14 +29,6 @@ struct LinearFormat {
     int64_t nbytes;
 };
 
-MINIVLLM_BIND(linear, m) {
-    nb::class_<LinearFormat>(m, "LinearFormat")
-        .def(nb::init<int, int64_t, int64_t, bool>(), nb::arg("dtype"), nb::arg("out_features"),
-             nb::arg("in_features"), nb::arg("interleaved"))
-        .def_ro("nbytes", &LinearFormat::nbytes)
-        .def("load_rows", &LinearFormat::load_rows, release_gil)
-        .def("gather_rows", &LinearFormat::gather_rows, release_gil)
-        .def("multiply", &LinearFormat::multiply, release_gil);
-}
+MINIVLLM_BIND(linear, m) { bind_linear_format<LinearFormat>(m, "LinearFormat"); }
 
 }  // namespace minivllm

@@ -1,5 +1,5 @@
 // What the families of linear kernels (fused multiply-add, AMX) share: panels, packing, the loop over blocks of
-// rows, and the step from sums to the output. Included by linear.cpp only; see isa.h.
+// rows, and the step from sums to the output. Included by linear*.cpp only; see isa.h.
 //
 // A packed weight is a row of panels; a panel holds `Layout::kPanel` output features, all of K, in the order the
 // kernel reads it. Where an element lies depends on its own (n, k) alone, so rows can be packed in any order.
@@ -249,16 +249,15 @@ struct Block {
 // in the result.
 template <class Kernel>
 void multiply_blocks(const LinearCall& call) {
-    using A = typename Kernel::A;
     using Layout = typename Kernel::Layout;
     const int64_t padded = round_up(call.k, Layout::kStep);
-    int64_t block_rows = kBlockBytes / (padded * int64_t(sizeof(A))) / Kernel::kRows * Kernel::kRows;
+    int64_t block_rows = kBlockBytes / (padded * int64_t(sizeof(typename Kernel::A))) / Kernel::kRows * Kernel::kRows;
     if (block_rows < Kernel::kRows) block_rows = Kernel::kRows;
     if (block_rows > kMaxBlockRows) block_rows = kMaxBlockRows / Kernel::kRows * Kernel::kRows;
     const int64_t num_panels = Features{call.n, call.epilogue == Epilogue::silu_mul}.template num_panels<Layout>();
     for (int64_t first = 0; first < call.m; first += block_rows) {
         const int64_t rows = call.m - first < block_rows ? call.m - first : block_rows;
-        const Block<A> block = Kernel::prepare(call, first, rows);
+        const auto block = Kernel::prepare(call, first, rows);
         const int64_t least = 1 + kMultipliesPerThread / (rows * padded * Layout::kPanel);
         const int64_t piece = num_panels / (num_threads() * kPiecesPerThread);
         parallel_pieces(num_panels, piece > least ? piece : least,

@@ -1,7 +1,9 @@
-// Rotary embedding, halves paired ("neox"). Each element stands alone; tokens are split over threads.
+// Rotary embedding, halves paired ("neox"), with or without the norm of each head before it. Heads stand alone;
+// tokens are split over threads.
 #include "rotary.h"
 
 #include "isa.h"
+#include "rms_norm_row.h"
 #include "thread_pool.h"
 
 namespace minivllm::MINIVLLM_ISA {
@@ -25,22 +27,24 @@ void rotate(T* first, T* second, const float* cos, const float* sin, int64_t n) 
 }
 
 template <class T>
-void rotate_heads(const Heads& heads, int64_t token, const float* cos_sin, int64_t half) {
+void rotate_heads(const Heads& heads, int64_t head_dim, float eps, int64_t token, const float* cos_sin, int64_t half) {
     T* x = static_cast<T*>(heads.x) + token * heads.token_stride;
-    for (int64_t head = 0; head < heads.num_heads; ++head, x += heads.head_stride)
+    for (int64_t head = 0; head < heads.num_heads; ++head, x += heads.head_stride) {
+        if (heads.norm_weight != nullptr) norm_row(x, x, static_cast<const T*>(heads.norm_weight), head_dim, eps);
         rotate(x, x + half, cos_sin, cos_sin + half, half);
+    }
 }
 
-void run(DType dtype, Heads q, Heads k, const int64_t* positions, int64_t num_tokens, const float* cos_sin,
-         int64_t rot_dim) {
+void run(DType dtype, Heads q, Heads k, int64_t head_dim, float eps, const int64_t* positions, int64_t num_tokens,
+         const float* cos_sin, int64_t rot_dim) {
     const int64_t elements = (q.num_heads + k.num_heads) * rot_dim;
     with_dtype(dtype, [&](auto tag) {
         using T = typename decltype(tag)::type;
         parallel_for(num_tokens, 1 + 8192 / (elements + 1), [&](int64_t begin, int64_t end) {
             for (int64_t token = begin; token < end; ++token) {
                 const float* row = cos_sin + positions[token] * rot_dim;
-                rotate_heads<T>(q, token, row, rot_dim / 2);
-                rotate_heads<T>(k, token, row, rot_dim / 2);
+                rotate_heads<T>(q, head_dim, eps, token, row, rot_dim / 2);
+                rotate_heads<T>(k, head_dim, eps, token, row, rot_dim / 2);
             }
         });
     });

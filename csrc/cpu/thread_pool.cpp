@@ -74,8 +74,11 @@ private:
 
 class Pool {
 public:
-    explicit Pool(int num_threads) : num_threads_(num_threads) {
-        for (int i = 1; i < num_threads; ++i) workers_.emplace_back([this, i] { work(i); });
+    Pool(int num_threads, const std::vector<int>& processors) : num_threads_(num_threads) {
+        for (int i = 1; i < num_threads; ++i) {
+            workers_.emplace_back([this, i] { work(i); });
+            if (!processors.empty()) bind(workers_.back(), processors[size_t(i) % processors.size()]);
+        }
     }
 
     ~Pool() {
@@ -101,6 +104,18 @@ public:
     }
 
 private:
+    // What cannot be bound runs where it may: asking was the operator's, and the flag's check has said yes.
+    static void bind(std::thread& thread, int processor) {
+#if defined(__linux__)
+        cpu_set_t set;
+        CPU_ZERO(&set);
+        CPU_SET(processor, &set);
+        pthread_setaffinity_np(thread.native_handle(), sizeof set, &set);
+#else
+        (void)thread, (void)processor;
+#endif
+    }
+
     void work(int index) {
         inside_kernel = true;
         for (uint64_t seen = 0;;) {
@@ -157,6 +172,7 @@ int usable_cpus() {
 std::mutex pool_mutex;
 std::shared_ptr<Pool>* pool_slot = nullptr;  // never destroyed: at exit, other threads may still be in a kernel
 std::atomic<int> pool_size{0};
+std::vector<int>* pool_processors = nullptr;  // guarded by pool_mutex; never destroyed, as the pool
 
 // A forked child has none of its parent's threads: it forgets the pool, and makes its own when it needs one.
 void forget_pool_after_fork() {
@@ -164,12 +180,16 @@ void forget_pool_after_fork() {
     pool_slot = nullptr;
 }
 
+std::shared_ptr<Pool> make_pool(int n) {
+    return std::make_shared<Pool>(n, pool_processors == nullptr ? std::vector<int>() : *pool_processors);
+}
+
 std::shared_ptr<Pool> pool() {
     std::lock_guard<std::mutex> lock(pool_mutex);
     if (pool_slot == nullptr) {
         static const int registered = pthread_atfork(nullptr, nullptr, &forget_pool_after_fork);
         (void)registered;
-        pool_slot = new std::shared_ptr<Pool>(std::make_shared<Pool>(num_threads()));
+        pool_slot = new std::shared_ptr<Pool>(make_pool(num_threads()));
     }
     return *pool_slot;
 }
@@ -192,14 +212,16 @@ int num_threads() {
     return n;
 }
 
-void set_num_threads(int n) {
+void set_num_threads(int n, const std::vector<int>& processors) {
     if (n < 1) throw std::invalid_argument("num_threads=" + std::to_string(n) + " must be at least 1");
     std::shared_ptr<Pool> old;  // ends its threads when the last kernel that uses it is done
     std::lock_guard<std::mutex> lock(pool_mutex);
     pool_size = n;
+    if (pool_processors == nullptr) pool_processors = new std::vector<int>();
+    *pool_processors = processors;
     if (pool_slot != nullptr) {
         old = *pool_slot;
-        *pool_slot = std::make_shared<Pool>(n);
+        *pool_slot = make_pool(n);
     }
 }
 

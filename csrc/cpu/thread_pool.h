@@ -7,11 +7,14 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 namespace minivllm {
 
 int num_threads();            // the calling thread included; by default the CPUs this process may use
-void set_num_threads(int n);  // throws std::invalid_argument when n < 1
+// Throws std::invalid_argument when n < 1. Thread i is bound to processors[i % size], but for the calling one (i = 0),
+// which is the system's; with none given, so are all.
+void set_num_threads(int n, const std::vector<int>& processors = {});
 
 // Runs fn(ctx, i) once for each i in [0, count), count <= num_threads(), each on a thread of its own; returns
 // when all are done. fn must not throw.

@@ -57,7 +57,7 @@ NOT_YET = frozenset(
     offload_prefetch_step optimization_level per_request_spec_decode_metrics
     performance_mode pipeline_parallel_size pooler_config preemption_mode prefill_context_parallel_size
     prefill_schedule_interval prefix_cache_retention_interval prefix_match_unit
-    profiler_config prompt_adapters pt_load_map_location quantization quantization_config ray_workers_use_nsight
+    profiler_config prompt_adapters pt_load_map_location quantization_config ray_workers_use_nsight
     reasoning_config renderer_num_workers replayssm_buffer_len
     return_sampling_mask rope_scaling rope_theta runner safetensors_load_strategy
     safetensors_prefetch_block_size safetensors_prefetch_num_threads scheduler_cls
@@ -78,7 +78,7 @@ ALIASES = {
     "-dph": "data_parallel_hybrid_lb", "-dpl": "data_parallel_size_local",
     "-dpm": "data_parallel_multi_port_external_lb", "-dpn": "data_parallel_rank", "-dpp": "data_parallel_rpc_port",
     "-dpr": "data_parallel_start_rank", "-ep": "enable_expert_parallel", "-n": "nnodes",
-    "-pcp": "prefill_context_parallel_size", "-pp": "pipeline_parallel_size", "-q": "quantization",
+    "-pcp": "prefill_context_parallel_size", "-pp": "pipeline_parallel_size", 
     "-r": "node_rank", "-sc": "speculative_config", "-tp": "tensor_parallel_size",
 }  # fmt: skip
 

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from minivllm.config.cache import KV_TILE, CacheConfig
+from minivllm.config.cpu import CpuConfig, read_cpu_bind
 from minivllm.config.docs import field_docs, summary
 from minivllm.config.engine import EngineConfig
 from minivllm.config.hf_config import HFConfig, read_architecture, read_token_ids
@@ -60,11 +61,13 @@ PARTS = {
     "observability": ObservabilityConfig,
     "reasoning": ReasoningConfig,
     "structured_outputs": StructuredOutputsConfig,
+    "cpu": CpuConfig,
 }
 _DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 _AT_LEAST_ONE = (
     "block_size", "kv_cache_memory_bytes", "num_gpu_blocks_override", "max_num_batched_tokens", "max_num_seqs",
     "stream_interval", "max_model_len", "max_num_active_seqs", "max_num_queued_reqs", "max_num_queued_tokens",
+    "cpu_threads",
 )  # fmt: skip
 
 
@@ -117,6 +120,7 @@ class EngineArgs(_Flat):
         }
         _check_ranges(values)
         _check_hash(parts["cache"])
+        read_cpu_bind(values["cpu_bind"])
         _check_kv_events(parts["observability"], parts["cache"])
         _check_executor(parts["parallel"])
         reasoning_parser_class(parts["reasoning"])
@@ -141,6 +145,7 @@ class EngineArgs(_Flat):
             observability=parts["observability"],
             reasoning=parts["reasoning"],
             structured_outputs=parts["structured_outputs"],
+            cpu=parts["cpu"],
             model_class=ModelRegistry.target(hf_config.architecture),
             generation_config=_read_generation_config(directory, model),
             usage=usage,

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
+from minivllm.config.cpu import CpuConfig
 from minivllm.exceptions import ConfigError, EngineError, ModelFilesError
 from minivllm.executor.abstract import Executor
 from minivllm.executor.ray_worker import RayWorker, Reply
@@ -91,7 +92,7 @@ class RayExecutor(Executor):
         """Reserve what the actor needs, or say what is missing."""
         from ray.util import placement_group
 
-        needed = {"CPU": float(_num_cpus())}
+        needed = {"CPU": float(_num_cpus(self.config.cpu))}
         self._placement_group = placement_group([needed])
         if not self._placement_group.wait(_PLACEMENT_TIMEOUT_S):
             available = {
@@ -99,7 +100,7 @@ class RayExecutor(Executor):
             }
             raise ConfigError(
                 f"the Ray cluster gave no placement group within {_PLACEMENT_TIMEOUT_S:.0f} s: {needed} is needed "
-                f"on one node, {available or 'nothing'} is free in the cluster; set MINIVLLM_CPU_THREADS, or free some"
+                f"on one node, {available or 'nothing'} is free in the cluster; set --cpu-threads, or free some"
             )
 
     def _start_actor(self) -> None:
@@ -215,13 +216,11 @@ def _import_ray() -> Any:
     return ray
 
 
-def _num_cpus() -> int:
-    """What the kernels' thread pool uses on this machine: MINIVLLM_CPU_THREADS, else the processors this process may
-    use, or fewer where a control group grants less time.
-
-    Raises:
-        ConfigError: the variable is no number.
-    """
+def _num_cpus(cpu: CpuConfig) -> int:
+    """What the kernels' thread pool uses on this machine: --cpu-threads, else the processors this process may use, or
+    fewer where a control group grants less time."""
+    if cpu.cpu_threads is not None:
+        return cpu.cpu_threads
     from minivllm.utils.native import lib
 
     return lib.num_threads() if lib is not None else os.cpu_count() or 1

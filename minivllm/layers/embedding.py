@@ -6,19 +6,25 @@ from collections.abc import Iterator
 
 import torch
 
+from minivllm.layers.linear import linear_class
 from minivllm.layers.weight import Weight, weight_of
 from minivllm.ops.embedding import embedding
-from minivllm.ops.linear import linear
 from minivllm.ops.op import OpSpec
 
 
 class LMHead:
     """Hidden states to logits."""
 
-    def __init__(self, vocab_size: int, hidden_size: int, *, dtype: torch.dtype, device: str) -> None:
-        packed = linear.select(
-            OpSpec(device, dtype, {"in_features": hidden_size, "out_features": vocab_size})
-        )
+    def __init__(
+        self,
+        vocab_size: int,
+        hidden_size: int,
+        *,
+        dtype: torch.dtype,
+        device: str,
+        quantization: str | None = None,
+    ) -> None:
+        packed = linear_class(vocab_size, hidden_size, dtype=dtype, device=device, quantization=quantization)
         self.packed = packed(vocab_size, hidden_size, dtype)
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -26,7 +32,8 @@ class LMHead:
         return self.packed(hidden, out_dtype=torch.float32)
 
     def weights(self) -> Iterator[Weight]:
-        yield Weight("weight", (self.packed.out_features, self.packed.in_features), self.packed.load_rows)
+        shape = (self.packed.out_features, self.packed.in_features)
+        yield Weight("weight", shape, self.packed.load_rows, self.packed.nbytes)
 
 
 class Embedding:

@@ -11,10 +11,20 @@ import torch
 
 from minivllm.layers.activation import gated_activation
 from minivllm.layers.weight import Weight, weight_of
-from minivllm.ops.linear import linear
-from minivllm.ops.op import OpSpec
+from minivllm.ops.linear import DenseLinear, linear
+from minivllm.ops.linear_int8 import int8_linear
+from minivllm.ops.op import Op, OpSpec
 
 _FUSED_ACTIVATIONS = ("silu", "swish")
+_FORMATS: dict[str | None, Op] = {None: linear, "int8": int8_linear}  # by --quantization
+
+
+def linear_class(
+    out_features: int, in_features: int, *, dtype: torch.dtype, device: str, quantization: str | None
+) -> type[DenseLinear]:
+    """The implementation for a weight of this size and format; `DenseLinear` is its contract."""
+    sizes = {"in_features": in_features, "out_features": out_features}
+    return _FORMATS[quantization].select(OpSpec(device, dtype, sizes))
 
 
 class MergedLinear:
@@ -29,11 +39,12 @@ class MergedLinear:
         gated: bool = False,
         dtype: torch.dtype,
         device: str,
+        quantization: str | None = None,
     ) -> None:
         """out_features: projection name in the checkpoint -> rows of its weight; gated: as in `ops/linear.py`."""
         self.in_features, self.out_features = in_features, out_features
         num_rows = sum(out_features.values())
-        packed = linear.select(OpSpec(device, dtype, {"in_features": in_features, "out_features": num_rows}))
+        packed = linear_class(num_rows, in_features, dtype=dtype, device=device, quantization=quantization)
         self.packed = packed(num_rows, in_features, dtype, gated=gated)
         self.bias = torch.empty(num_rows, dtype=dtype, device=device) if bias else None
 
@@ -53,7 +64,8 @@ class MergedLinear:
         def load_rows(start: int, rows: torch.Tensor) -> None:
             self.packed.load_rows(begin + start, rows)
 
-        return Weight(f"{name}.weight", (num_rows, self.in_features), load_rows)
+        num_bytes = self.packed.nbytes * num_rows // self.packed.out_features
+        return Weight(f"{name}.weight", (num_rows, self.in_features), load_rows, num_bytes)
 
 
 class QKVLinear(MergedLinear):
@@ -69,11 +81,14 @@ class QKVLinear(MergedLinear):
         bias: bool,
         dtype: torch.dtype,
         device: str,
+        quantization: str | None = None,
     ) -> None:
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         q_size, kv_size = num_heads * head_dim, num_kv_heads * head_dim
         projections = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
-        super().__init__(hidden_size, projections, bias=bias, dtype=dtype, device=device)
+        super().__init__(
+            hidden_size, projections, bias=bias, dtype=dtype, device=device, quantization=quantization
+        )
 
     def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """x: [T, hidden_size] -> q [T, num_heads, head_dim], k and v [T, num_kv_heads, head_dim]; views of one."""
@@ -94,8 +109,11 @@ class RowLinear(MergedLinear):
         bias: bool = False,
         dtype: torch.dtype,
         device: str,
+        quantization: str | None = None,
     ) -> None:
-        super().__init__(in_features, {name: out_features}, bias=bias, dtype=dtype, device=device)
+        super().__init__(
+            in_features, {name: out_features}, bias=bias, dtype=dtype, device=device, quantization=quantization
+        )
 
     def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> None:
         """residual += self(x), in place. residual: [T, out_features]; x: [T, in_features]."""
@@ -106,13 +124,29 @@ class GatedLinear(MergedLinear):
     """Gate and up projections with the activation between them."""
 
     def __init__(
-        self, in_features: int, inner: int, activation: str, *, bias: bool, dtype: torch.dtype, device: str
+        self,
+        in_features: int,
+        inner: int,
+        activation: str,
+        *,
+        bias: bool = False,
+        dtype: torch.dtype,
+        device: str,
+        quantization: str | None = None,
     ) -> None:
         """activation: by the name config.json gives it; `HFConfig` has checked it."""
         self._is_fused = activation in _FUSED_ACTIVATIONS
         self._activation = gated_activation(activation, dtype=dtype, device=device)
         projections = {"gate_proj": inner, "up_proj": inner}
-        super().__init__(in_features, projections, bias=bias, gated=self._is_fused, dtype=dtype, device=device)
+        super().__init__(
+            in_features,
+            projections,
+            bias=bias,
+            gated=self._is_fused,
+            dtype=dtype,
+            device=device,
+            quantization=quantization,
+        )
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x: [T, in_features] -> [T, inner]."""

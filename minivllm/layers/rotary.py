@@ -14,7 +14,7 @@ import torch
 
 from minivllm.config.hf_config import HFConfig
 from minivllm.ops.op import OpSpec
-from minivllm.ops.rotary import rotary
+from minivllm.ops.rotary import HeadNorms, rotary
 
 # [head_dim / 2] float32 in radians a token; factor of cosine and sine.
 Frequencies = tuple[torch.Tensor, float]
@@ -30,9 +30,11 @@ class RotaryEmbedding:
         self.cos_sin = torch.cat([angles.cos() * factor, angles.sin() * factor], dim=-1).to(device)
         self._rotary = rotary.select(OpSpec(device, dtype, {"head_dim": config.head_dim}))
 
-    def __call__(self, positions: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> None:
-        """positions: [T] int64; q: [T, num_heads, head_dim]; k: [T, num_kv_heads, head_dim]."""
-        self._rotary(positions, q, k, self.cos_sin)
+    def __call__(
+        self, positions: torch.Tensor, q: torch.Tensor, k: torch.Tensor, norms: HeadNorms | None = None
+    ) -> None:
+        """positions: [T] int64; q: [T, num_heads, head_dim]; k: [T, num_kv_heads, head_dim]; norms come first."""
+        self._rotary(positions, q, k, self.cos_sin, norms)
 
 
 def rope_frequencies(config: HFConfig) -> Frequencies:

@@ -16,6 +16,8 @@ class Weight:
     shape: tuple[int, ...]
     load_rows: Callable[[int, torch.Tensor], None]
     """(start, rows): take rows start, start + 1, … of the tensor, of any float dtype."""
+    num_bytes: int = 0
+    """In memory, once loaded; 0 for a number that is kept elsewhere."""
 
 
 def weight_of(name: str, tensor: torch.Tensor) -> Weight:
@@ -24,7 +26,7 @@ def weight_of(name: str, tensor: torch.Tensor) -> Weight:
     def load_rows(start: int, rows: torch.Tensor) -> None:
         tensor[start : start + rows.shape[0]] = rows
 
-    return Weight(name, tuple(tensor.shape), load_rows)
+    return Weight(name, tuple(tensor.shape), load_rows, tensor.nbytes)
 
 
 def under(prefix: str, weights: Iterable[Weight]) -> Iterable[Weight]:

@@ -19,6 +19,7 @@ from minivllm.layers.linear import GatedLinear, QKVLinear, RowLinear
 from minivllm.layers.norm import RMSNorm
 from minivllm.layers.rotary import RotaryEmbedding
 from minivllm.layers.weight import Weight, under
+from minivllm.ops.rotary import HeadNorms
 
 
 @dataclass(frozen=True)
@@ -42,13 +43,15 @@ class SelfAttention:
         index: int,
         backend: AttentionBackend,
         rotary: RotaryEmbedding,
+        quantization: str | None,
     ) -> None:
         where = {"dtype": backend.spec.dtype, "device": backend.spec.device}
+        packed = {**where, "quantization": quantization}
         heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         self.qkv_proj = QKVLinear(
-            config.hidden_size, heads, kv_heads, head_dim, bias=variant.qkv_bias, **where
+            config.hidden_size, heads, kv_heads, head_dim, bias=variant.qkv_bias, **packed
         )
-        self.o_proj = RowLinear(heads * head_dim, config.hidden_size, "o_proj", bias=variant.o_bias, **where)
+        self.o_proj = RowLinear(heads * head_dim, config.hidden_size, "o_proj", bias=variant.o_bias, **packed)
         self.q_norm = RMSNorm(head_dim, config.rms_norm_eps, **where) if variant.qk_norm else None
         self.k_norm = RMSNorm(head_dim, config.rms_norm_eps, **where) if variant.qk_norm else None
         self.rotary = rotary
@@ -59,9 +62,10 @@ class SelfAttention:
     ) -> None:
         """Add the attention of x, and so of its tokens, to `residual` in place."""
         q, k, v = self.qkv_proj(x)
+        norms = None
         if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        self.rotary(positions, q, k)
+            norms = HeadNorms(self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
+        self.rotary(positions, q, k, norms)
         self.o_proj.add_to(residual, self.attention(q, k, v, ctx))
 
     def weights(self) -> Iterator[Weight]:
@@ -75,8 +79,10 @@ class SelfAttention:
 class MLP:
     """The gated feed-forward part."""
 
-    def __init__(self, config: HFConfig, variant: Variant, *, dtype: torch.dtype, device: str) -> None:
-        where = {"bias": variant.mlp_bias, "dtype": dtype, "device": device}
+    def __init__(
+        self, config: HFConfig, variant: Variant, *, dtype: torch.dtype, device: str, quantization: str | None
+    ) -> None:
+        where = {"bias": variant.mlp_bias, "dtype": dtype, "device": device, "quantization": quantization}
         inner = config.intermediate_size
         self.gate_up_proj = GatedLinear(config.hidden_size, inner, config.hidden_act, **where)
         self.down_proj = RowLinear(inner, config.hidden_size, "down_proj", **where)
@@ -100,12 +106,13 @@ class DecoderLayer:
         index: int,
         backend: AttentionBackend,
         rotary: RotaryEmbedding,
+        quantization: str | None,
     ) -> None:
         where = {"dtype": backend.spec.dtype, "device": backend.spec.device}
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, **where)
-        self.self_attn = SelfAttention(config, variant, index, backend, rotary)
+        self.self_attn = SelfAttention(config, variant, index, backend, rotary, quantization)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, **where)
-        self.mlp = MLP(config, variant, **where)
+        self.mlp = MLP(config, variant, **where, quantization=quantization)
 
     def __call__(self, residual: torch.Tensor, positions: torch.Tensor, ctx: ForwardContext) -> None:
         """residual: [T, hidden_size], changed in place."""
@@ -122,8 +129,10 @@ class DecoderLayer:
 class DecoderForCausalLM(ABC):
     """A decoder and its LM head. Memory is reserved here; the loader fills it."""
 
-    def __init__(self, config: HFConfig, backend: AttentionBackend, max_positions: int) -> None:
-        """max_positions: tokens the rotary table covers.
+    def __init__(
+        self, config: HFConfig, backend: AttentionBackend, max_positions: int, quantization: str | None = None
+    ) -> None:
+        """max_positions: tokens the rotary table covers; quantization: what linear weights become, None: `dtype`.
 
         Raises:
             ModelFilesError: config.json asks for something that is not served.
@@ -133,11 +142,12 @@ class DecoderForCausalLM(ABC):
         sizes = (config.vocab_size, config.hidden_size)
         self.sliding_windows = variant.sliding_windows
         self.tied = config.tie_word_embeddings
-        self.lm_head = LMHead(*sizes, **where)
+        self.lm_head = LMHead(*sizes, **where, quantization=quantization)
         self.embed_tokens = TiedEmbedding(self.lm_head) if self.tied else Embedding(*sizes, **where)
         rotary = RotaryEmbedding(config, max_positions, **where)
         self.layers = [
-            DecoderLayer(config, variant, index, backend, rotary) for index in range(config.num_hidden_layers)
+            DecoderLayer(config, variant, index, backend, rotary, quantization)
+            for index in range(config.num_hidden_layers)
         ]
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, **where)
 

@@ -10,6 +10,8 @@ it, fused multiply-adds otherwise).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from minivllm.ops import native
@@ -35,7 +37,7 @@ class DenseLinear:
 
     def load_rows(self, start: int, weight: torch.Tensor) -> None:
         """Convert `weight` ([n, in_features], any float dtype) to rows start..start+n of the matrix."""
-        _check_rows(self, start, weight)
+        check_rows(self, start, weight)
         self._weight[start : start + weight.shape[0]] = weight
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
@@ -85,7 +87,7 @@ class DenseLinear:
     def _sums(
         self, x: torch.Tensor, bias: torch.Tensor | None, addend: torch.Tensor | None
     ) -> torch.Tensor:
-        _check_input(self, x, bias, addend)
+        check_input(self, x, bias, addend)
         y = x.float() @ self._weight.float().t()
         if addend is not None:
             y += addend
@@ -103,8 +105,11 @@ class PackedLinear:
 
     def __init__(self, out_features: int, in_features: int, dtype: torch.dtype, *, gated: bool = False) -> None:
         self.out_features, self.in_features, self.dtype, self.gated = out_features, in_features, dtype, gated
-        self._format = native.lib.LinearFormat(native.DTYPE_CODES[dtype], out_features, in_features, gated)
+        self._format = self._make_format(native.DTYPE_CODES[dtype], out_features, in_features, gated)
         self._packed = native.huge_pages(self._format.nbytes)  # touched by load_rows, not here
+
+    def _make_format(self, *sizes: int) -> Any:
+        return native.lib.LinearFormat(*sizes)
 
     @property
     def nbytes(self) -> int:
@@ -116,7 +121,7 @@ class PackedLinear:
 
         A memory-mapped tensor is read as it is packed: float32, bfloat16 and float16 are never copied first.
         """
-        _check_rows(self, start, weight)
+        check_rows(self, start, weight)
         if weight.dtype not in native.DTYPE_CODES:
             weight = weight.float()
         if weight.stride(1) != 1:
@@ -190,7 +195,7 @@ class PackedLinear:
         bias: torch.Tensor | None,
         addend: torch.Tensor | None,
     ) -> torch.Tensor:
-        _check_input(self, x, bias, addend)
+        check_input(self, x, bias, addend)
         if out.shape != (x.shape[0], width) or (width > 1 and out.stride(1) != 1):
             raise ValueError(
                 f"the output is {tuple(out.shape)} of strides {out.stride()}; it must be "
@@ -215,7 +220,7 @@ class PackedLinear:
 _STORE, _ADD_RESIDUAL, _SILU_MUL = 0, 1, 2  # as in csrc/cpu/linear.h
 
 
-def _check_rows(linear: DenseLinear | PackedLinear, start: int, weight: torch.Tensor) -> None:
+def check_rows(linear: DenseLinear | PackedLinear, start: int, weight: torch.Tensor) -> None:
     fits = weight.dim() == 2 and weight.shape[1] == linear.in_features
     if not (fits and 0 <= start and start + weight.shape[0] <= linear.out_features):
         raise ValueError(
@@ -224,7 +229,7 @@ def _check_rows(linear: DenseLinear | PackedLinear, start: int, weight: torch.Te
         )
 
 
-def _check_input(
+def check_input(
     linear: DenseLinear | PackedLinear, x: torch.Tensor, bias: torch.Tensor | None, addend: torch.Tensor | None
 ) -> None:
     if x.dim() != 2 or x.shape[1] != linear.in_features or x.dtype != linear.dtype:

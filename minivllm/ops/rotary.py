@@ -1,20 +1,39 @@
 """Rotary position embedding (Su et al. 2021, arXiv:2104.09864), halves paired as in GPT-NeoX, Llama and Qwen.
 
 Owns the rotation, not the table: frequencies and their scaling belong to `layers/rotary.py`. Computed in
-float32 and rounded once. Hugging Face rounds cosines, sines and each product to the dtype instead: in float32
-the two agree to the bit, in bfloat16 ours is the nearer to exact.
+float32 and rounded once. Qwen3's norm of each head comes before it and may be part of it. Hugging Face rounds
+cosines, sines and each product to the dtype instead: in float32 the two agree to the bit, in bfloat16 ours is
+the nearer to exact.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from minivllm.ops import native
+from minivllm.ops.checks import require
 from minivllm.ops.op import Impl, Op
+from minivllm.ops.rms_norm import reference as rms_norm
 
 
-def reference(positions: torch.Tensor, q: torch.Tensor, k: torch.Tensor, cos_sin: torch.Tensor) -> None:
-    """Rotate the first rot_dim dimensions of each head of q and k, in place.
+class HeadNorms(NamedTuple):
+    """Norms of the heads, as in `ops/rms_norm.py`: weights [D] in the dtype of q and k."""
+
+    q_weight: torch.Tensor
+    k_weight: torch.Tensor
+    eps: float
+
+
+def reference(
+    positions: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cos_sin: torch.Tensor,
+    norms: HeadNorms | None = None,
+) -> None:
+    """Norm each head of q and k, with `norms`, and rotate its first rot_dim dimensions, in place.
 
     positions: [T] int64; q: [T, Hq, D]; k: [T, Hk, D]; cos_sin: [max_position, rot_dim] float32, cosines in
     the first half of the columns, sines in the second. A position outside the table raises IndexError.
@@ -23,13 +42,22 @@ def reference(positions: torch.Tensor, q: torch.Tensor, k: torch.Tensor, cos_sin
         raise IndexError(f"positions {positions.tolist()} are outside the rotary table of {cos_sin.shape[0]}")
     cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)
     half = cos_sin.shape[1] // 2
+    if norms is not None:
+        q[:] = rms_norm(q, norms.q_weight, norms.eps)
+        k[:] = rms_norm(k, norms.k_weight, norms.eps)
     for x in (q, k):
         first, second = x[..., :half].float(), x[..., half : 2 * half].float()
         rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
         x[..., : 2 * half] = rotated  # after both: in float32, first and second are views of x
 
 
-def cpu(positions: torch.Tensor, q: torch.Tensor, k: torch.Tensor, cos_sin: torch.Tensor) -> None:
+def cpu(
+    positions: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cos_sin: torch.Tensor,
+    norms: HeadNorms | None = None,
+) -> None:
     """`reference` in C++. q and k may be views whose last dimension is contiguous."""
     num_tokens, rot_dim = positions.shape[0], cos_sin.shape[1]
     for name, x in (("q", q), ("k", k)):
@@ -43,11 +71,16 @@ def cpu(positions: torch.Tensor, q: torch.Tensor, k: torch.Tensor, cos_sin: torc
         raise ValueError(f"positions are {positions.dtype}; they must be contiguous int64")
     if cos_sin.dtype != torch.float32 or not cos_sin.is_contiguous():
         raise ValueError(f"cos_sin is {cos_sin.dtype}; it must be contiguous float32")
+    q_norm, k_norm, eps = 0, 0, 0.0
+    if norms is not None:
+        require("q_weight", norms.q_weight, q.dtype, q.shape[2:])
+        require("k_weight", norms.k_weight, q.dtype, q.shape[2:])
+        q_norm, k_norm, eps = norms.q_weight.data_ptr(), norms.k_weight.data_ptr(), norms.eps
     if num_tokens:
         native.lib.rotary(
             native.dtype_code(q),
-            q.data_ptr(), q.shape[1], q.stride(0), q.stride(1),
-            k.data_ptr(), k.shape[1], k.stride(0), k.stride(1),
+            q.data_ptr(), q.shape[1], q.stride(0), q.stride(1), q_norm,
+            k.data_ptr(), k.shape[1], k.stride(0), k.stride(1), k_norm, q.shape[2], eps,
             positions.data_ptr(), num_tokens, cos_sin.data_ptr(), cos_sin.shape[0], rot_dim,
         )  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import psutil
 import torch
 
 from minivllm.config.cache import KV_TILE
+from minivllm.config.cpu import CpuConfig, read_cpu_bind
 from minivllm.platforms.platform import Platform
 from minivllm.utils import native
 
@@ -47,10 +49,19 @@ class CpuPlatform(Platform):
     def process_memory_bytes(self) -> int:
         return psutil.Process().memory_info().rss
 
-    def prepare(self) -> None:
-        if native.unavailable is None:
-            # The kernels have a thread pool of their own; a second one would fight it for the cores.
-            torch.set_num_threads(1)
+    def prepare(self, cpu: CpuConfig) -> None:
+        processors = read_cpu_bind(cpu.cpu_bind)
+        if processors is not None:
+            # Threads that are started from here on are confined too; the kernels' get one processor each.
+            os.sched_setaffinity(0, processors)
+        if native.unavailable is not None:
+            torch.set_num_threads(cpu.cpu_threads or torch.get_num_threads())
+            return
+        # The kernels have a thread pool of their own; a second one would fight it for the cores.
+        torch.set_num_threads(1)
+        if cpu.cpu_threads is not None or processors is not None:
+            num_threads = cpu.cpu_threads or min(len(processors), native.lib.num_threads())
+            native.lib.set_num_threads(num_threads, processors or [])
 
 
 # Control groups --------------------------------------------------------------

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from minivllm.config.cpu import CpuConfig
 from minivllm.exceptions import ConfigError
 
 
@@ -41,8 +42,12 @@ class Platform(ABC):
         """What this process holds now."""
 
     @abstractmethod
-    def prepare(self) -> None:
-        """Set up the process once, before anything is computed."""
+    def prepare(self, cpu: CpuConfig) -> None:
+        """Set up the process once, before anything is computed.
+
+        Raises:
+            ConfigError: this machine has not the processors that are asked for.
+        """
 
     def check_block_size(self, block_size: int) -> None:
         """Refuse a KV block that no kernel takes.

@@ -285,7 +285,10 @@ def _negations(option: str) -> set[str]:
 def add_dataclass_arguments(
     parser: argparse.ArgumentParser, config_class: type, *, docs: dict[str, str], title: str, description: str
 ) -> None:
-    """One option for each field of a dataclass, in a group of its own. `docs` gives each its help."""
+    """One option for each field of a dataclass, in a group of its own. `docs` gives each its help.
+
+    A field's metadata may name a `short` option beside it.
+    """
     group = parser.add_argument_group(title, description)
     hints = get_type_hints(config_class)
     for field in dataclasses.fields(config_class):

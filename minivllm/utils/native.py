@@ -1,4 +1,4 @@
-"""The native extension, imported once, with the variables that tune it applied. Needs no torch.
+"""The native extension, imported once, with the variable that tunes it applied. Needs no torch.
 
 The only module that imports `minivllm._native`: what it says of instruction family and threads is what the
 kernels use, whoever asks. How tensors are handed over is `ops/native.py`.
@@ -25,17 +25,12 @@ def _import_extension() -> tuple[ModuleType | None, str | None]:
 
 
 def _apply_environment(extension: ModuleType) -> None:
-    """Honour the variables that lower the instruction set and set the number of threads."""
+    """Honour the variable that lowers the instruction set."""
     if cap := envs.get("MINIVLLM_CPU_ISA"):
         try:
             extension.cap_isa(cap)
         except ValueError as error:
             raise ConfigError(f"MINIVLLM_CPU_ISA={cap!r}: {error}") from None
-    if threads := envs.get("MINIVLLM_CPU_THREADS"):
-        try:
-            extension.set_num_threads(int(threads))
-        except (ValueError, TypeError):  # no number; one that is no C int
-            raise ConfigError(f"MINIVLLM_CPU_THREADS={threads!r} must be a whole number, at least 1") from None
 
 
 lib, unavailable = _import_extension()

@@ -56,7 +56,7 @@ class Worker:
             ConfigError: the model does not fit the machine or the arguments.
         """
         config, platform = self.config, self.platform
-        platform.prepare()
+        platform.prepare(config.cpu)
         on_progress("checking the model")
         custom = self._custom_processors()
         dtype = resolve_dtype(config.model.dtype, config.hf_config.dtype)
@@ -99,7 +99,9 @@ class Worker:
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             dtype=name_of(dtype),
-            numerics_id=f"{platform.numerics_id}-{backend.layout_id}",
+            numerics_id="-".join(
+                filter(None, [platform.numerics_id, backend.layout_id, config.model.quantization])
+            ),
             kv_cache_groups=tuple(size.spec.groups),
         )
 
@@ -150,7 +152,7 @@ class Worker:
     def _build_model(self, backend: AttentionBackend, max_model_len: int) -> DecoderForCausalLM:
         """The model without its weights: pages that nobody has touched."""
         model_class = load_class(self.config.model_class)
-        return model_class(self.config.hf_config, backend, max_model_len)
+        return model_class(self.config.hf_config, backend, max_model_len, self.config.model.quantization)
 
     def _check_files(self, model: DecoderForCausalLM) -> loader.LoadPlan | None:
         """What will be read from where; None for made-up weights."""
@@ -195,7 +197,7 @@ class Worker:
         budget = memory.Budget(
             limit_bytes=self.platform.memory_limit_bytes(),
             available_bytes=self.platform.memory_available_bytes(),
-            weight_bytes=sum(torch.Size(weight.shape).numel() for weight in model.weights()) * dtype_bytes,
+            weight_bytes=sum(weight.num_bytes for weight in model.weights()),
             step_bytes=memory.step_bytes(config.hf_config, *limits, dtype_bytes),
             process_bytes=self.platform.process_memory_bytes(),
         )

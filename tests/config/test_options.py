@@ -35,9 +35,9 @@ def test_an_option_is_ours_or_refused_never_both():
 def test_a_value_that_asks_for_nothing_is_let_pass():
     assert asks_for_nothing("tensor_parallel_size", 1)
     assert asks_for_nothing("tensor_parallel_size", "1")
-    assert asks_for_nothing("quantization", None)
+    assert asks_for_nothing("lora_dtype", None)
     assert not asks_for_nothing("tensor_parallel_size", 2)
-    assert not asks_for_nothing("quantization", "awq")
+    assert not asks_for_nothing("lora_dtype", "auto")
 
 
 def test_on_a_command_line_only_the_words_of_the_option_are_ignored():

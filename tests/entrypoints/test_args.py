@@ -127,6 +127,12 @@ def test_a_misspelt_option_is_answered_with_the_nearest(capsys):
     assert line == "minivllm: error: unknown option --max-modle-len; did you mean --max-model-len?"
 
 
+@pytest.mark.parametrize("option", ["--quantization", "-q"])
+def test_a_quantization_that_is_not_served_is_refused_by_its_name(capsys, option: str):
+    line = last_line(capsys, option, "awq")
+    assert "--quantization" in line and "'awq'" in line and "int8" in line
+
+
 def test_an_abbreviated_option_is_refused(capsys):
     assert "--max-model-l;" in last_line(capsys, "--max-model-l", "5")
 
@@ -135,7 +141,7 @@ def test_an_abbreviated_option_is_refused(capsys):
     "args",
     [
         ["--tensor-parallel-size", "2"], ["--tensor_parallel_size=2"], ["-tp", "2"], ["--enable-lora"],
-        ["--compilation-config.mode", "3"], ["--quantization", "awq"], ["--tool-server", "demo"],
+        ["--compilation-config.mode", "3"], ["--lora-dtype", "auto"], ["--tool-server", "demo"],
     ],
 )  # fmt: skip
 def test_an_option_of_vllm_that_is_not_here_yet_is_refused_by_its_name(capsys, args: list[str]):
@@ -265,8 +271,8 @@ def test_a_keyword_of_vllm_that_is_not_here_yet_is_refused():
 
 
 def test_a_misspelt_variable_of_ours_is_answered_with_the_nearest(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("MINIVLLM_CPU_THREAD", "4")
-    with pytest.raises(ConfigError, match="MINIVLLM_CPU_THREAD is unknown; did you mean MINIVLLM_CPU_THREADS"):
+    monkeypatch.setenv("MINIVLLM_CPU_IS", "avx2")
+    with pytest.raises(ConfigError, match="MINIVLLM_CPU_IS is unknown; did you mean MINIVLLM_CPU_ISA"):
         validate_args(make_arg_parser().parse_args(["some/model"]))
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from minivllm.config.cpu import CpuConfig
 from minivllm.config.scheduler import SchedulerConfig
 from minivllm.exceptions import ConfigError
 from minivllm.executor.abstract import EXECUTORS, Executor, get_executor_class
@@ -168,7 +169,8 @@ def test_an_executor_that_was_never_started_has_nothing_to_end(executor_class: t
 @pytest.mark.skipif(native.lib is None, reason="no native extension here")
 def test_the_actor_asks_for_as_many_processors_as_the_kernels_use(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(native.lib, "num_threads", lambda: 7)  # as where a control group grants so much time
-    assert _num_cpus() == 7
+    assert _num_cpus(CpuConfig()) == 7
+    assert _num_cpus(CpuConfig(cpu_threads=3)) == 3
 
 
 def test_without_ray_the_message_is_the_command(monkeypatch):

@@ -50,19 +50,15 @@ def test_an_unknown_instruction_set_is_refused_by_name():
 
 
 @needs_kernels
-def test_the_variables_lower_the_instruction_set_and_set_the_threads():
-    result = import_native(MINIVLLM_CPU_ISA="avx2", MINIVLLM_CPU_THREADS="3")
-    assert result.stdout.split() == ["avx2", "3"], result.stderr
+def test_the_variable_lowers_the_instruction_set():
+    result = import_native(MINIVLLM_CPU_ISA="avx2")
+    assert result.stdout.split()[0] == "avx2", result.stderr
 
 
 @needs_kernels
-@pytest.mark.parametrize(
-    "name, value",
-    [("MINIVLLM_CPU_ISA", "avx9"), ("MINIVLLM_CPU_THREADS", "many"), ("MINIVLLM_CPU_THREADS", "0")],
-)
-def test_a_variable_that_cannot_be_parsed_is_an_error_that_names_it(monkeypatch, name, value):
-    monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError, match=f"{name}='{value}'"):
+def test_a_variable_that_cannot_be_parsed_is_an_error_that_names_it(monkeypatch):
+    monkeypatch.setenv("MINIVLLM_CPU_ISA", "avx9")
+    with pytest.raises(ConfigError, match="MINIVLLM_CPU_ISA='avx9'"):
         door._apply_environment(native.lib)
 
 

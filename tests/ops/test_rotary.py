@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from minivllm.ops import rotary
+from minivllm.ops import rms_norm, rotary
 from minivllm.ops.op import OpSpec
 
 MAX_POSITION = 64
@@ -76,3 +76,26 @@ def test_heads_narrower_than_the_rotation_are_refused():
 
 def test_the_kernel_is_preferred_on_a_cpu():
     assert rotary.rotary.select(OpSpec("cpu", torch.float16)) is rotary.cpu
+
+
+@pytest.mark.parametrize("head_dim", [16, 80, 128])
+@pytest.mark.parametrize("implementation", [rotary.cpu, rotary.reference])
+def test_heads_normed_on_the_way_equal_heads_normed_before(dtype, head_dim, implementation, assert_same_bits):
+    qkv = torch.randn(40, 8, head_dim).to(dtype)  # views of one, as a model has them
+    norms = rotary.HeadNorms(torch.rand(head_dim).to(dtype), torch.rand(head_dim).to(dtype), 1e-6)
+    positions = torch.randint(0, MAX_POSITION, (40,))
+    norm = rms_norm.cpu if implementation is rotary.cpu else rms_norm.reference
+    expected_q, expected_k = norm(qkv[:, :4], norms.q_weight, 1e-6), norm(qkv[:, 4:6], norms.k_weight, 1e-6)
+    implementation(positions, expected_q, expected_k, table(head_dim))
+    values = qkv[:, 6:].clone()
+    implementation(positions, qkv[:, :4], qkv[:, 4:6], table(head_dim), norms)
+    assert_same_bits(qkv[:, :4].contiguous(), expected_q)
+    assert_same_bits(qkv[:, 4:6].contiguous(), expected_k)
+    assert_same_bits(qkv[:, 6:].contiguous(), values)
+
+
+def test_a_norm_of_another_size_is_refused(dtype):
+    q, k = heads(3, 2, 16, dtype), heads(3, 1, 16, dtype)
+    norms = rotary.HeadNorms(torch.ones(8, dtype=dtype), torch.ones(16, dtype=dtype), 1e-6)
+    with pytest.raises(ValueError, match="q_weight"):
+        rotary.cpu(torch.zeros(3, dtype=torch.int64), q, k, table(16), norms)

@@ -3,8 +3,8 @@
 Seeded random schedules on the real worker with the native kernels: arrivals, chunk and batch sizes, pools so
 tight that requests are preempted, prefixes found in the cache, aborts of others, resends, one and two threads, one
 plan in flight or several, priorities and every rule of the scheduler drawn at random, logits processors of an operator's
-own; some requests have a grammar, some think first. For every instruction set this machine has, every dtype, fp8 and int8
-caches, and shapes with grouped heads, windows and several attention segments. `--walk-steps` is the number of engine
+own; some requests have a grammar, some think first. For every instruction set this machine has, every dtype, int8 weights, fp8
+and int8 caches, and shapes with grouped heads, windows and several attention segments. `--walk-steps` is the number of engine
 steps, all cases together.
 """
 
@@ -59,6 +59,7 @@ SHAPES = {
 CASES = [(shape, dtype, isa, "auto") for shape in SHAPES for dtype in DTYPES for isa in ISAS]
 CASES += [("grouped heads", "bfloat16", isa, kv_dtype) for isa in ISAS for kv_dtype in ("fp8", "int8")]
 CASES += [("long prompts", "bfloat16", "amx", "int8"), ("a window and biases", "float32", "avx512", "int8")]
+CASES += [(shape, "int8", isa, "auto") for shape in ("grouped heads", "a window and biases") for isa in ISAS]
 CASES = [case for case in CASES if case[2] in ISAS]
 MAX_TOKENS = 24
 LEAST_SCHEDULES = 8  # of each case, so hundreds in all
@@ -75,7 +76,9 @@ def engine(case: tuple[str, str, str, str], tmp_path: Path) -> Iterator[Engine]:
     shape, dtype, isa, kv_dtype = case
     isa_before, threads_before = native.lib.isa(), native.lib.num_threads()
     native.lib.set_isa(isa)
-    yield Engine(make_model(tmp_path, dtype=dtype, seed=3, **SHAPES[shape][0]), kv_cache_dtype=kv_dtype)
+    quantization = "int8" if dtype == "int8" else None
+    model = make_model(tmp_path, dtype="bfloat16" if quantization else dtype, seed=3, **SHAPES[shape][0])
+    yield Engine(model, quantization=quantization, kv_cache_dtype=kv_dtype)
     native.lib.set_isa(isa_before)
     native.lib.set_num_threads(threads_before)
 

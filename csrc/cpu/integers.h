@@ -1,0 +1,81 @@
+// Integer vectors for the int8 kernels: from floats and back, and products of 16-bit pairs. The rules of isa.h hold.
+#pragma once
+
+#include "isa.h"
+
+namespace minivllm::MINIVLLM_ISA {
+
+#if defined(__AVX512F__)
+
+// Bit i of the answer: a < b in lane i.
+MINIVLLM_INLINE uint32_t less_mask(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ); }
+
+// To the nearest whole number, ties to even; kLanes of them.
+MINIVLLM_INLINE void store_integers(int8_t* p, Vec x) {
+    _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x.v)));
+}
+MINIVLLM_INLINE void store_integers(int16_t* p, Vec x) {
+    _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(x.v)));
+}
+MINIVLLM_INLINE Vec load_integers(const int32_t* p) { return {_mm512_cvtepi32_ps(_mm512_loadu_si512(p))}; }
+
+// The sums of pairs: for 16 features of four k each, two of a feature side by side.
+struct Quads { __m512i low, high; };
+struct PairSums { __m512i low, high; };
+MINIVLLM_INLINE PairSums no_pairs() { return {_mm512_setzero_si512(), _mm512_setzero_si512()}; }
+MINIVLLM_INLINE Quads widen_quads(const int8_t* p) {
+    return {_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p)),
+            _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)(p + 32)))};
+}
+MINIVLLM_INLINE void add_pairs(PairSums& sums, const Quads& w, const int16_t* x) {
+    int64_t four;
+    std::memcpy(&four, x, 8);
+    const __m512i q = _mm512_set1_epi64(four);
+    sums.low = _mm512_add_epi32(sums.low, _mm512_madd_epi16(w.low, q));
+    sums.high = _mm512_add_epi32(sums.high, _mm512_madd_epi16(w.high, q));
+}
+
+#else
+
+MINIVLLM_INLINE uint32_t less_mask(Vec a, Vec b) {
+    return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)));
+}
+MINIVLLM_INLINE void store_integers(int16_t* p, Vec x) {
+    const __m256i whole = _mm256_cvtps_epi32(x.v);
+    const __m128i narrow = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+    _mm_storeu_si128((__m128i*)p, narrow);
+}
+MINIVLLM_INLINE void store_integers(int8_t* p, Vec x) {
+    const __m256i whole = _mm256_cvtps_epi32(x.v);
+    const __m128i narrow = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
+    _mm_storel_epi64((__m128i*)p, _mm_packs_epi16(narrow, narrow));
+}
+MINIVLLM_INLINE Vec load_integers(const int32_t* p) {
+    return {_mm256_cvtepi32_ps(_mm256_loadu_si256((const __m256i*)p))};
+}
+
+struct Quads { __m256i low, high; };
+struct PairSums { __m256i low, high; };
+MINIVLLM_INLINE PairSums no_pairs() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+MINIVLLM_INLINE Quads widen_quads(const int8_t* p) {
+    return {_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)),
+            _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)(p + 16)))};
+}
+MINIVLLM_INLINE void add_pairs(PairSums& sums, const Quads& w, const int16_t* x) {
+    int64_t four;
+    std::memcpy(&four, x, 8);
+    const __m256i q = _mm256_set1_epi64x(four);
+    sums.low = _mm256_add_epi32(sums.low, _mm256_madd_epi16(w.low, q));
+    sums.high = _mm256_add_epi32(sums.high, _mm256_madd_epi16(w.high, q));
+}
+
+#endif
+
+// The kLanes whole sums, in the order of the features.
+MINIVLLM_INLINE void fold_pairs(int32_t* to, const PairSums& sums) {
+    int32_t pairs[2 * kLanes];
+    std::memcpy(pairs, &sums, sizeof pairs);
+    for (int i = 0; i < kLanes; ++i) to[i] = pairs[2 * i] + pairs[2 * i + 1];
+}
+
+}  // namespace minivllm::MINIVLLM_ISA

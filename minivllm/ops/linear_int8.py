@@ -1,0 +1,88 @@
+"""Linear layers in int8, made from a checkpoint of floats as it is loaded.
+
+A weight has one scale for each output feature, x one for each row, found when it comes: symmetric, the largest
+magnitude is 127. The int32 sums are exact, so a row's bits depend neither on its batch nor on the instruction set.
+Rounding: float32(sum) × (row's scale × feature's scale) takes the place of the float32 sum of `ops/linear.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from minivllm.ops import native
+from minivllm.ops.linear import DenseLinear, PackedLinear, check_input, check_rows
+from minivllm.ops.op import Impl, Op, OpSpec
+
+MOST_IN_FEATURES = 1 << 17  # 2^17 products of 127² still fit an int32
+_LEAST_AMAX = 1e-30  # a row of less counts as zero: the reciprocal of its scale could overflow
+
+
+def quantise_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[M, K] of any float dtype -> whole numbers in [-127, 127] as float32 [M, K], scales float32 [M, 1].
+
+    x is about scale × q. The scale of a row that is not finite is NaN.
+    """
+    wide = x.float()
+    amax = wide.abs().amax(-1, keepdim=True) if x.shape[1] else wide.new_zeros(len(x), 1)
+    usable = amax.isfinite() & (amax >= _LEAST_AMAX)
+    reciprocal = torch.full_like(amax, 127.0) / torch.where(usable, amax, 127.0)  # 127.0 / x would round twice
+    q = (torch.where(usable, wide, 0) * reciprocal).round()
+    scale = torch.where(usable, amax / 127.0, torch.where(amax.isfinite(), 0.0, torch.nan))
+    return q, scale
+
+
+class DenseInt8Linear(DenseLinear):
+    """The specification."""
+
+    def __init__(self, out_features: int, in_features: int, dtype: torch.dtype, *, gated: bool = False) -> None:
+        """dtype: of x."""
+        super().__init__(out_features, in_features, dtype, gated=gated)
+        self._weight = torch.zeros(out_features, in_features, dtype=torch.int8)
+        self._scales = torch.zeros(out_features, 1)
+
+    @property
+    def nbytes(self) -> int:
+        return self._weight.nbytes + self._scales.nbytes
+
+    def load_rows(self, start: int, weight: torch.Tensor) -> None:
+        check_rows(self, start, weight)
+        rows = slice(start, start + weight.shape[0])
+        q, self._scales[rows] = quantise_rows(weight)
+        self._weight[rows] = q.to(torch.int8)
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """As the base class; dequantised."""
+        q = torch.nn.functional.embedding(ids, self._weight)
+        return (q.float() * self._scales[ids]).to(self.dtype)
+
+    def _sums(
+        self, x: torch.Tensor, bias: torch.Tensor | None, addend: torch.Tensor | None
+    ) -> torch.Tensor:
+        check_input(self, x, bias, addend)
+        q, row_scales = quantise_rows(x)
+        y = (q.double() @ self._weight.double().t()).float() * (row_scales * self._scales.t())
+        if addend is not None:
+            y = y + addend
+        return y if bias is None else y + bias.float()
+
+
+class PackedInt8Linear(PackedLinear):
+    """`DenseInt8Linear` in C++."""
+
+    def _make_format(self, *sizes: int) -> Any:
+        return native.lib.Int8LinearFormat(*sizes)
+
+
+def native_why_not(spec: OpSpec) -> str | None:
+    if spec.sizes.get("in_features", 0) > MOST_IN_FEATURES:
+        return f"{spec.sizes['in_features']} products could overflow an int32; {MOST_IN_FEATURES} cannot"
+    return native.why_not(spec)
+
+
+IMPLEMENTATIONS = [
+    Impl(PackedInt8Linear, why_not=native_why_not),
+    Impl(DenseInt8Linear),
+]
+int8_linear = Op("int8_linear", IMPLEMENTATIONS)
