@@ -2,8 +2,8 @@
 
     python benchmarks/async_scheduling.py [--server] [--model DIR] [--batch 1 64] [--rounds 7] [engine arguments …]
 
-Without --model the model in the box. Offline each engine core is a process of its own, as behind a server; with --server
-they are servers, under the load of `minivllm bench serve`. The median counts; the first round warms up.
+Without --model the model in the box. Offline each engine core is a process of its own, as behind a server; with
+--server they are servers, under the load of `minivllm bench serve`. The median counts; the first round warms up.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Offline(Engine):
         from minivllm.utils.argparse_utils import FlexibleArgumentParser
 
         parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
-        args = parser.parse_args(["--model", model, MODES[mode], *engine_args] if model else [MODES[mode], *engine_args])
+        args = parser.parse_args([*(["--model", model] if model else []), MODES[mode], *engine_args])
         self._llm = LLM.from_engine_args(EngineArgs.from_cli_args(args))
 
     def tokens_per_s(self, batch: int, output_len: int) -> float:
@@ -77,8 +77,9 @@ class Served(Engine):
     def tokens_per_s(self, batch: int, output_len: int) -> float:
         with tempfile.TemporaryDirectory() as directory:
             command = [sys.executable, "-m", "minivllm.entrypoints.cli.main", "bench", "serve", "--port", self._port]
-            command += ["--num-prompts", str(batch), "--input-len", "32", "--output-len", str(output_len), "--ignore-eos"]
-            command += ["--disable-tqdm", "--save-result", "--result-dir", directory, "--result-filename", "result.json"]
+            command += ["--num-prompts", str(batch), "--input-len", "32", "--output-len", str(output_len)]
+            command += ["--ignore-eos", "--disable-tqdm", "--save-result"]
+            command += ["--result-dir", directory, "--result-filename", "result.json"]
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
             return json.loads((Path(directory) / "result.json").read_text())["output_throughput"]
 

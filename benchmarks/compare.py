@@ -42,14 +42,14 @@ def free_port() -> int:
 
 def find_peers(args: argparse.Namespace, model: Path, streams: int) -> dict[str, Peer]:
     """Those that are installed, in the order they are asked for."""
-    found = {"ours": peers.ours(model, streams, []), "transformers": peers.transformers()}
-    found["ours-int8"] = peers.ours(model, streams, INT8, "ours-int8")
+    found = {"ours": peers.ours(model, []), "transformers": peers.transformers()}
+    found["ours-int8"] = peers.ours(model, INT8, "ours-int8")
     if args.vllm_python:
         found["vllm"] = peers.vllm(model, args.vllm_python)
     for kind in ("bf16", "q8_0"):
         gguf = (args.gguf_dir or model.parent) / f"{model.name}-{kind}.gguf"
         if args.llama_server and gguf.exists():
-            found[f"llama-{kind}"] = peers.llama(model, args.llama_server, gguf, streams, f"llama-{kind}")
+            found[f"llama-{kind}"] = peers.llama(args.llama_server, gguf, streams, f"llama-{kind}")
     return {name: found[name] for name in args.peers if name in found}
 
 

@@ -34,7 +34,7 @@ class Peer:
     env: dict[str, str] = field(default_factory=dict)
 
 
-def ours(model: Path, streams: int, extra: list[str], name: str = "ours") -> Peer:
+def ours(model: Path, extra: list[str], name: str = "ours") -> Peer:
     server = [sys.executable, "-m", "minivllm.entrypoints.openai.api_server", "--model", str(model)]
     server += ["--max-model-len", max_len(model), "--kv-cache-memory-bytes", str(KV_GIB << 30)]
     return Peer(name, [*server, *extra], [sys.executable])
@@ -65,7 +65,7 @@ def sys_prefix(python: str) -> str:
     return str(Path(python).parent.parent)
 
 
-def llama(model: Path, binary: str, gguf: Path, streams: int, name: str) -> Peer:
+def llama(binary: str, gguf: Path, streams: int, name: str) -> Peer:
     server = [binary, "-m", str(gguf), "-c", str(512 * streams), "-np", str(streams), "-t", str(os.cpu_count())]
     return Peer(name, [*server, "--cache-ram", "0"])
 

@@ -20,7 +20,6 @@ from minivllm.structured_output.grammar import GrammarError, to_grammar
 from minivllm.structured_output.vocabulary import Vocabulary
 from minivllm.utils.process import unblock_interrupts
 
-
 _MAX_LINE, _MAX_LINES = 160, 12  # of an error's text
 
 

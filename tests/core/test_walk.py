@@ -7,6 +7,7 @@ length of each walk.
 from __future__ import annotations
 
 import random
+
 import pytest
 
 from minivllm.messages.engine import EngineCoreRequest, FinishReason

@@ -69,7 +69,6 @@ NOT_YET: dict[str, Callable[[Any], bool]] = {
 }
 
 
-
 def _anything(value: Any) -> bool:
     return True
 
