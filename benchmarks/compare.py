@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -26,18 +25,12 @@ from pathlib import Path
 import floors
 import load
 import peers
-from peers import Peer, Server
+from peers import Peer, Server, free_port
 from roofline import Roofline, measure, table
 
 CELLS = ("start", "W1", "W2", "W3", "W4", "W5", "T1", "T64")
 OFFLINE = {"ours": "minivllm", "ours-int8": "minivllm", "vllm": "vllm", "transformers": "transformers"}
 INT8 = ["--quantization", "int8", "--kv-cache-dtype", "int8"]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((peers.HOST, 0))
-        return probe.getsockname()[1]
 
 
 def find_peers(args: argparse.Namespace, model: Path, streams: int) -> dict[str, Peer]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import glob
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -74,6 +75,12 @@ def transformers() -> Peer:
     return Peer("transformers", None, [sys.executable])
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return probe.getsockname()[1]
+
+
 def is_up(port: int) -> bool:
     try:
         return urllib.request.urlopen(f"http://{HOST}:{port}/health").status == 200
@@ -82,7 +89,7 @@ def is_up(port: int) -> bool:
 
 
 class Server:
-    """A running server of a peer. Use as a context; it is ended, and its children with it."""
+    """A running server of a peer. Use as a context, or `end` it: its children end with it."""
 
     def __init__(self, peer: Peer, port: int, log: Path) -> None:
         """Raises RuntimeError when it ends before it serves."""
@@ -114,6 +121,9 @@ class Server:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self.end()
+
+    def end(self) -> None:
         processes = self._processes()
         self._process.terminate()
         try:
