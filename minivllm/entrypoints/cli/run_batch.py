@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -16,23 +17,30 @@ import time
 import uuid
 from argparse import Namespace
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from minivllm.config.frontend import FrontendConfig
 from minivllm.entrypoints.openai.cli_args import make_arg_parser, validate_args
 from minivllm.exceptions import ConfigError
 from minivllm.logger import configure, init_logger
-from minivllm.utils.argparse_utils import FlexibleArgumentParser
+from minivllm.utils.argparse_utils import FlexibleArgumentParser, default_of
 
 logger = init_logger(__name__)
 
 URLS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
+OF_A_LISTENER = frozenset(
+    """
+    uds api_server_count ssl_keyfile ssl_certfile ssl_ca_certs enable_ssl_refresh ssl_cert_reqs ssl_ciphers
+    h11_max_incomplete_event_size h11_max_header_count sse_keep_alive_interval shutdown_timeout
+    uvicorn_log_level disable_uvicorn_access_log disable_access_log_for_endpoints
+    """.split()
+)
 NUM_TRIES = 5  # of an upload, which may fail while a long batch must not be lost
 _NUM_WAITING = 2  # requests handed to the engine for each it can run at once
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class BatchLine:
     custom_id: str
     url: str
@@ -54,7 +62,16 @@ def make_parser() -> FlexibleArgumentParser:
     return parser
 
 
+def check_no_listening(args: Namespace) -> None:
+    """Raises ConfigError when an option is given that only a server which listens could heed."""
+    for field in dataclasses.fields(FrontendConfig):
+        if field.name in OF_A_LISTENER and getattr(args, field.name) != default_of(field):
+            option = field.name.replace("_", "-")
+            raise ConfigError(f"--{option} is for a server, and run-batch answers a file; leave it out")
+
+
 def run(args: Namespace) -> None:
+    check_no_listening(args)
     validate_args(args)
     configure("RunBatch", args.log_level, config_file=args.log_config_file)
     lines = read_lines(_read(args.input_file))
@@ -213,12 +230,12 @@ def _write(args: Namespace, text: str) -> None:
 def _upload(url: str, text: str) -> None:
     import httpx
 
-    for attempt in range(NUM_TRIES):
+    for attempt in range(1, NUM_TRIES + 1):
         try:
             httpx.put(url, content=text.encode(), timeout=600).raise_for_status()
             return
         except httpx.HTTPError as error:
-            reason = error
-            logger.warning("upload %d of at most %d failed: %s", attempt + 1, NUM_TRIES, error)
-            time.sleep(2**attempt)
-    raise ConfigError(f"--output-file {url} cannot be written: {reason}")
+            logger.warning("upload %d of at most %d failed: %s", attempt, NUM_TRIES, error)
+            if attempt == NUM_TRIES:
+                raise ConfigError(f"--output-file {url} cannot be written: {error}") from error
+        time.sleep(2 ** (attempt - 1))
