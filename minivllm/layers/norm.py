@@ -8,23 +8,18 @@ import torch
 
 from minivllm.layers.weight import Weight, weight_of
 from minivllm.ops.op import OpSpec
-from minivllm.ops.rms_norm import add_rms_norm, rms_norm
+from minivllm.ops.rms_norm import rms_norm
 
 
 class RMSNorm:
     def __init__(self, size: int, eps: float, *, dtype: torch.dtype, device: str) -> None:
         self.weight = torch.empty(size, dtype=dtype, device=device)
         self.eps = eps
-        spec = OpSpec(device, dtype, {"size": size})
-        self._norm, self._add_norm = rms_norm.select(spec), add_rms_norm.select(spec)
+        self._norm = rms_norm.select(OpSpec(device, dtype, {"size": size}))
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., size] -> the same shape."""
         return self._norm(x, self.weight, self.eps)
-
-    def add(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """Add x to `residual` in place and normalise the sum."""
-        return self._add_norm(x, residual, self.weight, self.eps)
 
     def weights(self) -> Iterator[Weight]:
         yield weight_of("weight", self.weight)
