@@ -22,12 +22,13 @@ def select_backend(spec: AttentionSpec) -> AttentionBackend:
     reasons = []
     for target in _BACKENDS:
         module, _, name = target.partition(":")
-        backend = getattr(importlib.import_module(module), name)
-        reason = backend.why_not(spec)
+        backend_class = getattr(importlib.import_module(module), name)
+        reason = backend_class.why_not(spec)
         if reason is None:
+            backend = backend_class(spec)
             logger.info("attention backend: %s, layout %s", backend.name, backend.layout_id)
-            return backend(spec)
-        reasons.append(f"{backend.name} ({reason})")
+            return backend
+        reasons.append(f"{backend_class.name} ({reason})")
     raise ConfigError(
         f"no attention backend fits this model: {', '.join(reasons)}; serve a model of another shape"
     )
