@@ -9,12 +9,18 @@ from minivllm.attention.backend import AttentionBackend, ForwardContext
 
 class Attention:
     def __init__(
-        self, layer_index: int, backend: AttentionBackend, *, sliding_window: int | None = None
+        self,
+        layer_index: int,
+        backend: AttentionBackend,
+        *,
+        sliding_window: int | None = None,
+        scale: float | None = None,
     ) -> None:
+        """scale: of the scores; None is 1 / sqrt(head_dim)."""
         self.layer_index = layer_index
         self.sliding_window = sliding_window
         self._backend = backend
-        self._scale = backend.spec.head_dim**-0.5
+        self._scale = backend.spec.head_dim**-0.5 if scale is None else scale
 
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ctx: ForwardContext

@@ -2,8 +2,8 @@
 
 Seeded random schedules on the real worker with the native kernels: arrivals, chunk and batch sizes, pools so
 tight that requests are preempted, prefixes found in the cache, aborts of others, resends, one and two threads. For
-every instruction set this machine has, every dtype, and shapes with grouped heads, windows and several
-attention segments. `--walk-steps` is the number of engine steps, all cases together.
+every instruction set this machine has, every dtype, and shapes with grouped heads, windows, windows beside full
+attention and several attention segments. `--walk-steps` is the number of engine steps, all cases together.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from make_random_model import make_model
 
 from minivllm.messages.engine import EngineCoreRequest
+from minivllm.messages.kv_cache import blocks_of_request, has_null_block
 from minivllm.ops import native
 from minivllm.ops.op import OpSpec
 from tests.properties.engine import Answer, Engine, Run, make_subjects, resend
@@ -45,6 +46,11 @@ SHAPES = {
         },
         SHORT,
         [7, 32, 50, 100, 333, 2048],
+    ),
+    "windows and full layers": (
+        {"arch": "gemma3", "num_layers": 5, "sliding_window_pattern": 3, "sliding_window": 40, "head_dim": 32},
+        SHORT,
+        [17, 40, 64, 150, 700],
     ),
     "long prompts": (
         {"arch": "llama3", "head_dim": 32, "num_kv_heads": 1, "tie_word_embeddings": False},
@@ -108,7 +114,8 @@ class Walk:
     def _scheduler(self):
         pick = self.random
         budget = pick.choice(self.budgets)
-        least = -(-self.max_model_len // 32)
+        groups = self.engine.ready.kv_cache_groups
+        least = blocks_of_request(groups, self.max_model_len, budget, 32) + has_null_block(groups)
         return self.engine.scheduler(
             max_num_batched_tokens=budget,
             max_num_seqs=min(budget, pick.choice([1, 3, 8, 16, 16])),
