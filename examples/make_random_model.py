@@ -157,6 +157,7 @@ class Shape:
     sliding_window: int | None
     attention_bias: bool
     sliding_window_pattern: int
+    first_window_layer: int
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -198,6 +199,7 @@ def make_model(
     sliding_window: int | None = None,
     attention_bias: bool | None = None,
     sliding_window_pattern: int = 6,
+    first_window_layer: int = 0,
     config_style: str = "classic",
     text: str = DEFAULT_TEXT,
 ) -> Path:
@@ -206,7 +208,7 @@ def make_model(
     rope_parameters: as transformers 5 names them ({"rope_type": ..., "rope_theta": ..., ...}); None is the
     family's own, which for "llama3" includes its scaling. config_style: "classic" (torch_dtype, rope_theta,
     rope_scaling) or "v5" (dtype, rope_parameters). sliding_window_pattern: gemma3 alone; of so many layers, the last
-    has no window. text: what the tokenizer is trained on.
+    has no window. first_window_layer: qwen2 and qwen3, with a sliding_window. text: what the tokenizer is trained on.
 
     Raises:
         ValueError: sizes that do not fit together, or a name that is not known.
@@ -230,6 +232,7 @@ def make_model(
         sliding_window=sliding_window,
         attention_bias=family.has_bias if attention_bias is None else attention_bias,
         sliding_window_pattern=sliding_window_pattern,
+        first_window_layer=first_window_layer,
     )
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -301,7 +304,7 @@ def _sliding_window_keys(shape: Shape) -> dict[str, Any]:
     if shape.family.model_type in ("qwen2", "qwen3"):
         on = shape.sliding_window is not None
         # Layers from `max_window_layers` on have the window.
-        first = 0 if on else shape.num_layers
+        first = shape.first_window_layer if on else shape.num_layers
         return {"use_sliding_window": on, "sliding_window": shape.sliding_window, "max_window_layers": first}
     if shape.family.model_type == "gemma3_text":
         return {"sliding_window": shape.sliding_window or 32}

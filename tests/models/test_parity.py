@@ -45,6 +45,9 @@ CASES: dict[str, dict[str, Any]] = {
     "mistral with a window": {"arch": "mistral", "sliding_window": 40},
     "qwen2": {"arch": "qwen2"},
     "qwen2 with a window": {"arch": "qwen2", "sliding_window": 40, "config_style": "v5"},
+    "qwen2 with windows on some layers": {
+        "arch": "qwen2", "sliding_window": 40, "num_layers": 5, "first_window_layer": 2,
+    },
     "qwen3": {"arch": "qwen3"},
     "qwen3 with biases": {"arch": "qwen3", "attention_bias": True},
     "qwen3 in shards": {"arch": "qwen3", "num_shards": 3, "tie_word_embeddings": False, "config_style": "v5"},
