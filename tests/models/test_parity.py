@@ -151,7 +151,8 @@ def test_a_cached_prefix_gives_what_a_cold_one_does(case: Case, whole: list[Answ
 
 
 def test_a_preempted_request_continues_with_the_same_tokens(case: Case, whole: list[Answer]):
-    loop = Loop(case.path, num_gpu_blocks_override=8, enable_prefix_caching=False)
+    num_groups = len(Loop(case.path).ready.kv_cache_groups)
+    loop = Loop(case.path, num_gpu_blocks_override=8 * num_groups, enable_prefix_caching=False)
     prompts = [
         prompt[:62] for prompt in case.prompts if len(prompt) >= 62
     ] * 3  # three blocks each, in the end
