@@ -17,6 +17,10 @@
 #include "cpu/dispatch.h"
 #include "cpu/thread_pool.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace minivllm {
 
 static BindRegistrar* first_registrar = nullptr;
@@ -35,6 +39,12 @@ static std::vector<std::string> supported_isas() {
     return names;
 }
 
+static void advise_huge_pages(uintptr_t address, size_t bytes) {
+#if defined(__linux__)
+    madvise(ptr<void>(address), bytes, MADV_HUGEPAGE);  // advice: where there are none, all works without
+#endif
+}
+
 }  // namespace minivllm
 
 NB_MODULE(_native, m) {
@@ -49,5 +59,6 @@ NB_MODULE(_native, m) {
           "Use nothing above this instruction set; no error if the processor has less.");
     m.def("num_threads", &num_threads, "Threads that share a kernel's work, the calling one included.");
     m.def("set_num_threads", &set_num_threads, nb::arg("n"), release_gil);
+    m.def("advise_huge_pages", &advise_huge_pages, nb::arg("address"), nb::arg("bytes"));
     BindRegistrar::bind_all(m);
 }

@@ -116,6 +116,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_kv_heads": 4, "head_dim": 32, "vocab_size": 4096, "max_position_embeddings": 4096,
         "dtype": "bfloat16",
     },
+    # Small enough that what is not a kernel is most of a step's cost: for measuring that.
+    "tiny-llama": {
+        "arch": "llama", "hidden_size": 256, "intermediate_size": 688, "num_layers": 4, "num_heads": 4,
+        "num_kv_heads": 2, "head_dim": 64, "vocab_size": 32000, "max_position_embeddings": 4096,
+        "dtype": "bfloat16",
+    },
     "qwen3-0.6b": {
         "arch": "qwen3", "hidden_size": 1024, "intermediate_size": 3072, "num_layers": 28, "num_heads": 16,
         "num_kv_heads": 8, "head_dim": 128, "vocab_size": 151936, "max_position_embeddings": 40960,

@@ -2,29 +2,31 @@
 #include "activation.h"
 
 #include "isa.h"
+#include "silu.h"
 #include "thread_pool.h"
 
 namespace minivllm::MINIVLLM_ISA {
 namespace {
 
+// act(gate) * up, for each of the activations: act is rounded to T before the product.
 struct Silu {
-    static MINIVLLM_INLINE Vec of(Vec x) { return x / (set1(1.0f) + exp(zero() - x)); }
+    template <class T> static MINIVLLM_INLINE Vec mul(Vec gate, Vec up) { return silu_mul<T>(gate, up); }
 };
 
 // x/2 (1 + tanh u) with u = √(2/π) (x + 0.044715 x³); and (1 + tanh u) / 2 = 1 / (1 + e^(-2u)).
 struct GeluTanh {
-    static MINIVLLM_INLINE Vec of(Vec x) {
-        const Vec minus_2u = x * fma(x * x, set1(-0.0713548163f), set1(-1.59576912f));
-        return x / (set1(1.0f) + exp(minus_2u));
+    template <class T> static MINIVLLM_INLINE Vec mul(Vec gate, Vec up) {
+        const Vec minus_2u = gate * fma(gate * gate, set1(-0.0713548163f), set1(-1.59576912f));
+        return rounded<T>(gate / (set1(1.0f) + exp(minus_2u))) * up;
     }
 };
 
 template <class Act, class T>
 void gated_mul_row(T* out, const T* gate, const T* up, int64_t n) {
     int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) store(out + i, rounded<T>(Act::of(load(gate + i))) * load(up + i));
+    for (; i + kLanes <= n; i += kLanes) store(out + i, Act::template mul<T>(load(gate + i), load(up + i)));
     if (const int rest = int(n - i); rest > 0)
-        store_partial(out + i, rounded<T>(Act::of(load_partial(gate + i, rest))) * load_partial(up + i, rest), rest);
+        store_partial(out + i, Act::template mul<T>(load_partial(gate + i, rest), load_partial(up + i, rest)), rest);
 }
 
 template <class Act>

@@ -21,10 +21,11 @@ static void check_request(const Attention& a, int64_t b, int64_t num_tokens, int
     if (begin > end || end > num_tokens)
         throw std::out_of_range(at("query_start_loc", b + 1, end) + " is below its predecessor or above the " +
                                 std::to_string(num_tokens) + " query rows");
-    if (seq_len < end - begin || seq_len > max_blocks * a.block_size)
+    const int64_t block_size = a.layout.block_size;
+    if (seq_len < end - begin || seq_len > max_blocks * block_size)
         throw std::out_of_range(at("seq_lens", b, seq_len) + " is below the request's " + std::to_string(end - begin) +
                                 " query rows or above the " + std::to_string(max_blocks) + " blocks of its table");
-    for (int64_t i = 0; i * a.block_size < seq_len; ++i) {
+    for (int64_t i = 0; i * block_size < seq_len; ++i) {
         const int64_t block = a.block_table[b * a.block_table_stride + i];
         if (block < 0 || block >= num_blocks)
             throw std::out_of_range("request " + std::to_string(b) + ": " + at("block_table", i, block) +
@@ -32,11 +33,30 @@ static void check_request(const Attention& a, int64_t b, int64_t num_tokens, int
     }
 }
 
-static void paged_attention(uintptr_t out, uintptr_t q, uintptr_t kv_cache, uintptr_t block_table, uintptr_t seq_lens,
-                            uintptr_t query_start_loc, int dtype, std::array<int64_t, 3> q_shape,
-                            std::array<int64_t, 2> q_strides, std::array<int64_t, 3> cache_shape,
-                            std::array<int64_t, 2> table_shape, int64_t block_table_stride, float scale,
-                            int64_t sliding_window) {
+static void check_group(const Attention& a, int64_t g) {
+    const int64_t begin = a.group_starts[g], end = a.group_starts[g + 1], len = a.shared_lens[g];
+    if (begin < 0 || begin > end || end > a.num_members)
+        throw std::out_of_range(at("group_starts", g + 1, end) + " is below its predecessor or above the " +
+                                std::to_string(a.num_members) + " members");
+    if (len <= 0 || len % kStep != 0)
+        throw std::invalid_argument(at("shared_lens", g, len) + " is not a positive multiple of " + std::to_string(kStep));
+    for (int64_t m = begin; m < end; ++m) {
+        const int64_t b = a.members[m];
+        if (b < 0 || b >= a.num_reqs) throw std::out_of_range(at("members", m, b) + " is no request of the batch");
+        if (a.query_start_loc[b + 1] - a.query_start_loc[b] != 1 || a.seq_lens[b] < len)
+            throw std::invalid_argument(at("members", m, b) + " has not one query row behind the shared " +
+                                        std::to_string(len) + " tokens");
+    }
+}
+
+// seq: block_table, seq_lens, query_start_loc; groups: members, group_starts, shared_lens (0 where there are none);
+// extras: sinks, alibi (0 where there are none).
+static void paged_attention(uintptr_t out, uintptr_t q, uintptr_t kv_cache, std::array<uintptr_t, 3> seq, int dtype,
+                            int kv_type, std::array<int64_t, 3> q_shape, std::array<int64_t, 2> q_strides,
+                            std::array<int64_t, 3> cache_shape, std::array<int64_t, 2> table_shape,
+                            int64_t block_table_stride, std::array<float, 3> scales, int64_t sliding_window,
+                            float softcap, std::array<uintptr_t, 2> extras, std::array<uintptr_t, 3> groups,
+                            std::array<int64_t, 2> group_sizes) {
     const auto [num_tokens, num_heads, head_dim] = q_shape;
     const auto [num_blocks, num_kv_heads, block_size] = cache_shape;
     const auto [num_reqs, max_blocks] = table_shape;
@@ -44,28 +64,40 @@ static void paged_attention(uintptr_t out, uintptr_t q, uintptr_t kv_cache, uint
         throw std::invalid_argument("head_dim " + std::to_string(head_dim) + " is not a multiple of 16");
     if (block_size % kKvTile != 0)
         throw std::invalid_argument("block size " + std::to_string(block_size) + " is not a multiple of 32");
-    if (num_heads % num_kv_heads != 0)
+    if (num_heads % num_kv_heads != 0 || num_heads / num_kv_heads > 64)
         throw std::invalid_argument(std::to_string(num_heads) + " query heads cannot share " +
-                                    std::to_string(num_kv_heads) + " key-value heads evenly");
-    const Attention a{ptr<void>(out),
-                      ptr<const void>(q),
-                      ptr<const void>(kv_cache),
-                      ptr<const int32_t>(block_table),
-                      ptr<const int32_t>(seq_lens),
-                      ptr<const int32_t>(query_start_loc),
-                      DType(dtype),
-                      num_heads,
-                      head_dim,
-                      q_strides[0],
-                      q_strides[1],
-                      num_kv_heads,
-                      block_size,
-                      num_reqs,
-                      block_table_stride,
-                      scale,
-                      sliding_window > 0 ? sliding_window : std::numeric_limits<int64_t>::max()};
+                                    std::to_string(num_kv_heads) + " key-value heads evenly, at most 64 each");
+    Attention a{};
+    a.out = ptr<void>(out);
+    a.q = ptr<const void>(q);
+    a.kv_cache = ptr<const char>(kv_cache);
+    a.layout = {KvType(kv_type), num_kv_heads, head_dim, block_size};
+    a.block_table = ptr<const int32_t>(seq[0]);
+    a.seq_lens = ptr<const int32_t>(seq[1]);
+    a.query_start_loc = ptr<const int32_t>(seq[2]);
+    a.dtype = DType(dtype);
+    a.num_heads = num_heads;
+    a.q_token_stride = q_strides[0];
+    a.q_head_stride = q_strides[1];
+    a.num_reqs = num_reqs;
+    a.block_table_stride = block_table_stride;
+    a.scale = scales[0];
+    a.k_scale = scales[1];
+    a.v_scale = scales[2];
+    a.sliding_window = sliding_window > 0 ? sliding_window : std::numeric_limits<int64_t>::max();
+    a.softcap = softcap;
+    a.sinks = ptr<const float>(extras[0]);
+    a.alibi = ptr<const float>(extras[1]);
+    if (sliding_window <= 0) {  // windows differ from row to row, and are short
+        a.num_groups = group_sizes[0];
+        a.num_members = group_sizes[1];
+        a.members = ptr<const int32_t>(groups[0]);
+        a.group_starts = ptr<const int32_t>(groups[1]);
+        a.shared_lens = ptr<const int32_t>(groups[2]);
+    }
     if (a.query_start_loc[0] < 0) throw std::out_of_range(at("query_start_loc", 0, a.query_start_loc[0]) + " is negative");
     for (int64_t b = 0; b < num_reqs; ++b) check_request(a, b, num_tokens, num_blocks, max_blocks);
+    for (int64_t g = 0; g < a.num_groups; ++g) check_group(a, g);
     const int64_t row_bytes = num_heads * head_dim * size_of(a.dtype);
     const int64_t begin = a.query_start_loc[0], end = a.query_start_loc[num_reqs];  // rows of no request are zero
     std::memset(a.out, 0, size_t(begin * row_bytes));

@@ -53,13 +53,16 @@ static Isa detect() {
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return Isa::none;
     const unsigned state = saved_state();
     const bool ymm = (state & 0x6) == 0x6, zmm = (state & 0xe6) == 0xe6, tiles = (state & 0x60000) == 0x60000;
+    const bool vbmi = bit(c, 1);
     const bool avx512 = bit(b, 16) && bit(b, 17) && bit(b, 30) && bit(b, 31);  // F, DQ, BW, VL
     if (!(ymm && bit(b, 5))) return Isa::none;
     if (!(zmm && avx512)) return Isa::avx2;
 #ifdef MINIVLLM_BUILD_AMX
-    if (tiles && bit(d, 24) && bit(d, 22) && request_tile_registers()) return Isa::amx;
+    const bool amx = tiles && vbmi && bit(d, 24) && bit(d, 22);
+    if (amx && __get_cpuid_count(7, 1, &a, &b, &c, &d) && bit(a, 5) && request_tile_registers()) return Isa::amx;
 #else
     (void)tiles;
+    (void)vbmi;
 #endif
     return Isa::avx512;
 }

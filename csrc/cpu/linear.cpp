@@ -17,6 +17,7 @@ constexpr int kVectors = kLanes == 16 ? 4 : 2;
 
 struct FmaLayout {
     static constexpr int64_t kPanel = kVectors * kLanes, kStep = 1;
+    static constexpr bool kHasFastPack = false;
     static MINIVLLM_INLINE int64_t offset(int64_t column, int64_t k) { return k * kPanel + column; }
 };
 
@@ -38,20 +39,18 @@ void fma_tile(float* sums, const float* x, int64_t stride, const W* panel, int64
         for (int v = 0; v < kVectors; ++v) store(sums + r * FmaLayout::kPanel + v * kLanes, acc[r][v]);
 }
 
-// A block's rows times one panel, whose first column is `column`, a tile at a time and on to the output.
+// A block's rows times one panel, a tile at a time and on to the output.
 template <class W>
-void multiply_panel(const LinearCall& call, const Block<float>& block, int64_t first_row, const W* panel,
-                    int64_t column) {
+void multiply_panel(const PanelEnd<kVectors>& panel_end, const Block<float>& block, int64_t first_row,
+                    const W* panel) {
     constexpr int64_t kPanel = FmaLayout::kPanel;
     static constexpr decltype(&fma_tile<W, 1>) kTiles[] = {&fma_tile<W, 1>, &fma_tile<W, 2>, &fma_tile<W, 3>,
                                                            &fma_tile<W, 4>, &fma_tile<W, 5>, &fma_tile<W, 6>};
     alignas(64) float sums[kTileRows * kPanel];
-    alignas(64) float bias[kPanel];
-    load_bias(bias, call, column, kPanel);
     for (int64_t row = 0; row < block.num_rows; row += kTileRows) {
         const int64_t rows = block.num_rows - row < kTileRows ? block.num_rows - row : kTileRows;
         kTiles[rows - 1](sums, block.rows + row * block.stride, block.stride, panel, block.k);
-        finish_tile(call, sums, kPanel, bias, first_row + row, rows, column, kPanel);
+        panel_end.finish(FloatSums{sums, kPanel, kLanes}, first_row + row, rows);
     }
 }
 
@@ -77,12 +76,13 @@ struct FmaKernel {
         const int64_t size = panel_elements<Layout>(call.k);
         for (int64_t p = first_panel; p < end_panel; ++p) {
             const T* panel = static_cast<const T*>(call.packed) + p * size;
+            const PanelEnd<kVectors> panel_end(call, p);
             if (std::is_same_v<T, float> || block.num_rows <= 2 * kRows) {
-                multiply_panel(call, block, first_row, panel, p * Layout::kPanel);
+                multiply_panel(panel_end, block, first_row, panel);
             } else {  // widened once, not once for every tile; exact, so the bits are the same
                 float* wide = static_cast<float*>(thread_scratch(1, size * sizeof(float)));
                 convert_row(wide, panel, size, size);
-                multiply_panel(call, block, first_row, wide, p * Layout::kPanel);
+                multiply_panel(panel_end, block, first_row, wide);
             }
         }
     }
@@ -100,11 +100,11 @@ MINIVLLM_INLINE void with_layout(DType dtype, const F& fn) {
     });
 }
 
-int64_t packed_bytes(DType dtype, int64_t n, int64_t k) {
+int64_t packed_bytes(DType dtype, int64_t n, int64_t k, bool interleaved) {
     int64_t bytes = 0;
     with_layout(dtype, [&](auto layout, auto tag) {
         using Layout = decltype(layout);
-        const int64_t num_panels = round_up(n, Layout::kPanel) / Layout::kPanel;
+        const int64_t num_panels = Features{n, interleaved}.template num_panels<Layout>();
         bytes = num_panels * panel_elements<Layout>(k) * int64_t(sizeof(typename decltype(tag)::type));
     });
     return bytes;

@@ -7,7 +7,15 @@
 
 namespace minivllm {
 
-// y[m][n] = Σ_k x[m][k]·w[n][k] + bias[n]. Rows contiguous; strides in elements.
+// What becomes of the float32 sums of a linear layer. Values are rounded to the output's type where the separate
+// operations would round them, so that fused and separate give the same bits.
+enum class Epilogue : int {
+    store = 0,         // out = sum
+    add_residual = 1,  // out += sum
+    silu_mul = 2,      // out = silu(gate) * up, of a weight whose first n/2 rows are the gate's, packed interleaved
+};
+
+// y[m][n] = Σ_k x[m][k]·w[n][k] + addend[m][n] + bias[n], then the epilogue. Rows contiguous; strides in elements.
 struct LinearCall {
     DType dtype;  // of x and of the packed weight
     int64_t m, n, k;
@@ -16,21 +24,26 @@ struct LinearCall {
     const void* packed;
     const void* bias;  // [n], or null
     DType bias_dtype;
-    void* out;  // [m, n] contiguous
+    const float* addend;  // [m, n], or null
+    int64_t addend_stride;
+    Epilogue epilogue;
+    void* out;  // [m, n]; with silu_mul [m, n / 2]
     DType out_dtype;
+    int64_t out_stride;
 };
 
 // Rows [start, start + rows) of a weight, to be packed.
 struct WeightRows {
     DType dtype;  // of the packed weight
-    int64_t k, start, rows;
+    int64_t n, k, start, rows;
     const void* source;
     DType source_dtype;
     int64_t source_stride;
+    bool interleaved;  // for silu_mul
 };
 
 struct LinearKernels {
-    int64_t (*packed_bytes)(DType dtype, int64_t n, int64_t k);
+    int64_t (*packed_bytes)(DType dtype, int64_t n, int64_t k, bool interleaved);
     void (*load_rows)(void* packed, const WeightRows& rows);
     void (*gather_rows)(DType dtype, void* out, const void* packed, int64_t k, const int64_t* ids, int64_t num_ids);
     void (*multiply)(const LinearCall& call);

@@ -9,14 +9,14 @@ namespace minivllm {
 // How one weight matrix is packed: its sizes, and the instruction set that was in use when it was made, which
 // stays the one that reads it.
 struct LinearFormat {
-    LinearFormat(int dtype, int64_t n, int64_t k)
-        : kernels(linear_kernels()), dtype(DType(dtype)), n(n), k(k),
-          nbytes(kernels.packed_bytes(DType(dtype), n, k)) {}
+    LinearFormat(int dtype, int64_t n, int64_t k, bool interleaved)
+        : kernels(linear_kernels()), dtype(DType(dtype)), n(n), k(k), interleaved(interleaved),
+          nbytes(kernels.packed_bytes(DType(dtype), n, k, interleaved)) {}
 
     void load_rows(uintptr_t packed, int64_t start, uintptr_t source, int source_dtype, int64_t source_stride,
                    int64_t rows) const {
-        kernels.load_rows(ptr<void>(packed), {dtype, k, start, rows, ptr<const void>(source), DType(source_dtype),
-                                              source_stride});
+        kernels.load_rows(ptr<void>(packed), {dtype, n, k, start, rows, ptr<const void>(source), DType(source_dtype),
+                                              source_stride, interleaved});
     }
 
     void gather_rows(uintptr_t out, uintptr_t packed, uintptr_t ids, int64_t num_ids) const {
@@ -28,20 +28,25 @@ struct LinearFormat {
         kernels.gather_rows(dtype, ptr<void>(out), ptr<const void>(packed), k, rows, num_ids);
     }
 
-    void multiply(uintptr_t out, int out_dtype, uintptr_t x, int64_t x_stride, int64_t m, uintptr_t packed,
-                  uintptr_t bias, int bias_dtype) const {
+    void multiply(uintptr_t out, int out_dtype, int64_t out_stride, int epilogue, uintptr_t x, int64_t x_stride,
+                  int64_t m, uintptr_t packed, uintptr_t bias, int bias_dtype, uintptr_t addend,
+                  int64_t addend_stride) const {
         kernels.multiply({dtype, m, n, k, ptr<const void>(x), x_stride, ptr<const void>(packed),
-                          ptr<const void>(bias), DType(bias_dtype), ptr<void>(out), DType(out_dtype)});
+                          ptr<const void>(bias), DType(bias_dtype), ptr<const float>(addend), addend_stride,
+                          Epilogue(epilogue), ptr<void>(out), DType(out_dtype), out_stride});
     }
 
     const LinearKernels& kernels;
     DType dtype;
-    int64_t n, k, nbytes;
+    int64_t n, k;
+    bool interleaved;
+    int64_t nbytes;
 };
 
 MINIVLLM_BIND(linear, m) {
     nb::class_<LinearFormat>(m, "LinearFormat")
-        .def(nb::init<int, int64_t, int64_t>(), nb::arg("dtype"), nb::arg("out_features"), nb::arg("in_features"))
+        .def(nb::init<int, int64_t, int64_t, bool>(), nb::arg("dtype"), nb::arg("out_features"),
+             nb::arg("in_features"), nb::arg("interleaved"))
         .def_ro("nbytes", &LinearFormat::nbytes)
         .def("load_rows", &LinearFormat::load_rows, release_gil)
         .def("gather_rows", &LinearFormat::gather_rows, release_gil)

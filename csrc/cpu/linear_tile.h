@@ -1,5 +1,5 @@
-// What the two families of linear kernels (fused multiply-add, AMX) share: panels, packing, the loop over blocks
-// of rows, and the step from float32 sums to the output. Included by linear.cpp only; see isa.h.
+// What the families of linear kernels (fused multiply-add, AMX) share: panels, packing, the loop over blocks of
+// rows, and the step from sums to the output. Included by linear.cpp only; see isa.h.
 //
 // A packed weight is a row of panels; a panel holds `Layout::kPanel` output features, all of K, in the order the
 // kernel reads it. Where an element lies depends on its own (n, k) alone, so rows can be packed in any order.
@@ -9,25 +9,69 @@
 
 #include "isa.h"
 #include "linear.h"
+#include "silu.h"
 #include "thread_pool.h"
 
 namespace minivllm::MINIVLLM_ISA {
 namespace {
 
 constexpr int64_t kBlockBytes = 1 << 20;          // of x: half of a core's L2, so that a block stays while panels pass
+constexpr int64_t kMaxBlockRows = 512;            // and its sums with it
 constexpr int64_t kMultipliesPerThread = 1 << 16;  // below this, waking another thread costs more than it saves
+constexpr int64_t kLargeOutputBytes = 8 << 20;     // more than stays in the cores' own caches
+constexpr int64_t kPiecesPerThread = 8;            // a thread that is held up leaves its later pieces to the others
 
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// ---- where features lie ----
+
+// Output features lie in the panels in vectors of kLanes. With `interleaved`, vectors of the weight's first and
+// second half alternate, so that a gate and its up meet in one panel.
+struct Features {
+    int64_t n;
+    bool interleaved;
+
+    int64_t half() const { return interleaved ? n / 2 : n; }
+    int64_t num_vectors() const { return round_up(half(), kLanes) / kLanes * (interleaved ? 2 : 1); }
+    template <class Layout>
+    int64_t num_panels() const {
+        return round_up(num_vectors() * kLanes, Layout::kPanel) / Layout::kPanel;
+    }
+    // The first feature of a vector.
+    int64_t first(int64_t vector) const {
+        return interleaved ? vector / 2 * kLanes + vector % 2 * half() : vector * kLanes;
+    }
+    // Features in a vector: kLanes, or fewer (none) at the end of a half.
+    int64_t count(int64_t vector) const {
+        const int64_t left = half() - (interleaved ? vector / 2 : vector) * kLanes;
+        return left < 0 ? 0 : left < kLanes ? left : kLanes;
+    }
+    int64_t vector_of(int64_t feature) const {
+        if (!interleaved) return feature / kLanes;
+        return feature < half() ? feature / kLanes * 2 : (feature - half()) / kLanes * 2 + 1;
+    }
+};
 
 template <class Layout>
 int64_t panel_elements(int64_t k) {
     return Layout::kPanel * round_up(k, Layout::kStep);
 }
 
+// ---- packing ----
+
+// Converts n elements and adds zeros up to `padded`.
+template <class A, class X>
+MINIVLLM_INLINE void convert_row(A* to, const X* from, int64_t n, int64_t padded) {
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) store(to + i, load(from + i));
+    for (; i < n; ++i) to[i] = from_float<A>(to_float(from[i]));
+    for (; i < padded; ++i) to[i] = from_float<A>(0.0f);
+}
+
 // Packs columns [first, last) of one panel from rows of S. K is padded with zeros to the layout's step: the
 // padding of x is zero too, but 0 × (whatever was there) need not be.
 template <class Layout, class W, class S>
-void pack_panel(W* panel, const S* source, int64_t source_stride, int64_t first, int64_t last, int64_t k) {
+void pack_columns(W* panel, const S* source, int64_t source_stride, int64_t first, int64_t last, int64_t k) {
     constexpr int64_t kBlock = 256;  // a block of a panel stays in cache while its columns are written
     const int64_t padded = round_up(k, Layout::kStep);
     for (int64_t begin = 0; begin < padded; begin += kBlock) {
@@ -45,21 +89,41 @@ void pack_panel(W* panel, const S* source, int64_t source_stride, int64_t first,
     }
 }
 
+// Calls fn(panel, first column, last column, first source row) for the vectors that the rows fill, in parallel.
+template <class Layout, class F>
+void for_vectors_of_rows(const WeightRows& rows, const F& fn) {
+    const Features features{rows.n, rows.interleaved};
+    constexpr int64_t kVectors = Layout::kPanel / kLanes;
+    auto pack_range = [&](int64_t start, int64_t end) {  // within one half
+        if (start >= end) return;
+        const int64_t first = features.vector_of(start), step = rows.interleaved ? 2 : 1;
+        const int64_t count = (features.vector_of(end - 1) - first) / step + 1;
+        parallel_for(count, 1, [&](int64_t begin_vector, int64_t end_vector) {
+            for (int64_t i = begin_vector; i < end_vector; ++i) {
+                const int64_t vector = first + i * step, base = features.first(vector);
+                const int64_t from = start > base ? start - base : 0;
+                const int64_t to = end - base < kLanes ? end - base : kLanes;
+                const int64_t column = vector % kVectors * kLanes;
+                fn(vector / kVectors, column + from, column + to, base + from - rows.start);
+            }
+        });
+    };
+    const int64_t end = rows.start + rows.rows, half = features.half();
+    pack_range(rows.start, end < half ? end : half);
+    pack_range(rows.start > half ? rows.start : half, end);
+}
+
 template <class Layout, class W>
 void load_rows(void* packed, const WeightRows& rows) {
-    const int64_t first_panel = rows.start / Layout::kPanel;
-    const int64_t end = rows.start + rows.rows;
     with_dtype(rows.source_dtype, [&](auto tag) {
         using S = typename decltype(tag)::type;
-        parallel_for((end - 1) / Layout::kPanel - first_panel + 1, 1, [&](int64_t begin_panel, int64_t end_panel) {
-            for (int64_t p = first_panel + begin_panel; p < first_panel + end_panel; ++p) {
-                const int64_t base = p * Layout::kPanel;
-                const int64_t first = rows.start > base ? rows.start - base : 0;
-                const int64_t last = end - base < Layout::kPanel ? end - base : Layout::kPanel;
-                const S* source = static_cast<const S*>(rows.source) + (base + first - rows.start) * rows.source_stride;
-                pack_panel<Layout>(static_cast<W*>(packed) + p * panel_elements<Layout>(rows.k), source,
-                                   rows.source_stride, first, last, rows.k);
+        for_vectors_of_rows<Layout>(rows, [&](int64_t panel, int64_t first, int64_t last, int64_t row) {
+            W* to = static_cast<W*>(packed) + panel * panel_elements<Layout>(rows.k);
+            const S* source = static_cast<const S*>(rows.source) + row * rows.source_stride;
+            if constexpr (Layout::kHasFastPack) {
+                if (last - first == kLanes) return Layout::pack(to, source, rows.source_stride, first, rows.k);
             }
+            pack_columns<Layout>(to, source, rows.source_stride, first, last, rows.k);
         });
     });
 }
@@ -75,49 +139,109 @@ void gather_rows(void* out, const void* packed, int64_t k, const int64_t* ids, i
     });
 }
 
+// ---- from sums to the output ----
+
+// float32 sums of some rows and one panel: vector v of row r lies at data + r·row_stride + v·vector_stride.
+struct FloatSums {
+    const float* data;
+    int64_t row_stride, vector_stride;
+    MINIVLLM_INLINE Vec at(int64_t r, int64_t v) const { return load(data + r * row_stride + v * vector_stride); }
+};
+
+MINIVLLM_INLINE Vec load_up_to(const float* p, int64_t n) { return n == kLanes ? load(p) : load_partial(p, int(n)); }
+template <class T>
+MINIVLLM_INLINE Vec load_up_to(const T* p, int64_t n) { return n == kLanes ? load(p) : load_partial(p, int(n)); }
+template <class T>
+MINIVLLM_INLINE void store_up_to(T* p, Vec x, int64_t n) { n == kLanes ? store(p, x) : store_partial(p, x, int(n)); }
+
+// A whole vector past the caches: a large output would be fetched into them, line by line, only to be overwritten.
+template <class T>
+MINIVLLM_INLINE void store_past_caches(T* p, Vec x) {
+    alignas(64) T lanes[kLanes];
+    store(lanes, x);
+    constexpr int kBytes = kLanes * int(sizeof(T));
+    if constexpr (kBytes >= 32)
+        for (int i = 0; i < kBytes; i += 32)
+            _mm256_stream_si256((__m256i*)((char*)p + i), _mm256_load_si256((const __m256i*)((char*)lanes + i)));
+    else _mm_stream_si128((__m128i*)p, _mm_load_si128((const __m128i*)lanes));
+}
+
+// What is added to the sums of one panel: the bias, in float32, zeros where there is none; and where the panel's
+// vectors belong.
+template <int kVectors>
+struct PanelEnd {
+    const LinearCall& call;
+    int64_t first[kVectors], count[kVectors];  // features of each vector
+    alignas(64) float bias[kVectors * kLanes];
+    const bool past_caches;
+
+    PanelEnd(const LinearCall& call, int64_t panel) : call(call), past_caches(is_past_caches(call)) {
+        const Features features{call.n, call.epilogue == Epilogue::silu_mul};
+        for (int v = 0; v < kVectors; ++v) {
+            first[v] = features.first(panel * kVectors + v);
+            count[v] = features.count(panel * kVectors + v);
+        }
+        for (float& b : bias) b = 0.0f;
+        if (call.bias == nullptr) return;
+        with_dtype(call.bias_dtype, [&](auto tag) {
+            using B = typename decltype(tag)::type;
+            for (int v = 0; v < kVectors; ++v)
+                for (int64_t i = 0; i < count[v]; ++i)
+                    bias[v * kLanes + i] = to_float(static_cast<const B*>(call.bias)[first[v] + i]);
+        });
+    }
+
+    template <class Sums>
+    MINIVLLM_INLINE Vec value(const Sums& sums, int64_t r, int v, int64_t row) const {
+        Vec x = sums.at(r, v);
+        if (call.addend != nullptr) x = x + load_up_to(call.addend + row * call.addend_stride + first[v], count[v]);
+        return x + load(bias + v * kLanes);
+    }
+
+    // Rows [0, num_rows) of the sums are rows row, row + 1, … of the output.
+    template <class Sums>
+    void finish(const Sums& sums, int64_t row, int64_t num_rows) const {
+        with_dtype(call.out_dtype, [&](auto tag) {
+            using Y = typename decltype(tag)::type;
+            for (int64_t r = 0; r < num_rows; ++r)
+                finish_row(sums, r, row + r, static_cast<Y*>(call.out) + (row + r) * call.out_stride);
+        });
+    }
+
+    template <class Sums, class Y>
+    MINIVLLM_INLINE void finish_row(const Sums& sums, int64_t r, int64_t row, Y* out) const {
+        if (call.epilogue == Epilogue::silu_mul) {
+            if constexpr (kVectors % 2 == 0)
+                for (int v = 0; v < kVectors && count[v] > 0; v += 2) {
+                    const Vec gate = rounded<Y>(value(sums, r, v, row)), up = rounded<Y>(value(sums, r, v + 1, row));
+                    store_up_to(out + first[v], silu_mul<Y>(gate, up), count[v]);
+                }
+            return;
+        }
+        for (int v = 0; v < kVectors && count[v] > 0; ++v) {
+            Vec x = value(sums, r, v, row);
+            if (call.epilogue == Epilogue::add_residual)
+                x = load_up_to(out + first[v], count[v]) + rounded<Y>(x);
+            if (past_caches && count[v] == kLanes) store_past_caches(out + first[v], x);
+            else store_up_to(out + first[v], x, count[v]);
+        }
+    }
+
+    static bool is_past_caches(const LinearCall& call) {
+        const int64_t size = size_of(call.out_dtype), row_bytes = call.out_stride * size;
+        return call.epilogue == Epilogue::store && call.m * row_bytes >= kLargeOutputBytes && row_bytes % 64 == 0 &&
+               reinterpret_cast<uintptr_t>(call.out) % 64 == 0;
+    }
+};
+
+// ---- the loop over blocks of rows ----
+
 // Rows of x in the type, and with the padding of K, that a kernel reads.
 template <class A>
 struct Block {
     const A* rows;
     int64_t num_rows, stride, k;  // k includes the padding
 };
-
-// Converts n elements of x and adds zeros up to `padded`.
-template <class A, class X>
-MINIVLLM_INLINE void convert_row(A* to, const X* from, int64_t n, int64_t padded) {
-    int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) store(to + i, load(from + i));
-    for (; i < n; ++i) to[i] = from_float<A>(to_float(from[i]));
-    for (; i < padded; ++i) to[i] = from_float<A>(0.0f);
-}
-
-// The bias of one panel in float32, zeros where there is none.
-inline void load_bias(float* bias, const LinearCall& call, int64_t first, int64_t width) {
-    for (int64_t i = 0; i < width; ++i) bias[i] = 0.0f;
-    if (call.bias == nullptr) return;
-    with_dtype(call.bias_dtype, [&](auto tag) {
-        using B = typename decltype(tag)::type;
-        for (int64_t i = 0; i < width && first + i < call.n; ++i)
-            bias[i] = to_float(static_cast<const B*>(call.bias)[first + i]);
-    });
-}
-
-// Adds the bias to a tile of sums and rounds once, into out[row..][column..]; columns beyond n are dropped.
-inline void finish_tile(const LinearCall& call, const float* sums, int64_t sums_stride, const float* bias, int64_t row,
-                        int64_t num_rows, int64_t column, int64_t width) {
-    const int64_t columns = call.n - column < width ? call.n - column : width;
-    with_dtype(call.out_dtype, [&](auto tag) {
-        using Y = typename decltype(tag)::type;
-        for (int64_t r = 0; r < num_rows; ++r) {
-            Y* out = static_cast<Y*>(call.out) + (row + r) * call.n + column;
-            const float* in = sums + r * sums_stride;
-            int64_t i = 0;
-            for (; i + kLanes <= columns; i += kLanes) store(out + i, load(in + i) + load(bias + i));
-            if (const int rest = int(columns - i); rest > 0)
-                store_partial(out + i, load_partial(in + i, rest) + load_partial(bias + i, rest), rest);
-        }
-    });
-}
 
 // Kernel::prepare(call, first_row, num_rows) for blocks of rows that fit in L2, then
 // Kernel::run(call, block, first_row, first_panel, end_panel), panels split over threads. Each output is one
@@ -128,15 +252,20 @@ void multiply_blocks(const LinearCall& call) {
     using A = typename Kernel::A;
     using Layout = typename Kernel::Layout;
     const int64_t padded = round_up(call.k, Layout::kStep);
-    const int64_t fitting = kBlockBytes / (padded * int64_t(sizeof(A))) / Kernel::kRows * Kernel::kRows;
-    const int64_t block_rows = fitting > Kernel::kRows ? fitting : Kernel::kRows;
-    const int64_t num_panels = round_up(call.n, Layout::kPanel) / Layout::kPanel;
+    int64_t block_rows = kBlockBytes / (padded * int64_t(sizeof(A))) / Kernel::kRows * Kernel::kRows;
+    if (block_rows < Kernel::kRows) block_rows = Kernel::kRows;
+    if (block_rows > kMaxBlockRows) block_rows = kMaxBlockRows / Kernel::kRows * Kernel::kRows;
+    const int64_t num_panels = Features{call.n, call.epilogue == Epilogue::silu_mul}.template num_panels<Layout>();
     for (int64_t first = 0; first < call.m; first += block_rows) {
         const int64_t rows = call.m - first < block_rows ? call.m - first : block_rows;
         const Block<A> block = Kernel::prepare(call, first, rows);
-        const int64_t grain = 1 + kMultipliesPerThread / (rows * padded * Layout::kPanel);
-        parallel_for(num_panels, grain,
-                     [&](int64_t begin, int64_t end) { Kernel::run(call, block, first, begin, end); });
+        const int64_t least = 1 + kMultipliesPerThread / (rows * padded * Layout::kPanel);
+        const int64_t piece = num_panels / (num_threads() * kPiecesPerThread);
+        parallel_pieces(num_panels, piece > least ? piece : least,
+                        [&](int64_t begin, int64_t end) {
+                            Kernel::run(call, block, first, begin, end);
+                            _mm_sfence();  // of what went past the caches
+                        });
     }
 }
 

@@ -107,12 +107,41 @@ Peak best_perturbed(const SampledRow& row, const float* x, int64_t n, int64_t be
     return best;
 }
 
-void gumbel_argmax(int64_t* out, const Logits& logits, const float* temperature, const uint64_t* seeds,
-                   const uint64_t* positions, uint32_t purpose) {
+// Each row's peak, and whether a token can be drawn from it: `chunk_peaks` and `chunk_sound` hold one of each chunk.
+void find_peaks(const Chunks& chunks, Peak* chunk_peaks, uint8_t* chunk_sound, Peak* rows, uint8_t* broken) {
+    parallel_tasks(chunks.count(), [&](int64_t i) {
+        Vec most = set1(-kInfinity);
+        uint32_t below_infinity = kAllLanes;  // false for a NaN too
+        for_vectors(chunks.data(i), chunks.size(i), [&](Vec v, int64_t) {
+            below_infinity &= lanes_less(v, set1(kInfinity));
+            most = max(v, most);
+        });
+        const float value = reduce_max(most);
+        chunk_peaks[i] = {value, chunks.begin(i) + first_index_of(value, chunks.data(i), chunks.size(i))};
+        chunk_sound[i] = below_infinity == kAllLanes;
+    });
+    for (int64_t i = 0; i < chunks.count(); ++i) {
+        const int64_t r = chunks.row(i);
+        const bool is_first = i % chunks.per_row() == 0;
+        if (is_first || beats(chunk_peaks[i], rows[r])) rows[r] = chunk_peaks[i];
+        broken[r] = (is_first ? 0 : broken[r]) | !chunk_sound[i];
+    }
+    for (int64_t r = 0; r < chunks.num_rows; ++r) broken[r] |= rows[r].value == -kInfinity;
+}
+
+void gumbel_argmax(int64_t* out, uint8_t* broken, const Logits& logits, const float* temperature,
+                   const uint64_t* seeds, const uint64_t* positions, uint32_t purpose) {
     const Chunks chunks{logits.data, logits.num_rows, logits.vocab_size, logits.row_stride};
-    auto* peaks = static_cast<Peak*>(thread_scratch(0, size_t(chunks.count() + logits.num_rows) * sizeof(Peak)));
+    const size_t num_peaks = size_t(chunks.count() + logits.num_rows);
+    auto* peaks = static_cast<Peak*>(thread_scratch(0, num_peaks * sizeof(Peak) + size_t(chunks.count())));
     Peak* rows = peaks + chunks.count();
-    find_peaks(chunks, peaks, rows);
+    find_peaks(chunks, peaks, reinterpret_cast<uint8_t*>(peaks + num_peaks), rows, broken);
+    bool any_sampled = false;
+    for (int64_t r = 0; r < logits.num_rows; ++r) any_sampled |= temperature[r] > 0;
+    if (!any_sampled) {
+        for (int64_t r = 0; r < logits.num_rows; ++r) out[r] = rows[r].index;
+        return;
+    }
     auto row_of = [&](int64_t r) {
         return SampledRow{{{uint32_t(seeds[r]), uint32_t(seeds[r] >> 32)},
                            uint32_t(positions[r]), uint32_t(positions[r] >> 32), purpose}, temperature[r]};

@@ -13,8 +13,9 @@ struct Logits {
 };
 
 struct SamplingKernels {
-    void (*gumbel_argmax)(int64_t* out, const Logits& logits, const float* temperature, const uint64_t* seeds,
-                          const uint64_t* positions, uint32_t purpose);
+    // broken: 1 for a row no token can be drawn from, as nonfinite_rows says.
+    void (*gumbel_argmax)(int64_t* out, uint8_t* broken, const Logits& logits, const float* temperature,
+                          const uint64_t* seeds, const uint64_t* positions, uint32_t purpose);
     // log_ratio: per row, how far below the maximum min_p lets a logit lie; -inf for off.
     void (*top_k_top_p_min_p)(const Logits& logits, const int32_t* top_k, const float* top_p, const float* log_ratio);
     void (*nonfinite_rows)(uint8_t* out, const Logits& logits);  // 1 for a row no token can be drawn from

@@ -15,9 +15,10 @@ static Logits logits_at(uintptr_t data, Shape shape, int64_t row_stride) {
 }
 
 MINIVLLM_BIND(sampling, m) {
-    m.def("gumbel_argmax", [](uintptr_t out, uintptr_t logits, uintptr_t temperature, uintptr_t seeds,
-                              uintptr_t positions, Shape shape, int64_t row_stride, uint32_t purpose) {
-        sampling_kernels().gumbel_argmax(ptr<int64_t>(out), logits_at(logits, shape, row_stride),
+    m.def("gumbel_argmax", [](uintptr_t out, uintptr_t broken, uintptr_t logits, uintptr_t temperature,
+                              uintptr_t seeds, uintptr_t positions, Shape shape, int64_t row_stride,
+                              uint32_t purpose) {
+        sampling_kernels().gumbel_argmax(ptr<int64_t>(out), ptr<uint8_t>(broken), logits_at(logits, shape, row_stride),
                                          ptr<const float>(temperature), ptr<const uint64_t>(seeds),
                                          ptr<const uint64_t>(positions), purpose);
     }, release_gil);

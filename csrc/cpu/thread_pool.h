@@ -37,6 +37,22 @@ void parallel_for(int64_t n, int64_t grain, const F& fn) {
     }, &context);
 }
 
+// Splits [0, n) into ranges of `piece`, in ascending order, and calls fn(begin, end) for each; a thread that is done
+// takes the next. For work that is worth sharing out anew when a thread is held up.
+template <class F>
+void parallel_pieces(int64_t n, int64_t piece, const F& fn) {
+    if (n <= 0) return;
+    const int64_t pieces = (n + piece - 1) / piece;
+    const int parts = pieces < num_threads() ? int(pieces) : num_threads();
+    if (parts <= 1) return fn(int64_t(0), n);
+    struct Context { const F& fn; int64_t n, piece; std::atomic<int64_t> next; } context{fn, n, piece, {0}};
+    run_on_threads(parts, [](void* p, int) {
+        Context& c = *static_cast<Context*>(p);
+        for (int64_t i; (i = c.next.fetch_add(c.piece, std::memory_order_relaxed)) < c.n;)
+            c.fn(i, i + c.piece < c.n ? i + c.piece : c.n);
+    }, &context);
+}
+
 // Calls fn(i) for each i in [0, n); a thread that is done takes the next. For work whose items differ in cost.
 template <class F>
 void parallel_tasks(int64_t n, const F& fn) {

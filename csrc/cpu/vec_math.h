@@ -87,6 +87,10 @@ MINIVLLM_INLINE UVec uload(const uint32_t* p) { return {_mm512_loadu_si512(p)}; 
 MINIVLLM_INLINE UVec operator+(UVec a, UVec b) { return {_mm512_add_epi32(a.v, b.v)}; }
 MINIVLLM_INLINE UVec operator-(UVec a, UVec b) { return {_mm512_sub_epi32(a.v, b.v)}; }
 MINIVLLM_INLINE UVec operator^(UVec a, UVec b) { return {_mm512_xor_si512(a.v, b.v)}; }
+MINIVLLM_INLINE UVec operator&(UVec a, UVec b) { return {_mm512_and_si512(a.v, b.v)}; }
+MINIVLLM_INLINE UVec operator|(UVec a, UVec b) { return {_mm512_or_si512(a.v, b.v)}; }
+MINIVLLM_INLINE UVec to_integers(Vec a) { return {_mm512_cvtps_epi32(a.v)}; }
+MINIVLLM_INLINE void store_bytes(uint8_t* p, UVec a) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(a.v)); }
 template <int n> MINIVLLM_INLINE UVec shift_right(UVec a) { return {_mm512_srli_epi32(a.v, n)}; }
 template <int n> MINIVLLM_INLINE UVec shift_right_signed(UVec a) { return {_mm512_srai_epi32(a.v, n)}; }
 template <int n> MINIVLLM_INLINE UVec shift_left(UVec a) { return {_mm512_slli_epi32(a.v, n)}; }
@@ -111,6 +115,13 @@ MINIVLLM_INLINE UVec uload(const uint32_t* p) { return {_mm256_loadu_si256((cons
 MINIVLLM_INLINE UVec operator+(UVec a, UVec b) { return {_mm256_add_epi32(a.v, b.v)}; }
 MINIVLLM_INLINE UVec operator-(UVec a, UVec b) { return {_mm256_sub_epi32(a.v, b.v)}; }
 MINIVLLM_INLINE UVec operator^(UVec a, UVec b) { return {_mm256_xor_si256(a.v, b.v)}; }
+MINIVLLM_INLINE UVec operator&(UVec a, UVec b) { return {_mm256_and_si256(a.v, b.v)}; }
+MINIVLLM_INLINE UVec operator|(UVec a, UVec b) { return {_mm256_or_si256(a.v, b.v)}; }
+MINIVLLM_INLINE UVec to_integers(Vec a) { return {_mm256_cvtps_epi32(a.v)}; }
+MINIVLLM_INLINE void store_bytes(uint8_t* p, UVec a) {  // of numbers below 256
+    const __m128i halves = _mm_packus_epi32(_mm256_castsi256_si128(a.v), _mm256_extracti128_si256(a.v, 1));
+    _mm_storel_epi64((__m128i*)p, _mm_packus_epi16(halves, halves));
+}
 template <int n> MINIVLLM_INLINE UVec shift_right(UVec a) { return {_mm256_srli_epi32(a.v, n)}; }
 template <int n> MINIVLLM_INLINE UVec shift_right_signed(UVec a) { return {_mm256_srai_epi32(a.v, n)}; }
 template <int n> MINIVLLM_INLINE UVec shift_left(UVec a) { return {_mm256_slli_epi32(a.v, n)}; }

@@ -61,14 +61,4 @@ inline int64_t first_index_of(float value, const float* x, int64_t n) {
     return 0;
 }
 
-// Each row's peak. `chunk_peaks` holds one of each chunk; `rows` one of each row.
-inline void find_peaks(const Chunks& chunks, Peak* chunk_peaks, Peak* rows) {
-    parallel_tasks(chunks.count(), [&](int64_t i) {
-        const float value = largest(chunks.data(i), chunks.size(i));
-        chunk_peaks[i] = {value, chunks.begin(i) + first_index_of(value, chunks.data(i), chunks.size(i))};
-    });
-    for (int64_t i = 0; i < chunks.count(); ++i)
-        if (i % chunks.per_row() == 0 || beats(chunk_peaks[i], rows[chunks.row(i)])) rows[chunks.row(i)] = chunk_peaks[i];
-}
-
 }  // namespace minivllm::MINIVLLM_ISA

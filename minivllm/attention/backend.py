@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from minivllm.ops.paged_attention import Options
+
 
 @dataclass(frozen=True)
 class AttentionSpec:
@@ -20,8 +22,9 @@ class AttentionSpec:
     num_kv_heads: int
     head_dim: int
     block_size: int  # tokens
-    dtype: torch.dtype
+    dtype: torch.dtype  # of queries, keys and values as the layers make them
     device: str
+    kv_cache_dtype: str = "auto"  # what the cache stores, as the backend names it; auto: the same
 
 
 @dataclass(frozen=True)
@@ -60,14 +63,17 @@ class AttentionBackend(ABC):
     def why_not(cls, spec: AttentionSpec) -> str | None:
         """None, or the reason this backend cannot serve the spec."""
 
-    @abstractmethod
-    def kv_cache_shape(self, num_blocks: int) -> tuple[int, ...]:
-        """The shape of one layer's cache; its first dimension is the block."""
-
     @property
+    @abstractmethod
     def block_bytes(self) -> int:
         """Bytes of one block in one layer, keys and values together."""
-        return torch.Size(self.kv_cache_shape(1)).numel() * self.spec.dtype.itemsize
+
+    @abstractmethod
+    def new_kv_cache(self, num_blocks: int) -> torch.Tensor:
+        """One layer's cache: its first dimension is the block, and a block's bytes are contiguous.
+
+        Memory that is not written yet is not taken yet.
+        """
 
     @abstractmethod
     def build_metadata(self, step: StepInputs) -> Any:
@@ -82,11 +88,10 @@ class AttentionBackend(ABC):
         kv_cache: torch.Tensor,
         metadata: Any,
         *,
-        scale: float,
-        sliding_window: int | None,
+        options: Options,
     ) -> torch.Tensor:
         """Write k and v to the cache, then attend.
 
         q: [T, num_heads, head_dim]; k, v: [T, num_kv_heads, head_dim]; all may be strided views.
-        Returns [T, num_heads, head_dim].
+        Returns [T, num_heads, head_dim], which the next call may overwrite.
         """

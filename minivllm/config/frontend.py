@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,21 @@ class FrontendConfig:
     """TLS: cipher list for TLS 1.2, in OpenSSL's format."""
     chat_template: str | None = None
     """File with, or text of, the Jinja chat template; default: the tokenizer's."""
+    chat_template_content_format: Literal["auto", "string", "openai"] = "auto"
+    """What templates get as a message's content: its text, or OpenAI's list of parts; auto: what the template reads."""
+    trust_request_chat_template: bool = False
+    """Take chat templates from requests; they are rendered in a process of their own, with little time and memory."""
+    default_chat_template_kwargs: dict[str, Any] | None = None
+    """Variables for the chat template, a JSON object; a request's chat_template_kwargs win."""
+    enable_auto_tool_choice: bool = False
+    """Let the model call tools when it likes (tool_choice auto); needs --tool-call-parser."""
+    tool_call_parser: str | None = None
+    """How the model writes calls of tools: deepseek_v3, glm45, granite, hermes, kimi_k2, llama3_json, llama4_pythonic,
+    mistral, openai, phi4_mini_json, pythonic, qwen3_coder, or a plug-in's name."""
+    tool_parser_plugin: str = ""
+    """Python file that registers parsers: minivllm.tool_parsers.registry.TOOL_PARSERS.register(NAME)."""
+    exclude_tools_when_tool_choice_none: bool = False
+    """Leave tools out of the prompt when tool_choice is none."""
     response_role: str = "assistant"
     """Role of the answer in chat."""
     root_path: str | None = None

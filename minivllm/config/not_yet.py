@@ -11,7 +11,7 @@ NOT_YET = frozenset(
     """
     additional_config aggregate_engine_logging all2all_backend allow_deprecated_quantization
     allowed_local_media_path allowed_media_domains anthropic_disabled_thinking_effort api_server_count
-    async_scheduling attention_backend attention_config aux_output_config chat_template_content_format
+    async_scheduling attention_backend attention_config aux_output_config
     code_revision cohere_format cohere_is_reasoning_model collect_detailed_traces compilation_config config
     config_format convert cp_kv_cache_interleave_size cpu_distributed_timeout_seconds cpu_offload_gb
     cpu_offload_params cudagraph_capture_sizes cudagraph_metrics custom_histogram_buckets data_parallel_address
@@ -19,35 +19,35 @@ NOT_YET = frozenset(
     data_parallel_rank data_parallel_rpc_port data_parallel_size data_parallel_size_local
     data_parallel_start_rank data_parallel_supervisor_port dbo_decode_token_threshold
     dbo_prefill_token_threshold dcp_comm_backend dcp_kv_cache_interleave_size dcp_q_replicate
-    decode_context_parallel_size default_chat_template_kwargs default_mm_loras device device_ids
-device_memory_utilization diffusion_config disable_cascade_attn
+    decode_context_parallel_size default_mm_loras device device_ids
+    device_memory_utilization diffusion_config disable_cascade_attn
     disable_chunked_mm_input disable_custom_all_reduce disable_log_requests
     disable_nccl_for_dp_synchronization disable_sliding_window distributed_timeout_seconds
     dp_supervisor_probe_failure_threshold dp_supervisor_probe_interval_s dp_supervisor_probe_timeout_s
-    dp_sync_interval ec_manager_config ec_transfer_config elastic_ep_max_dp_size enable_auto_tool_choice
+    dp_sync_interval ec_manager_config ec_transfer_config elastic_ep_max_dp_size
     enable_batch_sharded_sampling enable_cumem_allocator enable_dbo enable_elastic_ep enable_ep_weight_filter
     enable_eplb enable_expert_parallel enable_fault_tolerance enable_flash_late_interaction
-    enable_flashinfer_autotune enable_hc_sp enable_layerwise_nvtx_tracing 
+    enable_flashinfer_autotune enable_hc_sp enable_layerwise_nvtx_tracing
     enable_logging_iteration_details enable_lora enable_mamba_cache_stochastic_rounding
     enable_mamba_shared_prefix_checkpoint enable_mfu_metrics enable_mixed_moe_lora_format enable_mm_embeds
     enable_moe_shared_loras enable_nccl_comm_suspend enable_offline_docs enable_per_request_metrics
     enable_prompt_adapter enable_prompt_embeds enable_reasoning
-    enable_return_routed_experts enable_scale_out 
-    enable_shm_tensor_arena enable_sleep_mode 
+    enable_return_routed_experts enable_scale_out
+    enable_shm_tensor_arena enable_sleep_mode
     enable_tower_connector_lora enable_trace_replay engram_config eplb_config
-    exclude_tools_when_tool_choice_none expert_placement_strategy fail_on_environ_validation
+    expert_placement_strategy fail_on_environ_validation
     fault_tolerance_config fingerprint_mode fingerprint_value fully_sharded_loras gdn_prefill_backend grpc
     grpc_port guided_decoding_backend headless hf_config_path
     hf_token ignore_patterns interleave_mm_strings io_processor_plugin ir_op_priority jit_monitor_mode
-    jit_monitor_verbose kda_decode_backend kda_prefill_backend kernel_config kv_cache_dtype
+    jit_monitor_verbose kda_decode_backend kda_prefill_backend kernel_config
     kv_cache_dtype_skip_layers kv_cache_metrics kv_cache_metrics_sample kv_offloading_backend
     kv_offloading_size kv_sharing_fast_prefill kv_transfer_config language_model_only limit_mm_per_prompt
     linear_backend logging_config
     long_prefill_token_threshold_adaptive lora_dtype lora_modules lora_target_modules mamba_backend
     mamba_block_size mamba_cache_dtype mamba_cache_mode mamba_cache_philox_rounds mamba_ssm_cache_dtype
-    mamba_ssu_algorithm master_addr master_port max_cpu_loras max_cudagraph_capture_size 
+    mamba_ssu_algorithm master_addr master_port max_cpu_loras max_cudagraph_capture_size
     max_lora_cls_labels max_lora_rank max_loras
-    max_num_scheduled_tokens max_parallel_loading_workers max_seq_len_to_capture media_io_kwargs 
+    max_num_scheduled_tokens max_parallel_loading_workers max_seq_len_to_capture media_io_kwargs
     mm_device_do_normalize mm_encoder_attn_backend mm_encoder_attn_dtype mm_encoder_fp8_scale_path
     mm_encoder_fp8_scale_save_margin mm_encoder_fp8_scale_save_path mm_encoder_only mm_encoder_tp_mode
     mm_hasher_algorithm mm_ipc_gpu_memory_gb mm_processor_cache_gb mm_processor_cache_type mm_processor_device
@@ -63,10 +63,10 @@ device_memory_utilization diffusion_config disable_cascade_attn
     safetensors_prefetch_block_size safetensors_prefetch_num_threads scheduler_cls
     show_hidden_metrics_for_version skip_mm_profiling sleep_mode_offload_cudagraph
     sleep_preserve_parameter_names sparse_indexer_topk_backend spec_method spec_model spec_tokens
-    specialize_active_lora speculative_config speculative_model 
+    specialize_active_lora speculative_config speculative_model
     structured_outputs_config swa_bounded_replay swap_space
-    task tensor_parallel_size tokens_only tool_call_parser tool_parser_plugin tool_server tool_strict_level
-    trust_request_chat_template trust_request_mm_kwargs ubatch_size use_fp64_gumbel use_replayssm
+    task tensor_parallel_size tokens_only tool_server tool_strict_level
+    trust_request_mm_kwargs ubatch_size use_fp64_gumbel use_replayssm
     use_v2_block_manager video_pruning_method video_pruning_rate watermark_config
     weight_transfer_config worker_cls worker_extension_cls
     """.split()
@@ -93,7 +93,6 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "device": ("cpu", "auto"),
     "enable_lora": (False,),
     "enable_sleep_mode": (False,),
-    "kv_cache_dtype": ("auto",),
     "model_impl": ("auto",),
     "nnodes": (1,),
     "pipeline_parallel_size": (1,),
@@ -110,7 +109,6 @@ _NEUTRAL_FLAGS = ("disable_log_requests",)
 _INSTEAD = {
     "aggregate_engine_logging": "leave it out; there is one engine and one log line",
     "data_parallel_size": "start one server per replica behind a load balancer instead",
-    "disable_hybrid_kv_cache_manager": "leave it out; there is one kind of KV cache",
     "enable_offline_docs": "leave it out; /openapi.json needs no network",
     "enable_per_request_metrics": "read the histograms of GET /metrics instead",
     "fail_on_environ_validation": "leave it out; an unknown MINIVLLM_ variable is an error anyway",

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tqdm import tqdm
 
@@ -21,11 +21,12 @@ from minivllm.engine.arg_utils import EngineArgs
 from minivllm.engine.beam_search import Beam, BeamSearch
 from minivllm.engine.llm_engine import LLMEngine
 from minivllm.engine.processor import Prompt, parse_prompt
-from minivllm.entrypoints.chat_utils import is_conversation, parse_messages
+from minivllm.entrypoints.chat_utils import ContentFormat, is_conversation, parse_messages
 from minivllm.exceptions import RequestError
 from minivllm.logger import configure, init_logger
 from minivllm.outputs import BeamSearchOutput, BeamSearchSequence, RequestOutput
 from minivllm.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
+from minivllm.tokenizer.chat_template import content_format
 from minivllm.tokenizer.tokenizer import Tokenizer
 
 logger = init_logger(__name__)
@@ -119,6 +120,7 @@ class LLM:
         use_tqdm: bool = True,
         *,
         chat_template: str | None = None,
+        chat_template_content_format: ContentFormat | Literal["auto"] = "auto",
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         tools: list[dict[str, Any]] | None = None,
@@ -128,8 +130,12 @@ class LLM:
         """Answer one conversation, or each of several; the rest is as in `generate`."""
         tokenizer = self._tokenizer()
         conversations = [messages] if is_conversation(messages) else messages
+        template = read_template(chat_template) or self._chat_template
+        form = chat_template_content_format
+        if form == "auto":
+            form = content_format(template or tokenizer.template_for(tools) or "")
         options = {
-            "chat_template": read_template(chat_template) or self._chat_template,
+            "chat_template": template,
             "add_generation_prompt": add_generation_prompt,
             "continue_final_message": continue_final_message,
             "tools": tools,
@@ -137,7 +143,7 @@ class LLM:
         }
         prompts = []
         for conversation in conversations:
-            text = tokenizer.render_chat_template(parse_messages(conversation), **options)
+            text = tokenizer.render_chat_template(parse_messages(conversation, form), **options)
             prompts.append({"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)})
         return self.generate(prompts, sampling_params, use_tqdm, priority=priority)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from minivllm.attention.backend import AttentionBackend, ForwardContext
+from minivllm.ops.paged_attention import Options
 
 
 class Attention:
@@ -15,19 +16,19 @@ class Attention:
         *,
         sliding_window: int | None = None,
         scale: float | None = None,
+        softcap: float = 0.0,
     ) -> None:
-        """scale: of the scores; None is 1 / sqrt(head_dim)."""
+        """scale: of the scores; None is 1 / sqrt(head_dim). softcap: as in `Options`."""
         self.layer_index = layer_index
         self.sliding_window = sliding_window
         self._backend = backend
-        self._scale = backend.spec.head_dim**-0.5 if scale is None else scale
+        scale = backend.spec.head_dim**-0.5 if scale is None else scale
+        self.options = Options(scale=scale, sliding_window=sliding_window, softcap=softcap)
 
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ctx: ForwardContext
     ) -> torch.Tensor:
         """q: [T, num_heads, head_dim]; k, v: [T, num_kv_heads, head_dim] -> [T, num_heads * head_dim]."""
         kv_cache, metadata = ctx.kv_caches[self.layer_index], ctx.metadata[self.layer_index]
-        out = self._backend.forward(
-            q, k, v, kv_cache, metadata, scale=self._scale, sliding_window=self.sliding_window
-        )
+        out = self._backend.forward(q, k, v, kv_cache, metadata, options=self.options)
         return out.view(q.shape[0], -1)

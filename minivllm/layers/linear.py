@@ -1,4 +1,7 @@
-"""Linear layers: several projections of one input in one packed matrix. Owns how checkpoint tensors map onto it."""
+"""Linear layers: several projections of one input in one packed matrix. Owns how checkpoint tensors map onto it.
+
+What follows a projection at once (the residual addition, a gate's SiLU) is part of it where the kernel can do so.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,12 @@ from collections.abc import Iterator
 
 import torch
 
+from minivllm.layers.activation import gated_activation
 from minivllm.layers.weight import Weight, weight_of
 from minivllm.ops.linear import linear
 from minivllm.ops.op import OpSpec
+
+_FUSED_ACTIVATIONS = ("silu", "swish")
 
 
 class MergedLinear:
@@ -20,14 +26,15 @@ class MergedLinear:
         out_features: dict[str, int],
         *,
         bias: bool = False,
+        gated: bool = False,
         dtype: torch.dtype,
         device: str,
     ) -> None:
-        """out_features: projection name in the checkpoint -> rows of its weight."""
+        """out_features: projection name in the checkpoint -> rows of its weight; gated: as in `ops/linear.py`."""
         self.in_features, self.out_features = in_features, out_features
         num_rows = sum(out_features.values())
         packed = linear.select(OpSpec(device, dtype, {"in_features": in_features, "out_features": num_rows}))
-        self.packed = packed(num_rows, in_features, dtype)
+        self.packed = packed(num_rows, in_features, dtype, gated=gated)
         self.bias = torch.empty(num_rows, dtype=dtype, device=device) if bias else None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -89,3 +96,26 @@ class RowLinear(MergedLinear):
         device: str,
     ) -> None:
         super().__init__(in_features, {name: out_features}, bias=bias, dtype=dtype, device=device)
+
+    def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> None:
+        """residual += self(x), in place. residual: [T, out_features]; x: [T, in_features]."""
+        self.packed.add_to(residual, x, self.bias)
+
+
+class GatedLinear(MergedLinear):
+    """Gate and up projections with the activation between them."""
+
+    def __init__(
+        self, in_features: int, inner: int, activation: str, *, bias: bool, dtype: torch.dtype, device: str
+    ) -> None:
+        """activation: by the name config.json gives it; `HFConfig` has checked it."""
+        self._is_fused = activation in _FUSED_ACTIVATIONS
+        self._activation = gated_activation(activation, dtype=dtype, device=device)
+        projections = {"gate_proj": inner, "up_proj": inner}
+        super().__init__(in_features, projections, bias=bias, gated=self._is_fused, dtype=dtype, device=device)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [T, in_features] -> [T, inner]."""
+        if self._is_fused:
+            return self.packed.silu_mul(x, self.bias)
+        return self._activation(super().__call__(x))

@@ -13,10 +13,9 @@ import torch
 
 from minivllm.attention.backend import AttentionBackend, ForwardContext
 from minivllm.config.hf_config import HFConfig
-from minivllm.layers.activation import gated_activation
 from minivllm.layers.attention import Attention
 from minivllm.layers.embedding import Embedding, LMHead, TiedEmbedding
-from minivllm.layers.linear import MergedLinear, QKVLinear, RowLinear
+from minivllm.layers.linear import GatedLinear, QKVLinear, RowLinear
 from minivllm.layers.norm import RMSNorm
 from minivllm.layers.rotary import RotaryEmbedding
 from minivllm.layers.weight import Weight, under
@@ -55,12 +54,15 @@ class SelfAttention:
         self.rotary = rotary
         self.attention = Attention(index, backend, sliding_window=variant.sliding_windows[index])
 
-    def __call__(self, x: torch.Tensor, positions: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
+    def add_to(
+        self, residual: torch.Tensor, x: torch.Tensor, positions: torch.Tensor, ctx: ForwardContext
+    ) -> None:
+        """Add the attention of x, and so of its tokens, to `residual` in place."""
         q, k, v = self.qkv_proj(x)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         self.rotary(positions, q, k)
-        return self.o_proj(self.attention(q, k, v, ctx))
+        self.o_proj.add_to(residual, self.attention(q, k, v, ctx))
 
     def weights(self) -> Iterator[Weight]:
         yield from self.qkv_proj.weights()
@@ -76,12 +78,12 @@ class MLP:
     def __init__(self, config: HFConfig, variant: Variant, *, dtype: torch.dtype, device: str) -> None:
         where = {"bias": variant.mlp_bias, "dtype": dtype, "device": device}
         inner = config.intermediate_size
-        self.gate_up_proj = MergedLinear(config.hidden_size, {"gate_proj": inner, "up_proj": inner}, **where)
+        self.gate_up_proj = GatedLinear(config.hidden_size, inner, config.hidden_act, **where)
         self.down_proj = RowLinear(inner, config.hidden_size, "down_proj", **where)
-        self.activation = gated_activation(config.hidden_act, dtype=dtype, device=device)
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.activation(self.gate_up_proj(x)))
+    def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> None:
+        """Add the MLP of x to `residual` in place."""
+        self.down_proj.add_to(residual, self.gate_up_proj(x))
 
     def weights(self) -> Iterator[Weight]:
         yield from self.gate_up_proj.weights()
@@ -89,11 +91,7 @@ class MLP:
 
 
 class DecoderLayer:
-    """x + attention(norm(x)), then x + mlp(norm(x)).
-
-    Each addition is fused with the norm that follows it, so a layer ends before the addition of its own
-    output, which the next layer's norm does.
-    """
+    """x + attention(norm(x)), then x + mlp(norm(x)); each addition is part of the projection before it."""
 
     def __init__(
         self,
@@ -109,17 +107,10 @@ class DecoderLayer:
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, **where)
         self.mlp = MLP(config, variant, **where)
 
-    def __call__(
-        self, x: torch.Tensor | None, residual: torch.Tensor, positions: torch.Tensor, ctx: ForwardContext
-    ) -> torch.Tensor:
-        """x: what is still to be added to the residual stream, None in the first layer; returns the next such.
-
-        `residual` is changed in place.
-        """
-        x = self.input_layernorm(residual) if x is None else self.input_layernorm.add(x, residual)
-        x = self.self_attn(x, positions, ctx)
-        x = self.post_attention_layernorm.add(x, residual)
-        return self.mlp(x)
+    def __call__(self, residual: torch.Tensor, positions: torch.Tensor, ctx: ForwardContext) -> None:
+        """residual: [T, hidden_size], changed in place."""
+        self.self_attn.add_to(residual, self.input_layernorm(residual), positions, ctx)
+        self.mlp.add_to(residual, self.post_attention_layernorm(residual))
 
     def weights(self) -> Iterator[Weight]:
         yield from under("input_layernorm", self.input_layernorm.weights())
@@ -157,10 +148,10 @@ class DecoderForCausalLM(ABC):
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
         """input_ids, positions: [T] int64, the step's tokens of all requests. Returns [T, hidden_size]."""
-        x, residual = None, self.embed_tokens(input_ids)
+        residual = self.embed_tokens(input_ids)
         for layer in self.layers:
-            x = layer(x, residual, positions, ctx)
-        return self.norm.add(x, residual)
+            layer(residual, positions, ctx)
+        return self.norm(residual)
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden: [M, hidden_size] -> [M, vocab_size] float32."""

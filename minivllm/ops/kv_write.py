@@ -4,46 +4,70 @@ from __future__ import annotations
 
 import torch
 
+from minivllm.config.cache import KV_TILE
+from minivllm.config.hf_config import HEAD_DIM_STEP
 from minivllm.ops import native
 from minivllm.ops.checks import require
+from minivllm.ops.kv_layout import KvLayout
 from minivllm.ops.op import Impl, Op, OpSpec
 
 
-def reference(k: torch.Tensor, v: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
-    """Write each token's key and value into its slot, in place.
+def reference(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    kv_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    *,
+    layout: KvLayout,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+) -> None:
+    """Write each token's key and value into its slot, in place, rounded to the cache's type.
 
-    k, v: [num_tokens, num_kv_heads, head_dim]; kv_cache: [num_blocks, 2, num_kv_heads, block_size,
-    head_dim], layout "nhd-v1", of the same dtype; slot_mapping: [num_tokens] int64, each
-    block_id * block_size + offset, or -1 for a token that is not to be written.
+    k, v: [num_tokens, num_kv_heads, head_dim]; kv_cache: uint8, as `layout` says; slot_mapping: [num_tokens]
+    int64, each block_id * block_size + offset, or -1 for a token that is not to be written. k_scale, v_scale:
+    what fp8 codes count in; int8 takes its scale from each token's own key and value.
     """
     written = slot_mapping >= 0
-    slots = slot_mapping[written]
-    block_size = kv_cache.shape[3]
-    blocks, offsets = slots // block_size, slots % block_size
-    kv_cache[blocks, 0, :, offsets] = k[written]
-    kv_cache[blocks, 1, :, offsets] = v[written]
+    layout.write(kv_cache, 0, slot_mapping[written], k[written], k_scale)
+    layout.write(kv_cache, 1, slot_mapping[written], v[written], v_scale)
 
 
-def cpu(k: torch.Tensor, v: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
-    """The native `reference`. k and v may be views with any token and head stride.
+def cpu(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    kv_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    *,
+    layout: KvLayout,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+) -> None:
+    """The native `reference`, to the bit. k and v may be views with any token and head stride.
 
     Raises:
         IndexError: a slot lies outside the cache; nothing has been written then.
         ValueError: a tensor is not laid out as `reference` says.
     """
     num_tokens, num_kv_heads, head_dim = k.shape
-    num_blocks, _, _, block_size, _ = kv_cache.shape
-    require("k", k, kv_cache.dtype, k.shape, dense=1)
-    require("v", v, kv_cache.dtype, k.shape, dense=1)
-    require("kv_cache", kv_cache, kv_cache.dtype, (num_blocks, 2, num_kv_heads, block_size, head_dim))
+    num_blocks = kv_cache.shape[0]
+    require("k", k, k.dtype, (num_tokens, layout.num_kv_heads, layout.head_dim), dense=1)
+    require("v", v, k.dtype, k.shape, dense=1)
+    require("kv_cache", kv_cache, torch.uint8, layout.shape(num_blocks))
     require("slot_mapping", slot_mapping, torch.int64, (num_tokens,))
     native.lib.kv_write(
-        kv_cache.data_ptr(), k.data_ptr(), v.data_ptr(), slot_mapping.data_ptr(), k.element_size(),
-        (num_tokens, num_kv_heads, head_dim), k.stride()[:2], v.stride()[:2], (num_blocks, block_size),
+        kv_cache.data_ptr(), k.data_ptr(), v.data_ptr(), slot_mapping.data_ptr(), native.dtype_code(k), layout.code,
+        (num_tokens, num_kv_heads, head_dim), k.stride()[:2], v.stride()[:2], (num_blocks, layout.block_size),
+        k_scale, v_scale,
     )  # fmt: skip
 
 
 def cpu_why_not(spec: OpSpec) -> str | None:
+    head_dim, block_size = spec.sizes.get("head_dim", HEAD_DIM_STEP), spec.sizes.get("block_size", KV_TILE)
+    if head_dim % HEAD_DIM_STEP:
+        return f"head_dim {head_dim} is not a multiple of {HEAD_DIM_STEP}"
+    if block_size % KV_TILE:
+        return f"block size {block_size} is not a multiple of the KV tile of {KV_TILE} tokens; try --block-size 128"
     return native.why_not(spec)
 
 

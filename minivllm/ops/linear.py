@@ -13,14 +13,19 @@ from __future__ import annotations
 import torch
 
 from minivllm.ops import native
+from minivllm.ops.activation import reference as silu_mul
+from minivllm.ops.checks import require
 from minivllm.ops.op import Impl, Op
 
 
 class DenseLinear:
-    """The specification: a plain [out_features, in_features] matrix, multiplied in float32."""
+    """The specification: a plain [out_features, in_features] matrix, multiplied in float32.
 
-    def __init__(self, out_features: int, in_features: int, dtype: torch.dtype) -> None:
-        self.out_features, self.in_features, self.dtype = out_features, in_features, dtype
+    `gated`: its first half of rows is a gate's, the second an up projection's, for `silu_mul`.
+    """
+
+    def __init__(self, out_features: int, in_features: int, dtype: torch.dtype, *, gated: bool = False) -> None:
+        self.out_features, self.in_features, self.dtype, self.gated = out_features, in_features, dtype, gated
         self._weight = torch.empty(out_features, in_features, dtype=dtype)
 
     @property
@@ -38,30 +43,68 @@ class DenseLinear:
         return torch.nn.functional.embedding(ids, self._weight)
 
     def __call__(
-        self, x: torch.Tensor, bias: torch.Tensor | None = None, out_dtype: torch.dtype | None = None
+        self,
+        x: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+        *,
+        addend: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """x @ weight.T + bias, summed in float32 and rounded once to `out_dtype` (default: x's).
+        """x @ weight.T + addend + bias, summed in float32 and rounded once to `out_dtype` (default: x's).
 
-        x: [M, in_features] in the weight's dtype, any row stride; bias: [out_features].
-        Returns [M, out_features].
+        x: [M, in_features] in the weight's dtype, any row stride; bias: [out_features]; addend: [M,
+        out_features] float32; out: [M, out_features] to write to, rows contiguous. Returns [M, out_features].
         """
-        _check_input(self, x, bias)
+        y = self._sums(x, bias, addend).to(out_dtype or x.dtype)
+        return y if out is None else out.copy_(y)
+
+    def add_to(
+        self,
+        residual: torch.Tensor,
+        x: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        *,
+        addend: torch.Tensor | None = None,
+    ) -> None:
+        """residual += self(x, bias, addend=addend), in place. residual: [M, out_features] in x's dtype."""
+        residual += self(x, bias, addend=addend)
+
+    def silu_mul(
+        self,
+        x: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        *,
+        addend: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`ops/activation.py` of self(x, bias, addend=addend), for a gated weight: [M, out_features / 2]."""
+        y = silu_mul(self._sums(x, bias, addend).to(x.dtype))
+        return y if out is None else out.copy_(y)
+
+    def _sums(
+        self, x: torch.Tensor, bias: torch.Tensor | None, addend: torch.Tensor | None
+    ) -> torch.Tensor:
+        _check_input(self, x, bias, addend)
         y = x.float() @ self._weight.float().t()
+        if addend is not None:
+            y += addend
         if bias is not None:
             y += bias.float()
-        return y.to(out_dtype or x.dtype)
+        return y
 
 
 class PackedLinear:
-    """`DenseLinear` in C++, its weight packed for the instruction set in use when it is made."""
+    """`DenseLinear` in C++, its weight packed for the instruction set in use when it is made.
 
-    def __init__(self, out_features: int, in_features: int, dtype: torch.dtype) -> None:
-        self.out_features, self.in_features, self.dtype = out_features, in_features, dtype
-        self._format = native.lib.LinearFormat(native.DTYPE_CODES[dtype], out_features, in_features)
-        # Pages are touched by load_rows, not here. A tile row is a cache line: start on one.
-        storage = torch.empty(self._format.nbytes + 63, dtype=torch.uint8)
-        start = -storage.data_ptr() % 64
-        self._packed = storage[start : start + self._format.nbytes]
+    A gated weight has the rows of gate and up interleaved, so that `silu_mul` is part of the multiplication; it
+    has no other use.
+    """
+
+    def __init__(self, out_features: int, in_features: int, dtype: torch.dtype, *, gated: bool = False) -> None:
+        self.out_features, self.in_features, self.dtype, self.gated = out_features, in_features, dtype, gated
+        self._format = native.lib.LinearFormat(native.DTYPE_CODES[dtype], out_features, in_features, gated)
+        self._packed = native.huge_pages(self._format.nbytes)  # touched by load_rows, not here
 
     @property
     def nbytes(self) -> int:
@@ -92,26 +135,84 @@ class PackedLinear:
         return out
 
     def __call__(
-        self, x: torch.Tensor, bias: torch.Tensor | None = None, out_dtype: torch.dtype | None = None
+        self,
+        x: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+        *,
+        addend: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """x @ weight.T + bias, summed in float32 and rounded once to `out_dtype` (default: x's).
+        """x @ weight.T + addend + bias, summed in float32 and rounded once to `out_dtype` (default: x's).
 
-        x: [M, in_features] in the weight's dtype, any row stride; bias: [out_features].
-        Returns [M, out_features].
+        x: [M, in_features] in the weight's dtype, any row stride; bias: [out_features]; addend: [M,
+        out_features] float32; out: [M, out_features] to write to, rows contiguous. Returns [M, out_features].
         """
-        _check_input(self, x, bias)
+        assert not self.gated, "a gated weight is packed for silu_mul"
+        if out is None:
+            out = torch.empty(x.shape[0], self.out_features, dtype=out_dtype or x.dtype)
+        return self._multiply(_STORE, out, self.out_features, x, bias, addend)
+
+    def add_to(
+        self,
+        residual: torch.Tensor,
+        x: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        *,
+        addend: torch.Tensor | None = None,
+    ) -> None:
+        """residual += self(x, bias, addend=addend), in place. residual: [M, out_features] in x's dtype."""
+        assert not self.gated, "a gated weight is packed for silu_mul"
+        if residual.dtype != x.dtype:
+            raise ValueError(f"residual is {residual.dtype}; it must be {x.dtype}")
+        self._multiply(_ADD_RESIDUAL, residual, self.out_features, x, bias, addend)
+
+    def silu_mul(
+        self,
+        x: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        *,
+        addend: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`ops/activation.py` of self(x, bias, addend=addend), for a gated weight: [M, out_features / 2]."""
+        assert self.gated, "silu_mul needs a weight that is packed for it"
+        if out is None:
+            out = torch.empty(x.shape[0], self.out_features // 2, dtype=x.dtype)
+        return self._multiply(_SILU_MUL, out, self.out_features // 2, x, bias, addend)
+
+    def _multiply(
+        self,
+        epilogue: int,
+        out: torch.Tensor,
+        width: int,
+        x: torch.Tensor,
+        bias: torch.Tensor | None,
+        addend: torch.Tensor | None,
+    ) -> torch.Tensor:
+        _check_input(self, x, bias, addend)
+        if out.shape != (x.shape[0], width) or (width > 1 and out.stride(1) != 1):
+            raise ValueError(
+                f"the output is {tuple(out.shape)} of strides {out.stride()}; it must be "
+                f"({x.shape[0]}, {width}) with contiguous rows"
+            )
         if x.stride(1) != 1:
             x = x.contiguous()
-        out = torch.empty(x.shape[0], self.out_features, dtype=out_dtype or x.dtype)
         bias_address, bias_code = 0, 0
         if bias is not None:
             bias = bias.contiguous()
             bias_address, bias_code = bias.data_ptr(), native.dtype_code(bias)
+        addend_address, addend_stride = 0, 0
+        if addend is not None:
+            addend_address, addend_stride = addend.data_ptr(), addend.stride(0)
         self._format.multiply(
-            out.data_ptr(), native.dtype_code(out), x.data_ptr(), x.stride(0), x.shape[0],
-            self._packed.data_ptr(), bias_address, bias_code,
+            out.data_ptr(), native.dtype_code(out), out.stride(0), epilogue, x.data_ptr(), x.stride(0), x.shape[0],
+            self._packed.data_ptr(), bias_address, bias_code, addend_address, addend_stride,
         )  # fmt: skip
         return out
+
+
+_STORE, _ADD_RESIDUAL, _SILU_MUL = 0, 1, 2  # as in csrc/cpu/linear.h
 
 
 def _check_rows(linear: DenseLinear | PackedLinear, start: int, weight: torch.Tensor) -> None:
@@ -123,13 +224,17 @@ def _check_rows(linear: DenseLinear | PackedLinear, start: int, weight: torch.Te
         )
 
 
-def _check_input(linear: DenseLinear | PackedLinear, x: torch.Tensor, bias: torch.Tensor | None) -> None:
+def _check_input(
+    linear: DenseLinear | PackedLinear, x: torch.Tensor, bias: torch.Tensor | None, addend: torch.Tensor | None
+) -> None:
     if x.dim() != 2 or x.shape[1] != linear.in_features or x.dtype != linear.dtype:
         raise ValueError(
             f"x is {tuple(x.shape)} {x.dtype}; it must be [M, {linear.in_features}] {linear.dtype}"
         )
     if bias is not None and bias.shape != (linear.out_features,):
         raise ValueError(f"bias is {tuple(bias.shape)}; it must be ({linear.out_features},)")
+    if addend is not None:
+        require("addend", addend, torch.float32, (x.shape[0], linear.out_features), dense=1)
 
 
 reference = DenseLinear

@@ -26,20 +26,22 @@ _PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 
 def gumbel_argmax_reference(
     logits: torch.Tensor, temperature: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """A token a row, drawn from softmax(logits / temperature) as argmax of perturbed logits.
 
-    logits: [num_rows, vocab_size] float32, -inf where masked, no NaN and not all masked; temperature:
-    [num_rows] float32, 0 for the plain argmax; seeds: [num_rows] int64, the bits of an unsigned seed;
-    positions: [num_rows] int64, the absolute position of the token drawn. Returns [num_rows] int64.
-    Ties go to the lowest index. The Gumbel-max trick: Maddison et al. 2014, arXiv:1411.0030.
+    logits: [num_rows, vocab_size] float32, -inf where masked; temperature: [num_rows] float32, 0 for the plain
+    argmax; seeds: [num_rows] int64, the bits of an unsigned seed; positions: [num_rows] int64, the absolute
+    position of the token drawn. Returns [num_rows] int64, and [num_rows] uint8: 1 for a row of
+    `nonfinite_rows`, whose token means nothing. Ties go to the lowest index. The Gumbel-max trick: Maddison et
+    al. 2014, arXiv:1411.0030.
     """
     sampled = temperature > 0
     scaled = logits / torch.where(sampled, temperature, 1.0).unsqueeze(1)
     noise = gumbel_noise(seeds, positions, logits.shape[1])
     perturbed = torch.where(sampled.unsqueeze(1), scaled + noise, logits)
     # Not torch's argmax, which promises no order among ties.
-    return (perturbed == perturbed.amax(dim=-1, keepdim=True)).to(torch.uint8).argmax(dim=-1)
+    tokens = (perturbed == perturbed.amax(dim=-1, keepdim=True)).to(torch.uint8).argmax(dim=-1)
+    return tokens, (~_has_finite_max(logits)).squeeze(1).to(torch.uint8)
 
 
 def gumbel_noise(seeds: torch.Tensor, positions: torch.Tensor, vocab_size: int) -> torch.Tensor:
@@ -94,7 +96,7 @@ def _halves(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def gumbel_argmax_cpu(
     logits: torch.Tensor, temperature: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The native `gumbel_argmax_reference`: the same random words, noise within 6e-7.
 
     Noise is computed only where it could still win, which changes no result. logits may have any row stride.
@@ -104,12 +106,13 @@ def gumbel_argmax_cpu(
     require("temperature", temperature, torch.float32, (num_rows,))
     require("seeds", seeds, torch.int64, (num_rows,))
     require("positions", positions, torch.int64, (num_rows,))
-    out = torch.empty(num_rows, dtype=torch.int64)
+    out, broken = torch.empty(num_rows, dtype=torch.int64), torch.empty(num_rows, dtype=torch.uint8)
     native.lib.gumbel_argmax(
-        out.data_ptr(), logits.data_ptr(), temperature.data_ptr(), seeds.data_ptr(), positions.data_ptr(),
+        out.data_ptr(), broken.data_ptr(), logits.data_ptr(),
+        temperature.data_ptr(), seeds.data_ptr(), positions.data_ptr(),
         logits.shape, logits.stride(0), SAMPLE,
     )  # fmt: skip
-    return out
+    return out, broken
 
 
 # Truncation ------------------------------------------------------------------

@@ -87,18 +87,36 @@ class Sampler:
 
     def __call__(self, logits: torch.Tensor, batch: SampleBatch) -> SamplerOutput:
         """One token for each row of `logits` ([M, vocab_size] float32, which is changed)."""
+        columns, asking = self._columns.of(batch.rows), self._asking(batch)
+        if not columns.truncates and self._changes_nothing and (self._is_raw or not asking):
+            return self._draw(logits, batch, columns, asking)
         failed = dict.fromkeys(self._nonfinite_rows(logits), NONFINITE)
-        asking = self._asking(batch)
         values = self._reported(logits, asking) if self._is_raw else None
         changed, why = self._constrain(logits, batch)
         if changed:
             failed = dict.fromkeys(self._nonfinite_rows(logits), NOTHING_ALLOWED) | failed
-        noise, why_warped = self._warp(logits, batch)
+        noise, why_warped = self._warp(logits, batch, columns)
         if why or why_warped:
             failed = dict.fromkeys(range(len(logits)), why or why_warped) | failed
-        token_ids = self._choose(logits, *noise)
+        token_ids, _ = self._choose(logits, *noise)
         if not self._is_raw:
             values = self._reported(logits, asking)
+        return SamplerOutput(token_ids.numpy(), self._logprobs(values, token_ids, batch, asking), failed)
+
+    @property
+    def _changes_nothing(self) -> bool:
+        """Whether no request asks for a change of its logits before the temperature."""
+        return self._custom is None and all(step.is_idle for step in self._steps)
+
+    def _draw(
+        self, logits: torch.Tensor, batch: SampleBatch, columns: _Chosen, asking: list[int]
+    ) -> SamplerOutput:
+        """Temperature and noise alone, in one pass: the same division, so the same bits as step by step."""
+        values = self._reported(logits, asking)
+        token_ids, broken = self._choose(
+            logits, columns.temperature, columns.seeds, torch.from_numpy(batch.num_tokens)
+        )
+        failed = dict.fromkeys(np.flatnonzero(broken.numpy()).tolist(), NONFINITE)
         return SamplerOutput(token_ids.numpy(), self._logprobs(values, token_ids, batch, asking), failed)
 
     def logprobs_of(self, logits: torch.Tensor, token_ids: torch.Tensor, num_logprobs: int) -> LogprobsLists:
@@ -117,14 +135,13 @@ class Sampler:
         return changed or self._custom is not None, why
 
     def _warp(
-        self, logits: torch.Tensor, batch: SampleBatch
+        self, logits: torch.Tensor, batch: SampleBatch, columns: _Chosen
     ) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], str | None]:
         """Divide by temperature and truncate, in place; what is left for the noise to know, and as `_constrain`.
 
         The division is done here, so that a row's bits are the same beside rows that truncate and beside
         none; dividing by 1 changes nothing.
         """
-        columns = self._columns.of(batch.rows)
         is_sampled = columns.temperature > 0
         if is_sampled.any():
             logits.div_(torch.where(is_sampled, columns.temperature, 1.0).unsqueeze(1))

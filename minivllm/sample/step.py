@@ -47,6 +47,11 @@ class LogitsStep(ABC, Generic[T]):
     def remove_request(self, row: int) -> None:
         self._users.pop(row, None)
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether no known request asks for this."""
+        return not self._users
+
     def apply(self, logits: torch.Tensor, batch: SampleBatch) -> bool:
         """Change the logits ([M, vocab_size] float32) in place; whether anything was done."""
         changed = False

@@ -20,6 +20,7 @@ from minivllm.exceptions import ModelFilesError, RequestError
 # Its thread pool would fight the event loop for cores.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+MAX_RENDERED_CHARS = 1 << 24  # of a conversation, where no context says less
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _SPACE = "\u2581"  # SentencePiece's visible space
 
@@ -103,59 +104,81 @@ class Tokenizer:
         hidden = self.special_ids
         return [token for token in ids if token not in hidden]
 
-    def apply_chat_template(
+    def render_chat_template(
         self,
         messages: list[dict],
+        /,
         *,
         chat_template: str | None = None,
+        trusted: bool = True,
+        max_chars: int = MAX_RENDERED_CHARS,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         tools: list[dict] | None = None,
-        **kwargs: Any,
-    ) -> list[int]:
-        """Token ids of a conversation. The template writes the special tokens; none are added.
+        documents: list[dict] | None = None,
+        **variables: Any,
+    ) -> str:
+        """The conversation as text. The template writes the special tokens: when it is tokenized, none are added.
+
+        trusted: whether the template is the model's or the operator's; others are rendered in a process of their own.
 
         Raises:
             RequestError: there is no template, or it refuses these messages.
         """
-        text = self.render_chat_template(
-            messages,
-            chat_template=chat_template,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message,
-            tools=tools,
-            **kwargs,
-        )
-        return self.encode(text, add_special_tokens=False)
-
-    def render_chat_template(
-        self, messages: list[dict], /, *, chat_template: str | None = None, **kwargs: Any
-    ) -> str:
-        """The conversation as text, before tokenization.
-
-        Raises:
-            RequestError: as `apply_chat_template`.
-        """
-        if chat_template is None and self.chat_template is None:
+        template = chat_template or self.template_for(tools)
+        if template is None:
             raise RequestError(
                 "this model's tokenizer has no chat template; give one with --chat-template, or use completions",
                 param="messages",
             )
+        options = {
+            **self._special_tokens,
+            **variables,
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+            "tools": tools,
+            "documents": documents,
+        }
+        if trusted and self._renders_itself:
+            return self._render_by_library(messages, chat_template, options)
+        from minivllm.tokenizer.chat_template import TemplateRefusal, render
+        from minivllm.tokenizer.template_process import render_apart
+
         try:
-            return self.hf.apply_chat_template(
-                messages, chat_template=chat_template, tokenize=False, **kwargs
-            )
-        except (
-            Exception
-        ) as error:  # a template raises anything: jinja2's errors, its own raise_exception, TypeError
+            return (render if trusted else render_apart)(template, messages, max_chars=max_chars, **options)
+        except TemplateRefusal as error:
+            raise RequestError(
+                f"the chat template refuses these messages: {error}", param="messages" if trusted else "chat_template"
+            ) from error
+
+    @cached_property
+    def _renders_itself(self) -> bool:
+        """Whether this tokenizer has code of its own for it, in place of a template's."""
+        return not type(self.hf).apply_chat_template.__module__.startswith("transformers.tokenization_utils")
+
+    def _render_by_library(self, messages: list[dict], template: str | None, options: dict[str, Any]) -> str:
+        try:
+            return self.hf.apply_chat_template(messages, chat_template=template, tokenize=False, **options)
+        except Exception as error:  # whatever its code raises
             raise RequestError(
                 f"the chat template refuses these messages: {error}", param="messages"
             ) from error
 
+    @cached_property
+    def _special_tokens(self) -> dict[str, Any]:
+        """bos_token, eos_token, … as templates name them."""
+        return {name: value for name, value in self.hf.special_tokens_map.items() if isinstance(value, str)}
+
+    def template_for(self, tools: list[dict] | None = None) -> str | None:
+        """The model's own template; some have another for conversations with tools."""
+        templates = getattr(self.hf, "chat_template", None)
+        if isinstance(templates, dict):
+            return (tools and templates.get("tool_use")) or templates.get("default")
+        return templates
+
     @property
     def chat_template(self) -> str | None:
-        template = getattr(self.hf, "chat_template", None)
-        return template.get("default") if isinstance(template, dict) else template
+        return self.template_for()
 
     @property
     def eos_token_id(self) -> int | None:

@@ -10,6 +10,11 @@ BOX_MODEL_NAME = "minnow"
 _DIRECTORY = Path(__file__).resolve().parent.parent / "box_model"
 
 
+def is_box_model(path: str) -> bool:
+    """Whether a model's directory is that of the model in the box."""
+    return Path(path).expanduser().resolve() == _DIRECTORY
+
+
 def box_model_path() -> Path:
     """The directory of the model in the box, which needs no download.
 

@@ -15,7 +15,7 @@ from minivllm.messages.engine import LogprobsLists
 from minivllm.messages.worker import CachedRequestData, ModelRunnerOutput, NewRequestData, SchedulerOutput
 from minivllm.models.decoder import DecoderForCausalLM
 from minivllm.sample.logprobs import concatenate
-from minivllm.sample.sampler import NONFINITE, Sampler
+from minivllm.sample.sampler import NONFINITE, Sampler, SamplerOutput
 from minivllm.sample.step import SampleBatch
 from minivllm.worker.input_batch import InputBatch, InputBuffers
 from minivllm.worker.request_state import RequestTable
@@ -125,17 +125,28 @@ class ModelRunner:
                 token_ids=self.table.token_ids,
             ),
         )
-        going_on = np.ones(len(rows), bool)
-        going_on[list(sampled.failed)] = False
-        self.table.append_tokens(rows[going_on], sampled.token_ids[going_on])
         ids = [batch.request_ids[i] for i in batch.samples.tolist()]
-        for column, (i, token_id) in enumerate(zip(batch.samples.tolist(), sampled.token_ids.tolist())):
-            if column not in sampled.failed:
-                result.sampled_token_ids[i] = [token_id]
-        result.failed.update({ids[column]: why for column, why in sampled.failed.items()})
+        tokens = sampled.token_ids.reshape(-1, 1).tolist()
+        if sampled.failed:
+            self._append_sound(rows, sampled)
+            for column in sampled.failed:
+                tokens[column] = []
+            result.failed.update({ids[column]: why for column, why in sampled.failed.items()})
+        else:
+            self.table.append_tokens(rows, sampled.token_ids)
+        if len(ids) == len(batch.request_ids):
+            result.sampled_token_ids = tokens
+        else:
+            for i, own in zip(batch.samples.tolist(), tokens):
+                result.sampled_token_ids[i] = own
         result.logprobs.update(
             {ids[c]: lists for c, lists in sampled.logprobs.items() if c not in sampled.failed}
         )
+
+    def _append_sound(self, rows: np.ndarray, sampled: SamplerOutput) -> None:
+        going_on = np.ones(len(rows), bool)
+        going_on[list(sampled.failed)] = False
+        self.table.append_tokens(rows[going_on], sampled.token_ids[going_on])
 
     def _add_prompt_logprobs(
         self, batch: InputBatch, hidden: torch.Tensor, result: ModelRunnerOutput

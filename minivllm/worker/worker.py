@@ -77,8 +77,7 @@ class Worker:
         on_progress("laying out the KV cache")
         # Untouched pages take no memory: they are the system's until a block is written.
         tensors = [
-            torch.empty(backend.kv_cache_shape(size.num_blocks), dtype=dtype, device=platform.device)
-            for _ in range(size.spec.num_layers)
+            backend.new_kv_cache(size.num_blocks) for _ in range(size.spec.num_layers)
         ]
         places = kv_layout.places(size.spec.groups)
         self.runner = ModelRunner(
@@ -99,7 +98,7 @@ class Worker:
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             dtype=name_of(dtype),
-            numerics_id=platform.numerics_id,
+            numerics_id=f"{platform.numerics_id}-{backend.layout_id}",
             kv_cache_groups=tuple(size.spec.groups),
         )
 
@@ -134,6 +133,7 @@ class Worker:
                 block_size=block_size,
                 dtype=dtype,
                 device=self.platform.device,
+                kv_cache_dtype=self.config.cache.kv_cache_dtype,
             )
         )
 

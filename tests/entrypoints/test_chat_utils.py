@@ -23,8 +23,27 @@ def test_an_answer_of_ours_can_be_sent_back_as_it_came():
 def test_what_a_template_may_want_is_passed_on():
     message = {"role": "assistant", "content": None, "name": "Ada", "reasoning_content": "hm"}
     assert parse_messages([message]) == [
-        {"role": "assistant", "content": "", "name": "Ada", "reasoning_content": "hm"}
+        {"role": "assistant", "content": "", "name": "Ada", "reasoning": "hm", "reasoning_content": "hm"}
     ]
+
+
+def test_a_call_and_its_answer_are_passed_on_with_the_arguments_as_an_object():
+    function = {"name": "f", "arguments": '{"a": {"b": 1}}'}
+    call = {"role": "assistant", "content": None, "tool_calls": [{"id": "x", "function": function}]}
+    answer = {"role": "tool", "tool_call_id": "x", "content": [{"type": "text", "text": "42"}]}
+    assert parse_messages([call, answer]) == [
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"a": {"b": 1}}}, "id": "x"}],
+        },
+        {"role": "tool", "content": "42", "tool_call_id": "x"},
+    ]
+
+
+def test_templates_that_want_parts_get_parts():
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": None}]
+    assert [m["content"] for m in parse_messages(messages, "openai")] == [[{"type": "text", "text": "a"}], []]
 
 
 @pytest.mark.parametrize(
@@ -38,6 +57,15 @@ def test_what_a_template_may_want_is_passed_on():
         ({"role": "user", "content": [7]}, "messages[1].content[0]"),
         ({"role": "user", "content": [{"type": "text"}]}, "messages[1].content[0].text"),
         ({"role": "user", "content": "hi", "name": 7}, "messages[1].name"),
+        ({"role": "tool", "content": None}, "messages[1].content"),
+        ({"role": "tool", "content": "4", "tool_call_id": 4}, "messages[1].tool_call_id"),
+        ({"role": "assistant", "tool_calls": {"id": "x"}}, "messages[1].tool_calls"),
+        ({"role": "assistant", "tool_calls": [{"id": "x"}]}, "messages[1].tool_calls[0]"),
+        ({"role": "user", "content": "hi", "tool_calls": [{}]}, "messages[1].tool_calls"),
+        (
+            {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": '{"a'}}]},
+            "messages[1].tool_calls[0].function.arguments",
+        ),
     ],
 )
 def test_a_wrong_message_is_named_by_its_place(message: Any, param: str):
@@ -50,14 +78,13 @@ def test_a_wrong_message_is_named_by_its_place(message: Any, param: str):
 @pytest.mark.parametrize(
     "message",
     [
-        {"role": "tool", "content": "42", "tool_call_id": "x"},
-        {"role": "assistant", "content": "", "tool_calls": [{"id": "x"}]},
+        {"role": "assistant", "content": "", "function_call": {"name": "f"}},
         {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://x"}}]},
         {"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]},
     ],
 )
-def test_what_a_later_version_brings_is_refused_by_name(message: dict):
-    with pytest.raises(UnsupportedError, match="not supported yet"):
+def test_what_is_not_supported_is_refused_by_name(message: dict):
+    with pytest.raises(UnsupportedError, match="not supported|takes no"):
         parse_messages([message])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from minivllm.ops import linear, native
+from minivllm.ops import activation, linear, native
 from minivllm.ops.linear import DenseLinear, PackedLinear
 from minivllm.ops.op import OpSpec
 
@@ -179,3 +179,80 @@ def test_the_packed_size_is_the_matrix_and_little_more(dtype):
 def test_the_packed_layer_is_preferred_on_a_cpu():
     assert linear.linear.select(OpSpec("cpu", torch.bfloat16)) is PackedLinear
     assert linear.linear.select(OpSpec("cpu", torch.float64)) is DenseLinear
+
+
+# Epilogues -------------------------------------------------------------------
+
+LAYERS = [PackedLinear, DenseLinear]
+
+
+def gated(weight, cls=PackedLinear):
+    layer = cls(*weight.shape, weight.dtype, gated=True)
+    half = weight.shape[0] // 2
+    layer.load_rows(half, weight[half:])  # as a checkpoint has them: two tensors
+    layer.load_rows(0, weight[:half])
+    return layer
+
+
+@pytest.mark.parametrize("cls", LAYERS)
+@pytest.mark.parametrize("m", [1, 17, 70])
+def test_adding_to_the_residual_equals_adding_afterwards(dtype, cls, m, assert_same_bits):
+    layer, x, bias = packed(matrix(75, 600, dtype), cls), torch.randn(m, 600).to(dtype), torch.randn(75)
+    residual = torch.randn(m, 75).to(dtype)
+    expected = residual + layer(x, bias)
+    layer.add_to(residual, x, bias)
+    assert_same_bits(residual, expected)
+
+
+@pytest.mark.parametrize("cls", LAYERS)
+@pytest.mark.parametrize("m, inner, k", [(1, 16, 64), (5, 37, 50), (70, 130, 1100)])
+def test_the_gated_projection_equals_the_activation_of_the_plain_one(dtype, cls, m, inner, k, assert_same_bits):
+    weight, x = matrix(2 * inner, k, dtype), torch.randn(m, k).to(dtype)
+    bias, addend = torch.randn(2 * inner), torch.randn(m, 2 * inner)
+    for options in ({}, {"bias": bias}, {"bias": bias, "addend": addend}):
+        plain = packed(weight, cls)(x, **options)
+        expected = activation.cpu(plain) if cls is PackedLinear else activation.reference(plain)
+        assert_same_bits(gated(weight, cls).silu_mul(x, **options), expected)
+
+
+@pytest.mark.parametrize("cls", LAYERS)
+def test_an_addend_joins_the_sum_before_it_is_rounded(dtype, cls, assert_close):
+    layer, x, bias = packed(matrix(75, 96, dtype), cls), torch.randn(20, 96).to(dtype), torch.randn(75)
+    addend = torch.randn(20, 150)[:, :75]  # rows of something wider
+    exact = layer(x, out_dtype=torch.float32).double() + addend + bias
+    assert_close(layer(x, bias, addend=addend), exact, TOLERANCE[dtype])
+    residual = torch.zeros(20, 75, dtype=dtype)
+    layer.add_to(residual, x, bias, addend=addend)
+    assert torch.equal(residual, layer(x, bias, addend=addend))
+
+
+def test_an_addend_of_zeros_changes_nothing(dtype, assert_same_bits):
+    layer, x = packed(matrix(75, 96, dtype)), torch.randn(20, 96).to(dtype)
+    assert_same_bits(layer(x, addend=torch.zeros(20, 75)) + 0, layer(x) + 0)
+
+
+@pytest.mark.parametrize("cls", LAYERS)
+def test_the_output_can_be_given(dtype, cls, assert_same_bits):
+    layer, x = packed(matrix(75, 96, dtype), cls), torch.randn(20, 96).to(dtype)
+    wide = torch.full((20, 100), 7.0, dtype=dtype)
+    assert layer(x, out=wide[:, 5:80]).data_ptr() == wide[:, 5:80].data_ptr()
+    assert_same_bits(wide[:, 5:80].contiguous(), layer(x))
+    assert (wide[:, :5] == 7).all() and (wide[:, 80:] == 7).all()
+
+
+def test_an_output_past_the_caches_has_the_same_bits(dtype, assert_same_bits):
+    layer, x = packed(matrix(1090, 32, dtype)), torch.randn(4100, 32).to(dtype)  # rows of no whole cache line
+    aligned = torch.empty(4100, 1152, dtype=dtype)[:, :1090]
+    assert_same_bits(layer(x, out=aligned).contiguous(), layer(x))
+
+
+def test_outputs_and_addends_that_do_not_fit_are_refused(dtype):
+    layer, x = packed(matrix(8, 4, dtype)), torch.zeros(2, 4, dtype=dtype)
+    with pytest.raises(ValueError, match="the output is"):
+        layer(x, out=torch.zeros(3, 8, dtype=dtype))
+    with pytest.raises(ValueError, match="the output is"):
+        layer(x, out=torch.zeros(8, 2, dtype=dtype).t())
+    with pytest.raises(ValueError, match="addend is"):
+        layer(x, addend=torch.zeros(2, 8, dtype=torch.float64))
+    with pytest.raises(ValueError, match="residual is"):
+        layer.add_to(torch.zeros(2, 8, dtype=torch.float64), x)

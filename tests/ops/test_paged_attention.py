@@ -8,9 +8,14 @@ import pytest
 import torch
 
 from minivllm.ops import kv_write, native, paged_attention
+from minivllm.ops.kv_layout import KV_TYPES, KvLayout
 from minivllm.ops.op import OpSpec
+from minivllm.ops.paged_attention import Options, SharedPrefixes
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+QUANTIZED = ["fp8_e4m3", "int8"]
+NAN = 0xFF  # every byte of it: NaN in each type, int8's scales included
 needs_kernels = pytest.mark.skipif(
     native.why_not(OpSpec("cpu", torch.float32)) is not None, reason="no kernels"
 )
@@ -37,42 +42,62 @@ def attend(
     requests,
     *,
     implementation=None,
+    kv_dtype=None,
     block_size=32,
     shuffle=0,
-    unused=float("nan"),
-    sliding_window=None,
+    unused=NAN,
+    num_shared=0,
+    say_shared=True,
+    out=None,
+    **options,
 ):
     """Attention of a batch of (sequence, query positions) in a fresh cache; one output a request.
 
-    Blocks are dealt in an order that `shuffle` decides; what no token was written to holds `unused`.
+    Blocks are dealt in an order that `shuffle` decides; what no token was written to holds bytes `unused`. The
+    first `num_shared` tokens of all requests lie in the blocks of the first one, which the kernel is told or not.
     """
     heads, head_dim = requests[0][0].q.shape[1:]
-    kv_heads, dtype = requests[0][0].k.shape[1], requests[0][0].q.dtype
+    dtype = requests[0][0].q.dtype
+    layout = KvLayout(kv_dtype or NAMES[dtype], requests[0][0].k.shape[1], head_dim, block_size)
+    options = Options(**{"scale": head_dim**-0.5, **options})
     seq_lens = [queries.stop for _, queries in requests]
     num_blocks = [-(-n // block_size) for n in seq_lens]
     order = torch.randperm(sum(num_blocks) + 3, generator=torch.Generator().manual_seed(shuffle)).to(
         torch.int32
     )
-    cache = torch.full((len(order), 2, kv_heads, block_size, head_dim), unused, dtype=dtype)
+    cache = torch.full(layout.shape(len(order)), unused, dtype=torch.uint8)
     table = torch.full((len(requests), max(num_blocks)), -1, dtype=torch.int32)
     for b, (seq, queries) in enumerate(requests):
         start = sum(num_blocks[:b])
         table[b, : num_blocks[b]] = order[start : start + num_blocks[b]]
+        table[b, : num_shared // block_size] = table[0, : num_shared // block_size]
         positions = torch.arange(queries.stop)
         slots = table[b].long()[positions // block_size] * block_size + positions % block_size
-        kv_write.reference(seq.k[: queries.stop], seq.v[: queries.stop], cache, slots)
+        kv_write.reference(
+            seq.k[: queries.stop], seq.v[: queries.stop], cache, slots,
+            layout=layout, k_scale=options.k_scale, v_scale=options.v_scale,
+        )  # fmt: skip
     q = torch.cat([seq.q[queries.start : queries.stop] for seq, queries in requests])
     q_lens = [len(queries) for _, queries in requests]
-    out = (implementation or paged_attention.cpu)(
+    shared = None
+    if num_shared and say_shared:
+        shared = SharedPrefixes(ints(*range(len(requests))), ints(0, len(requests)), ints(num_shared))
+    got = (implementation or paged_attention.cpu)(
         q,
         cache,
         table,
-        torch.tensor(seq_lens, dtype=torch.int32),
-        torch.tensor([0, *q_lens], dtype=torch.int32).cumsum(0, dtype=torch.int32),
-        scale=head_dim**-0.5,
-        sliding_window=sliding_window,
+        ints(*seq_lens),
+        ints(0, *q_lens).cumsum(0, dtype=torch.int32),
+        layout=layout,
+        options=options,
+        shared=shared,
+        out=out,
     )
-    return out.split(q_lens)
+    return got.split(q_lens)
+
+
+def ints(*values):
+    return torch.tensor(values, dtype=torch.int32)
 
 
 def prefill(seq):
@@ -157,6 +182,63 @@ def test_q_is_read_where_it_lies(assert_same_bits):
     assert_same_bits(attend([prefill(seq)])[0], attend([prefill(apart)])[0])
 
 
+@needs_kernels
+@pytest.mark.parametrize(("head_dim", "group"), [(64, 1), (80, 40), (128, 4)])
+@pytest.mark.parametrize("kv_dtype", KV_TYPES)
+def test_the_kernel_agrees_with_the_reference_for_each_type_of_cache(isa, dtype, kv_dtype, head_dim, group, assert_close):
+    """Both read what the cache stores: that is the reference's business, not a matter of tolerance."""
+    shape = {"heads": 2 * group, "kv_heads": 2, "head_dim": head_dim, "dtype": dtype}
+    seqs = [sequence(n, **shape) for n in (70, 45, 140)]
+    tolerance = TOLERANCE[torch.float32 if dtype == torch.float32 else torch.bfloat16]
+    scales = {"k_scale": 0.75, "v_scale": 1.5} if kv_dtype == "fp8_e4m3" else {}
+    assert_agrees([prefill(seqs[0]), decode(seqs[1]), decode(seqs[2])], assert_close, tolerance, kv_dtype=kv_dtype, **scales)
+
+
+@pytest.mark.parametrize(("kv_dtype", "tolerance"), [("bfloat16", 8e-3), ("fp8_e4m3", 6e-2), ("int8", 2e-2)])
+def test_a_smaller_cache_costs_little_accuracy(kv_dtype, tolerance, assert_close):
+    seq = sequence(200, head_dim=64)
+    (exact,) = attend([prefill(seq)], implementation=paged_attention.reference)
+    (got,) = attend([prefill(seq)], implementation=paged_attention.reference, kv_dtype=kv_dtype)
+    assert_close(got[100:], exact[100:], tolerance)
+
+
+def some_options(heads):
+    slopes = 2.0 ** -torch.arange(1, heads + 1).float()
+    return {
+        "softcap": {"softcap": 2.0},
+        "sinks": {"sinks": torch.linspace(-2, 3, heads)},
+        "alibi": {"alibi_slopes": slopes},
+        "all": {"softcap": 5.0, "sinks": torch.linspace(-2, 3, heads), "alibi_slopes": slopes, "sliding_window": 150},
+    }
+
+
+@needs_kernels
+@pytest.mark.parametrize("kv_dtype", [None, *QUANTIZED])
+@pytest.mark.parametrize("option", ["softcap", "sinks", "alibi", "all"])
+def test_the_kernel_agrees_with_the_reference_with_each_option(isa, dtype, kv_dtype, option, assert_close):
+    seqs = [sequence(n, heads=6, kv_heads=2, dtype=dtype) for n in (1100, 300)]
+    chunks = [(seqs[0], range(1030, 1100)), prefill(seqs[1]), decode(seqs[1])]
+    tolerance = TOLERANCE[torch.float32 if dtype == torch.float32 else torch.bfloat16]
+    assert_agrees(chunks, assert_close, tolerance, kv_dtype=kv_dtype, **some_options(6)[option])
+
+
+@pytest.mark.parametrize("option", ["softcap", "sinks", "alibi"])
+def test_each_option_changes_what_it_is_about(option):
+    seq = sequence(50, heads=4, kv_heads=2)
+    plain, changed = (
+        attend([prefill(seq)], implementation=paged_attention.reference, **options)[0]
+        for options in ({}, some_options(4)[option])
+    )
+    assert not torch.allclose(plain[1:], changed[1:])
+
+
+def test_a_sink_takes_its_share_of_a_lone_token():
+    seq = sequence(1, heads=1, kv_heads=1)
+    logit = (seq.q @ seq.k.mT).item() * 32**-0.5
+    (out,) = attend([prefill(seq)], implementation=paged_attention.reference, sinks=torch.tensor([logit]))
+    torch.testing.assert_close(out, seq.v / 2)
+
+
 # A row's bits depend on nothing but its own query, keys and values -----------
 
 
@@ -210,52 +292,108 @@ def test_physical_blocks_and_their_size_change_no_bit(isa, crowd, assert_same_bi
             assert_same_bits(torch.cat(attend(crowd, block_size=block_size, shuffle=shuffle)), expected)
 
 
+def sharing(num_shared, dtype):
+    """Decoding requests whose first tokens are the same; more rows than walk together."""
+    shape = {"heads": 16, "kv_heads": 1, "head_dim": 48, "dtype": dtype}
+    batch = []
+    for more in (200, 129, 64, 5, 1, 0):
+        seq = sequence(num_shared + more, **shape)
+        if batch:
+            seq.k[:num_shared], seq.v[:num_shared] = batch[0][0].k[:num_shared], batch[0][0].v[:num_shared]
+        batch.append(decode(seq))
+    return batch
+
+
 @needs_kernels
-def test_what_unused_slots_hold_changes_no_bit(isa, crowd, assert_same_bits):
-    expected = torch.cat(attend(crowd, unused=0.0))
+@pytest.mark.parametrize("kv_dtype", [None, *QUANTIZED])
+@pytest.mark.parametrize("num_shared", [128, 1024, 1280])
+def test_shared_blocks_are_read_once_and_change_no_bit(isa, dtype, kv_dtype, num_shared, assert_same_bits):
+    batch, options = sharing(num_shared, dtype), {"kv_dtype": kv_dtype, "block_size": 128}
+    apart = torch.cat(attend(batch, **options))
+    assert_same_bits(torch.cat(attend(batch, num_shared=num_shared, say_shared=False, **options)), apart)
+    assert_same_bits(torch.cat(attend(batch, num_shared=num_shared, **options)), apart)
+
+
+@needs_kernels
+@pytest.mark.parametrize("option", ["softcap", "sinks", "alibi", "all"])
+def test_shared_blocks_change_no_bit_with_any_option_or_number_of_threads(isa, num_threads, option, assert_same_bits):
+    batch, options = sharing(256, torch.bfloat16), {"block_size": 128, **some_options(16)[option]}
+    apart = torch.cat(attend(batch, **options))
+    assert_same_bits(torch.cat(attend(batch, num_shared=256, **options)), apart)
+
+
+@needs_kernels
+@pytest.mark.parametrize("kv_dtype", QUANTIZED)
+def test_a_prompt_has_the_same_bits_in_chunks_whole_and_token_by_token_in_a_quantized_cache(isa, dtype, kv_dtype, assert_same_bits):
+    seq = sequence(1200, heads=4, kv_heads=2, head_dim=32, dtype=dtype)
+    (whole,) = attend([prefill(seq)], kv_dtype=kv_dtype)
+    for begin, end in [(0, 1), (31, 32), (32, 100), (1000, 1030), (1199, 1200), (128, 129)]:
+        assert_same_bits(attend([(seq, range(begin, end))], kv_dtype=kv_dtype)[0], whole[begin:end])
+
+
+@needs_kernels
+@pytest.mark.parametrize("kv_dtype", [None, *QUANTIZED])
+def test_what_unused_slots_hold_changes_no_bit(isa, crowd, kv_dtype, assert_same_bits):
+    expected = torch.cat(attend(crowd, kv_dtype=kv_dtype, unused=0))
     assert expected.isfinite().all()
-    for unused in (float("nan"), float("inf"), -7.0):
-        assert_same_bits(torch.cat(attend(crowd, unused=unused)), expected)
+    for unused in (NAN, 0x7F, 0xC1):
+        assert_same_bits(torch.cat(attend(crowd, kv_dtype=kv_dtype, unused=unused)), expected)
 
 
 @needs_kernels
-def test_what_later_positions_hold_changes_no_bit(isa, assert_same_bits):
-    seq = sequence(100, heads=1, kv_heads=1)
+def test_what_later_positions_hold_changes_no_bit(isa, dtype, assert_same_bits):
+    seq = sequence(100, heads=1, kv_heads=1, dtype=dtype)
     calm = attend([prefill(seq)])[0][:50]
     seq.k[50:], seq.v[50:] = float("nan"), float("inf")
     assert_same_bits(attend([prefill(seq)])[0][:50], calm)
 
 
 @needs_kernels
-def test_what_lies_before_the_sliding_window_changes_no_bit(isa, assert_same_bits):
-    seq = sequence(100, heads=1, kv_heads=1)
+def test_what_lies_before_the_sliding_window_changes_no_bit(isa, dtype, assert_same_bits):
+    seq = sequence(100, heads=1, kv_heads=1, dtype=dtype)
     calm = attend([prefill(seq)], sliding_window=20)[0][70:]
     seq.k[:51], seq.v[:51] = float("nan"), float("inf")
     assert_same_bits(attend([prefill(seq)], sliding_window=20)[0][70:], calm)
 
 
 @needs_kernels
-def test_a_nan_in_its_own_keys_makes_a_row_nan(isa):
-    seq = sequence(40, heads=1, kv_heads=1)
+@pytest.mark.parametrize("kv_dtype", [None, *QUANTIZED])
+def test_a_nan_in_its_own_keys_makes_a_row_nan(isa, dtype, kv_dtype):
+    seq = sequence(40, heads=1, kv_heads=1, dtype=dtype)
     seq.k[35, 0, 3] = float("nan")
-    (out,) = attend([prefill(seq)])
+    (out,) = attend([prefill(seq)], kv_dtype=kv_dtype)
     assert out[:35].isfinite().all() and out[35:].isnan().all()
+
+
+@needs_kernels
+@pytest.mark.parametrize("kv_dtype", [None, *QUANTIZED])
+def test_a_nan_in_its_own_values_reaches_the_rows_that_see_it_and_no_other(isa, dtype, kv_dtype, assert_same_bits):
+    seq = sequence(80, heads=2, kv_heads=1, dtype=dtype)
+    (calm,) = attend([prefill(seq)], kv_dtype=kv_dtype)
+    seq.v[35, 0, 3] = float("nan")
+    (out,) = attend([prefill(seq)], kv_dtype=kv_dtype)
+    assert_same_bits(out[:35], calm[:35])
+    assert out[35:, :, 3].isnan().all()
+
+
+@needs_kernels
+def test_the_output_goes_where_the_caller_says(assert_same_bits):
+    seq = sequence(40)
+    out = torch.full((40, 4, 32), float("nan"))
+    assert attend([prefill(seq)], out=out)[0].data_ptr() == out.data_ptr()
+    assert_same_bits(out, attend([prefill(seq)])[0])
 
 
 # Edges and refusals ----------------------------------------------------------
 
 
 def small_batch():
-    cache = torch.randn(4, 2, 2, 32, 16)
-    q = torch.randn(3, 4, 16)
-    table = torch.tensor([[1, 2]], dtype=torch.int32)
+    layout = KvLayout("float32", num_kv_heads=2, head_dim=16, block_size=32)
+    cache = torch.randn(4, layout.block_bytes // 4).view(torch.uint8).view(layout.shape(4))
     return dict(
-        q=q, kv_cache=cache, block_table=table, seq_lens=ints(40), query_start_loc=ints(0, 3), scale=0.25
-    )
-
-
-def ints(*values):
-    return torch.tensor(values, dtype=torch.int32)
+        q=torch.randn(3, 4, 16), kv_cache=cache, block_table=ints(1, 2).unsqueeze(0), seq_lens=ints(40),
+        query_start_loc=ints(0, 3), layout=layout, options=Options(0.25),
+    )  # fmt: skip
 
 
 @needs_kernels
@@ -287,8 +425,14 @@ def test_a_request_without_query_rows_is_passed_over(assert_same_bits):
         (dict(query_start_loc=ints(0, 4)), IndexError, "query_start_loc.1. = 4"),
         (dict(query_start_loc=ints(2, 1)), IndexError, "query_start_loc.1. = 1"),
         (dict(q=torch.randn(3, 3, 16)), ValueError, "3 query heads cannot share 2"),
-        (dict(kv_cache=torch.randn(4, 2, 2, 48, 16)), ValueError, "block size 48"),
-        (dict(q=torch.randn(3, 4, 16).bfloat16()), ValueError, "q is .*bfloat16"),
+        (dict(q=torch.randn(3, 4, 32)), ValueError, "q is .*32"),
+        (dict(kv_cache=torch.zeros(4, 2, 2, 1, 16, dtype=torch.uint8)), ValueError, "kv_cache is"),
+        (dict(options=Options(0.25, sinks=torch.zeros(3))), ValueError, "sinks is"),
+        (dict(out=torch.empty(3, 4, 16).bfloat16()), ValueError, "out is .*bfloat16"),
+        (dict(shared=SharedPrefixes(ints(1), ints(0, 1), ints(128))), IndexError, "members.0. = 1"),
+        (dict(shared=SharedPrefixes(ints(0), ints(0, 1), ints(100))), ValueError, "shared_lens.0. = 100"),
+        (dict(shared=SharedPrefixes(ints(0), ints(0, 1), ints(128))), ValueError, "has not one query row"),
+        (dict(shared=SharedPrefixes(ints(0), ints(0, 2), ints(128))), IndexError, "group_starts.1. = 2"),
         (dict(seq_lens=torch.tensor([40])), ValueError, "seq_lens is .*int64.* must be .*int32"),
     ],
 )
@@ -305,6 +449,7 @@ def test_the_kernel_says_which_sizes_it_does_not_serve():
     assert why_not(head_dim=80, block_size=128) is None
     assert "head_dim 72 is not a multiple of 16" in why_not(head_dim=72, block_size=128)
     assert "try --block-size 128" in why_not(head_dim=64, block_size=16)
+    assert "65 query heads" in why_not(head_dim=64, block_size=32, group=65)
 
 
 @needs_kernels

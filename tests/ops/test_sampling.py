@@ -14,9 +14,20 @@ INF = float("inf")
 needs_kernels = pytest.mark.skipif(
     native.why_not(OpSpec("cpu", torch.float32)) is not None, reason="no kernels"
 )
+
+
+def reference_draw(*batch):
+    """The tokens alone."""
+    return sampling.gumbel_argmax_reference(*batch)[0]
+
+
+def native_draw(*batch):
+    """The tokens alone."""
+    return sampling.gumbel_argmax_cpu(*batch)[0]
+
+
 both_samplers = pytest.mark.parametrize(
-    "sample",
-    [sampling.gumbel_argmax_reference, pytest.param(sampling.gumbel_argmax_cpu, marks=needs_kernels)],
+    "sample", [reference_draw, pytest.param(native_draw, marks=needs_kernels)]
 )
 both_truncations = pytest.mark.parametrize(
     "truncate",
@@ -78,7 +89,7 @@ def batch(num_rows, vocab_size, spread=3.0):
 @pytest.mark.parametrize("spread", [0.0, 0.1, 3.0, 30.0])
 def test_the_native_choice_is_the_references_up_to_the_last_bits_of_the_noise(isa, vocab_size, spread):
     logits, temperature, seeds, positions = batch(12, vocab_size, spread)
-    got = sampling.gumbel_argmax_cpu(logits, temperature, seeds, positions).unsqueeze(1)
+    got = native_draw(logits, temperature, seeds, positions).unsqueeze(1)
     noise = sampling.gumbel_noise(seeds, positions, vocab_size)
     perturbed = logits / temperature.unsqueeze(1) + noise
     shortfall = perturbed.amax(1, keepdim=True) - perturbed.gather(1, got)
@@ -95,7 +106,7 @@ def test_each_index_gets_its_own_noise_natively(isa):
             continue
         logits = torch.full((1, 300), -INF)
         logits[0, [a, b]] = 0.0
-        got = sampling.gumbel_argmax_cpu(logits, torch.ones(1), seeds, positions).item()
+        got = native_draw(logits, torch.ones(1), seeds, positions).item()
         assert got == (a if noise[a] > noise[b] else b)
 
 
@@ -154,13 +165,13 @@ def test_a_masked_token_is_never_drawn(sample, temperature):
 def test_a_token_does_not_depend_on_the_batch_or_the_threads(isa, num_threads):
     logits, temperature, seeds, positions = batch(30, 9001)
     temperature[::7] = 0
-    together = sampling.gumbel_argmax_cpu(logits, temperature, seeds, positions)
+    together = native_draw(logits, temperature, seeds, positions)
     order = torch.randperm(30)
-    shuffled = sampling.gumbel_argmax_cpu(logits[order], temperature[order], seeds[order], positions[order])
+    shuffled = native_draw(logits[order], temperature[order], seeds[order], positions[order])
     assert torch.equal(shuffled, together[order])
     for row in range(30):
         alone = [x[row : row + 1] for x in (logits, temperature, seeds, positions)]
-        assert sampling.gumbel_argmax_cpu(*alone).item() == together[row]
+        assert native_draw(*alone).item() == together[row]
 
 
 @needs_kernels
@@ -169,7 +180,7 @@ def test_a_row_of_nan_still_gives_an_index_in_range(isa):
     logits[1, :5000] = -INF
     logits[2] = -INF
     zeros = torch.zeros(3, dtype=torch.int64)
-    got = sampling.gumbel_argmax_cpu(logits, torch.ones(3), zeros, zeros)
+    got = native_draw(logits, torch.ones(3), zeros, zeros)
     assert got.ge(0).all() and got.lt(5001).all()
 
 
@@ -320,11 +331,26 @@ def test_rows_that_nothing_can_be_drawn_from_are_named(find, vocab_size):
     assert find(logits[4:]) == []
 
 
+@pytest.mark.parametrize(
+    "choose", [sampling.gumbel_argmax_reference, pytest.param(sampling.gumbel_argmax_cpu, marks=needs_kernels)]
+)
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("vocab_size", [1, 20, 4096, 9001])
+def test_choosing_a_token_names_the_same_rows(choose, temperature, vocab_size):
+    logits = torch.randn(7, vocab_size)
+    last = vocab_size - 1
+    logits[1, last], logits[2, 0], logits[3], logits[5, last] = float("nan"), float("nan"), -INF, INF
+    logits[4, :last] = -INF
+    zeros = torch.zeros(7, dtype=torch.int64)
+    _, broken = choose(logits, torch.full((7,), temperature), zeros, zeros)
+    assert broken.tolist() == [0, 1, 1, 1, 0, 1, 0]
+
+
 @needs_kernels
 def test_arguments_of_the_wrong_dtype_are_refused():
     logits, temperature, seeds, positions = batch(2, 10)
     with pytest.raises(ValueError, match="seeds is .*int32.*must be .*int64"):
-        sampling.gumbel_argmax_cpu(logits, temperature, seeds.int(), positions)
+        native_draw(logits, temperature, seeds.int(), positions)
     with pytest.raises(ValueError, match="top_k is .*int64.*must be .*int32"):
         sampling.top_k_top_p_min_p_cpu(logits, seeds, temperature, temperature)
 

@@ -12,7 +12,7 @@ from minivllm.messages.kv_cache import KVCacheGroup, KVCacheSpec
 from minivllm.worker.memory import GIB, Budget, describe, size_kv_cache
 
 # 1 MiB a block over all layers: a GiB is 1024 blocks of 128 tokens.
-SPEC = KVCacheSpec(block_size=128, block_bytes=1 << 16, num_layers=16, layout_id="nhd-v1")
+SPEC = KVCacheSpec(block_size=128, block_bytes=1 << 16, num_layers=16, layout_id="tile32-bfloat16-v1")
 
 
 def budget(limit: float = 16, available: float = 14, weights: float = 3, step: float = 1) -> Budget:

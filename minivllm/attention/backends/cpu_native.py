@@ -2,25 +2,44 @@
 
 from __future__ import annotations
 
+import mmap
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 
 from minivllm.attention.backend import AttentionBackend, AttentionSpec, StepInputs
 from minivllm.config.cache import KV_TILE
 from minivllm.config.hf_config import HEAD_DIM_STEP
+from minivllm.ops.kv_layout import KvLayout
 from minivllm.ops.kv_write import kv_write
 from minivllm.ops.op import OpSpec
-from minivllm.ops.paged_attention import paged_attention
+from minivllm.ops.paged_attention import STEP, Options, SharedPrefixes, paged_attention
+
+_SAME_AS_MODEL = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+KV_CACHE_DTYPES = {"bfloat16": "bfloat16", "float16": "float16", "fp8": "fp8_e4m3", "fp8_e4m3": "fp8_e4m3", "int8": "int8"}
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """A step, and what its requests have in common."""
+
+    step: StepInputs
+    shared: SharedPrefixes | None
 
 
 class CpuNativeBackend(AttentionBackend):
     name = "cpu_native"
-    layout_id = "nhd-v1"
 
     def __init__(self, spec: AttentionSpec) -> None:
         super().__init__(spec)
-        sizes = {"head_dim": spec.head_dim, "block_size": spec.block_size}
+        kv_dtype = KV_CACHE_DTYPES.get(spec.kv_cache_dtype, _SAME_AS_MODEL[spec.dtype])
+        self.layout = KvLayout(kv_dtype, spec.num_kv_heads, spec.head_dim, spec.block_size)
+        group = spec.num_heads // spec.num_kv_heads
+        sizes = {"head_dim": spec.head_dim, "block_size": spec.block_size, "group": group}
         op_spec = OpSpec(spec.device, spec.dtype, sizes)
         self._write, self._attend = kv_write.select(op_spec), paged_attention.select(op_spec)
+        self._out = torch.empty(0, spec.num_heads, spec.head_dim, dtype=spec.dtype)
 
     @classmethod
     def why_not(cls, spec: AttentionSpec) -> str | None:
@@ -33,13 +52,29 @@ class CpuNativeBackend(AttentionBackend):
             return f"head_dim {spec.head_dim} is not a multiple of {HEAD_DIM_STEP}"
         if spec.block_size % KV_TILE:
             return f"block size {spec.block_size} is not a multiple of {KV_TILE}"
+        if spec.kv_cache_dtype != "auto" and spec.kv_cache_dtype not in KV_CACHE_DTYPES:
+            return f"no KV cache in {spec.kv_cache_dtype}, only in auto, {', '.join(KV_CACHE_DTYPES)}"
         return None
 
-    def kv_cache_shape(self, num_blocks: int) -> tuple[int, ...]:
-        return (num_blocks, 2, self.spec.num_kv_heads, self.spec.block_size, self.spec.head_dim)
+    @property
+    def layout_id(self) -> str:
+        return self.layout.layout_id
 
-    def build_metadata(self, step: StepInputs) -> StepInputs:
-        return step
+    @property
+    def block_bytes(self) -> int:
+        return self.layout.block_bytes
+
+    def new_kv_cache(self, num_blocks: int) -> torch.Tensor:
+        shape = self.layout.shape(num_blocks)
+        num_bytes = num_blocks * self.block_bytes
+        memory = mmap.mmap(-1, max(1, num_bytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        # Attention walks over all of it in each step: with small pages it would wait for their addresses.
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        return torch.frombuffer(memory, dtype=torch.uint8)[:num_bytes].view(shape)
+
+    def build_metadata(self, step: StepInputs) -> Metadata:
+        return Metadata(step, shared_prefixes(step, self.spec.block_size))
 
     def forward(
         self,
@@ -47,13 +82,51 @@ class CpuNativeBackend(AttentionBackend):
         k: torch.Tensor,
         v: torch.Tensor,
         kv_cache: torch.Tensor,
-        metadata: StepInputs,
+        metadata: Metadata,
         *,
-        scale: float,
-        sliding_window: int | None,
+        options: Options,
     ) -> torch.Tensor:
-        self._write(k, v, kv_cache, metadata.slot_mapping)
-        return self._attend(
-            q, kv_cache, metadata.block_table, metadata.seq_lens, metadata.query_start_loc,
-            scale=scale, sliding_window=sliding_window,
+        step = metadata.step
+        self._write(
+            k, v, kv_cache, step.slot_mapping,
+            layout=self.layout, k_scale=options.k_scale, v_scale=options.v_scale,
         )  # fmt: skip
+        return self._attend(
+            q, kv_cache, step.block_table, step.seq_lens, step.query_start_loc,
+            layout=self.layout, options=options, shared=metadata.shared, out=self._output(len(q)),
+        )  # fmt: skip
+
+    def _output(self, num_tokens: int) -> torch.Tensor:
+        """Memory for a step's output, kept from one layer and step to the next."""
+        if len(self._out) < num_tokens:
+            self._out = torch.empty(num_tokens, *self._out.shape[1:], dtype=self._out.dtype)
+        return self._out[:num_tokens]
+
+
+def shared_prefixes(step: StepInputs, block_size: int) -> SharedPrefixes | None:
+    """The requests with one query row whose leading blocks are equal, as far as all of a group agree; None if none do."""
+    query_start_loc, table = step.query_start_loc.numpy(), step.block_table.numpy()
+    decodes = np.flatnonzero(np.diff(query_start_loc) == 1)
+    first_blocks = table[decodes, 0]
+    if len(set(first_blocks.tolist())) == len(decodes):
+        return None
+    seq_lens = step.seq_lens.numpy()
+    by_first = np.argsort(first_blocks, kind="stable")
+    borders = np.flatnonzero(np.diff(first_blocks[by_first])) + 1
+    groups, lens = [], []
+    for members in np.split(decodes[by_first], borders):
+        num_blocks = int(seq_lens[members].min()) // block_size
+        blocks = table[members, :num_blocks]
+        differ = np.flatnonzero((blocks != blocks[0]).any(0))
+        num_shared = int(differ[0]) if len(differ) else num_blocks
+        length = num_shared * block_size // STEP * STEP
+        if len(members) > 1 and length:
+            groups.append(members)
+            lens.append(length)
+    if not groups:
+        return None
+    starts = np.cumsum([0, *map(len, groups)], dtype=np.int32)
+    members = np.concatenate(groups).astype(np.int32)
+    return SharedPrefixes(
+        torch.from_numpy(members), torch.from_numpy(starts), torch.tensor(lens, dtype=torch.int32)
+    )

@@ -35,6 +35,7 @@ from minivllm.entrypoints.openai.listen import (
     url_of,
 )
 from minivllm.logger import configure, init_logger
+from minivllm.utils.box_model import is_box_model
 from minivllm.version import __version__
 
 if TYPE_CHECKING:
@@ -42,8 +43,10 @@ if TYPE_CHECKING:
 
     from fastapi import FastAPI
 
+    from minivllm.config.engine import EngineConfig
     from minivllm.engine.async_llm import AsyncLLM
     from minivllm.engine.front import StatLogger
+    from minivllm.entrypoints.answer_format import AnswerFormat
     from minivllm.entrypoints.openai.request_log import RequestLog
     from minivllm.messages.stats import IterationStats, SchedulerStats
 
@@ -300,7 +303,7 @@ def init_app_state(engine: AsyncLLM, args: Namespace, app: FastAPI, stats: StatL
     from minivllm.entrypoints.openai.chat_completion.serving import ServingChat
     from minivllm.entrypoints.openai.completion.serving import ServingCompletion
     from minivllm.entrypoints.openai.models.serving import ServedModels
-    from minivllm.entrypoints.openai.render import Renderer
+    from minivllm.entrypoints.openai.render import Renderer, TemplateSettings
     from minivllm.entrypoints.openai.serving_base import ServingSettings
     from minivllm.entrypoints.openai.tokenize.serving import ServingTokenize
     from minivllm.metrics.logging import LoggingStatLogger
@@ -316,16 +319,23 @@ def init_app_state(engine: AsyncLLM, args: Namespace, app: FastAPI, stats: StatL
             PrometheusStatLogger(state.registry, names[0], ready),
             LoggingStatLogger(time.monotonic()),
         ]
-    renderer = state.renderer = Renderer(
-        engine.tokenizer,
+    templates = TemplateSettings(
         chat_template=read_chat_template(frontend.chat_template),
-        max_model_len=ready.max_model_len,
+        content_format=frontend.chat_template_content_format,
+        template_kwargs=frontend.default_chat_template_kwargs or {},
+        trust_request_template=frontend.trust_request_chat_template,
+    )
+    _warn_of_other_template(engine, templates.chat_template)
+    renderer = state.renderer = Renderer(
+        engine.tokenizer, max_model_len=ready.max_model_len, templates=templates
     )
     settings = ServingSettings(
         response_role=frontend.response_role,
         return_tokens_as_token_ids=frontend.return_tokens_as_token_ids,
         force_include_usage=frontend.enable_force_include_usage,
         system_fingerprint=_fingerprint(engine, names[0]),
+        exclude_tools_when_none=frontend.exclude_tools_when_tool_choice_none,
+        answer_format=answer_format(frontend, engine.config),
         shows_cached_tokens=frontend.enable_prompt_tokens_details,
         keep_alive_s=frontend.sse_keep_alive_interval,
         request_log=_request_log(frontend),
@@ -334,6 +344,31 @@ def init_app_state(engine: AsyncLLM, args: Namespace, app: FastAPI, stats: StatL
     state.serving_completion = ServingCompletion(*common)
     state.serving_chat = ServingChat(*common)
     state.serving_tokenize = ServingTokenize(state.models, renderer)
+
+
+def answer_format(frontend: FrontendConfig, config: EngineConfig) -> AnswerFormat:
+    """How the model writes calls and reasoning, as the arguments say; of the model in the box it is known.
+
+    Raises:
+        ConfigError: a parser is unknown, or a plug-in fails.
+    """
+    from minivllm.entrypoints.answer_format import AnswerFormat
+    from minivllm.reasoning.registry import reasoning_parser_class
+    from minivllm.tool_parsers.registry import TOOL_PARSERS
+
+    if frontend.tool_parser_plugin:
+        TOOL_PARSERS.import_plugin(frontend.tool_parser_plugin)
+    name, auto = frontend.tool_call_parser, frontend.enable_auto_tool_choice
+    if name is None and is_box_model(config.model.model):
+        name, auto = "hermes", True
+    parser = TOOL_PARSERS.get(name) if name is not None else None
+    return AnswerFormat(parser, reasoning_parser_class(config.reasoning), auto)
+
+
+def _warn_of_other_template(engine: AsyncLLM, template: str | None) -> None:
+    own = None if engine.tokenizer is None else engine.tokenizer.chat_template
+    if template is not None and own is not None and template.strip() != own.strip():
+        logger.warning("--chat-template differs from the model's own template, which it was trained on")
 
 
 def _request_log(frontend: FrontendConfig) -> RequestLog | None:

@@ -12,9 +12,12 @@ from minivllm.config.frontend import FrontendConfig
 from minivllm.config.model_files import why_no_template
 from minivllm.config.not_yet import ALIASES, NOT_YET, refusal, words_to_ignore
 from minivllm.engine.arg_utils import AsyncEngineArgs
+from minivllm.entrypoints.chat_utils import RESERVED_TEMPLATE_KWARGS
 from minivllm.entrypoints.openai.tls import check_tls
 from minivllm.exceptions import ConfigError
+from minivllm.tool_parsers.registry import TOOL_PARSERS
 from minivllm.utils.argparse_utils import FlexibleArgumentParser, add_dataclass_arguments
+from minivllm.utils.box_model import is_box_model
 from minivllm.utils.text import nearest
 
 # What bare --help shows.
@@ -108,12 +111,34 @@ def validate_args(args: argparse.Namespace) -> None:
     if args.root_path and not args.root_path.startswith("/"):
         raise ConfigError(f"--root-path {args.root_path} must start with /")
     _check_chat_template(args.chat_template)
+    check_template_kwargs(args.default_chat_template_kwargs)
+    _check_tool_parser(args)
     check_tls(args)
     if args.middleware:
         from minivllm.entrypoints.openai.middleware import load_middleware
 
         for import_path in args.middleware:
             load_middleware(import_path)
+
+
+def check_template_kwargs(given: dict[str, object] | None) -> None:
+    """Raises ConfigError when a variable for the template is one that the server sets itself."""
+    if given is not None and not isinstance(given, dict):
+        raise ConfigError(f"--default-chat-template-kwargs must be a JSON object, got {given!r}")
+    if reserved := RESERVED_TEMPLATE_KWARGS & (given or {}).keys():
+        raise ConfigError(f"--default-chat-template-kwargs may not set {', '.join(sorted(reserved))}")
+
+
+def _check_tool_parser(args: argparse.Namespace) -> None:
+    """Raises ConfigError when there is no such parser, its plug-in fails, or tools are asked for without one."""
+    if args.tool_parser_plugin:
+        TOOL_PARSERS.import_plugin(args.tool_parser_plugin)
+    if args.tool_call_parser is not None:
+        TOOL_PARSERS.get(args.tool_call_parser)
+    elif args.enable_auto_tool_choice and args.model and not is_box_model(args.model):
+        raise ConfigError(
+            f"--enable-auto-tool-choice needs --tool-call-parser, one of {', '.join(TOOL_PARSERS.names)}"
+        )
 
 
 def _check_chat_template(template: str | None) -> None:

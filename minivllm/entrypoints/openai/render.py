@@ -8,14 +8,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from minivllm.entrypoints.chat_utils import parse_messages
+from minivllm.entrypoints.chat_utils import ContentFormat, parse_messages, text_of
 from minivllm.entrypoints.openai.sampling_fields import check_unicode
 from minivllm.exceptions import RequestError
+from minivllm.tokenizer.chat_template import content_format
 
 if TYPE_CHECKING:
-    from minivllm.entrypoints.openai.chat_completion.protocol import ChatFields
     from minivllm.tokenizer.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -24,13 +25,54 @@ T = TypeVar("T")
 MAX_CHARS_PER_TOKEN = 256
 
 
+@dataclass(frozen=True)
+class Conversation:
+    """What a chat template is to make a prompt of. messages and tools are as the API has them."""
+
+    messages: list[Any]
+    tools: list[dict[str, Any]] | None = None
+    documents: list[dict[str, Any]] | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    add_special_tokens: bool = False
+    chat_template: str | None = None  # the request's own
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ChatPrompt:
+    """A conversation as the model gets it. continued: the answer's beginning, if the prompt ends with one."""
+
+    text: str
+    token_ids: list[int]
+    continued: str | None = None
+
+
+@dataclass(frozen=True)
+class TemplateSettings:
+    """What the operator says of chat templates. None, "auto": as the model has it."""
+
+    chat_template: str | None = None
+    content_format: ContentFormat | Literal["auto"] = "auto"
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    trust_request_template: bool = False
+
+
 class Renderer:
-    def __init__(self, tokenizer: Tokenizer | None, *, chat_template: str | None, max_model_len: int) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        *,
+        max_model_len: int,
+        templates: TemplateSettings = TemplateSettings(),  # noqa: B008 (frozen)
+    ) -> None:
         self._tokenizer = tokenizer
-        self._chat_template = chat_template
+        self._templates = templates
         self._max_model_len = max_model_len
         # One thread: a long prompt delays other prompts, never the streams.
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
+        # Those who wait for a template of a request's own wait beside it.
+        self._apart = ThreadPoolExecutor(2, thread_name_prefix="request-template")
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -57,26 +99,48 @@ class Renderer:
         """Text of token ids, special tokens shown."""
         return await self._off_loop(lambda: self.tokenizer.decode(token_ids, skip_special_tokens=False))
 
-    async def chat(self, request: ChatFields) -> list[int]:
-        """Token ids of a conversation under the server's chat template, which writes the special tokens.
+    async def chat(self, conversation: Conversation) -> ChatPrompt:
+        """A conversation as a prompt, under the server's chat template, which writes the special tokens.
 
         Raises:
-            RequestError: a message has a form we do not take, or the template refuses the conversation.
+            RequestError: a message has a form we do not take, the template refuses the conversation, or the request
+            brings its own and may not.
         """
-        messages = parse_messages(request.messages)
-        return await self._off_loop(lambda: self._render(messages, request))
-
-    def _render(self, messages: list[dict[str, Any]], request: ChatFields) -> list[int]:
-        text = self.tokenizer.render_chat_template(
-            messages,
-            chat_template=self._chat_template,
-            add_generation_prompt=request.add_generation_prompt,
-            continue_final_message=request.continue_final_message,
-            tools=request.tools or None,
-            **(request.chat_template_kwargs or {}),
+        own = conversation.chat_template
+        if own is not None and not self._templates.trust_request_template:
+            raise RequestError(
+                "chat_template: this server takes no templates from requests (--trust-request-chat-template)",
+                param="chat_template",
+            )
+        template = own or self._templates.chat_template or self.tokenizer.template_for(conversation.tools)
+        messages = parse_messages(conversation.messages, self._content_format(template))
+        text = await self._off_loop(
+            lambda: self._render(messages, conversation), self._apart if own is not None else None
         )
         self.check_text(text)
-        return self.tokenizer.encode(text, add_special_tokens=request.add_special_tokens)
+        token_ids = await self._off_loop(
+            lambda: self.tokenizer.encode(text, add_special_tokens=conversation.add_special_tokens)
+        )
+        continued = text_of(conversation.messages[-1], "messages[-1]") if conversation.continue_final_message else None
+        return ChatPrompt(text, token_ids, continued)
+
+    def _content_format(self, template: str | None) -> ContentFormat:
+        if self._templates.content_format != "auto":
+            return self._templates.content_format
+        return "string" if template is None else content_format(template)
+
+    def _render(self, messages: list[dict[str, Any]], conversation: Conversation) -> str:
+        return self.tokenizer.render_chat_template(
+            messages,
+            chat_template=conversation.chat_template or self._templates.chat_template,
+            trusted=conversation.chat_template is None,
+            max_chars=self._max_model_len * MAX_CHARS_PER_TOKEN,
+            add_generation_prompt=conversation.add_generation_prompt,
+            continue_final_message=conversation.continue_final_message,
+            tools=conversation.tools,
+            documents=conversation.documents,
+            **{**self._templates.template_kwargs, **conversation.template_kwargs},
+        )
 
     def check_text(self, text: str) -> None:
         """Raises RequestError when it is longer than any text that fits, or no Unicode text."""
@@ -88,12 +152,13 @@ class Renderer:
             )
         check_unicode(text, "prompt")
 
-    async def _off_loop(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+    async def _off_loop(self, work: Callable[[], T], pool: ThreadPoolExecutor | None = None) -> T:
+        return await asyncio.get_running_loop().run_in_executor(pool or self._pool, work)
 
     def shutdown(self) -> None:
         """Drop what is queued; the text being tokenized is finished."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._pool, self._apart):
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def truncate(token_ids: list[int], limit: int | None, side: str | None, longest: int) -> list[int]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from minivllm.engine.beam_search import beam_search
+from minivllm.entrypoints.answer_format import AnswerFormat
 from minivllm.entrypoints.openai.lifecycle import Lifecycle
 from minivllm.entrypoints.openai.models.serving import ServedModels
 from minivllm.entrypoints.openai.protocol import json_response
@@ -37,6 +38,8 @@ class ServingSettings:
     return_tokens_as_token_ids: bool = False
     force_include_usage: bool = False
     system_fingerprint: str | None = None
+    exclude_tools_when_none: bool = False
+    answer_format: AnswerFormat = AnswerFormat()
     shows_cached_tokens: bool = False  # in usage
     keep_alive_s: float = 0  # see sse.EventStream
     request_log: RequestLog | None = None

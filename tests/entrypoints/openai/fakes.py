@@ -50,12 +50,16 @@ class ByteTokenizer:
     def id_to_token(self, token_id: int) -> str:
         return f"<{token_id}>"
 
+    def template_for(self, tools: list[dict] | None = None) -> str | None:
+        return self.chat_template
+
     def render_chat_template(
         self, messages: list[dict], *, add_generation_prompt: bool = True, **kwargs: Any
     ) -> str:
         if kwargs.get("boom"):
             raise RequestError("the chat template refuses these messages: boom", param="messages")
         text = "".join(f"<{message['role']}>{message['content']}\n" for message in messages)
+        text = f"<tools>{len(kwargs['tools'])}\n{text}" if kwargs.get("tools") else text
         return text + ("<assistant>" if add_generation_prompt else "")
 
 

@@ -133,7 +133,6 @@ def test_prompt_logprobs_come_once(api: Api):
 
 
 def test_tools_that_may_not_be_used_are_accepted(api: Api):
-    api.chat(tools=[])
     api.chat(tools=[{"type": "function", "function": {"name": "f"}}], tool_choice="none")
 
 
@@ -144,7 +143,7 @@ def test_tools_that_may_not_be_used_are_accepted(api: Api):
         ({"messages": [{"role": "clown", "content": "x"}]}, "messages[0].role"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0]"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "prompt"),
-        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function"),
         ({"tool_choice": "auto"}, "tool_choice"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "logprobs"),
@@ -154,7 +153,8 @@ def test_tools_that_may_not_be_used_are_accepted(api: Api):
         ({"chat_template_kwargs": {"boom": True}}, "messages"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"max_completion_tokens": 1000}, "max_completion_tokens"),
-        ({"documents": [{}]}, "documents"),
+        ({"documents": 7}, "documents"),
+        ({"reasoning_effort": "much"}, "reasoning_effort"),
         ({"modalities": ["text", "audio"]}, "modalities"),
     ],
 )
@@ -184,3 +184,37 @@ def test_logprobs_of_chosen_tokens_need_logprobs_and_no_number(api: Api):
     messages = [{"role": "user", "content": "x"}]
     refused = api.post("/v1/chat/completions", {"messages": messages, "logprob_token_ids": [7]})
     assert refused.json()["error"]["param"] == "logprob_token_ids"
+
+
+def test_the_servers_variables_reach_the_template_and_the_requests_win(engine: FakeEngine):
+    seen: dict = {}
+    original = engine.tokenizer.render_chat_template
+
+    def render(messages: list, **options: object) -> str:
+        seen.update(options)
+        return original(messages, **options)
+
+    engine.tokenizer.render_chat_template = render
+    api = Api(engine, default_chat_template_kwargs={"a": 1, "b": 1})
+    api.chat(chat_template_kwargs={"b": 2}, reasoning_effort="none", documents=[{"text": "d"}])
+    assert (seen["a"], seen["b"], seen["reasoning_effort"], seen["enable_thinking"]) == (1, 2, "none", False)
+    assert seen["documents"] == [{"text": "d"}]
+
+
+def test_a_requests_own_template_needs_the_operators_trust(api: Api):
+    ask = {"messages": [{"role": "user", "content": "Hi"}], "chat_template": "{{ 1 }}"}
+    for path in (CHAT, "/tokenize"):
+        response = api.post(path, ask)
+        assert (response.status_code, response.json()["error"]["param"]) == (400, "chat_template")
+    seen: dict = {}
+    api.engine.tokenizer.render_chat_template = lambda messages, **options: seen.update(options) or "x"
+    Api(api.engine, trust_request_chat_template=True).chat(chat_template="{{ 1 }}")
+    assert (seen["chat_template"], seen["trusted"]) == ("{{ 1 }}", False)
+
+
+@pytest.mark.parametrize(("said", "content"), [("openai", [{"type": "text", "text": "Hi"}]), ("string", "Hi")])
+def test_the_form_of_contents_can_be_said(engine: FakeEngine, said: str, content: object):
+    seen: list = []
+    engine.tokenizer.render_chat_template = lambda messages, **options: seen.extend(messages) or "x"
+    Api(engine, chat_template_content_format=said).chat()
+    assert seen[0]["content"] == content

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from msgspec import UNSET
 
-from minivllm.entrypoints.chat_utils import parse_messages
+from minivllm.entrypoints.answer_format import AnswerParser, AnswerPlan
+from minivllm.entrypoints.chat_utils import text_of
 from minivllm.entrypoints.openai.chat_completion.protocol import (
     ChatChoice,
     ChatCompletion,
@@ -18,11 +19,17 @@ from minivllm.entrypoints.openai.chat_completion.protocol import (
     ChatLogprobs,
     ChunkChoice,
     Delta,
+    FunctionCall,
+    FunctionDelta,
     Message,
+    ToolCall,
+    ToolCallDelta,
 )
 from minivllm.entrypoints.openai.logprobs import LogprobsFormatter, prompt_logprobs_body
 from minivllm.entrypoints.openai.protocol import Usage
+from minivllm.entrypoints.openai.render import ChatPrompt
 from minivllm.entrypoints.openai.serving_base import Answering, ServingBase, check_output, in_order
+from minivllm.tool_parsers.pieces import Answer, CallArguments, CallEnd, CallStart, Content, Piece, Reasoning
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -37,16 +44,30 @@ class _Job:
 
     request: ChatCompletionRequest
     answering: Answering
-    token_ids: list[int]
+    prompt: ChatPrompt
+    token_ids: list[int]  # of the prompt, as far as it is kept
     n: int
     role: str
     echo: str
     formatter: LogprobsFormatter
+    plan: AnswerPlan
     num_tokens: dict[int, int] = field(default_factory=dict)  # generated so far, by choice
+    parsers: dict[int, AnswerParser] = field(default_factory=dict)  # by choice
     num_cached: int | None = None  # prompt tokens from the prefix cache, if usage tells them
 
     def count(self, answer: CompletionOutput) -> None:
         self.num_tokens[answer.index] = self.num_tokens.get(answer.index, 0) + len(answer.token_ids)
+
+    def parser(self, index: int) -> AnswerParser:
+        if index not in self.parsers:
+            self.parsers[index] = self.plan.parser(self.prompt.text, self.prompt.continued)
+        return self.parsers[index]
+
+    def pieces(self, answer: CompletionOutput) -> list[Piece]:
+        """What an output adds to its choice, taken apart."""
+        parser = self.parser(answer.index)
+        pieces = parser.feed(answer.text)
+        return pieces if answer.finish_reason is None else pieces + parser.finish()
 
     @property
     def usage(self) -> Usage:
@@ -70,7 +91,10 @@ class ServingChat(ServingBase):
         """
         answering = self._begin(request, raw_request)
         asked = request.num_tokens_asked
-        token_ids = self._truncate(await self._renderer.chat(request), request, asked)
+        plan = self._settings.answer_format.plan(request.tool_use, include_reasoning=request.include_reasoning)
+        hides_tools = self._settings.exclude_tools_when_none and not request.tool_use.may_call
+        prompt = await self._renderer.chat(request.conversation(with_tools=not hides_tools))
+        token_ids = self._truncate(prompt.token_ids, request, asked)
         param = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
         max_tokens = self._max_tokens(asked, None, len(token_ids), param=param)
         if request.use_beam_search:
@@ -82,19 +106,21 @@ class ServingChat(ServingBase):
                 logprobs=request.num_logprobs,
                 prompt_logprobs=request.prompt_logprobs,
             )
+            if plan.needs_special_tokens:
+                params = params.clone(skip_special_tokens=False)
         role, echo = self._role_and_echo(request)
         tokenizer = self._engine.tokenizer
         formatter = LogprobsFormatter(tokenizer, as_token_ids=self._shows_token_ids(request))
-        job = _Job(request, answering, token_ids, params.n, role, echo, formatter)
+        job = _Job(request, answering, prompt, token_ids, params.n, role, echo, formatter, plan)
         self._engine.check_admission(params.n)
         outputs = self._generate(token_ids, params, request, answering.id, request.num_logprobs)
         return await self._answer(job, outputs, params.n)
 
     def _role_and_echo(self, request: ChatCompletionRequest) -> tuple[str, str]:
         """Who answers, and what of the last message comes back with `echo`."""
-        last = parse_messages(request.messages[-1:])[0]
+        last = request.messages[-1]
         role = self._settings.response_role if request.add_generation_prompt else last["role"]
-        return role, last["content"] if request.echo and last["role"] == role else ""
+        return role, text_of(last, "messages[-1]") if request.echo and last["role"] == role else ""
 
     async def _whole(self, job: _Job, outputs: AsyncGenerator[RequestOutput, None]) -> ChatCompletion:
         bodies: dict[int, ChatChoice] = {}
@@ -120,11 +146,24 @@ class ServingChat(ServingBase):
 
     @staticmethod
     def _choice(job: _Job, answer: CompletionOutput) -> ChatChoice:
+        parts = Answer.of(job.pieces(answer))
+        message = Message(job.role, job.echo + parts.content)
+        if parts.reasoning:
+            message.reasoning = parts.reasoning
+        if parts.calls:
+            message.tool_calls = [
+                ToolCall(
+                    call.id, FunctionCall(call.name, call.arguments), incomplete=UNSET if call.complete else True
+                )
+                for call in parts.calls
+            ]
+        if not message.content and (parts.reasoning or parts.calls):
+            message.content = None
         return ChatChoice(
             index=answer.index,
-            message=Message(job.role, job.echo + answer.text),
+            message=message,
             logprobs=job.logprobs(answer),
-            finish_reason=answer.finish_reason,
+            finish_reason=job.parser(answer.index).finish_reason(answer.finish_reason),
             stop_reason=answer.stop_reason,
             token_ids=answer.token_ids if job.request.return_token_ids else UNSET,
         )
@@ -147,7 +186,7 @@ class ServingChat(ServingBase):
                     job.count(answer)
                     choice = self._delta(job, answer)
                     if (
-                        answer.text
+                        not choice.delta.is_empty
                         or choice.logprobs
                         or choice.finish_reason
                         or choice.token_ids is not UNSET
@@ -176,9 +215,9 @@ class ServingChat(ServingBase):
         finished = answer.finish_reason is not None
         return ChunkChoice(
             index=answer.index,
-            delta=Delta(content=answer.text) if answer.text or not finished else Delta(),
+            delta=delta_of(job.pieces(answer)),
             logprobs=job.logprobs(answer),
-            finish_reason=answer.finish_reason,
+            finish_reason=job.parser(answer.index).finish_reason(answer.finish_reason),
             stop_reason=answer.stop_reason if finished else UNSET,
             token_ids=answer.token_ids if job.request.return_token_ids else UNSET,
         )
@@ -192,3 +231,26 @@ class ServingChat(ServingBase):
             choices=choices,
             system_fingerprint=self._settings.system_fingerprint,
         )
+
+
+def delta_of(pieces: list[Piece]) -> Delta:
+    """Pieces of one answer as one delta: what a client that joins deltas needs to have them again."""
+    delta = Delta()
+    calls: dict[int, ToolCallDelta] = {}
+    for piece in pieces:
+        if isinstance(piece, Content):
+            delta.content = (delta.content or "") + piece.text
+        elif isinstance(piece, Reasoning):
+            delta.reasoning = (delta.reasoning or "") + piece.text
+        elif isinstance(piece, CallStart):
+            function = FunctionDelta(name=piece.name, arguments="")
+            calls[piece.index] = ToolCallDelta(piece.index, piece.id, "function", function)
+        elif isinstance(piece, CallArguments):
+            call = calls.setdefault(piece.index, ToolCallDelta(piece.index, function=FunctionDelta(arguments="")))
+            call.function.arguments += piece.text
+        elif isinstance(piece, CallEnd) and not piece.complete:
+            call = calls.setdefault(piece.index, ToolCallDelta(piece.index, function=FunctionDelta(arguments="")))
+            call.incomplete = True
+    if calls:
+        delta.tool_calls = list(calls.values())
+    return delta

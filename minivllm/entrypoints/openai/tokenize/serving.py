@@ -22,7 +22,7 @@ class ServingTokenize:
     async def tokenize(self, request: TokenizeCompletionRequest | TokenizeChatRequest) -> TokenizeResponse:
         self._models.resolve(request.model)
         if isinstance(request, TokenizeChatRequest):
-            tokens = await self._renderer.chat(request)
+            tokens = (await self._renderer.chat(request.conversation())).token_ids
         else:
             tokens = await self._renderer.encode(
                 request.prompt, add_special_tokens=request.add_special_tokens

@@ -1,0 +1,171 @@
+"""Microseconds a decode step of the core spends outside kernels, and where.
+
+    python benchmarks/step_overhead.py --model DIR [--batch 1 64] [--steps 300] [--profile]
+
+The core runs in this process; every call of the native extension is timed, the rest of the step is overhead: Python,
+torch and numpy. Processor time of the main thread is counted, so that a disturbed machine disturbs little. Encoding and
+decoding of the step's message, which other threads do, stand beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import cProfile
+import gc
+import pstats
+import random
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+from minivllm.engine.arg_utils import EngineArgs
+from minivllm.messages.codec import Decoder, encode
+from minivllm.messages.engine import EngineCoreOutputs, EngineCoreRequest
+from minivllm.sampling_params import SamplingParams
+
+NUM_IN = 128
+now = time.thread_time_ns
+
+
+class Clock:
+    """Nanoseconds under names; what a call inside a call takes counts for the inner one only."""
+
+    def __init__(self) -> None:
+        self.spent: defaultdict[str, int] = defaultdict(int)
+        self._inner = 0
+        begin = now()
+        for _ in range(1000):
+            now()
+        self._cost = (now() - begin) // 1000  # of looking at the clock: a call looks twice, and half of it counts
+
+    def timed(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            outer, self._inner = self._inner, 0
+            begin = now()
+            try:
+                return call(*args, **kwargs)
+            finally:
+                took = now() - begin - self._cost
+                self.spent[name] += took - self._inner
+                self._inner = outer + took + 2 * self._cost
+
+        return wrapper
+
+    def wrap(self, owner: Any, attribute: str, name: str) -> None:
+        setattr(owner, attribute, self.timed(name, getattr(owner, attribute)))
+
+
+class TimedKernels:
+    """The native extension, each function and method timed under `kernel`."""
+
+    def __init__(self, clock: Clock, target: Any, name: str = "") -> None:
+        self._clock, self._target, self._name = clock, target, name
+
+    def __getattr__(self, attribute: str) -> Any:
+        value = getattr(self._target, attribute)
+        if isinstance(value, type):
+            value = _constructor(self._clock, value)
+        elif callable(value):
+            value = self._clock.timed(f"kernel {attribute}", value)
+        setattr(self, attribute, value)
+        return value
+
+
+def _constructor(clock: Clock, kind: type) -> Callable[..., TimedKernels]:
+    return lambda *args, **kwargs: TimedKernels(clock, kind(*args, **kwargs))
+
+
+def build_core(model: str, clock: Clock, extra: dict[str, Any]) -> Any:
+    from minivllm.ops import native
+
+    native.lib = TimedKernels(clock, native.lib)
+    from minivllm.engine.core import EngineCore
+
+    options = {"kv_cache_memory_bytes": 1 << 30, "max_model_len": 2048, "enable_prefix_caching": False} | extra
+    config = EngineArgs(model=model, **options).create_engine_config("offline")
+    return EngineCore(config, on_death=print, on_progress=lambda phase: None)
+
+
+def add_requests(core: Any, batch: int, num_out: int, temperature: float) -> None:
+    pick = random.Random(0)
+    vocab_size = core.ready.vocab_size
+    for number in range(batch):
+        core.add_request(
+            EngineCoreRequest(
+                request_id=f"request-{number}",
+                prompt_token_ids=[pick.randrange(vocab_size) for _ in range(NUM_IN)],
+                sampling_params=SamplingParams(max_tokens=num_out, ignore_eos=True, temperature=temperature),
+                seed=number,
+            )
+        )
+
+
+def measure(core: Any, clock: Clock, batch: int, steps: int, temperature: float, profile: bool) -> None:
+    add_requests(core, batch, steps + 50, temperature)
+    for _ in range(20):
+        core.step()
+    profiler = cProfile.Profile()
+    decode = Decoder(EngineCoreOutputs)
+    totals, kernels = [], []
+    spent: defaultdict[str, int] = defaultdict(int)
+    gc.collect()
+    gc.freeze()
+    for _ in range(steps):
+        clock.spent.clear()
+        if profile:
+            profiler.enable()
+        begin = now()
+        outputs = core.step()
+        totals.append(now() - begin)
+        if profile:
+            profiler.disable()
+        kernels.append(sum(ns for name, ns in clock.spent.items() if name.startswith("kernel")))
+        for name, ns in clock.spent.items():
+            spent[name] += ns
+        begin = now()
+        data = encode(outputs[0])
+        spent["(beside) encode"] += now() - begin
+        begin = now()
+        decode(data)
+        spent["(beside) decode"] += now() - begin
+    gc.unfreeze()
+    outside = statistics.median(t - k for t, k in zip(totals, kernels)) / 1e3
+    total, kernel = statistics.median(totals) / 1e3, statistics.median(kernels) / 1e3
+    print(
+        f"batch {batch}, temperature {temperature}: step {total:.0f} µs = kernels {kernel:.0f} + outside {outside:.0f} "
+        f"({outside / batch:.1f} a request)"
+    )
+    for name, ns in sorted(spent.items(), key=lambda item: -item[1]):
+        print(f"    {ns / steps / 1e3:9.1f}  {name}")
+    if profile:
+        pstats.Stats(profiler).sort_stats("tottime").print_stats(35)
+    core.abort_all()
+    while core.has_requests():
+        core.step()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 64])
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--profile", action="store_true", help="a profile of the steps as well (it slows them)")
+    args = parser.parse_args()
+    clock = Clock()
+    core = build_core(args.model, clock, {})
+    clock.wrap(core.scheduler, "schedule", "schedule")
+    clock.wrap(core.scheduler, "update_from_output", "update_from_output")
+    worker = core.executor.worker
+    clock.wrap(worker, "execute_model", "execute_model, not the model")
+    clock.wrap(worker.runner.model, "forward", "model forward, not its kernels")
+    clock.wrap(worker, "sample_tokens", "sample_tokens, not its kernels")
+    for batch in args.batch:
+        measure(core, clock, batch, args.steps, args.temperature, args.profile)
+    core.shutdown()
+
+
+if __name__ == "__main__":
+    main()

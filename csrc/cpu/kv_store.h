@@ -1,0 +1,102 @@
+// Writing one token's key and value into their tiles, for kernels that have them at hand as float32 or in q's type.
+// The rules of isa.h hold here too.
+#pragma once
+
+#include "isa.h"
+#include "kv_layout.h"
+#include "vec_math.h"
+
+namespace minivllm::MINIVLLM_ISA {
+
+// The scale of a token's int8 codes, its largest magnitude being 127; NaN if it has an element that is not finite.
+template <class T>
+MINIVLLM_INLINE float int8_scale(const T* row, int64_t n) {
+    Vec largest = zero(), nothing = zero();
+    for (int64_t i = 0; i < n; i += kLanes) {
+        const Vec x = load(row + i);
+        largest = max(max(x, zero() - x), largest);
+        nothing = nothing + x * zero();  // NaN if x is not finite
+    }
+    return reduce_add(nothing) == 0 ? reduce_max(largest) / 127.0f : __builtin_nanf("");
+}
+
+// To the nearest whole number: a magnitude of up to 127 with the sign above it.
+MINIVLLM_INLINE UVec int8_codes(Vec x) {
+    const Vec n = round_even(x);
+    return to_integers(where_less(n, zero(), set1(128) - n, n));
+}
+
+// To the nearest e4m3, ties to even; what is larger than 448 becomes 448, NaN stays.
+MINIVLLM_INLINE UVec fp8_codes(Vec x) {
+    const UVec sign = shift_right<24>(bits_of(x)) & uset1(0x80);
+    const Vec magnitude = min(set1(448), floats_of(bits_of(x) & uset1(0x7fffffff)));
+    const UVec bits = bits_of(magnitude), odd = shift_right<20>(bits) & uset1(1);
+    const UVec normal = shift_right<20>(bits + uset1(0x7ffff) + odd) - uset1(120 << 3);
+    // Subnormals count in 2^-9, the last bit of a float32 near 2^14.
+    const UVec subnormal = bits_of(magnitude + set1(0x1p14f)) - bits_of(set1(0x1p14f));
+    const Vec code = where_less(magnitude, set1(0x1p-6f), floats_of(subnormal), floats_of(normal));
+    return bits_of(where_less(magnitude, set1(449), code, floats_of(uset1(0x7f)))) | sign;
+}
+
+// A row in units of `scale`.
+template <KvType type, class T>
+MINIVLLM_INLINE void encode_row(uint8_t* codes, const T* row, int64_t n, float scale) {
+    const bool is_zero = type == KvType::int8 && !(scale > 0);  // or not a number
+    for (int64_t i = 0; i < n; i += kLanes) {
+        const Vec x = load(row + i) / set1(scale);
+        store_bytes(codes + i, is_zero ? uset1(0) : type == KvType::int8 ? int8_codes(x) : fp8_codes(x));
+    }
+}
+
+// One head's key of token t into `tile`, its value into `tile + half_bytes`. scale: of fp8, ignored by other types.
+// Same rows of the same layout give the same bytes, whoever calls.
+template <KvType type, class T>
+MINIVLLM_INLINE void store_key(char* tile, const T* row, int64_t t, int64_t head_dim, float scale) {
+    if constexpr (type == KvType::bf16) {
+        if constexpr (std::is_same_v<T, bf16>) {
+            uint32_t* to = reinterpret_cast<uint32_t*>(tile) + t / 16 * 8 * head_dim + t % 16;
+            for (int64_t p = 0; p < head_dim / 2; ++p) std::memcpy(to + p * 16, row + 2 * p, 4);
+        } else {
+            bf16* to = reinterpret_cast<bf16*>(tile) + t / 16 * 16 * head_dim + t % 16 * 2;
+            for (int64_t d = 0; d < head_dim; ++d) to[d / 2 * 32 + d % 2] = from_float<bf16>(to_float(row[d]));
+        }
+    } else if constexpr (type == KvType::f32 || type == KvType::f16) {
+        using E = std::conditional_t<type == KvType::f32, float, f16>;
+        E* to = reinterpret_cast<E*>(tile) + t;
+        for (int64_t d = 0; d < head_dim; ++d) to[d * kKvTile] = from_float<E>(to_float(row[d]));
+    } else {
+        alignas(64) uint8_t codes[kMostHeadDim];
+        if constexpr (type == KvType::int8) {
+            scale = int8_scale(row, head_dim);
+            std::memcpy(tile + kKvTile * head_dim + t * 4, &scale, 4);
+        }
+        encode_row<type>(codes, row, head_dim, scale);
+        char* to = tile + t / 16 * 16 * head_dim + t % 16 / 4 * 16 + t % 4 * 2;
+        for (int64_t p = 0; p < head_dim / 2; ++p) std::memcpy(to + p / 2 * 64 + p % 2 * 8, codes + 2 * p, 2);
+    }
+}
+
+template <KvType type, class T>
+MINIVLLM_INLINE void store_value(char* tile, const T* row, int64_t t, int64_t head_dim, float scale) {
+    if constexpr (type == KvType::bf16) {
+        bf16* to = reinterpret_cast<bf16*>(tile) + t / 2 * 32 + t % 2;
+        for (int64_t g = 0; g < head_dim / 16; ++g)
+            for (int64_t d = 0; d < 16; ++d) to[g * 512 + d * 2] = from_float<bf16>(to_float(row[g * 16 + d]));
+    } else if constexpr (type == KvType::f32 || type == KvType::f16) {
+        using E = std::conditional_t<type == KvType::f32, float, f16>;
+        E* to = reinterpret_cast<E*>(tile) + t * head_dim;
+        for (int64_t d = 0; d < head_dim; ++d) to[d] = from_float<E>(to_float(row[d]));
+    } else {
+        alignas(64) uint8_t codes[kMostHeadDim];
+        if constexpr (type == KvType::int8) {
+            scale = int8_scale(row, head_dim);
+            std::memcpy(tile + kKvTile * head_dim + t * 4, &scale, 4);
+        }
+        encode_row<type>(codes, row, head_dim, scale);
+        char* to = tile + t / 4 * 64 + t / 2 % 2 * 8 + t % 2;
+        for (int64_t g = 0; g < head_dim / 16; ++g)
+            for (int64_t d = 0; d < 16; ++d) to[g * 512 + d / 4 * 16 + d % 4 * 2] = char(codes[g * 16 + d]);
+    }
+}
+
+}  // namespace minivllm::MINIVLLM_ISA

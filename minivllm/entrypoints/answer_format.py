@@ -1,0 +1,161 @@
+"""How the served model writes its answers, and one answer taken apart: content, reasoning, calls.
+
+Every route whose answers have parts asks here: `AnswerFormat.plan` before the engine is asked, `AnswerPlan.parser` for
+each answer's text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from minivllm.entrypoints.tool_use import NO_TOOLS, ToolUse
+from minivllm.exceptions import RequestError, UnsupportedError
+from minivllm.reasoning.abstract import ReasoningParser
+from minivllm.tool_parsers.abstract import ToolParser
+from minivllm.tool_parsers.forced import ArgumentsToolParser, JsonListToolParser
+from minivllm.tool_parsers.pieces import CallEnd, CallStart, Content, Piece, Reasoning
+from minivllm.tool_parsers.registry import TOOL_PARSERS
+
+
+@dataclass(frozen=True)
+class AnswerFormat:
+    """Of the server: which parsers its model's answers need. auto: whether a model may call tools when it likes."""
+
+    tool_parser: type[ToolParser] | None = None
+    reasoning_parser: type[ReasoningParser] | None = None
+    auto_tool_choice: bool = False
+
+    def plan(self, use: ToolUse = NO_TOOLS, *, include_reasoning: bool = True) -> AnswerPlan:
+        """How answers to one request are read.
+
+        Raises:
+            RequestError: tools are to be called when the model likes, and the server does not know how it would.
+        """
+        if use.choice == "auto" and not (self.auto_tool_choice and self.tool_parser):
+            raise RequestError(
+                'tool_choice="auto" needs a server with --enable-auto-tool-choice and --tool-call-parser; '
+                'say "none" or "required", or name a function',
+                param="tool_choice",
+            )
+        if use.must_call:
+            raise UnsupportedError(
+                'tool_choice "required", or a function\'s name, is not supported yet; say "auto" or "none"',
+                param="tool_choice",
+            )
+        return AnswerPlan(self, use, include_reasoning)
+
+
+@dataclass(frozen=True)
+class AnswerPlan:
+    """Of one request."""
+
+    format: AnswerFormat
+    use: ToolUse = NO_TOOLS
+    include_reasoning: bool = True
+
+    @property
+    def needs_special_tokens(self) -> bool:
+        """Whether the text must be detokenized with its special tokens: they may be what is to be parsed."""
+        reasoning, tools = self.format.reasoning_parser, self.format.tool_parser
+        return bool(
+            reasoning and reasoning.needs_special_tokens or self._reads_calls and tools and tools.needs_special_tokens
+        )
+
+    @property
+    def _reads_calls(self) -> bool:
+        return self.use.may_call
+
+    @property
+    def calls_its_own_way(self) -> bool:
+        """Whether calls come as the model writes them, rather than as JSON that a grammar asked for."""
+        if not self.use.must_call:
+            return True
+        parser = self.format.tool_parser
+        return parser is not None and parser.call_format is not None
+
+    def parser(self, prompt: str, continued: str | None = None) -> AnswerParser:
+        """For one answer behind this prompt. continued: the beginning of the answer, if the prompt has one."""
+        reasoning, read_all_by = None, None
+        if (cls := self.format.reasoning_parser) is not None:
+            read_all_by = cls.read_by_tool_parser
+            if read_all_by is None:
+                reasoning = cls(begins_open=cls.open_after(prompt, continued))
+        tools = self._tool_parser()
+        if read_all_by is not None and (tools is None or type(tools) is self.format.tool_parser):
+            tools = TOOL_PARSERS.get(read_all_by)(self.use.tools if self.use.may_call else None)
+        return AnswerParser(reasoning, tools, self.use, self.include_reasoning)
+
+    def _tool_parser(self) -> ToolParser | None:
+        if not self.use.may_call:
+            return None
+        if self.calls_its_own_way:
+            return self.format.tool_parser(self.use.tools)
+        if self.use.choice == "named":
+            return ArgumentsToolParser(self.use.tools, self.use.name)
+        return JsonListToolParser(self.use.tools)
+
+
+class AnswerParser:
+    """One answer's text, fed as it comes."""
+
+    def __init__(
+        self,
+        reasoning: ReasoningParser | None,
+        tools: ToolParser | None,
+        use: ToolUse = NO_TOOLS,
+        include_reasoning: bool = True,
+    ) -> None:
+        self._reasoning = reasoning
+        self._tools = tools
+        self._use = use
+        self._include_reasoning = include_reasoning
+        self.num_complete_calls = 0
+
+    def feed(self, text: str) -> list[Piece]:
+        """More of the text; what it adds to the answer."""
+        if self._reasoning is None:
+            return self._kept(self._answer(text))
+        return self._kept(self._parted(self._reasoning.feed(text)))
+
+    def finish(self) -> list[Piece]:
+        """The text is over; what that adds to the answer."""
+        pieces = [] if self._reasoning is None else self._parted(self._reasoning.finish())
+        if self._tools is not None:
+            pieces += self._tools.finish()
+        return self._kept(pieces)
+
+    def finish_reason(self, engines: str | None) -> str | None:
+        """The API's reason for the end, of the engine's: a call that was asked for by name ends as text does."""
+        if engines == "stop" and self.num_complete_calls and self._use.choice != "named":
+            return "tool_calls"
+        return engines
+
+    def _parted(self, parts: list) -> list[Piece]:
+        pieces: list[Piece] = []
+        for part in parts:
+            pieces += [Reasoning(part.text)] if part.is_reasoning else self._answer(part.text)
+        return pieces
+
+    def _answer(self, text: str) -> list[Piece]:
+        if self._tools is not None:
+            return self._tools.feed(text)
+        return [Content(text)] if text else []
+
+    def _kept(self, pieces: list[Piece]) -> list[Piece]:
+        """Without what the request does not want: reasoning, or calls beside the first. Every call has an id."""
+        kept: list[Piece] = []
+        for piece in pieces:
+            if isinstance(piece, Reasoning):
+                if not self._include_reasoning:
+                    continue
+            elif not isinstance(piece, Content):
+                if piece.index and not self._use.parallel:
+                    continue
+                if isinstance(piece, CallStart) and piece.id is None:
+                    piece = piece._replace(id=self._tools.make_id())
+                elif isinstance(piece, CallEnd):
+                    self.num_complete_calls += piece.complete
+            kept.append(piece)
+        return kept
+
+

@@ -1,0 +1,226 @@
+"""Tools and reasoning in /v1/chat/completions, on answers that the engine makes up."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from minivllm.exceptions import ConfigError
+from tests.entrypoints.openai.conftest import Api
+from tests.entrypoints.openai.fakes import FakeEngine
+
+CHAT = "/v1/chat/completions"
+PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+TOOLS = [
+    {"type": "function", "function": {"name": "get_weather", "parameters": PARAMETERS}},
+    {"type": "function", "function": {"name": "now"}},
+]
+ROME = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Róme"}}\n</tool_call>'
+NOW = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
+
+
+def api_with(answer: str, **args: Any) -> Api:
+    engine = FakeEngine()
+    engine.answer = answer
+    args = {"enable_auto_tool_choice": True, "tool_call_parser": "hermes", **args}
+    return Api(engine, **args)
+
+
+def with_reasoning(answer: str, parser: str = "qwen3", **args: Any) -> Api:
+    from minivllm.config.reasoning import ReasoningConfig
+
+    engine = FakeEngine()
+    engine.answer = answer
+    engine.config = engine.config.__class__(
+        **{**vars(engine.config), "reasoning": ReasoningConfig(reasoning_parser=parser)}
+    )
+    return Api(engine, **{"enable_auto_tool_choice": True, "tool_call_parser": "hermes", **args})
+
+
+def joined(chunks: list[dict]) -> dict:
+    """The message that a client joins of the deltas, as the openai library does it."""
+    message: dict[str, Any] = {"content": "", "reasoning": "", "tool_calls": []}
+    for chunk in chunks:
+        for choice in chunk["choices"]:
+            delta = choice["delta"]
+            message["content"] += delta.get("content") or ""
+            message["reasoning"] += delta.get("reasoning") or ""
+            for call in delta.get("tool_calls", ()):
+                if call["index"] == len(message["tool_calls"]):
+                    assert call["id"] and call["type"] == "function"
+                    message["tool_calls"].append({"name": call["function"]["name"], "arguments": ""})
+                seen = message["tool_calls"][call["index"]]
+                seen["arguments"] += call.get("function", {}).get("arguments", "")
+                seen["incomplete"] = call.get("incomplete", False)
+            message["finish_reason"] = choice["finish_reason"]
+    return message
+
+
+def test_calls_are_parsed_and_end_with_their_own_reason():
+    body = api_with(f"Let me look.\n{ROME}\n{NOW}").chat(tools=TOOLS)
+    (choice,) = body["choices"]
+    assert choice["finish_reason"] == "tool_calls"
+    assert choice["message"]["content"] == "Let me look."
+    first, second = choice["message"]["tool_calls"]
+    assert first["function"] == {"name": "get_weather", "arguments": '{"city": "Róme"}'}
+    assert (second["type"], second["function"]) == ("function", {"name": "now", "arguments": "{}"})
+    assert first["id"] != second["id"] and first["id"].startswith("chatcmpl-tool-")
+    assert "incomplete" not in first
+
+
+def test_a_message_of_calls_alone_has_no_content():
+    message = api_with(ROME).chat(tools=TOOLS)["choices"][0]["message"]
+    assert message["content"] is None
+
+
+@pytest.mark.parametrize("interval", [1, 3, 1000])
+@pytest.mark.parametrize("answer", [f"Let me look.\n{ROME}\n{NOW}", ROME, "No calls <tool", ROME[:-20]])
+def test_a_stream_joins_to_the_whole(answer: str, interval: int):
+    api = api_with(answer)
+    chunks = api.stream(CHAT, tools=TOOLS, stream_interval=interval)
+    whole = api.chat(tools=TOOLS)["choices"][0]
+    calls = [
+        {**call["function"], "incomplete": call.get("incomplete", False)}
+        for call in whole["message"].get("tool_calls", ())
+    ]
+    assert joined(chunks) == {
+        "content": whole["message"]["content"] or "",
+        "reasoning": "",
+        "tool_calls": calls,
+        "finish_reason": whole["finish_reason"],
+    }
+
+
+def test_a_call_that_the_length_cuts_is_marked_and_the_one_before_is_kept():
+    api = api_with(f"{NOW}\n{ROME}")
+    max_tokens = len(NOW.encode()) + 60
+    (choice,) = api.chat(tools=TOOLS, max_tokens=max_tokens)["choices"]
+    kept, cut = choice["message"]["tool_calls"]
+    assert choice["finish_reason"] == "length"
+    assert kept["function"]["arguments"] == "{}" and "incomplete" not in kept
+    assert cut["incomplete"] is True
+    assert '{"city": "Róme"}'.startswith(cut["function"]["arguments"])
+    chunks = api.stream(CHAT, tools=TOOLS, max_tokens=max_tokens)
+    assert joined(chunks)["tool_calls"][1]["incomplete"] is True
+
+
+def test_one_call_at_most_without_parallel_calls():
+    api = api_with(f"{ROME}\n{NOW}")
+    (call,) = api.chat(tools=TOOLS, parallel_tool_calls=False)["choices"][0]["message"]["tool_calls"]
+    assert call["function"]["name"] == "get_weather"
+    assert len(joined(api.stream(CHAT, tools=TOOLS, parallel_tool_calls=False))["tool_calls"]) == 1
+
+
+def test_n_answers_are_parsed_apart():
+    choices = api_with(ROME).chat(tools=TOOLS, n=2)["choices"]
+    ids = {choice["message"]["tool_calls"][0]["id"] for choice in choices}
+    assert len(ids) == 2
+
+
+def test_calls_that_may_not_be_made_are_text():
+    choice = api_with(ROME).chat(tools=TOOLS, tool_choice="none")["choices"][0]
+    assert (choice["message"]["content"], choice["finish_reason"]) == (ROME, "stop")
+
+
+def test_tools_are_in_the_prompt_unless_the_server_hides_those_that_may_not_be_called():
+    for hides, prompt in ((False, b"<tools>2"), (True, b"<user>")):
+        api = api_with("no", exclude_tools_when_tool_choice_none=hides)
+        api.chat(tools=TOOLS, tool_choice="none")
+        assert bytes(api.engine.calls[-1].prompt["prompt_token_ids"]).startswith(prompt)
+
+
+def test_special_tokens_are_shown_to_the_parser_alone():
+    api = api_with(ROME)
+    api.chat(tools=TOOLS)
+    assert api.engine.calls[-1].params.skip_special_tokens is False
+    api.chat()
+    assert api.engine.calls[-1].params.skip_special_tokens is True
+
+
+def test_tokenize_counts_the_tools_too(api: Api):
+    ask = {"messages": [{"role": "user", "content": "Hi"}]}
+    bare = api.post("/tokenize", ask).json()
+    assert api.post("/tokenize", {**ask, "tools": TOOLS}).json()["count"] == bare["count"] + len("<tools>2\n")
+    refused = api.post("/tokenize", {**ask, "tools": [{}]})
+    assert refused.json()["error"]["param"] == "tools[0].function"
+
+
+def test_a_server_that_does_not_know_how_its_model_calls_says_so(api: Api):
+    response = api.post(CHAT, {"messages": [{"role": "user", "content": "Hi"}], "tools": TOOLS})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "tool_choice")
+    assert "--enable-auto-tool-choice" in response.json()["error"]["message"]
+
+
+def tool(**function: Any) -> list[dict]:
+    return [TOOLS[1], {"type": "function", "function": {"name": "f", **function}}]
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"tools": []}, "tools"),
+        ({"tools": ["f"]}, "tools[0]"),
+        ({"tools": [{"type": "code", "function": {"name": "f"}}]}, "tools[0]"),
+        ({"tools": tool(name="")}, "tools[1].function.name"),
+        ({"tools": tool(name=None)}, "tools[1].function.name"),
+        ({"tools": tool(description=7)}, "tools[1].function.description"),
+        ({"tools": tool(parameters=[])}, "tools[1].function.parameters"),
+        ({"tools": tool(parameters={"type": "string"})}, "tools[1].function.parameters.type"),
+        (
+            {"tools": tool(parameters={"type": "object", "properties": {"a": {"type": "strng"}}})},
+            "tools[1].function.parameters.properties.a.type",
+        ),
+        (
+            {"tools": tool(parameters={"type": "object", "required": "a"})},
+            "tools[1].function.parameters.required",
+        ),
+        ({"tools": TOOLS, "tool_choice": "maybe"}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": {"function": {"name": "other"}}}, "tool_choice"),
+        ({"tool_choice": "required"}, "tool_choice"),
+    ],
+)
+def test_wrong_tools_are_refused_with_the_path(change: dict, param: str):
+    response = api_with("x").post(CHAT, {"messages": [{"role": "user", "content": "Hi"}], **change})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+
+
+def test_reasoning_is_apart_and_can_be_left_out():
+    api = with_reasoning("<think>\nHm, 2.\n</think>\n\nFour.")
+    message = api.chat()["choices"][0]["message"]
+    assert (message["reasoning"], message["content"]) == ("Hm, 2.", "Four.")
+    message = api.chat(include_reasoning=False)["choices"][0]["message"]
+    assert (message.get("reasoning"), message["content"]) == (None, "Four.")
+    both = joined(api.stream(CHAT))
+    assert (both["reasoning"], both["content"]) == ("Hm, 2.", "Four.")
+    assert joined(api.stream(CHAT, include_reasoning=False))["reasoning"] == ""
+
+
+def test_an_answer_that_is_all_thought_has_no_content():
+    message = with_reasoning("hm", "deepseek_r1").chat()["choices"][0]["message"]
+    assert (message["reasoning"], message["content"]) == ("hm", None)
+
+
+def test_calls_behind_reasoning_are_found_and_those_within_are_not():
+    api = with_reasoning(f"<think>I could say {NOW}</think>\n{ROME}")
+    for message in (api.chat(tools=TOOLS)["choices"][0]["message"], joined(api.stream(CHAT, tools=TOOLS))):
+        assert message["reasoning"] == f"I could say {NOW}"
+        assert not message["content"]
+        assert [json.dumps(c).count("get_weather") for c in message["tool_calls"]] == [1]
+
+
+def test_harmony_is_read_by_one_parser_with_and_without_tools():
+    final = "<|start|>assistant<|channel|>final<|message|>Done."
+    call = '<|channel|>commentary to=functions.now <|constrain|>json<|message|>{}<|call|>'
+    api = with_reasoning(f"<|channel|>analysis<|message|>Hm.<|end|>{final}", "openai_gptoss")
+    message = api.chat()["choices"][0]["message"]
+    assert (message["reasoning"], message["content"]) == ("Hm.", "Done.")
+    api = with_reasoning(f"{call}{final}", "openai_gptoss", tool_call_parser="openai")
+    message = api.chat(tools=TOOLS)["choices"][0]["message"]
+    assert (message["content"], message["tool_calls"][0]["function"]["name"]) == ("Done.", "now")
+
+
+def test_an_unknown_parser_stops_the_start():
+    with pytest.raises(ConfigError, match="--tool-call-parser hermets is unknown; did you mean hermes"):
+        api_with("x", tool_call_parser="hermets")
