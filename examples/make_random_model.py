@@ -99,6 +99,7 @@ QWEN3 = Family(
     qk_norm=True,
     takes_bias=True,
 )
+GEMMA2 = Family("Gemma2ForCausalLM", "gemma2", 1e-6, 10000.0, sandwiches=True)
 GEMMA3 = Family("Gemma3ForCausalLM", "gemma3_text", 1e-6, 1000000.0, qk_norm=True, sandwiches=True)
 FAMILIES = {
     "llama": LLAMA,
@@ -106,6 +107,7 @@ FAMILIES = {
     "mistral": MISTRAL,
     "qwen2": QWEN2,
     "qwen3": QWEN3,
+    "gemma2": GEMMA2,
     "gemma3": GEMMA3,
 }
 
@@ -204,7 +206,7 @@ def make_model(
     rope_parameters: dict[str, Any] | None = None,
     sliding_window: int | None = None,
     attention_bias: bool | None = None,
-    sliding_window_pattern: int = 6,
+    sliding_window_pattern: int | None = None,
     first_window_layer: int = 0,
     config_style: str = "classic",
     text: str = DEFAULT_TEXT,
@@ -213,8 +215,8 @@ def make_model(
 
     rope_parameters: as transformers 5 names them ({"rope_type": ..., "rope_theta": ..., ...}); None is the
     family's own, which for "llama3" includes its scaling. config_style: "classic" (torch_dtype, rope_theta,
-    rope_scaling) or "v5" (dtype, rope_parameters). sliding_window_pattern: gemma3 alone; of so many layers, the last
-    has no window. first_window_layer: qwen2 and qwen3, with a sliding_window. text: what the tokenizer is trained on.
+    rope_scaling) or "v5" (dtype, rope_parameters). sliding_window_pattern: gemma2 (2) and gemma3 (6); of so many
+    layers, the last has no window. first_window_layer: qwen2 and qwen3, with a sliding_window. text: what the tokenizer is trained on.
 
     Raises:
         ValueError: sizes that do not fit together, or a name that is not known.
@@ -237,7 +239,7 @@ def make_model(
         rope_parameters=rope_parameters or default_rope(arch, max_position_embeddings),
         sliding_window=sliding_window,
         attention_bias=family.has_bias if attention_bias is None else attention_bias,
-        sliding_window_pattern=sliding_window_pattern,
+        sliding_window_pattern=sliding_window_pattern or (2 if arch == "gemma2" else 6),
         first_window_layer=first_window_layer,
     )
     out = Path(out)
@@ -295,8 +297,10 @@ def model_config(shape: Shape, ids: dict[str, int], style: str) -> dict[str, Any
     if shape.family.model_type == "llama":
         config["mlp_bias"] = False
     config |= _sliding_window_keys(shape)
+    if shape.family in (GEMMA2, GEMMA3):
+        config |= _gemma_keys(shape, style)
     if shape.family is GEMMA3:
-        return config | _gemma3_keys(shape, style)
+        return config | _gemma3_rope_keys(shape, style)
     if style == "v5":
         return config | {"dtype": shape.dtype, "rope_parameters": shape.rope_parameters}
     if style == "classic":
@@ -312,28 +316,36 @@ def _sliding_window_keys(shape: Shape) -> dict[str, Any]:
         # Layers from `max_window_layers` on have the window.
         first = shape.first_window_layer if on else shape.num_layers
         return {"use_sliding_window": on, "sliding_window": shape.sliding_window, "max_window_layers": first}
-    if shape.family.model_type == "gemma3_text":
+    if shape.family in (GEMMA2, GEMMA3):
         return {"sliding_window": shape.sliding_window or 32}
     if shape.sliding_window is not None:
-        raise ValueError(f"{shape.family.architecture} has no sliding window; use mistral, qwen2, qwen3 or gemma3")
+        raise ValueError(f"{shape.family.architecture} has no sliding window; use mistral, qwen2, qwen3 or gemma")
     return {}
 
 
-def _gemma3_keys(shape: Shape, style: str) -> dict[str, Any]:
-    """What its config.json has beside, or in place of, the others': published ones (classic) and transformers 5's."""
-    is_last = [(index + 1) % shape.sliding_window_pattern == 0 for index in range(shape.num_layers)]
+def _gemma_keys(shape: Shape, style: str) -> dict[str, Any]:
+    """What a Gemma's config.json has beside the others', or in their place."""
+    pattern = shape.sliding_window_pattern
     keys = {
         "hidden_activation": "gelu_pytorch_tanh",
         "query_pre_attn_scalar": 2 * shape.head_dim,  # not head_dim, so that nobody can take the one for the other
         "attention_bias": False,
+        "final_logit_softcapping": 30.0 if shape.family is GEMMA2 else None,
+        "attn_logit_softcapping": 5.0 if shape.family is GEMMA2 else None,  # 50 would hardly be felt
     }
+    if style == "v5" or shape.family is GEMMA2 and pattern != 2:
+        kinds = ["full_attention" if (i + 1) % pattern == 0 else "sliding_attention" for i in range(shape.num_layers)]
+        return keys | {"layer_types": kinds}
+    return keys if shape.family is GEMMA2 else keys | {"sliding_window_pattern": pattern}
+
+
+def _gemma3_rope_keys(shape: Shape, style: str) -> dict[str, Any]:
+    """Two bases: one for layers that see everything, one for those with a window."""
     if style == "classic":
-        rope = {"rope_local_base_freq": 10000, "sliding_window_pattern": shape.sliding_window_pattern}
-        return keys | rope | {"torch_dtype": shape.dtype} | _classic_rope_keys(shape.rope_parameters)
+        return {"torch_dtype": shape.dtype, "rope_local_base_freq": 10000} | _classic_rope_keys(shape.rope_parameters)
     local = {"rope_type": "default", "rope_theta": 10000.0}
-    return keys | {
+    return {
         "dtype": shape.dtype,
-        "layer_types": ["full_attention" if last else "sliding_attention" for last in is_last],
         "rope_parameters": {"full_attention": shape.rope_parameters, "sliding_attention": local},
     }
 
@@ -451,7 +463,10 @@ def random_tensor(
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
     noise = torch.randn(size, generator=generator)
     if name.endswith("norm.weight"):
-        noise.mul_(0.1).add_((2.0 if "q_norm" in name or "k_norm" in name else 1.0) - less_one)
+        mean = 2.0 if "q_norm" in name or "k_norm" in name else 1.0
+        if less_one:  # of Gemma, whose embeddings are scaled up, and what a layer adds is normed
+            mean = (9.0 if ".post_" in name else mean) - 1.0
+        noise.mul_(0.1).add_(mean)
     elif name.endswith(".bias"):
         noise.mul_(0.2)
     else:

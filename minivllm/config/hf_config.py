@@ -33,6 +33,11 @@ _NOT_HONOURED: dict[str, tuple[Any, ...]] = {
     "logit_scale": (None, 1),
     "use_bidirectional_attention": (None, False),
 }
+# But for these keys in these architectures.
+_HONOURED_BY: dict[str, tuple[str, ...]] = {
+    "attn_logit_softcapping": ("Gemma2ForCausalLM",),
+    "final_logit_softcapping": ("Gemma2ForCausalLM", "Gemma3ForCausalLM"),
+}
 _ROPE_NUMBERS = (
     "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings", "rope_theta",
 )  # fmt: skip
@@ -69,6 +74,8 @@ class HFConfig:
     initializer_range: float = 0.02
     sliding_window_pattern: int | None = None  # without layer_types: of so many layers, the last has no window
     query_pre_attn_scalar: float | None = None  # scores are divided by its root; None: by head_dim's
+    attn_logit_softcapping: float | None = None  # scores and logits become cap * tanh(x / cap); None: they stay
+    final_logit_softcapping: float | None = None
     local_rope_theta: float | None = None  # of layers with a window, where they turn otherwise than the rest
 
     @classmethod
@@ -79,14 +86,15 @@ class HFConfig:
             ModelFilesError: a value is missing, of the wrong kind or not served; the message names the key.
         """
         read = _Reader(raw, source)
-        read.refuse_what_is_not_honoured()
+        architecture = read_architecture(raw, source)
+        read.refuse_what_is_not_honoured(architecture)
         hidden_size = read.size("hidden_size")
         heads = read.size("num_attention_heads")
         rope, local_rope_theta = read.rope(), read.local_rope_theta()
         # Silence means yes for Mistral, no for Qwen; Llama has no window and does not ask.
         use_window = raw.get("use_sliding_window", not str(raw.get("model_type")).startswith("qwen"))
         config = cls(
-            architecture=read_architecture(raw, source),
+            architecture=architecture,
             hidden_size=hidden_size,
             intermediate_size=read.size("intermediate_size"),
             num_hidden_layers=read.size("num_hidden_layers"),
@@ -112,6 +120,8 @@ class HFConfig:
             initializer_range=read.number("initializer_range", 0.02),
             sliding_window_pattern=read.optional_size("sliding_window_pattern"),
             query_pre_attn_scalar=read.optional_number("query_pre_attn_scalar"),
+            attn_logit_softcapping=read.optional_number("attn_logit_softcapping"),
+            final_logit_softcapping=read.optional_number("final_logit_softcapping"),
             local_rope_theta=local_rope_theta,
         )
         config._check_together(source)
@@ -184,8 +194,10 @@ class _Reader:
     def _fail(self, key: str, value: Any, wanted: str) -> NoReturn:
         raise ModelFilesError(f"{self.source}: {key} is {value!r}; it must be {wanted}")
 
-    def refuse_what_is_not_honoured(self) -> None:
+    def refuse_what_is_not_honoured(self, architecture: str) -> None:
         for key, harmless in _NOT_HONOURED.items():
+            if architecture in _HONOURED_BY.get(key, ()):
+                continue
             if (value := self.raw.get(key)) not in harmless:
                 raise ModelFilesError(
                     f"{self.source}: {key} is {value!r}, which is not supported yet; serve a checkpoint without it"

@@ -51,6 +51,7 @@ CASES: dict[str, dict[str, Any]] = {
     "qwen3": {"arch": "qwen3"},
     "qwen3 with biases": {"arch": "qwen3", "attention_bias": True},
     "qwen3 in shards": {"arch": "qwen3", "num_shards": 3, "tie_word_embeddings": False, "config_style": "v5"},
+    "gemma2": {"arch": "gemma2", "num_layers": 3, "sliding_window": 40},
     "gemma3": {"arch": "gemma3", "num_layers": 3, "sliding_window_pattern": 3, "sliding_window": 40},
     "gemma3 with stretched rope": {
         "arch": "gemma3", "num_layers": 6, "sliding_window": 33, "config_style": "v5", "tie_word_embeddings": False,
@@ -161,7 +162,7 @@ def test_a_preempted_request_continues_with_the_same_tokens(case: Case, whole: l
     assert loop.num_preemptions > 0
 
 
-@pytest.mark.parametrize("arch", ["llama", "mistral", "qwen2", "qwen3", "gemma3"])
+@pytest.mark.parametrize("arch", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3"])
 def test_bfloat16_stays_near_transformers(arch: str, tmp_path: Path):
     case = load_case(make_model(tmp_path, arch=arch, dtype="bfloat16", seed=3), torch.bfloat16)
     answers = Loop(case.path).run(case.prompts, greedy(logprobs=0))
