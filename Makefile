@@ -1,6 +1,7 @@
 # make serve [MODEL=directory or hub id] [PORT=8000] [ARGS='--max-model-len 2048 ...']
 # make test  [ARGS='-k name ...']
-# Both take PYTHON= (the Python to use, and its torch if it has one) and TORCH_INDEX= (where to take torch from).
+# make bench  ARGS='--model directory --tiny directory [--only W1 ...] [--peers ours vllm ...]'
+# All take PYTHON= (the Python to use, and its torch if it has one) and TORCH_INDEX= (where to take torch from).
 
 PORT ?= 8000
 MODEL ?=
@@ -9,7 +10,7 @@ export PYTHON TORCH_INDEX
 
 model_args = $(if $(MODEL),--model '$(MODEL)')
 
-.PHONY: serve test
+.PHONY: serve test bench
 
 serve:
 	@.ci/setup
@@ -18,3 +19,7 @@ serve:
 test:
 	@.ci/setup test
 	@exec .venv/bin/python -m pytest $(ARGS)
+
+bench:
+	@.ci/setup
+	@exec .venv/bin/python benchmarks/compare.py $(ARGS)

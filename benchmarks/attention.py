@@ -40,7 +40,7 @@ def main() -> None:
         f"{native.lib.isa()}, {native.lib.num_threads()} threads; {args.dtype}, cache {backend.layout_id}, "
         f"{args.heads}/{args.kv_heads} heads of {args.head_dim}"
     )
-    reads = [read_bandwidth()]
+    reads = [read_bandwidth(backend)]
     spread = [256 + 256 * i // 63 for i in range(64)]
     decodes = {
         "decode 64 × 256…512": decode(backend, spread, 0, args.gib),
@@ -48,7 +48,7 @@ def main() -> None:
         "decode 32 × (1024 shared + 64)": decode(backend, [1088] * 32, 1024, args.gib),
         "decode 32 × 1088, nothing shared": decode(backend, [1088] * 32, 0, args.gib),
     }
-    reads.append(read_bandwidth())
+    reads.append(read_bandwidth(backend))
     peak = max(reads)
     print(f"read bandwidth {reads[0]:.1f}, {reads[1]:.1f} GB/s")
     for name, (seconds, num_bytes) in decodes.items():
@@ -65,9 +65,9 @@ def main() -> None:
         )
 
 
-def read_bandwidth() -> float:
-    """GB/s."""
-    words = torch.ones(1 << 27, dtype=torch.int64)  # 1 GiB
+def read_bandwidth(backend: CpuNativeBackend) -> float:
+    """GB/s of a sum over memory of the cache's kind."""
+    words = filled(backend, 2**30 // backend.block_bytes).view(-1).view(torch.int64)
     threads = torch.get_num_threads()
     torch.set_num_threads(native.lib.num_threads())
     seconds = best_of(3, words.sum)

@@ -8,6 +8,7 @@ beside the model: <model>-bf16.gguf, <model>-q8_0.gguf, or in --gguf-dir under t
 from __future__ import annotations
 
 import glob
+import json
 import os
 import subprocess
 import sys
@@ -35,7 +36,7 @@ class Peer:
 
 def ours(model: Path, streams: int, extra: list[str], name: str = "ours") -> Peer:
     server = [sys.executable, "-m", "minivllm.entrypoints.openai.api_server", "--model", str(model)]
-    server += ["--max-model-len", "8192", "--kv-cache-memory-bytes", str(KV_GIB << 30)]
+    server += ["--max-model-len", max_len(model), "--kv-cache-memory-bytes", str(KV_GIB << 30)]
     return Peer(name, [*server, *extra], [sys.executable])
 
 
@@ -51,7 +52,12 @@ def vllm(model: Path, python: str) -> Peer:
         "VLLM_NO_USAGE_STATS": "1",
         "LD_PRELOAD": ":".join(libraries),
     }
-    return Peer("vllm", [*server, "--max-model-len", "8192"], [python], env)
+    return Peer("vllm", [*server, "--max-model-len", max_len(model)], [python], env)
+
+
+def max_len(model: Path) -> str:
+    """As long as the loads need, or the model allows."""
+    return str(min(8192, json.loads((model / "config.json").read_text())["max_position_embeddings"]))
 
 
 def sys_prefix(python: str) -> str:

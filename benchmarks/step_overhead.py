@@ -57,31 +57,13 @@ class Clock:
         setattr(owner, attribute, self.timed(name, getattr(owner, attribute)))
 
 
-class TimedKernels:
-    """The native extension, each function and method timed under `kernel`."""
-
-    def __init__(self, clock: Clock, target: Any, name: str = "") -> None:
-        self._clock, self._target, self._name = clock, target, name
-
-    def __getattr__(self, attribute: str) -> Any:
-        value = getattr(self._target, attribute)
-        if isinstance(value, type):
-            value = _constructor(self._clock, value)
-        elif callable(value):
-            value = self._clock.timed(f"kernel {attribute}", value)
-        setattr(self, attribute, value)
-        return value
-
-
-def _constructor(clock: Clock, kind: type) -> Callable[..., TimedKernels]:
-    return lambda *args, **kwargs: TimedKernels(clock, kind(*args, **kwargs))
-
-
 def build_core(model: str, clock: Clock, extra: dict[str, Any]) -> Any:
-    from minivllm.ops import native
-
-    native.lib = TimedKernels(clock, native.lib)
+    """Every function of the extension is timed from here on, as it is found where the ops look for it."""
     from minivllm.engine.core import EngineCore
+    from minivllm.ops.recording import native_functions
+
+    for owner, name, _ in list(native_functions()):
+        clock.wrap(owner, name, f"kernel {name}")
 
     options = {"kv_cache_memory_bytes": 1 << 30, "max_model_len": 2048, "enable_prefix_caching": False} | extra
     config = EngineArgs(model=model, **options).create_engine_config("offline")
@@ -152,15 +134,16 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 64])
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--enforce-eager", action="store_true", help="without replaying decode steps")
     parser.add_argument("--profile", action="store_true", help="a profile of the steps as well (it slows them)")
     args = parser.parse_args()
     clock = Clock()
-    core = build_core(args.model, clock, {})
+    core = build_core(args.model, clock, {"enforce_eager": args.enforce_eager})
     clock.wrap(core.scheduler, "schedule", "schedule")
     clock.wrap(core.scheduler, "update_from_output", "update_from_output")
     worker = core.executor.worker
     clock.wrap(worker, "execute_model", "execute_model, not the model")
-    clock.wrap(worker.runner.model, "forward", "model forward, not its kernels")
+    clock.wrap(worker.runner.model, "forward", "model forward, eager, not its kernels")
     clock.wrap(worker, "sample_tokens", "sample_tokens, not its kernels")
     for batch in args.batch:
         measure(core, clock, batch, args.steps, args.temperature, args.profile)

@@ -5,7 +5,9 @@
     │   └── ModelFilesError    start-up: config.json, shards, tensors                exit code 3
     ├── RequestError           the client's request; other requests go on            HTTP 400
     │   ├── UnsupportedError   an option that exists elsewhere but not here (yet)    HTTP 400
-    │   ├── ModelNotFoundError the request names a model that is not served          HTTP 404
+    │   ├── NotFoundError      the request names something that is not here          HTTP 404
+    │   │   └── ModelNotFoundError … a model that is not served
+    │   ├── NotImplementedHereError a route of vLLM whose work this engine cannot do  HTTP 501
     │   └── QueueFullError     as many wait as may; the request can be sent again    HTTP 503
     └── EngineError            the engine failed, not the client                     HTTP 500
         ├── EngineGenerateError one request failed inside the engine                 HTTP 500
@@ -49,10 +51,20 @@ class UnsupportedError(RequestError):
     """The field is known and would change the answer, but this version does not implement it."""
 
 
-class ModelNotFoundError(RequestError):
-    """The request names a model that is not served here."""
+class NotFoundError(RequestError):
+    """The request names something that is not here."""
 
     status = 404
+
+
+class ModelNotFoundError(NotFoundError):
+    """The request names a model that is not served here."""
+
+
+class NotImplementedHereError(RequestError):
+    """A route that vLLM has, whose work this engine cannot do."""
+
+    status = 501
 
 
 class QueueFullError(RequestError):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json as json_module
 import math
 from enum import IntEnum
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 
-from minivllm.exceptions import RequestError, UnsupportedError
+from minivllm.exceptions import RequestError
 
 MAX_N = 16384
 MAX_STOP_STRINGS = 4
@@ -20,6 +21,10 @@ GREEDY_BELOW = 1e-5  # a temperature below this is greedy
 LEAST_TEMPERATURE = 1e-2  # below it the exponentials overflow; raised to it, as vLLM does
 LEAST_REPETITION_PENALTY = 1e-3  # logits are divided by it, and must stay finite
 MAX_INT64 = 2**63 - 1
+MAX_GRAMMAR_CHARS = 1 << 18  # of a schema, expression or grammar, or of all choices together
+MAX_CHOICES = 10_000
+MAX_SCHEMA_DEPTH = 64  # levels of JSON; around it a structural tag may have some of its own
+MAX_TAG_DEPTH = MAX_SCHEMA_DEPTH + 16
 
 
 class RequestOutputKind(IntEnum):
@@ -81,6 +86,127 @@ def check_encodable(name: str, text: str) -> None:
         raise RequestError(f"{name} is not valid Unicode: {where}", param=name) from None
 
 
+class StructuredOutputsParams(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
+    """What form an answer must have: exactly one kind of constraint. vLLM's names and limits.
+
+    JSON is kept as text, which says what no message could (numbers of more than 64 bits). Whether llguidance can do
+    what is asked is found out by the engine's processor, before the engine sees it.
+
+    Raises (on construction):
+        RequestError: none or several kinds, or a value of the wrong type or size; `param` names the field.
+    """
+
+    json: str | dict[str, Any] | None = None  # a JSON schema
+    regex: str | None = None  # the whole answer matches
+    choice: list[str] | None = None
+    grammar: str | None = None  # Lark as llguidance reads it, or GBNF (::=)
+    json_object: bool | None = None  # any JSON object
+    disable_any_whitespace: bool = False  # in JSON
+    disable_additional_properties: bool = False  # where a schema lists properties and says nothing of others
+    whitespace_pattern: str | None = None  # between the tokens of JSON
+    structural_tag: str | dict[str, Any] | None = None  # free text with constrained parts, see docs
+    param: str = "structured_outputs"  # the request's field that this came from, for errors
+
+    KINDS: ClassVar[tuple[str, ...]] = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
+
+    def __post_init__(self) -> None:
+        given = [name for name in self.KINDS if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise self.error(
+                f"exactly one of {', '.join(self.KINDS)} must be given, got {', '.join(given) or 'none of them'}"
+            )
+        [kind] = given
+        getattr(self, f"_check_{kind}")()
+        for name in ("disable_any_whitespace", "disable_additional_properties"):
+            _check_flag(f"{self.param}.{name}", getattr(self, name))
+        if self.whitespace_pattern is not None:
+            self._check_text("whitespace_pattern", self.whitespace_pattern, may_be_blank=True)
+            if self.disable_any_whitespace:
+                raise self.error("whitespace_pattern and disable_any_whitespace exclude each other")
+
+    def error(self, message: str) -> RequestError:
+        """What is wrong with the field that this came from."""
+        return RequestError(f"{self.param}: {message}", param=self.param)
+
+    def _check_json(self) -> None:
+        self.json = self._object_text("json", self.json, MAX_SCHEMA_DEPTH)
+
+    def _check_structural_tag(self) -> None:
+        self.structural_tag = self._object_text("structural_tag", self.structural_tag, MAX_TAG_DEPTH)
+
+    def _check_regex(self) -> None:
+        self._check_text("regex", self.regex)
+
+    def _check_grammar(self) -> None:
+        self._check_text("grammar", self.grammar)
+
+    def _check_choice(self) -> None:
+        if not isinstance(self.choice, list) or not 1 <= len(self.choice) <= MAX_CHOICES:
+            raise self.error(f"choice must be a list of 1 to {MAX_CHOICES} strings")
+        for one in self.choice:
+            self._check_text("choice", one, may_be_blank=True)
+        self._check_size("choice", sum(map(len, self.choice)))
+
+    def _check_json_object(self) -> None:
+        if self.json_object is not True:
+            raise self.error(f"json_object must be true or left out, got {self.json_object!r}")
+
+    def _check_text(self, name: str, text: Any, *, may_be_blank: bool = False) -> None:
+        if not isinstance(text, str) or not (text.strip() or may_be_blank):
+            raise self.error(f"{name} must be a string that is not empty, got {text!r:.80}")
+        if "\0" in text:
+            raise self.error(f"{name} holds a NUL character")
+        self._check_size(name, len(text))
+        check_encodable(self.param, text)
+
+    def _object_text(self, name: str, given: Any, max_depth: int) -> str:
+        """A JSON object, given as text or taken apart, as text."""
+        if isinstance(given, str):
+            self._check_text(name, given)
+            try:
+                given = json_module.loads(given)
+            except (ValueError, RecursionError) as error:
+                raise self.error(f"{name} is no valid JSON: {error}") from None
+        if not isinstance(given, dict):
+            raise self.error(f"{name} must be a JSON object, got {type(given).__name__}")
+        if _is_deeper(given, max_depth):
+            raise self.error(f"{name} is nested deeper than {max_depth} levels")
+        try:
+            text = json_module.dumps(given, ensure_ascii=False, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise self.error(f"{name} is no valid JSON: {error}") from None
+        self._check_size(name, len(text))
+        check_encodable(self.param, text)
+        return text
+
+    def _check_size(self, name: str, num_chars: int) -> None:
+        if num_chars > MAX_GRAMMAR_CHARS:
+            raise self.error(f"{name} has {num_chars} characters; at most {MAX_GRAMMAR_CHARS} fit")
+
+
+def _is_deeper(value: Any, max_depth: int) -> bool:
+    """Whether JSON is nested deeper; without recursion."""
+    level = [value]
+    for _ in range(max_depth):
+        level = [
+            item
+            for each in level
+            if isinstance(each, (dict, list))
+            for item in (each.values() if isinstance(each, dict) else each)
+        ]
+        if not level:
+            return False
+    return any(isinstance(each, (dict, list)) for each in level)
+
+
+class ThinkingTokens(msgspec.Struct):
+    """How a model marks what it thinks, and whether this answer begins with it."""
+
+    start: list[int]  # [] where nothing opens it but the prompt
+    end: list[int]
+    is_open: bool
+
+
 class SamplingParams(msgspec.Struct, omit_defaults=True, kw_only=True):
     """vLLM's names, defaults and limits.
 
@@ -119,6 +245,8 @@ class SamplingParams(msgspec.Struct, omit_defaults=True, kw_only=True):
     thinking_token_budget: int | None = None
     extra_args: dict[str, Any] | None = None
     bad_words_token_ids: list[list[int]] = []  # made of bad_words by the engine's processor
+    structured_outputs: StructuredOutputsParams | None = None
+    thinking: ThinkingTokens | None = None  # where something depends on it: made by the engine's processor
 
     def __post_init__(self) -> None:
         self.stop = [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
@@ -136,6 +264,8 @@ class SamplingParams(msgspec.Struct, omit_defaults=True, kw_only=True):
         self.bad_words = [self.bad_words] if isinstance(self.bad_words, str) else list(self.bad_words or [])
         if isinstance(self.repetition_detection, dict):
             self.repetition_detection = _repetition_detection(self.repetition_detection)
+        if isinstance(self.structured_outputs, dict):
+            self.structured_outputs = read_structured_outputs(self.structured_outputs)
         self.verify()
         self._normalize_temperature()
 
@@ -171,10 +301,7 @@ class SamplingParams(msgspec.Struct, omit_defaults=True, kw_only=True):
             _check_int("truncate_prompt_tokens", self.truncate_prompt_tokens, 1, 2**31 - 1)
         _check_flag("spaces_between_special_tokens", self.spaces_between_special_tokens)
         if self.thinking_token_budget is not None:
-            raise UnsupportedError(
-                "thinking_token_budget needs a reasoning parser, which is not supported yet; leave it out",
-                param="thinking_token_budget",
-            )
+            _check_int("thinking_token_budget", self.thinking_token_budget, 0, 2**31 - 1)
         self._verify_stop()
         self._verify_bad_words()
         self._verify_logprob_token_ids()
@@ -273,6 +400,18 @@ def _repetition_detection(given: dict[str, Any]) -> RepetitionDetectionParams:
         return msgspec.convert(given, RepetitionDetectionParams)
     except msgspec.ValidationError as error:
         raise RequestError(f"repetition_detection: {error}", param="repetition_detection") from None
+
+
+def read_structured_outputs(given: dict[str, Any], param: str = "structured_outputs") -> StructuredOutputsParams:
+    """From a request's body. Raises RequestError: a name is unknown or a value wrong."""
+    if "param" in given:
+        raise RequestError(f"{param}: there is no field param", param=param)
+    try:
+        return msgspec.convert({**given, "param": param}, StructuredOutputsParams)
+    except msgspec.ValidationError as error:
+        if isinstance(error.__cause__, RequestError):
+            raise error.__cause__ from None
+        raise RequestError(f"{param}: {error}".replace("`", ""), param=param) from None
 
 
 def _check_extra_args(given: Any) -> None:

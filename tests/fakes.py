@@ -8,16 +8,18 @@ AssertionError. Its "model" is a hash of all tokens so far: the next token depen
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
+from minivllm.config.engine import EngineConfig
 from minivllm.core.sched.scheduler import Scheduler
 from minivllm.executor.abstract import Executor
 from minivllm.messages.engine import EngineCoreOutput, EngineCoreRequest, FinishReason, LogprobsLists
 from minivllm.messages.kv_cache import NULL_BLOCK, ONE_FULL_GROUP, KVCacheGroup, has_null_block
-from minivllm.messages.worker import ModelRunnerOutput, NewRequestData, SchedulerOutput, WorkerReady
+from minivllm.messages.worker import GrammarOutput, ModelRunnerOutput, NewRequestData, SchedulerOutput, WorkerReady
 from minivllm.sampling_params import SamplingParams
 
 # --- the model -------------------------------------------------------------------------------------------------
@@ -75,6 +77,7 @@ class _State:
     eos_token_ids: list[int]
     tables: list[list[int]] | None
     num_computed: int
+    has_failed: bool = False  # its next token will never be known; plans that were made before go on over it
 
     @classmethod
     def from_message(cls, new: NewRequestData) -> _State:
@@ -100,6 +103,7 @@ class FakeWorker:
         vocab_size: int = 64,
         max_num_batched_tokens: int | None = None,
         max_num_seqs: int | None = None,
+        max_model_len: int | None = None,
         groups: Sequence[KVCacheGroup] = ONE_FULL_GROUP,
     ) -> None:
         self.groups = groups
@@ -109,6 +113,7 @@ class FakeWorker:
         self.vocab_size = vocab_size
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_num_seqs = max_num_seqs
+        self.max_model_len = max_model_len
         self.failures: dict[str, str] = {}
         self.states: dict[str, _State] = {}
         self.kv: dict[tuple[int, int], tuple[int, int]] = {}  # (block, offset) -> (group, chain)
@@ -180,7 +185,7 @@ class FakeWorker:
         for request_id, num_new in plan.num_scheduled_tokens.items():
             state = self.states[request_id]
             end = state.num_computed + num_new
-            assert end <= len(state.tokens), f"{request_id}: token {end} is not known yet"
+            assert state.has_failed or end <= len(state.tokens), f"{request_id}: token {end} is not known yet"
 
     def _check_tables(self, request_id: str, num_new: int) -> None:
         """One table a group, long enough, whose blocks are real wherever this step reads or writes."""
@@ -228,7 +233,7 @@ class FakeWorker:
         for number, (table, group) in enumerate(zip(state.tables, self.groups)):
             window = group.sliding_window
             first = 0 if window is None else max(0, state.num_computed - window + 1)
-            for position in range(first, num_tokens):
+            for position in range(num_tokens if state.has_failed else first, num_tokens):
                 slot = (table[position // self.block_size], position % self.block_size)
                 assert self.kv.get(slot) == (number, state.chains[position]), (
                     f"{request_id}: wrong KV at {position}, slot {slot}, group {number}"
@@ -239,7 +244,7 @@ class FakeWorker:
         for number, table in enumerate(state.tables):
             for position in range(state.num_computed, state.num_computed + num_new):
                 slot = (table[position // self.block_size], position % self.block_size)
-                self.kv[slot] = (number, state.chains[position])
+                self.kv[slot] = (-1, -1) if state.has_failed else (number, state.chains[position])
         self.num_computed_tokens += num_new
 
     def _sample(self, plan: SchedulerOutput) -> ModelRunnerOutput:
@@ -253,10 +258,13 @@ class FakeWorker:
             if error is not None:
                 result.failed[request_id] = error
                 self._spoil(state, num_new)
-            if error is not None or state.num_computed < len(state.tokens):
+                state.has_failed = True
+            if state.has_failed or state.num_computed < len(state.tokens):
                 result.sampled_token_ids.append([])
                 continue
             num_output_tokens = len(state.tokens) - state.num_prompt_tokens
+            assert num_output_tokens < (state.params.max_tokens or 1 << 40), f"{request_id}: beyond its max_tokens"
+            assert len(state.tokens) < (self.max_model_len or 1 << 40), f"{request_id}: beyond max_model_len"
             masked = masked_tokens(state.params, state.eos_token_ids, num_output_tokens)
             token_id = sample(state.chains[-1], state.seed, masked, self.vocab_size)
             state.append(token_id)
@@ -290,8 +298,12 @@ class FakeWorker:
 class FakeExecutor(Executor):
     """A `FakeWorker` behind the executor's five verbs. Sizes come from the config, or are small.
 
-    Subclass it to misbehave; `minivllm --distributed-executor-backend tests.fakes:FakeExecutor` runs it in a core.
+    It has as many plans in flight as the real ones. Subclass it to misbehave; `minivllm --distributed-executor-backend tests.fakes:FakeExecutor` runs it in a core.
     """
+
+    def __init__(self, config: EngineConfig, **callbacks: Any) -> None:
+        super().__init__(config, **callbacks)
+        self.max_concurrent_batches = 2 if config.scheduler.async_scheduling else 1
 
     def initialize(self) -> WorkerReady:
         config = self.config
@@ -325,7 +337,7 @@ class FakeExecutor(Executor):
         self._results.append(_attempt(self.worker.run, plan))
         return _attempt(lambda: None)
 
-    def sample_tokens(self, grammar: bytes | None) -> Future[ModelRunnerOutput]:
+    def sample_tokens(self, grammar: GrammarOutput | None) -> Future[ModelRunnerOutput]:
         return self._results.pop(0)
 
     def collective_rpc(self, method: str, args: tuple = ()) -> list:
@@ -386,20 +398,26 @@ class Answer:
 
 
 class Driver:
-    """A scheduler and a fake worker in one loop, as EngineCore would run them, with integrity checked each step."""
+    """A scheduler and a fake worker in one loop, as EngineCore would run them, with integrity checked each step.
 
-    def __init__(self, scheduler: Scheduler, *, vocab_size: int = 64) -> None:
+    `num_in_flight` plans at most are made before the result of the first is accounted for.
+    """
+
+    def __init__(self, scheduler: Scheduler, *, vocab_size: int = 64, num_in_flight: int = 1) -> None:
         self.scheduler = scheduler
+        self.num_in_flight = num_in_flight
         self.worker = FakeWorker(
             num_blocks=len(scheduler.kv_cache.pool.blocks),
             block_size=scheduler.kv_cache.block_size,
             vocab_size=vocab_size,
             max_num_batched_tokens=scheduler.max_num_batched_tokens,
             max_num_seqs=scheduler.max_num_seqs,
+            max_model_len=scheduler.max_model_len,
             groups=scheduler.kv_cache.groups,
         )
         self.answers: dict[str, Answer] = {}
-        self.plans: list[SchedulerOutput] = []
+        self.plans: list[SchedulerOutput] = []  # in the order of their results
+        self._in_flight: deque[tuple[SchedulerOutput, ModelRunnerOutput]] = deque()
 
     def add(self, request: EngineCoreRequest) -> None:
         self.scheduler.add_request(request)
@@ -409,10 +427,14 @@ class Driver:
         self._collect(self.scheduler.abort_requests(request_ids))
 
     def step(self, *, abort_meanwhile: Iterable[str] = (), now: float = 0.0) -> SchedulerOutput:
-        """One step; `abort_meanwhile` are aborts that arrive while the worker computes."""
-        plan = self.scheduler.schedule(now)
-        self.scheduler.check_integrity()
-        result = self.worker.run(plan)
+        """Plan, and account for the oldest plan; `abort_meanwhile` are aborts that arrive while the worker computes."""
+        while not self._in_flight or len(self._in_flight) < self.num_in_flight and self.scheduler.has_requests():
+            plan = self.scheduler.schedule(now)
+            self.scheduler.check_integrity()
+            self._in_flight.append((plan, self.worker.run(plan)))
+            if not plan.num_scheduled_tokens:
+                break
+        plan, result = self._in_flight.popleft()
         self.abort(*abort_meanwhile)
         self._collect(self.scheduler.update_from_output(plan, result))
         self.scheduler.check_integrity()
@@ -422,7 +444,7 @@ class Driver:
     def run(self, max_steps: int = 10_000) -> dict[str, Answer]:
         """Step until nothing is left to do."""
         for _ in range(max_steps):
-            if not self.scheduler.has_requests():
+            if not self.scheduler.has_requests() and not self._in_flight:
                 self.check_idle()
                 return self.answers
             self.step()

@@ -31,9 +31,10 @@ ALLOWED: dict[str, set[str]] = {
     "core": set(),
     "tokenizer": set(),
     "metrics": set(),
+    "structured_output": {"tokenizer"},
     "tool_parsers": set(),
     "reasoning": {"tool_parsers"},
-    "engine": {"core", "executor", "tokenizer", "models", "reasoning"},
+    "engine": {"core", "executor", "tokenizer", "models", "reasoning", "structured_output"},
     "entrypoints": {"engine", "tokenizer", "metrics", "tool_parsers", "reasoning"},
 }
 
@@ -54,6 +55,8 @@ TORCH_FREE = [
     "minivllm.messages.worker",
     "minivllm.logits_processors",
     "minivllm.models.registry",
+    "minivllm.structured_output.check_process",
+    "minivllm.structured_output.manager",
     "minivllm.utils.native",
 ]
 

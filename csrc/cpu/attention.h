@@ -9,6 +9,8 @@
 
 namespace minivllm {
 
+constexpr int64_t kNoWindow = INT64_MAX;
+
 struct Attention {
     void* out;             // [num_tokens, num_heads, head_dim]
     const void* q;         // the same, with the strides below, in elements

@@ -34,30 +34,29 @@ struct CodeTable {
     }
 };
 
-MINIVLLM_INLINE void prefetch_kilobyte(const char* p) {
-    for (int i = 0; i < 1024; i += 64) _mm_prefetch(p + i, _MM_HINT_T1);
-}
-
 class AmxMath {
 public:
     static constexpr int kExpDegree = 4;
 
     static size_t bytes(const Attention& a, int64_t num_rows) {
         const int64_t d = a.layout.head_dim;
-        return size_t(num_rows * (d + 16 + kStep) + 2 * kStep * d + 512) * 2;
+        return size_t(num_rows * (d + 16) + kBlock * kStep + 2 * kStep * d + kTile * d + 512) * 2;
     }
 
     AmxMath() = default;
     AmxMath(const Attention& a, const Rows& rows, const State& state, char* memory)
         : a_(&a), rows_(&rows), s_(state), head_dim_(a.layout.head_dim), num_k_(int((head_dim_ + 31) / 32)) {
-        const int64_t padded = (rows.count + 31) / 32 * 32;
+        const int64_t padded = (rows.count + kBlock - 1) / kBlock * kBlock;
         q_ = reinterpret_cast<bf16*>(memory);
         weights_ = q_ + padded * num_k_ * 32;
-        keys_ = weights_ + padded * kStep;
+        keys_ = weights_ + kBlock * kStep;
         values_ = keys_ + kStep * head_dim_;
-        tail_ = values_ + kStep * head_dim_;
-        is_wide_ = rows.count > 16;
+        spare_ = values_ + kStep * head_dim_;
+        tail_ = spare_ + kTile * head_dim_;
+        is_wide_ = rows.count > kNarrow;
         is_bytes_ = a.layout.type != KvType::bf16;
+        // Few rows of bf16 read as fast as memory gives: a line here and there leads on the processor's own prefetching.
+        fetch_step_ = is_wide_ || is_bytes_ ? 64 : 256;
         std::memset(tail_, 0, 1024);
     }
 
@@ -83,21 +82,30 @@ public:
 
     void finish() const { _tile_release(); }
 
-    void scores(const Step& step) {
+    // Codes are widened once a step for many rows; for few, two tiles at a time, so that what is widened stays near.
+    void begin_step(const Step& step) {
+        is_cut_ = false;
+        for (int t = step.first_tile; t < step.end_tile; ++t) {
+            keys_of_[t] = reinterpret_cast<const bf16*>(step.key[t]);
+            if (is_bytes_ && is_wide_) keys_of_[t] = widen(keys_ + t * kTile * head_dim_, step.key[t]);
+        }
+        if (is_wide_ || !is_bytes_) read_values(step, step.first_tile, step.end_tile, 0);
+    }
+
+    void scores(const Step& step, int64_t block, int64_t) {
         for (int t = step.first_tile; t < step.end_tile; t += 2) {
             const int n = t + 1 < step.end_tile ? 2 : 1;
-            const bf16* keys[2];
             const char* next[2] = {};
             for (int i = 0; i < n; ++i) {
-                keys[i] = reinterpret_cast<const bf16*>(step.key[t + i]);
-                if (is_bytes_) keys[i] = widen(keys_ + i * kTile * head_dim_, step.key[t + i], step.next[t + i]);
-                else next[i] = step.next[t + i];
+                if (block == 0) next[i] = step.next[t + i];
+                if (is_bytes_ && !is_wide_) keys_of_[t + i] = widen(keys_ + i * kTile * head_dim_, step.key[t + i]);
             }
             float* to = s_.scores + t * kTile;
             if (is_wide_)
-                for (int i = 0; i < n; ++i) wide_scores(to + i * kTile, keys[i], step.begin + (t + i) * kTile, next[i]);
-            else if (n == 2) narrow_scores<2>(to, keys, next);
-            else narrow_scores<1>(to, keys, next);
+                for (int i = 0; i < n; ++i)
+                    wide_scores(to + i * kTile, block, keys_of_[t + i], step.begin + (t + i) * kTile, next[i]);
+            else if (n == 2) narrow_scores<2>(to, keys_of_ + t, next);
+            else narrow_scores<1>(to, keys_of_ + t, next);
         }
     }
 
@@ -113,52 +121,59 @@ public:
         for (int t = 0; t < kStepTiles; ++t) _mm512_store_si512(weights_of(r) + t * 512, _mm512_setzero_si512());
     }
 
-    void add_values(const Step& step) {
-        // Codes are widened two tiles at a time: what is widened should stay in the nearest cache.
-        const int together = is_bytes_ ? 2 : kStepTiles;
-        bool is_cut = false;
-        for (int t = step.first_tile; t < step.end_tile; t += together)
-            is_cut |= add_tiles(step, t, int(lesser(t + together, step.end_tile)));
-        if (is_cut) add_cut_values(step);
+    void add_values(const Step& step, int64_t block, int64_t block_end) {
+        if (is_wide_) {
+            wide_values(step, block);
+        } else if (!is_bytes_) {
+            narrow_values(step, step.first_tile, step.end_tile);
+        } else {
+            for (int t = step.first_tile; t < step.end_tile; t += 2) {
+                const int end = int(lesser(t + 2, step.end_tile));
+                read_values(step, t, end, t);
+                narrow_values(step, t, end);
+            }
+        }
+        if (is_cut_) add_cut_values(step, block, block_end);
     }
 
 private:
-    // The values of tiles [first, end) of the step; whether some were left out.
-    bool add_tiles(const Step& step, int first, int end) {
-        const bf16* tiles[kStepTiles] = {};
-        const char* next[kStepTiles] = {};
-        bool is_cut = false;
+    // Where the values of tiles [first, end) of the step lie as bf16; own copies begin with that of tile `origin`.
+    void read_values(const Step& step, int first, int end, int origin) {
         const int64_t half = a_->layout.half_bytes(), last = rows_->count - 1;
         for (int t = first; t < end; ++t) {
             const char* tile = step.key[t] + half;
-            bf16* own = values_ + (t - first) * kTile * head_dim_;
-            tiles[t] = reinterpret_cast<const bf16*>(tile);
-            if (step.next[t] != nullptr) next[t] = step.next[t] + half;
-            if (is_bytes_) {
-                tiles[t] = widen(own, tile, next[t]);
-                next[t] = nullptr;
-            }
+            bf16* own = values_ + (t - origin) * kTile * head_dim_;
+            values_of_[t] = reinterpret_cast<const bf16*>(tile);
+            if (is_bytes_) values_of_[t] = widen(own, tile);
             const int64_t p = step.begin + t * kTile;
             if (rows_->begin[last] > p || rows_->end[0] < p + kTile) {
-                is_cut |= keep_visible(own, tiles[t], int(rows_->begin[0] - p), int(rows_->end[last] - p));
-                tiles[t] = own;
+                is_cut_ |= keep_visible(own, values_of_[t], int(rows_->begin[0] - p), int(rows_->end[last] - p));
+                values_of_[t] = own;
             }
         }
-        if (is_wide_) wide_values(step, tiles, next, first, end);
-        else narrow_values(tiles, next, first, end);
-        return is_cut;
+    }
+
+    // While part `i` of `n` of a tile is worked on, that part of the same tile of the next step is fetched into L2.
+    MINIVLLM_INLINE void fetch(const char* tile, int i, int n) const {
+        if (tile == nullptr) return;
+        const int64_t bytes = a_->layout.tile_bytes();
+        for (int64_t at = bytes * i / n / 64 * 64; at < bytes * (i + 1) / n; at += fetch_step_)
+            _mm_prefetch(tile + at, _MM_HINT_T1);
+    }
+
+    const char* next_values(const Step& step, int t) const {
+        return step.next[t] == nullptr ? nullptr : step.next[t] + a_->layout.half_bytes();
     }
 
     bf16* weights_of(int64_t r) const { return weights_ + r / 16 * kStepTiles * 512 + r % 16 * 32; }
 
-    // A tile of codes to bf16, exactly, in bf16's order; `next`, if any, is prefetched beside.
-    const bf16* widen(bf16* to, const char* from, const char* next) const {
+    // A tile of codes to bf16, exactly, in bf16's order.
+    const bf16* widen(bf16* to, const char* from) const {
         static constexpr CodeTable int8(KvType::int8), fp8(KvType::fp8_e4m3);
         const CodeTable& table = a_->layout.type == KvType::int8 ? int8 : fp8;
         const __m512i low0 = _mm512_load_si512(table.low), low1 = _mm512_load_si512(table.low + 64);
         const __m512i high0 = _mm512_load_si512(table.high), high1 = _mm512_load_si512(table.high + 64);
         for (int64_t i = 0; i < kTile * head_dim_; i += 64) {
-            if (next != nullptr) _mm_prefetch(next + i, _MM_HINT_T1);
             const __m512i code = _mm512_loadu_si512(from + i);
             const __m512i sign = _mm512_and_si512(code, _mm512_set1_epi8(char(0x80)));
             const __m512i low = _mm512_permutex2var_epi8(low0, code, low1);
@@ -176,35 +191,29 @@ private:
         return tail_;
     }
 
-    // 32 rows at a time: tiles 0 to 3 hold sums, 4 and 5 queries, 6 and 7 keys.
-    void wide_scores(float* to, const bf16* key, int64_t p, const char* next) const {
-        for (int64_t block = 0; block < rows_->count; block += 32) {
-            if (!sees(block, p)) continue;
-            const bf16* q = q_ + block * num_k_ * 32;
-            _tile_zero(0);
-            _tile_zero(1);
-            _tile_zero(2);
-            _tile_zero(3);
-            for (int k = 0; k < num_k_; ++k) {
-                _tile_loadd(4, q + k * 512, 64);
-                _tile_loadd(5, q + (num_k_ + k) * 512, 64);
-                _tile_loadd(6, key_rows(key, k), 64);
-                _tile_dpbf16ps(0, 4, 6);
-                _tile_dpbf16ps(2, 5, 6);
-                _tile_loadd(7, key_rows(key + 16 * head_dim_, k), 64);
-                _tile_dpbf16ps(1, 4, 7);
-                _tile_dpbf16ps(3, 5, 7);
-                if (next != nullptr && block == 0) {
-                    prefetch_kilobyte(next + k * 1024);
-                    prefetch_kilobyte(next + k * 1024 + 32 * head_dim_);
-                }
-            }
-            float* rows = to + block * kStep;
-            _tile_stored(0, rows, kStep * 4);
-            _tile_stored(1, rows + 16, kStep * 4);
-            _tile_stored(2, rows + 16 * kStep, kStep * 4);
-            _tile_stored(3, rows + 16 * kStep + 16, kStep * 4);
+    // A block of rows: tiles 0 to 3 hold sums, 4 and 5 queries, 6 and 7 keys.
+    void wide_scores(float* to, int64_t block, const bf16* key, int64_t p, const char* next) const {
+        if (!sees(block, p)) return;
+        const bf16* q = q_ + block * num_k_ * 32;
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+        for (int k = 0; k < num_k_; ++k) {
+            _tile_loadd(6, key_rows(key, k), 64);
+            _tile_loadd(4, q + k * 512, 64);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_loadd(5, q + (num_k_ + k) * 512, 64);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_loadd(7, key_rows(key + 16 * head_dim_, k), 64);
+            _tile_dpbf16ps(1, 4, 7);
+            _tile_dpbf16ps(3, 5, 7);
+            fetch(next, k, num_k_);
         }
+        _tile_stored(0, to, kStep * 4);
+        _tile_stored(1, to + 16, kStep * 4);
+        _tile_stored(2, to + 16 * kStep, kStep * 4);
+        _tile_stored(3, to + 16 * kStep + 16, kStep * 4);
     }
 
     // Up to 16 rows: tiles 0 to 3 hold sums, 4 queries, 5 to 7 keys; n tiles of keys.
@@ -229,11 +238,7 @@ private:
                 _tile_loadd(5, key_rows(keys[1] + group, k), 64);
                 _tile_dpbf16ps(3, 4, 5);
             }
-            for (int i = 0; i < n; ++i)
-                if (next[i] != nullptr) {
-                    prefetch_kilobyte(next[i] + k * 1024);
-                    prefetch_kilobyte(next[i] + k * 1024 + 32 * head_dim_);
-                }
+            for (int i = 0; i < n; ++i) fetch(next[i], k, num_k_);
         }
         _tile_stored(0, to, kStep * 4);
         _tile_stored(1, to + 16, kStep * 4);
@@ -243,79 +248,65 @@ private:
         }
     }
 
-    // Whether one of 32 rows sees the tile at p.
+    // Whether a row of the block sees the tile at p.
     bool sees(int64_t block, int64_t p) const {
-        return rows_->end[lesser(block + 31, rows_->count - 1)] > p && rows_->begin[block] < p + kTile;
+        return rows_->end[lesser(block + kBlock, rows_->count) - 1] > p && rows_->begin[block] < p + kTile;
     }
 
-    void wide_values(const Step& step, const bf16* const* tiles, const char* const* next, int from, int to) const {
+    void wide_values(const Step& step, int64_t block) const {
         const int groups = int(head_dim_ / 16);
-        for (int64_t block = 0; block < rows_->count; block += 32) {
-            int first = from, end = to;
-            while (first < end && !sees(block, step.begin + first * kTile)) ++first;
-            while (first < end && !sees(block, step.begin + (end - 1) * kTile)) --end;
-            if (first == end) continue;
-            const bf16* weights = weights_ + block * kStep;
-            for (int g = 0; g < groups; g += 2) {
-                float* out = s_.seg_out + block * head_dim_ + g * 16;
-                if (g + 1 < groups) wide_pair(out, weights, tiles, first, end, g, block == 0 ? next : nullptr);
-                else wide_single(out, weights, tiles, first, end, g);
-            }
-        }
+        int first = step.first_tile, end = step.end_tile;
+        while (first < end && !sees(block, step.begin + first * kTile)) ++first;
+        while (first < end && !sees(block, step.begin + (end - 1) * kTile)) --end;
+        float* out = s_.seg_out + block * head_dim_;
+        int g = 0;
+        for (; g + 2 <= groups; g += 2) wide_group<2>(out, step, first, end, g, block == 0);
+        if (g < groups) wide_group<1>(out, step, first, end, g, block == 0);
     }
 
-    MINIVLLM_INLINE void wide_pair(float* out, const bf16* weights, const bf16* const* tiles, int first, int end, int g,
-                                   const char* const* next) const {
+    // n groups of 16 dimensions from g on.
+    template <int n>
+    MINIVLLM_INLINE void wide_group(float* rows, const Step& step, int first, int end, int g, bool fetches) const {
         const int64_t stride = head_dim_ * 4;
-        float* lower = out + 16 * head_dim_;
+        float *out = rows + g * 16, *lower = out + 16 * head_dim_;
         _tile_loadd(0, out, stride);
-        _tile_loadd(1, out + 16, stride);
         _tile_loadd(2, lower, stride);
-        _tile_loadd(3, lower + 16, stride);
+        if (n == 2) {
+            _tile_loadd(1, out + 16, stride);
+            _tile_loadd(3, lower + 16, stride);
+        }
         for (int t = first; t < end; ++t) {
-            _tile_loadd(4, weights + t * 512, 64);
-            _tile_loadd(5, weights + (kStepTiles + t) * 512, 64);
-            _tile_loadd(6, tiles[t] + g * 512, 64);
+            const bf16* values = values_of_[t] + g * 512;
+            _tile_loadd(6, values, 64);
+            _tile_loadd(4, weights_ + t * 512, 64);
             _tile_dpbf16ps(0, 4, 6);
+            _tile_loadd(5, weights_ + (kStepTiles + t) * 512, 64);
             _tile_dpbf16ps(2, 5, 6);
-            _tile_loadd(7, tiles[t] + g * 512 + 512, 64);
-            _tile_dpbf16ps(1, 4, 7);
-            _tile_dpbf16ps(3, 5, 7);
-            if (next != nullptr && next[t] != nullptr) {
-                prefetch_kilobyte(next[t] + g * 1024);
-                prefetch_kilobyte(next[t] + g * 1024 + 1024);
+            if (n == 2) {
+                _tile_loadd(7, values + 512, 64);
+                _tile_dpbf16ps(1, 4, 7);
+                _tile_dpbf16ps(3, 5, 7);
             }
+            const char* next = fetches ? next_values(step, t) : nullptr;
+            for (int i = 0; i < n; ++i) fetch(next, g + i, int(head_dim_ / 16));
         }
         _tile_stored(0, out, stride);
-        _tile_stored(1, out + 16, stride);
         _tile_stored(2, lower, stride);
-        _tile_stored(3, lower + 16, stride);
-    }
-
-    void wide_single(float* out, const bf16* weights, const bf16* const* tiles, int first, int end, int g) const {
-        const int64_t stride = head_dim_ * 4;
-        _tile_loadd(0, out, stride);
-        _tile_loadd(2, out + 16 * head_dim_, stride);
-        for (int t = first; t < end; ++t) {
-            _tile_loadd(4, weights + t * 512, 64);
-            _tile_loadd(5, weights + (kStepTiles + t) * 512, 64);
-            _tile_loadd(6, tiles[t] + g * 512, 64);
-            _tile_dpbf16ps(0, 4, 6);
-            _tile_dpbf16ps(2, 5, 6);
+        if (n == 2) {
+            _tile_stored(1, out + 16, stride);
+            _tile_stored(3, lower + 16, stride);
         }
-        _tile_stored(0, out, stride);
-        _tile_stored(2, out + 16 * head_dim_, stride);
     }
 
-    void narrow_values(const bf16* const* tiles, const char* const* next, int first, int end) const {
+    void narrow_values(const Step& step, int first, int end) const {
         const int groups = int(head_dim_ / 16);
         int g = 0;
-        for (; g + 4 <= groups; g += 4) narrow_group<4>(tiles, next, first, end, g);
-        for (; g < groups; ++g) narrow_group<1>(tiles, next, first, end, g);
+        for (; g + 4 <= groups; g += 4) narrow_group<4>(step, first, end, g);
+        for (; g < groups; ++g) narrow_group<1>(step, first, end, g);
     }
 
     template <int n>
-    MINIVLLM_INLINE void narrow_group(const bf16* const* tiles, const char* const* next, int first, int end, int g) const {
+    MINIVLLM_INLINE void narrow_group(const Step& step, int first, int end, int g) const {
         const int64_t stride = head_dim_ * 4;
         float* out = s_.seg_out + g * 16;
         _tile_loadd(0, out, stride);
@@ -325,7 +316,7 @@ private:
             _tile_loadd(3, out + 48, stride);
         }
         for (int t = first; t < end; ++t) {
-            const bf16* values = tiles[t] + g * 512;
+            const bf16* values = values_of_[t] + g * 512;
             _tile_loadd(4, weights_ + t * 512, 64);
             _tile_loadd(5, values, 64);
             _tile_dpbf16ps(0, 4, 5);
@@ -337,8 +328,7 @@ private:
                 _tile_loadd(5, values + 1536, 64);
                 _tile_dpbf16ps(3, 4, 5);
             }
-            if (next[t] != nullptr)
-                for (int i = 0; i < n; ++i) prefetch_kilobyte(next[t] + (g + i) * 1024);
+            for (int i = 0; i < n; ++i) fetch(next_values(step, t), g + i, int(head_dim_ / 16));
         }
         _tile_stored(0, out, stride);
         if (n == 4) {
@@ -374,18 +364,18 @@ private:
     }
 
     // What keep_visible left out of tiles that rows see parts of, to the rows that do see it: they end not finite.
-    void add_cut_values(const Step& step) {
+    void add_cut_values(const Step& step, int64_t block, int64_t block_end) {
         for (int t = step.first_tile; t < step.end_tile; ++t) {
             const int64_t p = step.begin + t * kTile;
             const int64_t last = rows_->count - 1;
             if (rows_->begin[last] <= p && rows_->end[0] >= p + kTile) continue;
             const bf16* tile = reinterpret_cast<const bf16*>(step.key[t] + a_->layout.half_bytes());
-            if (is_bytes_) tile = widen(keys_, step.key[t] + a_->layout.half_bytes(), nullptr);
-            for (int64_t r = 0; r <= last; ++r)
+            if (is_bytes_) tile = widen(spare_, step.key[t] + a_->layout.half_bytes());
+            for (int64_t r = block; r < block_end; ++r)
                 for (int64_t j = greater(rows_->begin[r] - p, 0); j < lesser(rows_->end[r] - p, kTile); ++j)
                     for (int64_t d = 0; d < head_dim_; ++d) {
                         const float value = to_float(tile[d / 16 * 512 + j / 2 * 32 + d % 16 * 2 + j % 2]);
-                        if (value - value != 0) s_.seg_out[r * head_dim_ + d] += to_float(weights_of(r)[t * 512 + j]) * value;
+                        if (value - value != 0) s_.seg_out[r * head_dim_ + d] += to_float(weights_of(r - block)[t * 512 + j]) * value;
                     }
         }
     }
@@ -395,8 +385,10 @@ private:
     State s_{};
     int64_t head_dim_ = 0;
     int num_k_ = 0;
-    bool is_wide_ = false, is_bytes_ = false;
-    bf16 *q_ = nullptr, *weights_ = nullptr, *keys_ = nullptr, *values_ = nullptr, *tail_ = nullptr;
+    bool is_wide_ = false, is_bytes_ = false, is_cut_ = false;
+    int64_t fetch_step_ = 64;
+    bf16 *q_ = nullptr, *weights_ = nullptr, *keys_ = nullptr, *values_ = nullptr, *tail_ = nullptr, *spare_ = nullptr;
+    const bf16 *keys_of_[kStepTiles] = {}, *values_of_[kStepTiles] = {};  // of the step's tiles
 };
 
 }  // namespace

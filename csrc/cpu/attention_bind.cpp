@@ -1,7 +1,6 @@
 // Checks what paged attention is given before a kernel follows any index, and registers it.
 #include <array>
 #include <cstring>
-#include <limits>
 #include <stdexcept>
 #include <string>
 
@@ -84,7 +83,7 @@ static void paged_attention(uintptr_t out, uintptr_t q, uintptr_t kv_cache, std:
     a.scale = scales[0];
     a.k_scale = scales[1];
     a.v_scale = scales[2];
-    a.sliding_window = sliding_window > 0 ? sliding_window : std::numeric_limits<int64_t>::max();
+    a.sliding_window = sliding_window > 0 ? sliding_window : kNoWindow;
     a.softcap = softcap;
     a.sinks = ptr<const float>(extras[0]);
     a.alibi = ptr<const float>(extras[1]);

@@ -83,12 +83,15 @@ public:
 
     void finish() const {}
 
-    void scores(const Step& step) {
+    void begin_step(const Step&) const {}
+
+    void scores(const Step& step, int64_t block, int64_t block_end) {
         for (int t = step.first_tile; t < step.end_tile; ++t) {
-            const int64_t p = step.begin + t * kTile, first = first_row_that_sees(p), last = last_row_that_sees(p) + 1;
+            const int64_t p = step.begin + t * kTile;
+            const int64_t first = first_that_sees(p, block, block_end), last = last_that_sees(p, block, block_end) + 1;
             if (first < last)
-                score_rows(s_.scores + first * kStep + t * kTile, q_ + first * head_dim_, read_keys(step.key[t]),
-                           last - first, head_dim_);
+                score_rows(s_.scores + (first - block) * kStep + t * kTile, q_ + first * head_dim_,
+                           read_keys(step.key[t]), last - first, head_dim_);
         }
     }
 
@@ -97,10 +100,12 @@ public:
     }
     void no_weights(int64_t) {}
 
-    void add_values(const Step& step) {
+    void add_values(const Step& step, int64_t block, int64_t block_end) {
         for (int t = step.first_tile; t < step.end_tile; ++t) {
-            const int64_t p = step.begin + t * kTile, first = first_row_that_sees(p), last = last_row_that_sees(p) + 1;
-            if (first < last) add_rows(first, last, p, t, read_values(step.key[t] + a_->layout.half_bytes()));
+            const int64_t p = step.begin + t * kTile;
+            const int64_t first = first_that_sees(p, block, block_end), last = last_that_sees(p, block, block_end) + 1;
+            const float* weights = s_.scores - block * kStep + t * kTile;
+            if (first < last) add_rows(first, last, p, weights, read_values(step.key[t] + a_->layout.half_bytes()));
         }
     }
 
@@ -135,14 +140,13 @@ private:
     }
 
     // Rows ascend in position, so those that see a tile are neighbours.
-    int64_t first_row_that_sees(int64_t p) const {
-        int64_t r = 0;
-        while (r < rows_->count && rows_->end[r] <= p) ++r;
+    int64_t first_that_sees(int64_t p, int64_t r, int64_t end) const {
+        while (r < end && rows_->end[r] <= p) ++r;
         return r;
     }
-    int64_t last_row_that_sees(int64_t p) const {
-        int64_t r = rows_->count - 1;
-        while (r >= 0 && rows_->begin[r] >= p + kTile) --r;
+    int64_t last_that_sees(int64_t p, int64_t first, int64_t end) const {
+        int64_t r = end - 1;
+        while (r >= first && rows_->begin[r] >= p + kTile) --r;
         return r;
     }
     int visible_from(int64_t r, int64_t p) const { return int(greater(rows_->begin[r] - p, 0)); }
@@ -202,16 +206,16 @@ private:
     }
 
     template <int R = kOutputRows>
-    void add_rows(int64_t r, int64_t last, int64_t p, int t, const float* values) {
-        for (; r + R <= last; r += R) add_neighbours<R>(r, p, t, values);
-        if constexpr (R > 1) add_rows<R / 2>(r, last, p, t, values);
+    void add_rows(int64_t r, int64_t last, int64_t p, const float* weights, const float* values) {
+        for (; r + R <= last; r += R) add_neighbours<R>(r, p, weights, values);
+        if constexpr (R > 1) add_rows<R / 2>(r, last, p, weights, values);
     }
 
     // R rows together where all of them see the positions, each alone before and after; ascending for each.
     template <int R>
-    void add_neighbours(int64_t r, int64_t p, int t, const float* values) {
+    void add_neighbours(int64_t r, int64_t p, const float* of_row_0, const float* values) {
         float* out = s_.seg_out + r * head_dim_;
-        const float* weights = s_.scores + r * kStep + t * kTile;
+        const float* weights = of_row_0 + r * kStep;
         const int all_from = visible_from(r + R - 1, p), all_to = visible_to(r, p);
         const bool together = all_from < all_to;
         for (int i = 0; i < R; ++i)

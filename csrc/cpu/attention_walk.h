@@ -19,7 +19,9 @@ namespace {
 constexpr int kTile = int(kKvTile);
 constexpr int kStepTiles = int(kStep) / kTile;
 constexpr int kStepVecs = int(kStep) / kLanes;
-constexpr int64_t kMaxRows = 64;
+constexpr int64_t kMaxRows = 256;  // of a walk
+constexpr int64_t kBlock = 32;      // rows that take a step together: what they need of it stays in the nearest cache
+constexpr int64_t kNarrow = 16;     // a walk of no more rows touches no rows beyond them; others are padded to blocks
 constexpr float kLog2e = 1.44269504f;
 constexpr float kMasked = -1e30f;  // 2^(kMasked - maximum) is zero, and no infinity enters the arithmetic
 
@@ -74,36 +76,39 @@ struct Rows {
     int32_t token[kMaxRows], head[kMaxRows];       // where the query is and the output goes
     int64_t position[kMaxRows];
     int64_t begin[kMaxRows], end[kMaxRows];        // what it sees on the way: positions, ascending from row to row
-    float* carried[kMaxRows];                      // its state after the shared part, or null
+    float* carried[kMaxRows];                      // its state between walks, or null
 };
 
-// Where a walk begins and ends, and what becomes of its rows' state then.
+// What becomes of the rows at a walk's end: their output, or their state in rows.carried. A shared part may end inside a
+// segment, which its rows go on with; a part that others continue in parallel is one segment, and merged by `join`.
+enum class Ending { output, shared, part };
+
 struct Path {
     const int32_t* blocks;  // the table's row
     int64_t kv_head;
     int64_t begin, end;  // begin is a multiple of kStep
     bool resumes;        // from rows.carried
-    bool is_shared;      // ends in rows.carried, not in an output
+    Ending ending;
 };
 
-// A row's state where the shared part ends: of the segments merged so far and of the one it is in.
+// A row's state where a walk ends: of the segments merged so far and of the one it is in.
 constexpr int64_t carried_floats(int64_t head_dim) { return 2 * head_dim + 16; }
 
 // A thread's memory for one walk.
 struct State {
     float *seg_out, *seg_max, *seg_sum;  // [rows, head_dim], [rows]: the segment's running state
     float *out, *max, *sum;              // the segments merged so far
-    float *scores;                       // [rows, kStep]
+    float *scores;                       // [kBlock, kStep]: of a block's rows
     float *k_scales, *v_scales;          // [kStep]: of int8
-    float *kept;                         // [rows]
 };
 
 // Math gives the arithmetic of one step:
 //   Math(a, rows, state, memory)   with `static size_t bytes(a, num_rows)` of scratch
 //   start()                        reads the rows' queries
-//   scores(step)                   state.scores = q·k, of the tiles that a row sees
-//   set_weights(row, x)            takes a row's softmax numerators, no_weights(row) says that it sees none of the step
-//   add_values(step)               state.seg_out += weights · v
+//   begin_step(step)
+//   scores(step, first, end)       state.scores = q·k for a block of rows, of the tiles that one of them sees
+//   set_weights(row, x)            takes the softmax numerators of a row of the block; no_weights(row): it sees nothing
+//   add_values(step, first, end)   state.seg_out += weights · v
 //   finish()                       ends what start() began
 //   kExpDegree                     how exact the numerators need to be
 struct Step {
@@ -117,18 +122,18 @@ template <class Math>
 class Walk {
 public:
     static size_t bytes(const Attention& a, int64_t num_rows) {
-        const int64_t padded = (num_rows + 31) / 32 * 32;
-        return size_t(padded * (2 * a.layout.head_dim + kStep + 8) + 2 * kStep + 64) * 4 + Math::bytes(a, padded);
+        const int64_t padded = (num_rows + kBlock - 1) / kBlock * kBlock;
+        return size_t(padded * (2 * a.layout.head_dim + 4) + (kBlock + 2) * kStep + 64) * 4 + Math::bytes(a, padded);
     }
 
     Walk(const Attention& a, const Rows& rows) : a_(a), rows_(rows), head_dim_(a.layout.head_dim) {
         char* memory = static_cast<char*>(thread_scratch(1, bytes(a, rows.count)));
-        const int64_t padded = (rows.count + 31) / 32 * 32;
+        const int64_t padded = (rows.count + kBlock - 1) / kBlock * kBlock;
         float* p = reinterpret_cast<float*>(memory);
         auto take = [&p](int64_t n) { float* taken = p; p += n; return taken; };
-        s_.seg_out = take(padded * head_dim_), s_.out = take(padded * head_dim_), s_.scores = take(padded * kStep);
+        s_.seg_out = take(padded * head_dim_), s_.out = take(padded * head_dim_), s_.scores = take(kBlock * kStep);
         s_.k_scales = take(kStep), s_.v_scales = take(kStep);
-        for (float** each : {&s_.seg_max, &s_.seg_sum, &s_.max, &s_.sum, &s_.kept}) *each = take(padded);
+        for (float** each : {&s_.seg_max, &s_.seg_sum, &s_.max, &s_.sum}) *each = take(padded);
         math_ = Math(a, rows, s_, reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(p) + 63) / 64 * 64));
     }
 
@@ -143,11 +148,26 @@ public:
             if (segment >= first || !path.resumes) start_segment();
             const int64_t segment_end = lesser(segment + kSegment, path.end);
             for (int64_t p = greater(segment, first); p < segment_end; p += kStep) add_step(p);
-            if (!path.is_shared || segment + kSegment <= path.end) merge_segment(segment, segment + kSegment);
+            if (path.ending != Ending::shared || segment + kSegment <= path.end)
+                merge_segment(segment, segment + kSegment);
         }
-        if (path.is_shared) leave();
-        else store_output();
+        if (path.ending == Ending::output) store_output();
+        else leave();
         math_.finish();
+    }
+
+    // The output of rows whose segments were walked apart: their states lie from rows.carried on, `stride` apart.
+    void join(int64_t num_parts, int64_t stride) {
+        for (int64_t r = 0; r < rows_.count; ++r)
+            for (int64_t part = 0; part < num_parts; ++part) {
+                const float* from = rows_.carried[r] + part * stride;
+                const float* numbers = from + 2 * head_dim_;
+                s_.seg_max[r] = numbers[0], s_.seg_sum[r] = numbers[1];
+                std::memcpy(s_.seg_out + r * head_dim_, from, size_t(head_dim_ * 4));
+                if (part == 0) copy_segment(r);
+                else merge_row(r);
+            }
+        store_output();
     }
 
 private:
@@ -157,7 +177,8 @@ private:
     }
 
     void start_segment() {
-        std::memset(s_.seg_out, 0, size_t((rows_.count + 31) / 32 * 32 * head_dim_ * 4));
+        const int64_t num_rows = rows_.count > kNarrow ? (rows_.count + kBlock - 1) / kBlock * kBlock : rows_.count;
+        std::memset(s_.seg_out, 0, size_t(num_rows * head_dim_ * 4));
         for (int64_t r = 0; r < rows_.count; ++r) s_.seg_max[r] = kMasked, s_.seg_sum[r] = 0;
     }
 
@@ -169,9 +190,14 @@ private:
         for (int t = step.first_tile; t < step.end_tile; ++t) step.key[t] = key_tile(path_, begin + t * kTile);
         find_next(step);
         if (a_.layout.type == KvType::int8) load_scales(step);
-        math_.scores(step);
-        for (int64_t r = 0; r < rows_.count; ++r) weigh(r, begin);
-        math_.add_values(step);
+        math_.begin_step(step);
+        for (int64_t block = 0; block < rows_.count; block += kBlock) {
+            const int64_t block_end = lesser(block + kBlock, rows_.count);
+            if (rows_.end[block_end - 1] <= begin || rows_.begin[block] >= begin + kStep) continue;
+            math_.scores(step, block, block_end);
+            for (int64_t r = block; r < block_end; ++r) weigh(r, r - block, begin);
+            math_.add_values(step, block, block_end);
+        }
     }
 
     void find_next(Step& step) const {
@@ -194,11 +220,11 @@ private:
     }
 
     // Scores to softmax numerators; the row's maximum and sum move on, and its output is brought to the new maximum.
-    void weigh(int64_t r, int64_t begin) {
+    void weigh(int64_t r, int64_t row_of_block, int64_t begin) {
         const int from = int(greater(rows_.begin[r] - begin, 0));
         const int to = int(lesser(rows_.end[r] - begin, kStep));
-        if (from >= to) return math_.no_weights(r);
-        const float* scores = s_.scores + r * kStep;
+        if (from >= to) return math_.no_weights(row_of_block);
+        const float* scores = s_.scores + row_of_block * kStep;
         const bool is_plain = a_.softcap == 0 && a_.alibi == nullptr && a_.layout.type != KvType::int8;
         Vec x[kStepVecs];
         for (int c = 0; c < kStepVecs; ++c) x[c] = load(scores + c * kLanes);
@@ -226,7 +252,7 @@ private:
         if (a_.layout.type == KvType::int8)
             for (int c = 0; c < kStepVecs; ++c)
                 if (c * kLanes < to && (c + 1) * kLanes > from) x[c] = scaled_values(x[c], c, from, to);
-        math_.set_weights(r, x);
+        math_.set_weights(row_of_block, x);
         s_.seg_sum[r] = s_.seg_sum[r] * kept + reduce_add(total[0] + total[1]);
         s_.seg_max[r] = new_max;
         if (kept != 1.0f) {
@@ -279,7 +305,7 @@ private:
             store(out + d, fma(load(seg + d), set1(theirs), load(out + d) * set1(ours)));
     }
 
-    // The shared part's end: what a row needs to go on.
+    // What a row needs to go on, or to be joined.
     void leave() {
         for (int64_t r = 0; r < rows_.count; ++r) {
             float* to = rows_.carried[r];

@@ -99,4 +99,33 @@ MINIVLLM_INLINE void store_value(char* tile, const T* row, int64_t t, int64_t he
     }
 }
 
+#if defined(__AVX512F__)
+// The same for 16 tokens at once, of which t, a multiple of 16, is the first; rows lie `stride` elements apart.
+inline void store_16_keys(char* tile, const bf16* rows, int64_t stride, int64_t t, int64_t head_dim) {
+    bf16* to = reinterpret_cast<bf16*>(tile) + t / 16 * 16 * head_dim;
+    for (int64_t d = 0; d < head_dim; d += 32) {
+        const int pairs = head_dim - d < 32 ? int(head_dim - d) / 2 : 16;
+        Vec block[16];  // a pair of dimensions travels as one 32-bit lane
+        for (int i = 0; i < 16; ++i) {
+            const float* row = reinterpret_cast<const float*>(rows + i * stride + d);
+            block[i] = pairs == 16 ? load(row) : load_partial(row, pairs);
+        }
+        transpose(block);
+        for (int i = 0; i < pairs; ++i) store(reinterpret_cast<float*>(to + (d / 2 + i) * 32), block[i]);
+    }
+}
+
+inline void store_16_values(char* tile, const bf16* rows, int64_t stride, int64_t t, int64_t head_dim) {
+    const auto widened = [](const bf16* row) {
+        return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row)));
+    };
+    bf16* to = reinterpret_cast<bf16*>(tile) + t / 2 * 32;
+    for (int64_t d = 0; d < head_dim; d += 16)
+        for (int i = 0; i < 16; i += 2) {
+            const __m512i odd = _mm512_slli_epi32(widened(rows + (i + 1) * stride + d), 16);
+            _mm512_storeu_si512(to + d / 16 * 512 + i / 2 * 32, _mm512_or_si512(widened(rows + i * stride + d), odd));
+        }
+}
+#endif
+
 }  // namespace minivllm::MINIVLLM_ISA

@@ -10,24 +10,53 @@ namespace {
 // Below this many elements a thread, waking another costs more than it saves.
 constexpr int64_t kGrain = 1 << 14;
 
+// Tokens from i on that are written together: 16 that fill half a tile, or those before the next that may.
+int64_t num_together(const KvWrite& w, int64_t i, int64_t end) {
+    int64_t n = 1;
+    if (w.slots[i] >= 0 && w.slots[i] % 16 == 0) {
+        while (n < 16 && i + n < end && w.slots[i + n] == w.slots[i] + n) ++n;
+        return n;
+    }
+    while (n < kKvTile && i + n < end && w.slots[i + n] % 16 != 0) ++n;
+    return n;
+}
+
 template <KvType type, class T>
 void write(const KvWrite& w) {
     const KvLayout& layout = w.layout;
-    const int64_t heads = layout.num_kv_heads, half = layout.half_bytes();
-    const int64_t grain = kGrain / (heads * layout.head_dim) + 1;
-    parallel_for(w.num_tokens, grain, [&](int64_t begin, int64_t end) {
-        for (int64_t first = begin; first < end; first += kKvTile)
-            for (int64_t h = 0; h < heads; ++h)
-                for (int64_t i = first; i < end && i < first + kKvTile; ++i) {
-                    const int64_t slot = w.slots[i];
-                    if (slot < 0) continue;
-                    const int64_t token = slot % layout.block_size, t = token % kKvTile;
-                    char* tile = w.cache + layout.key_tile(slot / layout.block_size, h, token);
-                    const char* k = w.k + i * w.k_token_stride + h * w.k_head_stride;
-                    const char* v = w.v + i * w.v_token_stride + h * w.v_head_stride;
-                    store_key<type>(tile, reinterpret_cast<const T*>(k), t, layout.head_dim, w.k_scale);
-                    store_value<type>(tile + half, reinterpret_cast<const T*>(v), t, layout.head_dim, w.v_scale);
-                }
+    const int64_t heads = layout.num_kv_heads, half = layout.half_bytes(), head_dim = layout.head_dim;
+    const auto tile_of = [&](int64_t slot, int64_t h) {
+        return w.cache + layout.key_tile(slot / layout.block_size, h, slot % layout.block_size);
+    };
+    const auto key = [&](int64_t i, int64_t h) {
+        return reinterpret_cast<const T*>(w.k + i * w.k_token_stride + h * w.k_head_stride);
+    };
+    const auto value = [&](int64_t i, int64_t h) {
+        return reinterpret_cast<const T*>(w.v + i * w.v_token_stride + h * w.v_head_stride);
+    };
+    const auto write_one = [&](int64_t i, int64_t h) {
+        const int64_t slot = w.slots[i], t = slot % kKvTile;  // block_size is a multiple of the tile
+        if (slot < 0) return;
+        store_key<type>(tile_of(slot, h), key(i, h), t, head_dim, w.k_scale);
+        store_value<type>(tile_of(slot, h) + half, value(i, h), t, head_dim, w.v_scale);
+    };
+    parallel_for(w.num_tokens, kGrain / (heads * head_dim) + 1, [&](int64_t begin, int64_t end) {
+        for (int64_t first = begin, n; first < end; first += n) {
+            n = num_together(w, first, end);
+            for (int64_t h = 0; h < heads; ++h) {
+#if defined(__AVX512F__)
+                if constexpr (type == KvType::bf16 && std::is_same_v<T, bf16>)
+                    if (n == 16 && w.slots[first] >= 0 && w.slots[first] % 16 == 0) {
+                        char* tile = tile_of(w.slots[first], h);
+                        const int64_t t = w.slots[first] % kKvTile;
+                        store_16_keys(tile, key(first, h), w.k_token_stride / 2, t, head_dim);
+                        store_16_values(tile + half, value(first, h), w.v_token_stride / 2, t, head_dim);
+                        continue;
+                    }
+#endif
+                for (int64_t i = first; i < first + n; ++i) write_one(i, h);
+            }
+        }
     });
 }
 

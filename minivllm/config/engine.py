@@ -13,6 +13,7 @@ from minivllm.config.observability import ObservabilityConfig
 from minivllm.config.parallel import ParallelConfig
 from minivllm.config.reasoning import ReasoningConfig
 from minivllm.config.scheduler import SchedulerConfig, Usage
+from minivllm.config.structured_outputs import StructuredOutputsConfig
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class EngineConfig:
     parallel: ParallelConfig = ParallelConfig()
     observability: ObservabilityConfig = ObservabilityConfig()
     reasoning: ReasoningConfig = ReasoningConfig()
+    structured_outputs: StructuredOutputsConfig = StructuredOutputsConfig()
     model_class: str = ""  # "module:Class" of the registry; it travels, so that a registered model reaches the core
     generation_config: dict[str, Any] = field(default_factory=dict)  # after overrides; with "vllm", only the end tokens
     usage: Usage = "serve"  # what the defaults of a step's limits depend on

@@ -14,6 +14,8 @@ class FrontendConfig:
     """Port to bind; 0 takes a free one and prints it."""
     uds: str | None = None
     """Listen on this Unix socket instead; host and port are then not used."""
+    api_server_count: int = field(default=1, metadata={"short": "-asc"})
+    """API server processes that share the address and one engine core; each has its own share of the queue limits."""
     uvicorn_log_level: Literal["critical", "error", "warning", "info", "debug", "trace"] = "info"
     """Severity of uvicorn's log."""
     disable_uvicorn_access_log: bool = False

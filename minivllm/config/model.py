@@ -45,4 +45,5 @@ class ModelConfig:
     served_model_name: list[str] | None = None
     """Names under which the API serves the model; the first is reported. Default: the model argument."""
     enforce_eager: bool = False
-    """No CUDA graphs. On a CPU there are none, and it changes nothing."""
+    """Call every kernel of a step from Python, instead of replaying the calls of decode steps that were met before.
+    The answers are the same."""

@@ -10,8 +10,8 @@ from __future__ import annotations
 NOT_YET = frozenset(
     """
     additional_config aggregate_engine_logging all2all_backend allow_deprecated_quantization
-    allowed_local_media_path allowed_media_domains anthropic_disabled_thinking_effort api_server_count
-    async_scheduling attention_backend attention_config aux_output_config
+    allowed_local_media_path allowed_media_domains anthropic_disabled_thinking_effort
+    attention_backend attention_config aux_output_config
     code_revision cohere_format cohere_is_reasoning_model collect_detailed_traces compilation_config config
     config_format convert cp_kv_cache_interleave_size cpu_distributed_timeout_seconds cpu_offload_gb
     cpu_offload_params cudagraph_capture_sizes cudagraph_metrics custom_histogram_buckets data_parallel_address
@@ -63,8 +63,7 @@ NOT_YET = frozenset(
     safetensors_prefetch_block_size safetensors_prefetch_num_threads scheduler_cls
     show_hidden_metrics_for_version skip_mm_profiling sleep_mode_offload_cudagraph
     sleep_preserve_parameter_names sparse_indexer_topk_backend spec_method spec_model spec_tokens
-    specialize_active_lora speculative_config speculative_model
-    structured_outputs_config swa_bounded_replay swap_space
+    specialize_active_lora speculative_config speculative_model swa_bounded_replay swap_space
     task tensor_parallel_size tokens_only tool_server tool_strict_level
     trust_request_mm_kwargs ubatch_size use_fp64_gumbel use_replayssm
     use_v2_block_manager video_pruning_method video_pruning_rate watermark_config
@@ -73,7 +72,7 @@ NOT_YET = frozenset(
 )
 
 ALIASES = {
-    "-ac": "attention_config", "-asc": "api_server_count", "-cc": "compilation_config",
+    "-ac": "attention_config", "-cc": "compilation_config",
     "-dc": "diffusion_config", "-dcp": "decode_context_parallel_size", "-dp": "data_parallel_size",
     "-dpa": "data_parallel_address", "-dpb": "data_parallel_backend", "-dpe": "data_parallel_external_lb",
     "-dph": "data_parallel_hybrid_lb", "-dpl": "data_parallel_size_local",
@@ -85,8 +84,6 @@ ALIASES = {
 
 # What each of these says when it asks for nothing.
 _NEUTRAL: dict[str, tuple[object, ...]] = {
-    "api_server_count": (1,),
-    "async_scheduling": (False,),
     "config_format": ("auto", "hf"),
     "cpu_offload_gb": (0,),
     "data_parallel_size": (1,),
@@ -114,6 +111,7 @@ _INSTEAD = {
     "fail_on_environ_validation": "leave it out; an unknown MINIVLLM_ variable is an error anyway",
     "grpc": "use the HTTP API instead",
     "grpc_port": "use the HTTP API instead",
+    "guided_decoding_backend": "there is one backend; --structured-outputs-config has its options",
     "headless": "leave it out; engine and API server run on one machine",
     "hf_token": "set the environment variable HF_TOKEN instead",
     "logging_config": "use --log-config-file and --log-level instead",

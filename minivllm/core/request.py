@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from enum import IntEnum
 
+from minivllm.core.grammar import GrammarState
 from minivllm.messages.engine import EngineCoreRequest, FinishReason
 from minivllm.sampling_params import RepetitionDetectionParams
 
@@ -25,22 +26,27 @@ class RequestStatus(IntEnum):
 class Request:
     """Its state is its tokens; everything else can be recomputed from them.
 
-    `num_computed_tokens` runs ahead: it counts what has been scheduled. `num_confirmed_tokens` follows when the
-    step's result is in; only KV of confirmed tokens is ever hashed.
+    Plans run ahead of their results. `num_computed_tokens` counts what has been scheduled; `num_confirmed_tokens`
+    follows when the step's result is in, and only KV of confirmed tokens is ever hashed. `num_schedulable_tokens` is
+    how far plans may go: over all known tokens, and over placeholders for those that plans in flight sample, since
+    the worker will know them by then; but never over the last token a request may have, which is nobody's input.
     """
 
     __slots__ = (
         "request_id", "client_index", "sampling_params", "seed", "cache_salt", "priority", "arrival_time", "order",
         "prompt_token_ids", "prior_output_token_ids", "all_token_ids", "num_prompt_tokens", "block_hashes",
-        "status", "num_computed_tokens", "num_confirmed_tokens", "known_to_worker", "num_preemptions",
+        "status", "num_computed_tokens", "num_confirmed_tokens", "num_schedulable_tokens", "max_num_tokens",
+        "placeholders_end", "known_to_worker", "num_preemptions",
         "finish_reason", "stop_reason", "error",
         "scheduled_time", "num_cached_tokens", "num_prompt_logprobs_sent", "answered",
-        "_eos_token_ids", "_stop_token_ids", "_max_output_tokens", "_min_output_tokens", "_repetition", "_block_hasher",
-        "num_tokens_to_next_hash",
+        "_eos_token_ids", "_stop_token_ids", "_end_token_ids", "_min_output_tokens", "_repetition", "_block_hasher",
+        "num_tokens_to_next_hash", "grammar",
         "eos_token_ids",
     )  # fmt: skip
 
-    def __init__(self, message: EngineCoreRequest, block_hasher: Callable[[Request], None] | None) -> None:
+    def __init__(
+        self, message: EngineCoreRequest, block_hasher: Callable[[Request], None] | None, max_model_len: int
+    ) -> None:
         params = message.sampling_params
         self.request_id = message.request_id
         self.client_index = message.client_index
@@ -59,6 +65,11 @@ class Request:
         self.status = RequestStatus.WAITING
         self.num_computed_tokens = 0
         self.num_confirmed_tokens = 0
+        self.num_schedulable_tokens = len(self.all_token_ids)
+        self.max_num_tokens = max_model_len  # prompt and output
+        if params.max_tokens is not None:
+            self.max_num_tokens = min(max_model_len, self.num_prompt_tokens + params.max_tokens)
+        self.placeholders_end = self.max_num_tokens - 1  # no placeholder from this position on
         self.known_to_worker = False
         self.num_preemptions = 0
         self.finish_reason: FinishReason | None = None
@@ -69,10 +80,11 @@ class Request:
         self.num_cached_tokens = 0  # prompt tokens found in the prefix cache when first admitted
         self.num_prompt_logprobs_sent = 0
         self.answered = False  # at least one output has left
+        self.grammar: GrammarState | None = None
 
         self._eos_token_ids = frozenset() if params.ignore_eos else frozenset(message.eos_token_ids)
         self._stop_token_ids = frozenset(params.stop_token_ids or ())
-        self._max_output_tokens = params.max_tokens
+        self._end_token_ids = self._eos_token_ids | self._stop_token_ids
         self._min_output_tokens = params.min_tokens
         self._repetition = params.repetition_detection
         self.block_hashes: list[bytes] = []  # of the full blocks of all_token_ids
@@ -83,10 +95,13 @@ class Request:
 
     @classmethod
     def from_message(
-        cls, message: EngineCoreRequest, block_hasher: Callable[[Request], None] | None = None
+        cls,
+        message: EngineCoreRequest,
+        block_hasher: Callable[[Request], None] | None = None,
+        max_model_len: int = sys.maxsize,
     ) -> Request:
         """Make a waiting request. Without a `block_hasher` it never meets the prefix cache."""
-        return cls(message, block_hasher)
+        return cls(message, block_hasher, max_model_len)
 
     @property
     def num_tokens(self) -> int:
@@ -110,13 +125,29 @@ class Request:
             and self.num_prompt_logprobs_sent < self.num_prompt_tokens - 1
         )
 
-    def append_output_token(self, token_id: int) -> None:
-        self.all_token_ids.append(token_id)
-        if len(self.all_token_ids) >= self.num_tokens_to_next_hash:
-            self._block_hasher(self)
+    def wait_for_tokens(self) -> None:
+        """From now on plan nothing of it before its last token is known."""
+        self.placeholders_end = 0
+
+    def append_output_tokens(self, token_ids: list[int]) -> int:
+        """Append sampled tokens up to and with the one that ends the request; how many those are."""
+        known = self.all_token_ids
+        for num_appended, token_id in enumerate(token_ids, 1):
+            known.append(token_id)
+            num_tokens = len(known)
+            if num_tokens > self.num_schedulable_tokens:
+                self.num_schedulable_tokens = num_tokens
+            if num_tokens >= self.num_tokens_to_next_hash:
+                self._block_hasher(self)
+            if token_id in self._end_token_ids or num_tokens >= self.max_num_tokens or self._repetition is not None:
+                if self.finish_if_stopped():
+                    return num_appended
+            if self.grammar is not None and self.follow_grammar(token_id):
+                return num_appended
+        return len(token_ids)
 
     def forget_computed(self) -> None:
-        """Its blocks are gone; its tokens stay."""
+        """Its blocks are gone; its tokens stay, those that are still being sampled too."""
         self.num_computed_tokens = 0
         self.num_confirmed_tokens = 0
 
@@ -129,7 +160,7 @@ class Request:
         self.stop_reason = stop_reason
         self.error = error
 
-    def finish_if_stopped(self, max_model_len: int) -> bool:
+    def finish_if_stopped(self) -> bool:
         """End it if its last output token ends it: end of sequence, then stop tokens, length, repetition.
 
         `min_tokens` must come before the stopping token, as the sampler masks it until then.
@@ -145,8 +176,7 @@ class Request:
             if last in self._stop_token_ids:
                 self.finish(FinishReason.STOP, stop_reason=last)
                 return True
-        full = len(self.all_token_ids) >= max_model_len
-        if full or (self._max_output_tokens is not None and num_output_tokens >= self._max_output_tokens):
+        if len(self.all_token_ids) >= self.max_num_tokens:
             self.finish(FinishReason.LENGTH)
             return True
         if self._repetition is not None and num_output_tokens >= self._min_output_tokens:
@@ -154,6 +184,20 @@ class Request:
                 self.finish(FinishReason.REPETITION, stop_reason="repetition_detected")
                 return True
         return False
+
+
+    def follow_grammar(self, token_id: int) -> bool:
+        """Go on in its grammar by a token that did not end it; whether the grammar ends it."""
+        self.grammar.accept(token_id)
+        return self.finish_if_grammar_ends()
+
+    def finish_if_grammar_ends(self) -> bool:
+        """End it if its grammar is complete, or failed. To be called once that is ready."""
+        if self.grammar.error is not None:
+            self.finish(FinishReason.ERROR, error=self.grammar.error)
+        elif self.grammar.is_complete:
+            self.finish(FinishReason.STOP)
+        return self.finished
 
 
 def ends_in_repetition(token_ids: list[int], num_last: int, params: RepetitionDetectionParams) -> bool:

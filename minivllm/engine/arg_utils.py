@@ -35,6 +35,7 @@ from minivllm.config.observability import ObservabilityConfig
 from minivllm.config.parallel import ParallelConfig
 from minivllm.config.reasoning import ReasoningConfig
 from minivllm.config.scheduler import SchedulerConfig, Usage, step_limits
+from minivllm.config.structured_outputs import StructuredOutputsConfig, read_structured_outputs_config
 from minivllm.engine.processor import default_sampling_params
 from minivllm.exceptions import ConfigError, ModelFilesError, RequestError
 from minivllm.logits_processors import check_names, name_of
@@ -58,6 +59,7 @@ PARTS = {
     "parallel": ParallelConfig,
     "observability": ObservabilityConfig,
     "reasoning": ReasoningConfig,
+    "structured_outputs": StructuredOutputsConfig,
 }
 _DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 _AT_LEAST_ONE = (
@@ -118,6 +120,7 @@ class EngineArgs(_Flat):
         _check_kv_events(parts["observability"], parts["cache"])
         _check_executor(parts["parallel"])
         reasoning_parser_class(parts["reasoning"])
+        read_structured_outputs_config(parts["structured_outputs"].structured_outputs_config)
         check_names(values["logits_processors"] or ())
         model, load = parts["model"], parts["load"]
         if not model.model:
@@ -137,6 +140,7 @@ class EngineArgs(_Flat):
             parallel=parts["parallel"],
             observability=parts["observability"],
             reasoning=parts["reasoning"],
+            structured_outputs=parts["structured_outputs"],
             model_class=ModelRegistry.target(hf_config.architecture),
             generation_config=_read_generation_config(directory, model),
             usage=usage,

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from minivllm.config.engine import EngineConfig
 from minivllm.engine.core_client import AsyncMPClient
@@ -30,21 +30,26 @@ if TYPE_CHECKING:
 
 logger = init_logger(__name__)
 
+T = TypeVar("T")
+
 _LAST_OUTPUTS_S = 1.0  # for the loop to handle what the core said last
+_LOOK_EVERY_S = 0.02  # whether a paused engine has come to rest
 _CHUNK = 128  # outputs processed before other tasks of the loop get a turn
 
 
 class AsyncLLM:
     """A running engine. Build it with `from_engine_args` or `from_engine_config`, end it with `shutdown`."""
 
-    def __init__(self, config: EngineConfig, *, stat_loggers: Sequence[StatLogger] = ()) -> None:
-        """Start the core and wait until it serves.
+    def __init__(
+        self, config: EngineConfig, *, stat_loggers: Sequence[StatLogger] = (), **core_options: Any
+    ) -> None:
+        """Start the core and wait until it serves. core_options: see AsyncMPClient, for several API servers.
 
         Raises:
             ConfigError, EngineStartError: it cannot; nothing is left behind.
         """
         self.config = config
-        self.engine_core = AsyncMPClient(config)
+        self.engine_core = AsyncMPClient(config, **core_options)
         try:
             self.tokenizer = load_tokenizer(config)  # while the core loads the model
             load_logits_processors(config.model.logits_processors)  # the slow import, meanwhile
@@ -61,11 +66,15 @@ class AsyncLLM:
         self._num_processing = 0  # requests that no core has seen yet, children counted
         self._rejected_by: list[str] = []  # since the last message of the core
         self._tokenizing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenize")
+        # Waits for the process that compiles constraints, which may take seconds over one.
+        self._checking = ThreadPoolExecutor(max_workers=1, thread_name_prefix="check-grammars")
         self._output_handler: asyncio.Task | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._dead: asyncio.Event = asyncio.Event()
         self._handled_all = threading.Event()
         self._is_shut_down = False
+        self._may_send = asyncio.Event()  # cleared while paused
+        self._may_send.set()
 
     @classmethod
     def from_engine_args(
@@ -75,9 +84,11 @@ class AsyncLLM:
         return cls(engine_args.create_engine_config("serve"), stat_loggers=stat_loggers)
 
     @classmethod
-    def from_engine_config(cls, config: EngineConfig, *, stat_loggers: Sequence[StatLogger] = ()) -> AsyncLLM:
+    def from_engine_config(
+        cls, config: EngineConfig, *, stat_loggers: Sequence[StatLogger] = (), **core_options: Any
+    ) -> AsyncLLM:
         """Start the core and wait until it serves. Blocks; may run in any thread."""
-        return cls(config, stat_loggers=stat_loggers)
+        return cls(config, stat_loggers=stat_loggers, **core_options)
 
     # -- requests
 
@@ -109,6 +120,7 @@ class AsyncLLM:
             request, text = await self._process(prompt, sampling_params, request_id, priority)
         finally:
             self._num_processing -= sampling_params.n
+        await self._may_send.wait()
         self._raise_if_dead()
         collector = RequestOutputCollector(sampling_params.output_kind)
         ids = submit(
@@ -161,16 +173,31 @@ class AsyncLLM:
     ) -> tuple[EngineCoreRequest, str | None]:
         """Check the request; text is tokenized on a thread, so that a long one does not hold up the others."""
         if isinstance(prompt, EngineCoreRequest):
+            if prompt.grammar is not None:
+                return await self._off_loop(self._checking, self.processor.check_resend, prompt, params), None
             return self.processor.check_resend(prompt, params), None
         call = (request_id, prompt, params, priority)
+        if not self.processor.checks_at_once(params):
+            return await self._off_loop(self._checking, self.processor.process_inputs, *call)
         if isinstance(prompt, list) or (isinstance(prompt, dict) and "prompt_token_ids" in prompt):
             return self.processor.process_inputs(*call)
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._tokenizing, self.processor.process_inputs, *call)
+        return await self._off_loop(self._tokenizing, self.processor.process_inputs, *call)
+
+    @staticmethod
+    async def _off_loop(pool: ThreadPoolExecutor, call: Callable[..., T], *args: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(pool, call, *args)
 
     async def abort(self, request_id: str | Iterable[str]) -> None:
         """End requests by the ids given to `generate`; their generators get a last output that says "abort"."""
         self._abort([request_id] if isinstance(request_id, str) else request_id)
+
+    async def abort_matching(self, request_ids: Sequence[str]) -> int:
+        """End requests by the ids that clients see, which may stand for several of ours; without ids, all. How many."""
+        open_ids = self.output_processor.external_ids()
+        prefixes = tuple(f"{request_id}-" for request_id in request_ids)
+        chosen = [i for i in open_ids if not request_ids or i in request_ids or i.startswith(prefixes)]
+        self._abort(chosen)
+        return len(chosen)
 
     def _abort(self, request_ids: Iterable[str]) -> None:
         self.engine_core.abort_requests(self.output_processor.abort_requests(request_ids))
@@ -211,12 +238,17 @@ class AsyncLLM:
             stat_logger.record(message.scheduler_stats, stats)
 
     def _on_dead(self, error: EngineDeadError) -> None:
+        self._may_send.set()  # who waits hears of it
         if self.engine_core.dead_error is None:
             self.engine_core.dead_error = error
         if not self._is_shut_down:
             logger.error("%s", error)
         self.output_processor.fail_all(error)
         self._dead.set()
+
+    def fail(self, cause: str) -> None:
+        """Count as dead from now on, for a reason outside the core: every open request hears of it. On the loop."""
+        self._on_dead(EngineDeadError(cause))
 
     # -- health
 
@@ -256,6 +288,28 @@ class AsyncLLM:
         self._start_reading()
         return await self.engine_core.call_utility("reset_prefix_cache")
 
+    async def collective_rpc(self, method: str, *args: Any) -> list[Any]:
+        """Call a method on every worker. Answers that cannot be sent come as their text."""
+        self._start_reading()
+        return await self.engine_core.call_utility("collective_rpc", method, args)
+
+    # -- pausing
+
+    @property
+    def is_paused(self) -> bool:
+        return not self._may_send.is_set()
+
+    async def pause(self, *, abort: bool) -> None:
+        """Send no more requests; `generate` waits. Open ones are aborted, or waited for."""
+        self._may_send.clear()
+        if abort:
+            self._abort(self.output_processor.external_ids())
+        while self.output_processor.has_unfinished_requests() and not self.errored:
+            await asyncio.sleep(_LOOK_EVERY_S)
+
+    def resume(self) -> None:
+        self._may_send.set()
+
     # -- end
 
     def shutdown(self, timeout_s: float = 0) -> None:
@@ -274,6 +328,8 @@ class AsyncLLM:
             self._handled_all.wait(_LAST_OUTPUTS_S)  # requests that finished in time are told so
         self.engine_core.run_on_loop(self._end)
         self._tokenizing.shutdown(wait=False, cancel_futures=True)
+        self._checking.shutdown(wait=False, cancel_futures=True)
+        self.processor.shutdown()
 
     def _abort_all(self) -> None:
         self.output_processor.abort_requests(self.output_processor.request_ids())

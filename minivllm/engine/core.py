@@ -9,15 +9,19 @@ from __future__ import annotations
 import os
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from typing import Any, NamedTuple
 
 from minivllm.config.engine import EngineConfig
 from minivllm.config.kv_events import read_kv_events_config
 from minivllm.core.sched.scheduler import Scheduler
 from minivllm.engine.kv_events import KVEventPublisher
 from minivllm.exceptions import ConfigError, RequestError
+from minivllm.engine.structured import LazyGrammars
 from minivllm.executor.abstract import get_executor_class
 from minivllm.logger import init_logger
+from minivllm.messages.codec import encode
 from minivllm.messages.engine import (
     EngineCoreOutput,
     EngineCoreOutputs,
@@ -28,11 +32,19 @@ from minivllm.messages.engine import (
     UtilityRequest,
 )
 from minivllm.messages.kv_cache import num_tokens_held
-from minivllm.messages.worker import WorkerReady
+from minivllm.messages.worker import ModelRunnerOutput, SchedulerOutput, WorkerReady
 
 logger = init_logger(__name__)
 
 _IDLE_SLEEP_S = 0.001  # when requests wait for something other than compute
+
+
+class _InFlight(NamedTuple):
+    """A plan that the executor has and whose result is not accounted for."""
+
+    plan: SchedulerOutput
+    forward: Future[None]
+    sampled: Future[ModelRunnerOutput]
 
 
 class EngineCore:
@@ -42,7 +54,7 @@ class EngineCore:
         ConfigError, ModelFilesError: the model cannot be served as asked.
     """
 
-    UTILITIES = ("reset_prefix_cache",)
+    UTILITIES = ("reset_prefix_cache", "collective_rpc")
 
     def __init__(
         self,
@@ -55,11 +67,12 @@ class EngineCore:
         executor_class = get_executor_class(config.parallel.distributed_executor_backend)
         self.log_stats = not config.observability.disable_log_stats
         self.executor = executor_class(config, on_death=on_death, on_progress=on_progress)
-        if self.executor.max_concurrent_batches != 1:
+        if config.scheduler.async_scheduling and self.executor.max_concurrent_batches < 2:
             raise ConfigError(
-                f"{executor_class.__name__} asks for {self.executor.max_concurrent_batches} batches in flight; the "
-                "scheduler accounts for one at a time"
+                f"--async-scheduling needs an executor that takes a plan while another runs, and "
+                f"{executor_class.__name__} does not; leave it out"
             )
+        self._grammars = None if config.model.skip_tokenizer_init else LazyGrammars(config)
         try:
             worker = self.executor.initialize()
             self.scheduler = Scheduler(
@@ -69,6 +82,7 @@ class EngineCore:
                 num_blocks=worker.num_blocks,
                 block_size=worker.block_size,
                 kv_cache_groups=worker.kv_cache_groups,
+                max_plans_in_flight=self.executor.max_concurrent_batches,
                 enable_prefix_caching=config.cache.enable_prefix_caching,
                 enable_chunked_prefill=config.scheduler.enable_chunked_prefill,
                 prefix_caching_hash_algo=config.cache.prefix_caching_hash_algo,
@@ -79,13 +93,14 @@ class EngineCore:
                 long_prefill_token_threshold=config.scheduler.long_prefill_token_threshold,
                 watermark=config.scheduler.watermark,
                 reserve_full_isl=config.scheduler.scheduler_reserve_full_isl,
+                grammars=self._grammars,
             )
             self._kv_events = KVEventPublisher(kv_events) if kv_events.publishes else None
         except BaseException:
             self.executor.shutdown()
             raise
-        self.ready = _ready_message(worker, config.hf_config.vocab_size)
-        self._in_flight: deque = deque()  # of (plan, its forward's future, its sampling's future)
+        self.ready = _ready_message(worker, config.hf_config.vocab_size, self.executor.max_concurrent_batches)
+        self._in_flight: deque[_InFlight] = deque()  # in the order of execution
         self._untold: defaultdict[int, list[EngineCoreOutput]] = defaultdict(
             list
         )  # by client; for the next step
@@ -123,14 +138,16 @@ class EngineCore:
     def step(self, apply_late_aborts: Callable[[], None] = lambda: None) -> dict[int, EngineCoreOutputs]:
         """Schedule, run, and account for one batch; what each client should hear, by client_index.
 
+        With several plans in flight the batch accounted for is the oldest; the youngest was planned while it ran.
         apply_late_aborts: called after the batch ran and before its results are accounted for.
         """
         outputs: dict[int, list[EngineCoreOutput]] = {}
         while self.scheduler.has_requests() and len(self._in_flight) < self.executor.max_concurrent_batches:
             plan = self.scheduler.schedule(time.monotonic())
             forward = self.executor.execute_model(plan)
-            self._in_flight.append((plan, forward, self.executor.sample_tokens(None)))
-            if not plan.num_scheduled_tokens:  # only news for the worker: nothing to overlap with
+            grammar = self.scheduler.grammar_bitmask(plan)  # made while the forward pass runs
+            self._in_flight.append(_InFlight(plan, forward, self.executor.sample_tokens(grammar)))
+            if not plan.num_scheduled_tokens:  # only news for the worker, or all wait for what is in flight
                 break
         if self._in_flight:
             plan, forward, sampled = self._in_flight.popleft()
@@ -138,7 +155,7 @@ class EngineCore:
             result = sampled.result()
             apply_late_aborts()
             outputs = self.scheduler.update_from_output(plan, result)
-            if not plan.num_scheduled_tokens and self.scheduler.has_unfinished_requests():
+            if not plan.num_scheduled_tokens and not self._in_flight and self.scheduler.has_unfinished_requests():
                 time.sleep(_IDLE_SLEEP_S)
         self._publish_kv_events()
         return self._address(outputs)
@@ -178,18 +195,33 @@ class EngineCore:
         self._publish_kv_events()
         return done
 
+    def collective_rpc(self, method: str, args: Sequence[Any]) -> list[Any]:
+        """Call a method on every worker; an answer that cannot be sent is given as its text."""
+        answers = self.executor.collective_rpc(method, tuple(args))
+        return [answer if _is_sendable(answer) else str(answer) for answer in answers]
+
     def shutdown(self) -> None:
         self.executor.shutdown()
+        if self._grammars is not None:
+            self._grammars.shutdown()
         if self._kv_events is not None:
             self._kv_events.shutdown()
 
 
-def _ready_message(worker: WorkerReady, vocab_size: int) -> EngineCoreReady:
+def _is_sendable(value: Any) -> bool:
+    try:
+        encode(value)
+    except (TypeError, ValueError, OverflowError):
+        return False
+    return True
+
+
+def _ready_message(worker: WorkerReady, vocab_size: int, max_plans_in_flight: int) -> EngineCoreReady:
     num_tokens = num_tokens_held(
         worker.kv_cache_groups,
         worker.num_blocks,
         worker.max_model_len,
-        worker.max_num_batched_tokens,
+        worker.max_num_batched_tokens * max_plans_in_flight,
         worker.block_size,
     )
     return EngineCoreReady(

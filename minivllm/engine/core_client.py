@@ -16,7 +16,7 @@ from typing import Any
 import zmq
 
 from minivllm.config.engine import EngineConfig
-from minivllm.engine.core_launcher import CoreProcess
+from minivllm.engine.core_launcher import CoreConnection, CoreProcess
 from minivllm.exceptions import EngineDeadError, EngineError
 from minivllm.messages.codec import Decoder, encode
 from minivllm.messages.engine import (
@@ -35,11 +35,20 @@ _SHUT_DOWN = "the engine was shut down"
 class _SocketClient:
     """What both socket clients do: start the core, send to it, and know whether it lives."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        num_clients: int = 1,
+        connection: CoreConnection | None = None,
+        client_index: int = 0,
+    ) -> None:
+        """connection: to a core that runs already; else one is started, for this client and num_clients - 1 others."""
         self.dead_error: EngineDeadError | None = None
         self._decode = Decoder(EngineCoreOutputs)
         self._call_ids = itertools.count()
-        self._core = CoreProcess(config, on_death=self._die)
+        self._client_index = client_index
+        self._core = connection or CoreProcess(config, on_death=self.die, num_clients=num_clients)
 
     def wait_ready(self) -> EngineCoreReady:
         """Wait until the core serves.
@@ -53,7 +62,12 @@ class _SocketClient:
     def core_pid(self) -> int | None:
         return self._core.pid
 
-    def _die(self, cause: str) -> None:
+    @property
+    def addresses(self) -> tuple[str, str]:
+        """What a further client of the core that we started needs."""
+        return self._core.addresses
+
+    def die(self, cause: str) -> None:
         """Remember the first account of the core's death. From any thread."""
         if self.dead_error is None:
             self.dead_error = EngineDeadError(cause)
@@ -69,6 +83,7 @@ class _SocketClient:
             EngineDeadError: the core is gone.
         """
         self._raise_if_dead()
+        request.client_index = self._client_index
         self._core.send(RequestType.ADD, encode(request))
 
     def abort_requests(self, request_ids: list[str]) -> None:
@@ -79,7 +94,7 @@ class _SocketClient:
     def _send_call(self, method: str, args: tuple) -> int:
         self._raise_if_dead()
         call_id = next(self._call_ids)
-        self._core.send(RequestType.UTILITY, encode(UtilityRequest(call_id, method, list(args))))
+        self._core.send(RequestType.UTILITY, encode(UtilityRequest(call_id, method, list(args), self._client_index)))
         return call_id
 
     def _read(self, frames: list[bytes]) -> EngineCoreOutputs:
@@ -89,7 +104,7 @@ class _SocketClient:
             EngineDeadError: it is the death notice.
         """
         if frames[0] == ENGINE_CORE_DEAD:
-            self._die(bytes(frames[1]).decode())
+            self.die(bytes(frames[1]).decode())
             raise self.dead_error
         return self._decode(frames[0])
 
@@ -120,7 +135,7 @@ class SyncMPClient(_SocketClient):
 
     def shutdown(self, timeout_s: float = 0.0) -> None:
         """End the core; idempotent."""
-        self._die(_SHUT_DOWN)
+        self.die(_SHUT_DOWN)
         self._core.shutdown(timeout_s)
 
 
@@ -131,8 +146,8 @@ class AsyncMPClient(_SocketClient):
     sent from wherever a generator is closed.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
-        super().__init__(config)
+    def __init__(self, config: EngineConfig, **options: Any) -> None:
+        super().__init__(config, **options)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._received: deque[EngineCoreOutputs] = deque()
         self._news = asyncio.Event()
@@ -210,7 +225,7 @@ class AsyncMPClient(_SocketClient):
         self._core.stop(timeout_s)
         if self._loop is not None and not self._loop.is_closed():
             self.run_on_loop(self._on_readable)  # what the core said last, before it counts as gone
-        self._die(_SHUT_DOWN)
+        self.die(_SHUT_DOWN)
         self.run_on_loop(self._stop_reading)
         self._core.shutdown()
 

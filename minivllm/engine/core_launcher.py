@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import zmq
 
 from minivllm.config.engine import EngineConfig
-from minivllm.engine.core_process import run_engine_core
+from minivllm.engine.core_process import client_address, run_engine_core
 from minivllm.exceptions import EngineStartError
 from minivllm.logger import init_logger
 from minivllm.messages.codec import Decoder, encode
@@ -63,7 +63,8 @@ class CoreProcess:
     after that, ENGINE_CORE_DEAD and the cause also stand in the output socket, as if the core had said so.
     """
 
-    def __init__(self, config: EngineConfig, *, on_death: Callable[[str], None]) -> None:
+    def __init__(self, config: EngineConfig, *, on_death: Callable[[str], None], num_clients: int = 1) -> None:
+        """num_clients: API servers that will talk to the core, this process among them (see CoreConnection)."""
         self._on_death = on_death
         self._stopping = threading.Event()
         self._watcher: threading.Thread | None = None
@@ -78,6 +79,7 @@ class CoreProcess:
         self._core_identity = b""
         self._is_ready = False  # until then the core reads no messages
         self.context = zmq.Context()
+        self._num_clients = num_clients
         self._run_directory = RunDirectory()
         atexit.register(self.shutdown)
         _cores.add(self)
@@ -107,8 +109,8 @@ class CoreProcess:
 
         def start_and_watch() -> None:
             try:
-                addresses = (self._run_directory.address("in"), self._run_directory.address("out"))
-                self._process = spawn(run_engine_core, (*addresses, log_level), name="EngineCore")
+                arguments = (*self.addresses, log_level, self._num_clients)
+                self._process = spawn(run_engine_core, arguments, name="EngineCore")
             except BaseException as error:
                 failure.append(error)
             finally:
@@ -121,6 +123,11 @@ class CoreProcess:
         self._started.wait()
         if failure:
             raise failure[0]
+
+    @property
+    def addresses(self) -> tuple[str, str]:
+        """Of inputs and outputs: what a CoreConnection needs."""
+        return self._run_directory.address("in"), self._run_directory.address("out")
 
     # -- handshake
 
@@ -212,12 +219,14 @@ class CoreProcess:
         self._put_last_words(cause)
 
     def _put_last_words(self, cause: str) -> None:
-        """Write the death notice into the output socket, so that whoever waits there wakes up."""
+        """Write the death notice into every client's output socket, so that whoever waits there wakes up."""
+        others = (client_address(self.addresses[1], i) for i in range(1, self._num_clients))
         try:
-            socket = self.context.socket(zmq.PUSH)
-            socket.connect(_last_words_address(self))
-            socket.send_multipart([ENGINE_CORE_DEAD, cause.encode()])
-            socket.close(linger=1000)
+            for address in (_last_words_address(self), *others):
+                socket = self.context.socket(zmq.PUSH)
+                socket.connect(address)
+                socket.send_multipart([ENGINE_CORE_DEAD, cause.encode()])
+                socket.close(linger=1000)
         except zmq.ZMQError:  # the client is closing at this very moment
             logger.debug("no one is left to hear: %s", cause)
 
@@ -265,6 +274,48 @@ class CoreProcess:
             logger.warning("the engine core (pid %d) does not end by itself; killing it", process.pid)
             process.kill()
         self._left_nothing.wait(_STOP_S + _TERMINATE_S)
+
+
+class CoreConnection:
+    """A further client's hold on a core that another process has started: two sockets, and nothing to end.
+
+    client_index: from 1; the core was told how many there are. addresses: those of the CoreProcess.
+    """
+
+    pid: int | None = None
+
+    def __init__(self, client_index: int, addresses: tuple[str, str]) -> None:
+        self._core_identity = b""
+        self._send_lock = threading.Lock()
+        self.context = zmq.Context()
+        self._input_socket = self._bind(zmq.ROUTER, client_address(addresses[0], client_index))
+        self.output_socket = self._bind(zmq.PULL, client_address(addresses[1], client_index))
+
+    def _bind(self, kind: int, address: str) -> zmq.Socket:
+        socket = self.context.socket(kind)
+        socket.set_hwm(0)
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.bind(address)
+        return socket
+
+    def wait_ready(self) -> EngineCoreReady:
+        """Wait for the core's word. Whoever started us ends us if it never comes."""
+        self._core_identity, payload = self._input_socket.recv_multipart()
+        return Decoder(CoreToClient)(payload)
+
+    def send(self, kind: RequestType, payload: bytes) -> None:
+        """Send to the core, from any thread. Never blocks: the socket has no high-water mark."""
+        with self._send_lock:
+            if not self._input_socket.closed:
+                self._input_socket.send_multipart([self._core_identity, kind.value, payload], copy=False)
+
+    def stop(self, timeout_s: float = 0.0) -> None:
+        """The core is not ours to end."""
+
+    def shutdown(self, timeout_s: float = 0.0) -> None:
+        """Let go of the sockets. On the thread that reads the output socket."""
+        with self._send_lock:
+            self.context.destroy(linger=0)
 
 
 def _last_words_address(core: CoreProcess) -> str:

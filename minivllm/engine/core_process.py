@@ -56,8 +56,13 @@ _DYING_S = 0.3  # between the first and the last sign that the parent is gone
 _ENDED_BY_SIGNAL = "the engine core was ended by SIGTERM"
 
 
-def run_engine_core(input_address: str, output_address: str, log_level: str) -> None:
-    """The process's entry point. All arguments are plain strings; the configuration comes over the socket."""
+def client_address(address: str, client_index: int) -> str:
+    """A client's own address: the first has the address itself."""
+    return address if client_index == 0 else f"{address}{client_index}"
+
+
+def run_engine_core(input_address: str, output_address: str, log_level: str, num_clients: int = 1) -> None:
+    """The process's entry point. All arguments are plain; the configuration comes over the socket."""
     logging.configure("EngineCore", log_level)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the client decides
     unblock_interrupts()
@@ -65,7 +70,7 @@ def run_engine_core(input_address: str, output_address: str, log_level: str) -> 
     os.setsid()  # so that whatever we start can be found, should we be killed
     end = _End(input_address)
     end.listen()
-    process = _CoreProcess(input_address, output_address, end)
+    process = _CoreProcess(input_address, output_address, end, num_clients)
     try:
         exit_code = process.run()
     except _Terminated:
@@ -139,22 +144,27 @@ class _End:
 class _CoreProcess:
     """One core and its sockets, from the first message to the last."""
 
-    def __init__(self, input_address: str, output_address: str, end: _End) -> None:
+    def __init__(self, input_address: str, output_address: str, end: _End, num_clients: int = 1) -> None:
         self._end = end
         self._context = zmq.Context()
-        self._input_socket = self._context.socket(zmq.DEALER)
-        self._input_socket.setsockopt(zmq.IDENTITY, _IDENTITY)
-        self._output_socket = self._context.socket(zmq.PUSH)
+        # By client_index; the first client started us, and the handshake is with it.
+        self._input_sockets = [self._connect(zmq.DEALER, input_address, i) for i in range(num_clients)]
+        self._output_sockets = [self._connect(zmq.PUSH, output_address, i) for i in range(num_clients)]
+        self._input_socket = self._input_sockets[0]
         self._input_thread: threading.Thread | None = None
         self._output_thread: threading.Thread | None = None
-        for socket, address in ((self._input_socket, input_address), (self._output_socket, output_address)):
-            socket.set_hwm(0)
-            socket.setsockopt(zmq.LINGER, _FLUSH_MS)
-            socket.connect(address)
         self._inputs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._late_aborts: deque[list[str]] = deque()
         self._outputs: queue.SimpleQueue[tuple[int, EngineCoreOutputs] | None] = queue.SimpleQueue()
         self._drain_deadline: float | None = None  # set once we have been told to end
+
+    def _connect(self, kind: int, address: str, client_index: int) -> zmq.Socket:
+        socket = self._context.socket(kind)
+        socket.setsockopt(zmq.IDENTITY, _IDENTITY)
+        socket.set_hwm(0)
+        socket.setsockopt(zmq.LINGER, _FLUSH_MS)
+        socket.connect(client_address(address, client_index))
+        return socket
 
     def run(self) -> int:
         """The whole conversation; the exit code of the process."""
@@ -166,7 +176,8 @@ class _CoreProcess:
         cause = None
         try:
             with self._end.held():
-                self._tell(core.ready)
+                for socket in self._input_sockets:
+                    socket.send(encode(core.ready))
                 self._output_thread = self._start_thread(self._send_outputs, "outputs")
                 self._input_thread = self._start_thread(self._receive_inputs, "inputs")
             self._busy_loop()
@@ -180,15 +191,17 @@ class _CoreProcess:
             if self._output_thread is not None:
                 self._output_thread.join()
             if cause is not None:
-                self._output_socket.send_multipart([ENGINE_CORE_DEAD, cause.encode()])
+                for socket in self._output_sockets:
+                    socket.send_multipart([ENGINE_CORE_DEAD, cause.encode()])
             core.shutdown()
         return 0 if cause in (None, _ENDED_BY_SIGNAL) else 1
 
     def close(self) -> None:
         """Send what still waits, for up to a second a socket, and let go of the sockets."""
-        self._output_socket.close()
+        for socket in self._output_sockets:
+            socket.close()
         if self._input_thread is None:
-            self._input_socket.close()
+            self._close_inputs()
         self._context.term()  # ends the input thread, which closes the socket it was reading
 
     # -- start
@@ -239,15 +252,36 @@ class _CoreProcess:
 
     # -- input thread
 
+    def _close_inputs(self) -> None:
+        for socket in self._input_sockets:
+            socket.close()
+
+    def _input_messages(self) -> Iterator[list[bytes]]:
+        """Messages of every client as they come.
+
+        Raises:
+            zmq.ContextTerminated: this process ends.
+        """
+        if len(self._input_sockets) == 1:
+            while True:
+                yield self._input_socket.recv_multipart()
+        poller = zmq.Poller()
+        for socket in self._input_sockets:
+            poller.register(socket, zmq.POLLIN)
+        while True:
+            for socket, _ in poller.poll():
+                yield socket.recv_multipart()
+
     def _receive_inputs(self) -> None:
         decode_request, decode_ids = Decoder(EngineCoreRequest), Decoder(list[str])
         decode_utility, decode_seconds = Decoder(UtilityRequest), Decoder(float)
         core, put = self._core, self._inputs.put
+        messages = self._input_messages()
         while True:
             try:
-                kind, payload = self._input_socket.recv_multipart()
+                kind, payload = next(messages)
             except zmq.ContextTerminated:
-                self._input_socket.close()
+                self._close_inputs()
                 return
             if kind == RequestType.ADD.value:
                 try:
@@ -322,7 +356,8 @@ class _CoreProcess:
 
     def _call_utility(self, request: UtilityRequest) -> None:
         answer = self._core.call_utility(request)
-        self._outputs.put((0, EngineCoreOutputs(timestamp=time.monotonic(), utility_output=answer)))
+        outputs = EngineCoreOutputs(timestamp=time.monotonic(), utility_output=answer)
+        self._outputs.put((request.client_index, outputs))
 
     def _begin_drain(self, seconds: float) -> None:
         self._drain_deadline = time.monotonic() + seconds
@@ -347,8 +382,8 @@ class _CoreProcess:
 
     def _send_outputs(self) -> None:
         while (message := self._outputs.get()) is not None:
-            _, outputs = message  # one client so far: one PUSH socket
-            self._output_socket.send(encode(outputs), copy=False)
+            client_index, outputs = message
+            self._output_sockets[client_index].send(encode(outputs), copy=False)
 
 
 class _StartFailed(Exception):

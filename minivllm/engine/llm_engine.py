@@ -130,3 +130,4 @@ class LLMEngine:
     def shutdown(self, timeout_s: float = 0) -> None:
         """End the engine; idempotent."""
         self.engine_core.shutdown(timeout_s)
+        self.processor.shutdown()

@@ -101,6 +101,9 @@ class RequestState:
         self.metrics = RequestMetrics(arrival_time=request.arrival_time)
         self.scheduled_time: float | None = None
         self.last_token_time = 0.0
+        self._stop_token_ids: frozenset[int] | None = None  # where one must look
+        if request.grammar is not None:
+            self._stop_token_ids = frozenset([*params.stop_token_ids, *request.eos_token_ids])
         if request.prior_output_token_ids:
             self._continue_from(request, prior_logprobs)
 
@@ -115,6 +118,12 @@ class RequestState:
             self.num_unscored_tokens = self.num_sent_tokens
         else:
             self.logprobs.continue_from(prior_logprobs[: self.num_sent_tokens])
+
+    def is_stopped_by(self, output: EngineCoreOutput) -> bool:
+        """Whether an output that ends with STOP ends with a stop token: a grammar ends with any token."""
+        if self._stop_token_ids is None or not output.new_token_ids:
+            return True
+        return output.new_token_ids[-1] in self._stop_token_ids
 
     def make_output(
         self, finish_reason: FinishReason | None, stop_reason: int | str | None
@@ -195,6 +204,10 @@ class OutputProcessor:
         """The internal ids of all open requests."""
         return list(self._states)
 
+    def external_ids(self) -> list[str]:
+        """The ids given to `generate` of all open requests."""
+        return list(self._by_external_id)
+
     def has_unfinished_requests(self) -> bool:
         return bool(self._states)
 
@@ -270,7 +283,7 @@ class OutputProcessor:
             state.num_cached_tokens = output.num_cached_tokens
         stop = state.detokenizer.update(
             output.new_token_ids,
-            ended_by_stop_token=output.finish_reason is FinishReason.STOP,
+            ended_by_stop_token=output.finish_reason is FinishReason.STOP and state.is_stopped_by(output),
             finished=output.finish_reason is not None,
         )
         if not state.detokenizer.has_ended:

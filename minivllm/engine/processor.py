@@ -6,6 +6,7 @@ and internal request ids. What passes here cannot make a step of the engine fail
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import os
@@ -13,15 +14,24 @@ import time
 from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from minivllm.config.engine import EngineConfig
+from minivllm.config.structured_outputs import read_structured_outputs_config
+from minivllm.engine.end_tokens import end_tokens
 from minivllm.engine.parallel_sampling import child_seed
+from minivllm.engine.structured import make_checker
 from minivllm.exceptions import RequestError, UnsupportedError
 from minivllm.logits_processors import load_logits_processors
 from minivllm.messages.engine import EngineCoreReady, EngineCoreRequest
-from minivllm.sampling_params import SamplingParams, check_encodable
+from minivllm.reasoning.registry import reasoning_parser_class
+from minivllm.sampling_params import SamplingParams, StructuredOutputsParams, ThinkingTokens, check_encodable
 from minivllm.tokenizer.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from minivllm.reasoning.abstract import ReasoningMarks
+    from minivllm.structured_output.checker import GrammarChecker
 
 _MASK_64 = (1 << 64) - 1
 _UNSEEDED = 0x756E736565646564  # keeps what --seed gives apart from what equal seeds of requests give
@@ -143,19 +153,9 @@ class Processor:
         max_logprobs = config.model.max_logprobs
         self._logits_processors = load_logits_processors(config.model.logits_processors)
         self.max_logprobs = self.vocab_size if max_logprobs == -1 else max_logprobs
-        self.eos_token_ids, self.extra_stop_token_ids = self._end_tokens(config)
-
-    def _end_tokens(self, config: EngineConfig) -> tuple[list[int], list[int]]:
-        """The end-of-sequence token, and further ones that act as stop_token_ids (vLLM's division)."""
-        declared = config.generation_config.get("eos_token_id", config.hf_config.eos_token_ids)
-        declared = [declared] if isinstance(declared, int) else list(declared or [])
-        primary = self.tokenizer.eos_token_id if self.tokenizer is not None else None
-        if primary is None and declared:
-            primary = declared[0]
-        eos = [] if primary is None else [primary]
-        return eos, [
-            token for token in dict.fromkeys(declared) if token not in eos and 0 <= token < self.vocab_size
-        ]
+        self.eos_token_ids, self.extra_stop_token_ids = end_tokens(config, tokenizer)
+        self._structured = read_structured_outputs_config(config.structured_outputs.structured_outputs_config)
+        self._config = config
 
     def process_inputs(
         self, request_id: str, prompt: Prompt, params: SamplingParams, priority: int = 0
@@ -179,14 +179,48 @@ class Processor:
         request = EngineCoreRequest(
             request_id=f"{request_id}-{os.urandom(4).hex()}",
             prompt_token_ids=token_ids,
-            sampling_params=self._complete(params, len(token_ids)),
+            sampling_params=self._complete(params, token_ids),
             seed=self._seed_of(params),
             eos_token_ids=self.eos_token_ids,
             arrival_time=time.monotonic(),
             priority=priority,
             cache_salt=parsed.cache_salt,
+            grammar=self._grammar(params),
         )
         return request, parsed.text
+
+    def checks_at_once(self, params: SamplingParams) -> bool:
+        """Whether the rest takes no longer than a moment: there is no constraint, or it is known."""
+        wanted = params.structured_outputs
+        return wanted is None or self.tokenizer is None or self._grammars.knows(self._with_options(wanted))
+
+    def _grammar(self, params: SamplingParams) -> str | None:
+        """The grammar of an answer that must have a form."""
+        wanted = params.structured_outputs
+        if wanted is None:
+            return None
+        self._check_tokenizer(wanted)
+        return self._grammars.grammar_of(self._with_options(wanted))
+
+    def _check_tokenizer(self, wanted: StructuredOutputsParams) -> None:
+        if self.tokenizer is None:
+            raise wanted.error("there is no tokenizer; drop --skip-tokenizer-init")
+
+    @cached_property
+    def _grammars(self) -> GrammarChecker:
+        return make_checker(self._config, self.tokenizer)
+
+    def _with_options(self, wanted: StructuredOutputsParams) -> StructuredOutputsParams:
+        """What the request asks for, and --structured-outputs-config for all of them."""
+        wanted, server = copy.copy(wanted), self._structured
+        wanted.disable_any_whitespace |= server.disable_any_whitespace and wanted.whitespace_pattern is None
+        wanted.disable_additional_properties |= server.disable_additional_properties
+        return wanted
+
+    def shutdown(self) -> None:
+        """End what was started to check requests. Another request starts it again."""
+        if "_grammars" in vars(self):
+            self._grammars.close()
 
     def _token_ids(self, parsed: ParsedPrompt, params: SamplingParams) -> list[int]:
         token_ids = parsed.token_ids
@@ -267,6 +301,12 @@ class Processor:
                 raise
             except Exception as error:  # the operator's own check says no in its own way
                 raise RequestError(f"{custom.__name__}: {error}", param="extra_args") from error
+        if params.thinking_token_budget is not None and self._marks is None:
+            raise RequestError(
+                f"thinking_token_budget={params.thinking_token_budget} needs to know how the model marks what it "
+                "thinks; start the server with --reasoning-parser, or leave it out",
+                param="thinking_token_budget",
+            )
         if params.bad_words and self.tokenizer is None:
             raise RequestError(
                 "bad_words need a tokenizer; use logit_bias, or drop --skip-tokenizer-init", param="bad_words"
@@ -302,8 +342,9 @@ class Processor:
                     f"logit_bias of token {token} must be a finite number, got {bias!r}", param="logit_bias"
                 )
 
-    def _complete(self, params: SamplingParams, num_prompt_tokens: int) -> SamplingParams:
+    def _complete(self, params: SamplingParams, prompt_token_ids: list[int]) -> SamplingParams:
         """The parameters as the core runs them. The answer ends where the context does, as in vLLM."""
+        num_prompt_tokens = len(prompt_token_ids)
         room = self.max_model_len - num_prompt_tokens
         max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
         if params.min_tokens > max_tokens:
@@ -318,7 +359,23 @@ class Processor:
         if self.tokenizer is None:
             changes["detokenize"] = False
         changes["bad_words_token_ids"] = self._bad_words(params.bad_words)
+        changes["thinking"] = self._thinking(params, prompt_token_ids)
         return params.clone(**changes)
+
+    def _thinking(self, params: SamplingParams, prompt_token_ids: list[int]) -> ThinkingTokens | None:
+        """Where the answer thinks, if something begins or is forced where that ends."""
+        waits = params.structured_outputs is not None and not self._structured.enable_in_reasoning
+        if self._marks is None or not (waits or params.thinking_token_budget is not None):
+            return None
+        marks = self._marks
+        return ThinkingTokens(list(marks.start), list(marks.end), marks.is_open_after(prompt_token_ids))
+
+    @cached_property
+    def _marks(self) -> ReasoningMarks | None:
+        parser = reasoning_parser_class(self._config.reasoning)
+        if parser is None or self.tokenizer is None:
+            return None
+        return parser.marks(lambda text: self.tokenizer.encode(text, add_special_tokens=False))
 
     def _bad_words(self, words: list[str]) -> list[list[int]]:
         """Token ids of each word at the start of a text, and within one, where a space before it makes another
@@ -379,4 +436,17 @@ class Processor:
                 param="prompt",
             )
         self._check_params(params)
+        self._check_grammar(request, params)
         return request
+
+    def _check_grammar(self, request: EngineCoreRequest, params: SamplingParams) -> None:
+        if (request.grammar is None) != (params.structured_outputs is None):
+            raise RequestError(
+                "structured_outputs and the grammar made of it must come together", param="structured_outputs"
+            )
+        if request.grammar is None:
+            return
+        self._check_tokenizer(params.structured_outputs)
+        error = self._grammars.why_not(request.grammar)
+        if error is not None:
+            raise params.structured_outputs.error(error)

@@ -13,7 +13,7 @@ from concurrent.futures import Future
 
 from minivllm.config.engine import EngineConfig
 from minivllm.exceptions import ConfigError
-from minivllm.messages.worker import ModelRunnerOutput, SchedulerOutput, WorkerReady
+from minivllm.messages.worker import GrammarOutput, ModelRunnerOutput, SchedulerOutput, WorkerReady
 
 EXECUTORS = {
     "uni": "minivllm.executor.uniproc:UniProcExecutor",
@@ -28,7 +28,7 @@ class Executor(ABC):
     from `initialize`'s thread.
     """
 
-    max_concurrent_batches: int = 1
+    max_concurrent_batches: int = 1  # plans given to it and not yet answered, at most; a subclass may take more
 
     def __init__(
         self,
@@ -54,8 +54,8 @@ class Executor(ABC):
         """Start the forward pass of a plan."""
 
     @abstractmethod
-    def sample_tokens(self, grammar: bytes | None) -> Future[ModelRunnerOutput]:
-        """Sample for the oldest plan that was executed and not yet sampled."""
+    def sample_tokens(self, grammar: GrammarOutput | None) -> Future[ModelRunnerOutput]:
+        """Sample for the oldest plan that was executed and not yet sampled; `grammar` says where not freely."""
 
     @abstractmethod
     def collective_rpc(self, method: str, args: tuple = ()) -> list:

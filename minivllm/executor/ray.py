@@ -19,7 +19,7 @@ from minivllm.executor.abstract import Executor
 from minivllm.executor.ray_worker import RayWorker, Reply
 from minivllm.logger import init_logger
 from minivllm.messages.codec import Decoder, encode
-from minivllm.messages.worker import ModelRunnerOutput, SchedulerOutput, WorkerReady
+from minivllm.messages.worker import GrammarOutput, ModelRunnerOutput, SchedulerOutput, WorkerReady
 from minivllm.utils.sockets import RunDirectory
 
 logger = init_logger(__name__)
@@ -37,6 +37,8 @@ class RayExecutor(Executor):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if self.config.scheduler.async_scheduling:  # the actor takes its calls in order, so it may have two
+            self.max_concurrent_batches = 2
         self._ray: Any = None
         self._has_joined = False
         self._stopping = False
@@ -134,8 +136,8 @@ class RayExecutor(Executor):
         done.set_result(None)
         return done
 
-    def sample_tokens(self, grammar: bytes | None) -> Future[ModelRunnerOutput]:
-        reply = self._actor.sample_tokens.remote(grammar)
+    def sample_tokens(self, grammar: GrammarOutput | None) -> Future[ModelRunnerOutput]:
+        reply = self._actor.sample_tokens.remote(encode(grammar))
         return _Fetched(lambda: self._decode_output(self._fetch(reply)))
 
     def collective_rpc(self, method: str, args: tuple = ()) -> list:

@@ -17,7 +17,7 @@ from minivllm import logger as logging
 from minivllm.config.engine import EngineConfig
 from minivllm.exceptions import ConfigError
 from minivllm.messages.codec import Decoder, encode
-from minivllm.messages.worker import SchedulerOutput
+from minivllm.messages.worker import GrammarOutput, SchedulerOutput
 
 logger = logging.init_logger(__name__)
 
@@ -37,6 +37,7 @@ class RayWorker:
         self._config: EngineConfig = Decoder(EngineConfig)(config)
         self._worker_class = worker_class
         self._decode_plan = Decoder(SchedulerOutput)
+        self._decode_grammar = Decoder(GrammarOutput | None)
         self._failed_forward: Exception | None = None
         logging.configure("RayWorker", self._config.observability.log_level)
 
@@ -60,15 +61,15 @@ class RayWorker:
         except Exception as error:
             self._failed_forward = error
 
-    def sample_tokens(self, grammar: bytes | None) -> bytes:
-        """Gives an encoded ModelRunnerOutput."""
+    def sample_tokens(self, grammar: bytes) -> bytes:
+        """grammar: an encoded GrammarOutput or None. Gives an encoded ModelRunnerOutput."""
         return _reply(self._sample_tokens, grammar)
 
-    def _sample_tokens(self, grammar: bytes | None) -> Any:
+    def _sample_tokens(self, grammar: bytes) -> Any:
         failed, self._failed_forward = self._failed_forward, None
         if failed is not None:
             raise failed
-        return self._worker.sample_tokens(grammar)
+        return self._worker.sample_tokens(self._decode_grammar(grammar))
 
     def call(self, method: str, args: bytes) -> bytes:
         """Call any method of the worker; args and result are encoded plain values."""

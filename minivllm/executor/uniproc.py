@@ -1,24 +1,30 @@
-"""The worker in the engine core's own process: every verb is a call, every future is done."""
+"""The worker in the engine core's own process, on its own thread if steps are to be planned meanwhile."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from minivllm.executor.abstract import Executor
-from minivllm.messages.worker import ModelRunnerOutput, SchedulerOutput, WorkerReady
+from minivllm.messages.worker import GrammarOutput, ModelRunnerOutput, SchedulerOutput, WorkerReady
 
 if TYPE_CHECKING:
     from minivllm.worker.worker import Worker
 
 
 class UniProcExecutor(Executor):
-    """One worker, called directly."""
+    """One worker. Every verb is a call, and every future done; with --async-scheduling the calls are made one after
+    another by a thread of their own, which computes most of the time without Python's lock.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.worker: Worker | None = None
+        self._thread: ThreadPoolExecutor | None = None
+        if self.config.scheduler.async_scheduling:
+            self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="worker")
+            self.max_concurrent_batches = 2
 
     def initialize(self) -> WorkerReady:
         self.on_progress("importing torch")
@@ -28,25 +34,29 @@ class UniProcExecutor(Executor):
         return self.worker.initialize(self.on_progress)
 
     def execute_model(self, plan: SchedulerOutput) -> Future[None]:
-        return _completed(self.worker.execute_model, plan)
+        return self._call(self.worker.execute_model, plan)
 
-    def sample_tokens(self, grammar: bytes | None) -> Future[ModelRunnerOutput]:
-        return _completed(self.worker.sample_tokens, grammar)
+    def sample_tokens(self, grammar: GrammarOutput | None) -> Future[ModelRunnerOutput]:
+        return self._call(self.worker.sample_tokens, grammar)
 
     def collective_rpc(self, method: str, args: tuple = ()) -> list:
-        return [getattr(self.worker, method)(*args)]
+        return [self._call(getattr(self.worker, method), *args).result()]
 
     def shutdown(self) -> None:
+        """Ends when the step that runs has; those behind it are dropped."""
+        if self._thread is not None:
+            self._thread.shutdown(cancel_futures=True)
         worker, self.worker = self.worker, None
         if worker is not None:
             worker.shutdown()
 
-
-def _completed(call: Callable[..., Any], *args: Any) -> Future:
-    """A future that holds what the call gave, or raised."""
-    future: Future = Future()
-    try:
-        future.set_result(call(*args))
-    except Exception as error:
-        future.set_exception(error)
-    return future
+    def _call(self, call: Callable[..., Any], *args: Any) -> Future:
+        """What the call gives or raises, when its turn has come."""
+        if self._thread is not None:
+            return self._thread.submit(call, *args)
+        future: Future = Future()
+        try:
+            future.set_result(call(*args))
+        except Exception as error:
+            future.set_exception(error)
+        return future

@@ -3,7 +3,8 @@
 The structs of the running conversation are encoded as MessagePack arrays: append new fields last, with a default.
 Those of the start, and SamplingParams, are maps.
 
-A conversation, on two sockets:
+A conversation, on two sockets; further API servers have two each of their own, on which they hear EngineCoreReady and
+then speak as the first does. Each names itself by its client_index:
     core  DEALER ─▶ ROUTER client   Hello                                     "I am here"
     client ROUTER ─▶ DEALER core    config: EngineConfig
     core  DEALER ─▶ ROUTER client   StartProgress*, then EngineCoreReady or StartFailed
@@ -63,6 +64,7 @@ class EngineCoreRequest(msgspec.Struct, array_like=True, omit_defaults=True, gc=
     client_index: int = 0
     priority: int = 0
     cache_salt: str | None = None
+    grammar: str | None = None  # what the output must match, as llguidance reads it; made by the processor
 
 
 class LogprobsLists(msgspec.Struct, array_like=True, gc=False):
@@ -93,6 +95,7 @@ class UtilityRequest(msgspec.Struct, array_like=True):
     call_id: int
     method: str
     args: list[Any] = []
+    client_index: int = 0
 
 
 class UtilityOutput(msgspec.Struct, array_like=True, omit_defaults=True):

@@ -46,6 +46,13 @@ class SchedulerOutput(msgspec.Struct, array_like=True, gc=False):
     preempted_req_ids: list[str] = []  # in this step: their blocks are gone, their tokens stay
 
 
+class GrammarOutput(msgspec.Struct, array_like=True, gc=False):
+    """Which tokens may come next in some requests of a step; the others are free."""
+
+    request_ids: list[str] = []
+    bitmask: bytes = b""  # a row each, of 32-bit words: bit t % 32 of word t // 32 allows token t
+
+
 class ModelRunnerOutput(msgspec.Struct, array_like=True, gc=False):
     """The result of one step, in the batch order of the plan."""
 

@@ -21,6 +21,7 @@ class LoggingStatLogger:
         self._num_prompt_tokens = 0
         self._num_generation_tokens = 0
         self._scheduler = SchedulerStats()
+        self._hears_scheduler = False  # of several API servers only one does
         self._recent: deque[tuple[int, int]] = deque(maxlen=NUM_RECENT_QUERIES)
         self._was_busy = False
 
@@ -30,6 +31,7 @@ class LoggingStatLogger:
         self._num_generation_tokens += iteration.num_generation_tokens
         if scheduler_stats is not None:
             self._scheduler = scheduler_stats
+            self._hears_scheduler = True
             prefix = scheduler_stats.prefix_cache
             if prefix.queries:
                 self._recent.append((prefix.queries, prefix.hits))
@@ -52,10 +54,15 @@ class LoggingStatLogger:
         elapsed_s = max(now - self._since, 1e-9)
         queries = sum(q for q, _ in self._recent)
         hits = sum(h for _, h in self._recent)
-        return (
+        rates = (
             f"Engine 000: "
             f"Avg prompt throughput: {self._num_prompt_tokens / elapsed_s:.1f} tokens/s, "
-            f"Avg generation throughput: {self._num_generation_tokens / elapsed_s:.1f} tokens/s, "
+            f"Avg generation throughput: {self._num_generation_tokens / elapsed_s:.1f} tokens/s"
+        )
+        if not self._hears_scheduler:
+            return f"{rates} (through this API server)"
+        return (
+            f"{rates}, "
             f"Running: {self._scheduler.num_running_reqs} reqs, "
             f"Waiting: {self._scheduler.num_waiting_reqs} reqs, "
             f"GPU KV cache usage: {100 * self._scheduler.kv_cache_usage:.1f}%, "

@@ -5,6 +5,7 @@ Owns names, labels and buckets. A logger has its own registry: nothing is global
 
 from __future__ import annotations
 
+import os
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.gc_collector import GCCollector
+from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
@@ -104,12 +106,26 @@ def request_tokens_buckets(max_model_len: int) -> list[int]:
     return buckets
 
 
-def make_registry() -> CollectorRegistry:
-    """A registry that knows this process: its memory, CPU time, open files and garbage collections."""
+def make_registry(*, multiprocess: bool = False) -> CollectorRegistry:
+    """A registry that knows this process: its memory, CPU time, open files and garbage collections.
+
+    multiprocess: one of several API servers, whose counts are to be summed; then it knows nothing of the process.
+    """
     registry = CollectorRegistry()
+    if multiprocess:
+        return registry
     ProcessCollector(registry=registry)
     GCCollector(registry=registry)
     return registry
+
+
+def summed(registry: CollectorRegistry) -> CollectorRegistry:
+    """What to show: the registry, or the sum of all API servers' where they put their counts together."""
+    if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+        return registry
+    together = CollectorRegistry()
+    MultiProcessCollector(together)
+    return together
 
 
 class BulkHistogram(Collector):
@@ -143,14 +159,20 @@ class BulkHistogram(Collector):
 class PrometheusStatLogger:
     """Counts into `registry`; every metric exists, at zero, from the start."""
 
-    def __init__(self, registry: CollectorRegistry, model_name: str, ready: EngineCoreReady) -> None:
+    def __init__(
+        self, registry: CollectorRegistry, model_name: str, ready: EngineCoreReady, *, multiprocess: bool = False
+    ) -> None:
+        """multiprocess: one of several API servers (see `summed`)."""
         self._registry = registry
+        self._multiprocess = multiprocess
         self._labels = {"model_name": model_name, "engine": "0"}
         self._make_gauges(ready)
         self._make_counters()
         self._make_histograms(ready.max_model_len)
 
     def _make(self, kind: type, name: str, text: str, **options: Any) -> Any:
+        if kind is Gauge:  # only one of several API servers hears of the scheduler
+            options["multiprocess_mode"] = "mostrecent"
         return kind(f"vllm:{name}", text, LABELS, registry=self._registry, **options).labels(**self._labels)
 
     def _make_gauges(self, ready: EngineCoreReady) -> None:
@@ -168,8 +190,9 @@ class PrometheusStatLogger:
         }
         labels = {"engine": "0", **{name: str(value) for name, value in info.items()}}
         gauge = Gauge(
-            "vllm:cache_config_info", "The KV cache's sizes, as labels.", labels, registry=self._registry
-        )
+            "vllm:cache_config_info", "The KV cache's sizes, as labels.", labels, registry=self._registry,
+            multiprocess_mode="mostrecent",
+        )  # fmt: skip
         gauge.labels(**labels).set(1)
 
     def _make_counters(self) -> None:
@@ -221,13 +244,15 @@ class PrometheusStatLogger:
         self._ttft = histogram(
             "time_to_first_token_seconds", "Time to first token.", TIME_TO_FIRST_TOKEN_BUCKETS
         )
-        self._itl = BulkHistogram(
-            "vllm:inter_token_latency_seconds",
-            "Time between two tokens of a request.",
-            INTER_TOKEN_LATENCY_BUCKETS,
-            self._labels,
-        )
-        self._registry.register(self._itl)
+        text = "Time between two tokens of a request."
+        if self._multiprocess:  # only prometheus_client's own counts can be summed
+            itl = histogram("inter_token_latency_seconds", text, INTER_TOKEN_LATENCY_BUCKETS)
+            self._observe_gaps = lambda values: [itl.observe(value) for value in values]
+        else:
+            name = "vllm:inter_token_latency_seconds"
+            bulk = BulkHistogram(name, text, INTER_TOKEN_LATENCY_BUCKETS, self._labels)
+            self._registry.register(bulk)
+            self._observe_gaps = bulk.observe_all
         self._tpot = histogram(
             "request_time_per_output_token_seconds", "Mean time per token after the first, per request.",
             INTER_TOKEN_LATENCY_BUCKETS,
@@ -280,7 +305,7 @@ class PrometheusStatLogger:
         self._generation_tokens.inc(iteration.num_generation_tokens)
         for seconds in iteration.time_to_first_tokens_s:
             self._ttft.observe(seconds)
-        self._itl.observe_all(iteration.inter_token_latencies_s)
+        self._observe_gaps(iteration.inter_token_latencies_s)
         for reason in iteration.rejected_by:
             self._rejections[reason].inc()
         for finished in iteration.finished_requests:

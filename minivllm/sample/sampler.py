@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from minivllm.messages.engine import LogprobsLists
+from minivllm.ops.bitmask import apply_bitmask
 from minivllm.ops.log_softmax import log_softmax
 from minivllm.ops.op import OpSpec
 from minivllm.ops.sampling import gumbel_argmax, nonfinite_rows, top_k_top_p_min_p
@@ -19,7 +20,8 @@ from minivllm.sample.constraints import AllowedTokens, BadWords, LogitBias, MinT
 from minivllm.sample.custom import CustomProcessors
 from minivllm.sample.logprobs import gather_logprobs, logprobs_of_tokens
 from minivllm.sample.penalties import Penalties
-from minivllm.sample.step import LogitsStep, SampleBatch
+from minivllm.sample.step import GrammarMask, LogitsStep, SampleBatch
+from minivllm.sample.thinking import ThinkingBudget
 from minivllm.sampling_params import SamplingParams
 
 NONFINITE = "the model gave logits that are not finite numbers; the request cannot go on"
@@ -49,6 +51,7 @@ class Sampler:
         self._nonfinite_rows = nonfinite_rows.select(spec)
         self._truncate = top_k_top_p_min_p.select(spec)
         self._choose = gumbel_argmax.select(spec)
+        self._apply_bitmask = apply_bitmask.select(spec)
         self._is_raw, self._is_logprobs = logprobs_mode.startswith("raw"), logprobs_mode.endswith("logprobs")
         # The order is vLLM's.
         self._before_custom: list[LogitsStep] = [
@@ -56,6 +59,7 @@ class Sampler:
             BadWords(vocab_size),
             MinTokens(vocab_size),
             LogitBias(vocab_size),
+            ThinkingBudget(vocab_size),
         ]
         self._custom = custom
         self._after_custom: list[LogitsStep] = [Penalties(vocab_size)]
@@ -85,15 +89,20 @@ class Sampler:
 
     # A step ------------------------------------------------------------------
 
-    def __call__(self, logits: torch.Tensor, batch: SampleBatch) -> SamplerOutput:
+    def __call__(
+        self, logits: torch.Tensor, batch: SampleBatch, grammar: GrammarMask | None = None
+    ) -> SamplerOutput:
         """One token for each row of `logits` ([M, vocab_size] float32, which is changed)."""
         columns, asking = self._columns.of(batch.rows), self._asking(batch)
-        if not columns.truncates and self._changes_nothing and (self._is_raw or not asking):
+        is_free = grammar is None and not columns.truncates and self._changes_nothing
+        if is_free and (self._is_raw or not asking):
             return self._draw(logits, batch, columns, asking)
         failed = dict.fromkeys(self._nonfinite_rows(logits), NONFINITE)
         values = self._reported(logits, asking) if self._is_raw else None
+        if grammar is not None:
+            self._apply_bitmask(logits, grammar.columns, grammar.bitmask)
         changed, why = self._constrain(logits, batch)
-        if changed:
+        if changed or grammar is not None:
             failed = dict.fromkeys(self._nonfinite_rows(logits), NOTHING_ALLOWED) | failed
         noise, why_warped = self._warp(logits, batch, columns)
         if why or why_warped:
@@ -142,9 +151,10 @@ class Sampler:
         The division is done here, so that a row's bits are the same beside rows that truncate and beside
         none; dividing by 1 changes nothing.
         """
-        is_sampled = columns.temperature > 0
+        temperature = columns.temperature
+        is_sampled = temperature > 0
         if is_sampled.any():
-            logits.div_(torch.where(is_sampled, columns.temperature, 1.0).unsqueeze(1))
+            logits.div_(torch.where(is_sampled, temperature, 1.0).unsqueeze(1))
         why = self._custom.apply_invariant(logits, is_sampled) if self._custom is not None else None
         if columns.truncates:
             self._truncate(logits, columns.top_k, columns.top_p, columns.min_p)
@@ -179,36 +189,52 @@ class Sampler:
         return found
 
 
-@dataclass(frozen=True)
 class _Chosen:
-    """The columns of one batch."""
+    """The columns of one batch, each gathered when it is asked for: most batches need two of them."""
 
-    temperature: torch.Tensor
-    top_k: torch.Tensor
-    top_p: torch.Tensor
-    min_p: torch.Tensor
-    seeds: torch.Tensor
-    truncates: bool
+    def __init__(self, columns: _Columns, rows: np.ndarray) -> None:
+        self._columns, self._rows = columns, rows
+        self.truncates = bool(columns.truncates[rows].any())
+
+    @property
+    def temperature(self) -> torch.Tensor:
+        return torch.from_numpy(self._columns.temperature[self._rows])
+
+    @property
+    def top_k(self) -> torch.Tensor:
+        return torch.from_numpy(self._columns.top_k[self._rows])
+
+    @property
+    def top_p(self) -> torch.Tensor:
+        return torch.from_numpy(self._columns.top_p[self._rows])
+
+    @property
+    def min_p(self) -> torch.Tensor:
+        return torch.from_numpy(self._columns.min_p[self._rows])
+
+    @property
+    def seeds(self) -> torch.Tensor:
+        return torch.from_numpy(self._columns.seeds[self._rows])
 
 
 class _Columns:
     """Numbers every request has, by table row; grown as rows are used."""
 
     def __init__(self) -> None:
-        self._temperature = np.zeros(0, np.float32)
-        self._top_k = np.zeros(0, np.int32)
-        self._top_p = np.zeros(0, np.float32)
-        self._min_p = np.zeros(0, np.float32)
-        self._seeds = np.zeros(0, np.int64)
-        self._truncates = np.zeros(0, bool)
+        self.temperature = np.zeros(0, np.float32)
+        self.top_k = np.zeros(0, np.int32)
+        self.top_p = np.zeros(0, np.float32)
+        self.min_p = np.zeros(0, np.float32)
+        self.seeds = np.zeros(0, np.int64)
+        self.truncates = np.zeros(0, bool)
 
     def set(self, row: int, params: SamplingParams, seed: int) -> None:
-        if row >= len(self._seeds):
-            self._grow(max(row + 1, 2 * len(self._seeds), 64))
-        self._temperature[row] = 0.0 if params.is_greedy else params.temperature
-        self._top_k[row], self._top_p[row], self._min_p[row] = params.top_k, params.top_p, params.min_p
-        self._truncates[row] = params.top_k > 0 or params.top_p < 1 or params.min_p > 0
-        self._seeds[row] = np.uint64(seed).astype(np.int64)  # the same bits
+        if row >= len(self.seeds):
+            self._grow(max(row + 1, 2 * len(self.seeds), 64))
+        self.temperature[row] = 0.0 if params.is_greedy else params.temperature
+        self.top_k[row], self.top_p[row], self.min_p[row] = params.top_k, params.top_p, params.min_p
+        self.truncates[row] = params.top_k > 0 or params.top_p < 1 or params.min_p > 0
+        self.seeds[row] = np.uint64(seed).astype(np.int64)  # the same bits
 
     def _grow(self, num_rows: int) -> None:
         for name, column in vars(self).items():
@@ -217,11 +243,4 @@ class _Columns:
             setattr(self, name, longer)
 
     def of(self, rows: np.ndarray) -> _Chosen:
-        return _Chosen(
-            temperature=torch.from_numpy(self._temperature[rows]),
-            top_k=torch.from_numpy(self._top_k[rows]),
-            top_p=torch.from_numpy(self._top_p[rows]),
-            min_p=torch.from_numpy(self._min_p[rows]),
-            seeds=torch.from_numpy(self._seeds[rows]),
-            truncates=bool(self._truncates[rows].any()),
-        )
+        return _Chosen(self, rows)

@@ -29,6 +29,14 @@ class SampleBatch:
         return self.num_tokens - self.num_prompt_tokens
 
 
+@dataclass(frozen=True)
+class GrammarMask:
+    """What grammars allow in some columns of a batch."""
+
+    columns: np.ndarray  # [K] int64
+    bitmask: np.ndarray  # [K, at least vocab_size / 32] uint32: bit t % 32 of word t // 32 allows token t
+
+
 class LogitsStep(ABC, Generic[T]):
     """One change to the logits that some requests ask for. Costs nothing where nobody does.
 

@@ -53,10 +53,10 @@ class FlexibleArgumentParser(argparse.ArgumentParser):
         if "--config" not in self._option_string_actions:
             return super().parse_known_args(args, namespace)
         args, path = _without_option(args, "--config")
-        from_file = [] if path is None else self._from_file(path, {word.split("=")[0] for word in args})
+        from_file = [] if path is None else self._from_file(path, set(map(_name, args)))
         namespace, rest = super().parse_known_args([*from_file, *args], namespace)
         namespace.config = path
-        namespace.from_config = frozenset(word.split("=")[0] for word in from_file)
+        namespace.from_config = frozenset(map(_name, from_file))
         return namespace, rest
 
     def _from_file(self, path: str, given: set[str]) -> list[str]:
@@ -76,7 +76,7 @@ class FlexibleArgumentParser(argparse.ArgumentParser):
         for word in words:
             if not word.startswith("--"):
                 self.error(f"--config {path}: {word} is not an option; write long names without dashes")
-        return [word for word in words if self._merges(word.split("=")[0]) or not given & _negations(word.split("=")[0])]
+        return [word for word in words if self._merges(_name(word)) or not given & _negations(_name(word))]
 
     def _merges(self, option: str) -> bool:
         return isinstance(self._option_string_actions.get(option), _JsonAction)
@@ -271,6 +271,11 @@ def _as_word(name: str, value: Any) -> str:
     return f"--{name}={json.dumps(value) if isinstance(value, (list, dict)) else value}"
 
 
+def _name(word: str) -> str:
+    """The option in a word of a command line."""
+    return word.partition("=")[0]
+
+
 def _negations(option: str) -> set[str]:
     """An option and its --no- form."""
     bare = option.removeprefix("--no-").removeprefix("--")
@@ -285,7 +290,9 @@ def add_dataclass_arguments(
     hints = get_type_hints(config_class)
     for field in dataclasses.fields(config_class):
         option = "--" + field.name.replace("_", "-")
-        group.add_argument(option, default=default_of(field), help=docs.get(field.name), **_option(hints[field.name], field))
+        kind = _option(hints[field.name], field)
+        names = [name for name in (field.metadata.get("short"), option) if name]
+        group.add_argument(*names, default=default_of(field), help=docs.get(field.name), **kind)
 
 
 def default_of(field: dataclasses.Field) -> Any:

@@ -22,7 +22,7 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _spawn_lock = threading.Lock()
 
 
-def spawn(target: Callable[..., None], args: tuple, *, name: str) -> BaseProcess:
+def spawn(target: Callable[..., None], args: tuple, *, name: str, daemon: bool = False) -> BaseProcess:
     """Start `target(*args)` in a fresh interpreter that does not import this program's `__main__`.
 
     multiprocessing's spawn re-imports the main module in the child, so that a script without an
@@ -30,9 +30,9 @@ def spawn(target: Callable[..., None], args: tuple, *, name: str) -> BaseProcess
     Nothing of ours needs it: while the child starts, an empty module stands in.
 
     The child starts with SIGINT blocked, lest Ctrl-C break it while Python starts: it is to choose a handler,
-    then call `unblock_interrupts`.
+    then call `unblock_interrupts`. With `daemon` it is ended when this program ends.
     """
-    process = multiprocessing.get_context("spawn").Process(target=target, args=args, name=name)
+    process = multiprocessing.get_context("spawn").Process(target=target, args=args, name=name, daemon=daemon)
     with _spawn_lock:
         resource_tracker.ensure_running()  # its start would unblock SIGINT again
         # Of this thread; a child inherits it.

@@ -30,6 +30,11 @@ class InputBatch:
     steps: list[StepInputs]  # one a KV cache group; they differ in where keys and values lie
 
     @property
+    def is_decode(self) -> bool:
+        """One token of each request, and each gets the next."""
+        return len(self.input_ids) == len(self.rows) == len(self.samples)
+
+    @property
     def sampled_rows(self) -> torch.Tensor:
         """[num_sampled] int64: rows of the hidden states that predict a new token."""
         last = self.first_rows + (self.ends - self.begins) - 1

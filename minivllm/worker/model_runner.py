@@ -7,16 +7,19 @@ how its result is sent.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 
 from minivllm.attention.backend import AttentionBackend, ForwardContext
 from minivllm.messages.engine import LogprobsLists
-from minivllm.messages.worker import CachedRequestData, ModelRunnerOutput, NewRequestData, SchedulerOutput
+from minivllm.messages.worker import CachedRequestData, GrammarOutput, ModelRunnerOutput, NewRequestData, SchedulerOutput
 from minivllm.models.decoder import DecoderForCausalLM
 from minivllm.sample.logprobs import concatenate
 from minivllm.sample.sampler import NONFINITE, Sampler, SamplerOutput
-from minivllm.sample.step import SampleBatch
+from minivllm.sample.step import GrammarMask, SampleBatch
+from minivllm.worker.graphs import StepGraphs, key_of
 from minivllm.worker.input_batch import InputBatch, InputBuffers
 from minivllm.worker.request_state import RequestTable
 
@@ -36,6 +39,7 @@ class ModelRunner:
         max_num_batched_tokens: int,
         max_num_seqs: int,
         group_of_layer: list[int],
+        enforce_eager: bool = False,
     ) -> None:
         """group_of_layer: each layer's KV cache group; layers of different groups may share a tensor of kv_caches."""
         block_size = backend.spec.block_size
@@ -48,33 +52,49 @@ class ModelRunner:
         )
         self._group_of_layer = group_of_layer
         self._num_prompt_logprobs: dict[int, int] = {}  # by table row
+        self._graphs = None if enforce_eager else StepGraphs()
         self._batch: InputBatch | None = None
         self._hidden: torch.Tensor | None = None
+        self._logits: torch.Tensor | None = None  # of a decode step, computed with the rest of it
 
     @torch.inference_mode()
     def execute_model(self, plan: SchedulerOutput) -> None:
         """Take in the plan and run the model on its tokens; `sample_tokens` follows."""
         self._follow(plan)
-        self._batch = self._hidden = None
+        self._batch = self._hidden = self._logits = None
         if not plan.num_scheduled_tokens:
             return
         batch = self.buffers.prepare(plan.num_scheduled_tokens, self.table)
         metadata = [self.backend.build_metadata(step) for step in batch.steps]
         ctx = ForwardContext([metadata[group] for group in self._group_of_layer], self.kv_caches)
-        self._hidden = self.model.forward(batch.input_ids, batch.positions, ctx)
+        if self._graphs is not None and batch.is_decode:
+            self._logits = self._decode(batch, metadata, ctx)
+        else:
+            self._hidden = self.model.forward(batch.input_ids, batch.positions, ctx)
         self._batch = batch
 
+    def _decode(self, batch: InputBatch, metadata: list[Any], ctx: ForwardContext) -> torch.Tensor:
+        """Logits of a step of one token a request, all of which are sampled. metadata: one a KV cache group."""
+
+        def step() -> torch.Tensor:
+            return self.model.compute_logits(self.model.forward(batch.input_ids, batch.positions, ctx))
+
+        return self._graphs.run(key_of(batch.input_ids, batch.positions, metadata), step)
+
     @torch.inference_mode()
-    def sample_tokens(self) -> ModelRunnerOutput:
+    def sample_tokens(self, grammar: GrammarOutput | None = None) -> ModelRunnerOutput:
         """One token for each request whose last known token was in the step, and the logprobs asked for."""
-        batch, hidden = self._batch, self._hidden
-        self._batch = self._hidden = None
-        if batch is None or hidden is None:
+        batch, hidden, logits = self._batch, self._hidden, self._logits
+        self._batch = self._hidden = self._logits = None
+        if batch is None:
             return ModelRunnerOutput()
         result = ModelRunnerOutput(batch.request_ids, [[] for _ in batch.request_ids])
-        self._add_prompt_logprobs(batch, hidden, result)
-        if len(batch.samples):
-            self._sample(batch, hidden, result)
+        if logits is None:
+            self._add_prompt_logprobs(batch, hidden, result)
+            if len(batch.samples):
+                logits = self.model.compute_logits(hidden[batch.sampled_rows])
+        if logits is not None:
+            self._sample(batch, logits, grammar, result)
         return result
 
     # Plan --------------------------------------------------------------------
@@ -113,8 +133,9 @@ class ModelRunner:
 
     # Results -----------------------------------------------------------------
 
-    def _sample(self, batch: InputBatch, hidden: torch.Tensor, result: ModelRunnerOutput) -> None:
-        logits = self.model.compute_logits(hidden[batch.sampled_rows])
+    def _sample(
+        self, batch: InputBatch, logits: torch.Tensor, grammar: GrammarOutput | None, result: ModelRunnerOutput
+    ) -> None:
         rows = batch.rows[batch.samples]
         sampled = self.sampler(
             logits,
@@ -124,6 +145,7 @@ class ModelRunner:
                 num_prompt_tokens=self.table.num_prompt_tokens[rows],
                 token_ids=self.table.token_ids,
             ),
+            self._mask_of(grammar, rows),
         )
         ids = [batch.request_ids[i] for i in batch.samples.tolist()]
         tokens = sampled.token_ids.reshape(-1, 1).tolist()
@@ -142,6 +164,21 @@ class ModelRunner:
         result.logprobs.update(
             {ids[c]: lists for c, lists in sampled.logprobs.items() if c not in sampled.failed}
         )
+
+    def _mask_of(self, grammar: GrammarOutput | None, rows: np.ndarray) -> GrammarMask | None:
+        """The masks of the requests in these rows of the table.
+
+        A request that was preempted while a plan in flight sampled for it is planned as if that token was not there; it
+        is by now, so this step samples none and its mask is not needed.
+        """
+        if grammar is None:
+            return None
+        column_of = {row: column for column, row in enumerate(rows.tolist())}
+        columns = [column_of.get(row, -1) for row in self.table.rows(grammar.request_ids).tolist()]
+        bitmask = np.frombuffer(grammar.bitmask, np.uint32).reshape(len(columns), -1)
+        if -1 in columns:
+            bitmask = bitmask[np.array(columns) >= 0]
+        return GrammarMask(np.array([column for column in columns if column >= 0], np.int64), bitmask)
 
     def _append_sound(self, rows: np.ndarray, sampled: SamplerOutput) -> None:
         going_on = np.ones(len(rows), bool)

@@ -18,7 +18,7 @@ from minivllm.exceptions import ConfigError
 from minivllm.logger import init_logger
 from minivllm.logits_processors import load_logits_processors
 from minivllm.messages.kv_cache import KVCacheGroup, KVCacheSpec
-from minivllm.messages.worker import ModelRunnerOutput, SchedulerOutput, WorkerReady
+from minivllm.messages.worker import GrammarOutput, ModelRunnerOutput, SchedulerOutput, WorkerReady
 from minivllm.models import loader
 from minivllm.models.decoder import DecoderForCausalLM
 from minivllm.models.registry import load_class
@@ -89,6 +89,7 @@ class Worker:
             max_num_batched_tokens=max_num_batched_tokens,
             max_num_seqs=max_num_seqs,
             group_of_layer=[group for group, _ in places],
+            enforce_eager=config.model.enforce_eager,
         )
         return WorkerReady(
             max_model_len=size.max_model_len,
@@ -106,10 +107,9 @@ class Worker:
         """Run the model on a plan's tokens."""
         self._initialized().execute_model(plan)
 
-    def sample_tokens(self, grammar: bytes | None) -> ModelRunnerOutput:
-        """Sample from the last `execute_model`. grammar: a mask of allowed tokens; there is none yet."""
-        assert grammar is None, "structured output is not implemented"
-        return self._initialized().sample_tokens()
+    def sample_tokens(self, grammar: GrammarOutput | None) -> ModelRunnerOutput:
+        """Sample from the last `execute_model`; `grammar` says where not freely."""
+        return self._initialized().sample_tokens(grammar)
 
     def shutdown(self) -> None:
         """Let go of the model and the cache. May be called again."""
@@ -182,14 +182,15 @@ class Worker:
     ) -> tuple[memory.KVCacheSize, memory.Budget]:
         config = self.config
         dtype_bytes = backend.spec.dtype.itemsize
-        groups = self._kv_cache_groups(model, backend.spec.block_size, max_model_len, limits[0])
+        step_tokens = limits[0] * config.scheduler.max_plans_in_flight
+        groups = self._kv_cache_groups(model, backend.spec.block_size, max_model_len, step_tokens)
         spec = KVCacheSpec(
             block_size=backend.spec.block_size,
             block_bytes=backend.block_bytes,
             num_layers=kv_layout.layers_per_block(groups),
             layout_id=backend.layout_id,
             groups=groups,
-            step_tokens=limits[0],
+            step_tokens=step_tokens,
         )
         budget = memory.Budget(
             limit_bytes=self.platform.memory_limit_bytes(),

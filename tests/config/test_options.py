@@ -42,7 +42,7 @@ def test_a_value_that_asks_for_nothing_is_let_pass():
 
 def test_on_a_command_line_only_the_words_of_the_option_are_ignored():
     assert words_to_ignore("tensor_parallel_size", "1") == 1
-    assert words_to_ignore("no_async_scheduling", "some/model") == 0
+    assert words_to_ignore("no_enable_lora", "some/model") == 0
     assert words_to_ignore("disable_log_requests", "some/model") == 0
     assert words_to_ignore("enable_lora", None) is None
     assert words_to_ignore("tensor_parallel_size", "2") is None

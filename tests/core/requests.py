@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 from minivllm.core.sched.scheduler import Scheduler
@@ -50,3 +51,16 @@ def make_scheduler(**changes: Any) -> Scheduler:
         "block_size": 4,
     }
     return Scheduler(**{**sizes, **changes})
+
+
+def drawn_rules(pick: random.Random, max_num_seqs: int) -> dict[str, Any]:
+    """A policy and flags; none of them may change an answer."""
+    return {
+        "policy": pick.choice(["fcfs", "priority"]),
+        "max_num_active_seqs": pick.choice([None, pick.randint(1, max_num_seqs)]),
+        "long_prefill_token_threshold": pick.choice([0, 0, 1, 5, 11]),
+        "watermark": pick.choice([0.0, 0.1, 0.4]),
+        "reserve_full_isl": pick.random() < 0.5,
+        "prefix_caching_hash_algo": pick.choice(["sha256", "xxhash"]),
+        "prompt_share": pick.choice([0.5, 0.5, 0.2, 1.0]),
+    }

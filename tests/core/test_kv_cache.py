@@ -83,7 +83,7 @@ def test_an_empty_salt_is_a_salt():
 def test_appended_tokens_extend_the_chain_as_a_longer_prompt_would():
     request = Request.from_message(make_request(prompt=[1, 2, 3]), make_block_hasher(BLOCK))
     for token in (4, 5, 6, 7, 8):
-        request.append_output_token(token)
+        request.append_output_tokens([token])
     assert request.block_hashes == hashes([1, 2, 3, 4, 5, 6, 7, 8])
 
 

@@ -37,8 +37,8 @@ def answer(tokens: list[int], *, num_prior: int = 0, **params) -> tuple[int, Fin
     """Feed tokens until the request ends; how many there are then, and why."""
     request = Request.from_message(make_request(max_tokens=30, prior=tuple(tokens[:num_prior]), **params))
     for token in tokens[num_prior:]:
-        request.append_output_token(token)
-        if request.finish_if_stopped(64):
+        request.append_output_tokens([token])
+        if request.finished:
             break
     return request.num_output_tokens, request.finish_reason, request.stop_reason
 

@@ -130,9 +130,10 @@ def test_the_first_output_carries_when_it_was_first_scheduled():
 # Preemption
 
 
-def tight_driver(**changes) -> Driver:
+def tight_driver(num_in_flight: int = 1, **changes) -> Driver:
     """Room for 8 blocks of 4."""
-    return Driver(make_scheduler(**{"num_blocks": 8, "max_model_len": 32, **changes}))
+    scheduler = make_scheduler(**{"num_blocks": 8, "max_model_len": 32, **changes})
+    return Driver(scheduler, num_in_flight=num_in_flight)
 
 
 def test_the_last_arrived_is_preempted_first():
@@ -529,6 +530,83 @@ def test_an_id_may_be_used_again_after_an_abort_even_in_mid_step():
     assert driver.scheduler.update_from_output(plan, result) == {}
     driver.run()
     assert same_answer(again, driver.answers["a"])
+
+
+# Plans in flight
+
+
+def plans_ahead(request, count: int, **changes) -> list[dict[str, int]]:
+    """The tokens of so many plans, made before any result."""
+    scheduler = make_scheduler(**changes)
+    scheduler.add_request(request)
+    return [scheduler.schedule().num_scheduled_tokens for _ in range(count)]
+
+
+def test_the_next_token_is_planned_while_this_one_is_sampled():
+    assert plans_ahead(make_request(prompt=6), 4, max_num_batched_tokens=4, max_num_seqs=4) == [
+        {"a": 4}, {"a": 2}, {"a": 1}, {"a": 1}
+    ]  # fmt: skip
+
+
+def test_nothing_is_planned_beyond_the_last_token_a_request_may_have():
+    assert plans_ahead(make_request(max_tokens=1), 2) == [{"a": 4}, {}]
+    assert plans_ahead(make_request(max_tokens=3), 4) == [{"a": 4}, {"a": 1}, {"a": 1}, {}]
+    assert plans_ahead(make_request(max_tokens=None, prompt=61), 4) == [{"a": 61}, {"a": 1}, {"a": 1}, {}]
+    assert plans_ahead(make_request(max_tokens=3, prior=(1, 2)), 2) == [{"a": 6}, {}]
+
+
+def test_a_request_that_waits_for_its_tokens_is_planned_when_they_are_known():
+    driver = Driver(make_scheduler(), num_in_flight=3)
+    driver.add(make_request("a", max_tokens=3))
+    driver.add(make_request("b", max_tokens=3))
+    driver.scheduler.requests["b"].wait_for_tokens()
+    plans = [driver.step().num_scheduled_tokens for _ in range(3)]
+    assert plans == [{"a": 4, "b": 4}, {"a": 1}, {"a": 1}]  # then the first result was in
+    driver.run()
+    assert driver.answers["b"].token_ids == driver.answers["a"].token_ids
+
+
+def test_what_was_planned_behind_a_stop_token_is_discarded_and_never_cached():
+    stop = a_first_token(prompt=7)
+    request = make_request(prompt=7, stop_token_ids=[stop])
+    driver = Driver(make_scheduler(), num_in_flight=3)
+    driver.add(request)
+    driver.run()
+    assert [plan.num_scheduled_tokens for plan in driver.plans[:3]] == [{"a": 7}, {"a": 1}, {"a": 1}]
+    assert driver.answers["a"].token_ids == [stop]
+    again = make_request("b", prompt=[*request.prompt_token_ids, stop, 1, 1, 1, 1])
+    driver.add(again)
+    assert driver.run()["b"].num_cached_tokens == 4  # of 8 that were computed, 7 count
+
+
+def test_a_preempted_request_keeps_the_token_that_was_being_sampled():
+    driver = tight_driver(num_in_flight=2)
+    requests = [make_request(name, prompt=[ord(name)] * 14, max_tokens=8) for name in "ab"]
+    for request in requests:
+        driver.add(request)
+    while not driver.scheduler.requests["b"].num_preemptions:
+        num_tokens = len(driver.answers["b"].token_ids)
+        driver.step()  # plans, which may preempt, and then takes in the result of the plan before
+    assert len(driver.answers["b"].token_ids) == num_tokens + 1 < 8
+    driver.run()
+    assert all(same_answer(request, driver.answers[request.request_id]) for request in requests)
+
+
+def test_a_prefix_that_a_plan_in_flight_computes_is_not_computed_twice():
+    driver = Driver(make_scheduler(), num_in_flight=3)
+    for name in "abc":
+        driver.add(make_request(name, prompt=40, max_tokens=1))
+    driver.run()
+    assert driver.worker.num_computed_tokens == 40 + 4 + 4
+
+
+def test_results_are_accounted_for_in_the_order_of_their_plans():
+    driver = Driver(make_scheduler())
+    driver.add(make_request())
+    first, second = driver.scheduler.schedule(), driver.scheduler.schedule()
+    driver.worker.run(first)
+    with pytest.raises(AssertionError, match="step 1 came, that of 0 is due"):
+        driver.scheduler.update_from_output(second, driver.worker.run(second))
 
 
 def test_outputs_go_to_the_client_that_asked():

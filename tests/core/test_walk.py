@@ -1,19 +1,18 @@
 """Random walks: whatever is added, aborted or fails in whatever order, nothing leaks and every answer is right.
 
-`--walk-steps` sets the length of each walk.
+With one plan in flight, as a synchronous engine has it, with two, and with a pipeline's three. `--walk-steps` sets the
+length of each walk.
 """
 
 from __future__ import annotations
 
 import random
-from typing import Any
-
 import pytest
 
 from minivllm.messages.engine import EngineCoreRequest, FinishReason
-from minivllm.messages.kv_cache import KVCacheGroup
+from minivllm.messages.kv_cache import KVCacheGroup, blocks_of_request
 from minivllm.messages.kv_events import AllBlocksCleared, BlockRemoved, BlockStored
-from tests.core.requests import make_request, make_scheduler
+from tests.core.requests import drawn_rules, make_request, make_scheduler
 from tests.fakes import Answer, Driver, answer_alone
 
 VOCAB = 12  # small: prefixes collide, stop tokens come up
@@ -24,6 +23,7 @@ def groups(*windows: int | None) -> tuple[KVCacheGroup, ...]:
     return tuple(KVCacheGroup((layer,), window) for layer, window in enumerate(windows))
 
 
+# num_spare_blocks: beyond what one request of full length needs.
 SHAPES = {
     "roomy": {"num_blocks": 200, "max_num_batched_tokens": 64},
     "tight": {"num_blocks": 12, "max_num_batched_tokens": 24},
@@ -32,23 +32,23 @@ SHAPES = {
     "blocks of one token": {"num_blocks": 44, "block_size": 1, "max_num_batched_tokens": 20},
     "whole prompts": {"num_blocks": 12, "max_num_batched_tokens": 40, "enable_chunked_prefill": False},
     "no prefix cache": {"num_blocks": 12, "max_num_batched_tokens": 24, "enable_prefix_caching": False},
-    "one window": {"num_blocks": 8, "max_num_batched_tokens": 12, "kv_cache_groups": groups(6)},
-    "full and a window": {"num_blocks": 22, "max_num_batched_tokens": 12, "kv_cache_groups": groups(None, 6)},
+    "one window": {"num_spare_blocks": 1, "max_num_batched_tokens": 12, "kv_cache_groups": groups(6)},
+    "full and a window": {"num_spare_blocks": 5, "max_num_batched_tokens": 12, "kv_cache_groups": groups(None, 6)},
     "many groups, roomy": {
         "num_blocks": 300, "max_num_batched_tokens": 24, "kv_cache_groups": groups(None, 6, 6, None, 11, 1),
     },
     "many groups, tight": {
-        "num_blocks": 52, "max_num_batched_tokens": 8, "kv_cache_groups": groups(None, 6, 6, None, 11, 1),
+        "num_spare_blocks": 6, "max_num_batched_tokens": 8, "kv_cache_groups": groups(None, 6, 6, None, 11, 1),
     },
     "windows, blocks of one token": {
-        "num_blocks": 90, "block_size": 1, "max_num_batched_tokens": 20, "kv_cache_groups": groups(3, None),
+        "num_spare_blocks": 20, "block_size": 1, "max_num_batched_tokens": 20, "kv_cache_groups": groups(3, None),
     },
     "windows, whole prompts": {
-        "num_blocks": 30, "max_num_batched_tokens": 40, "enable_chunked_prefill": False,
+        "num_spare_blocks": 6, "max_num_batched_tokens": 40, "enable_chunked_prefill": False,
         "kv_cache_groups": groups(None, 5),
     },
     "windows, no prefix cache": {
-        "num_blocks": 24, "max_num_batched_tokens": 12, "enable_prefix_caching": False,
+        "num_spare_blocks": 3, "max_num_batched_tokens": 12, "enable_prefix_caching": False,
         "kv_cache_groups": groups(9, None),
     },
 }  # fmt: skip
@@ -59,34 +59,30 @@ PREEMPTING = (
 )  # fmt: skip
 
 
-def drawn_rules(pick: random.Random, max_num_seqs: int) -> dict[str, Any]:
-    """A policy and flags; none of them may change an answer."""
-    return {
-        "policy": pick.choice(["fcfs", "priority"]),
-        "max_num_active_seqs": pick.choice([None, pick.randint(1, max_num_seqs)]),
-        "long_prefill_token_threshold": pick.choice([0, 0, 1, 5, 11]),
-        "watermark": pick.choice([0.0, 0.1, 0.4]),
-        "reserve_full_isl": pick.random() < 0.5,
-        "prefix_caching_hash_algo": pick.choice(["sha256", "xxhash"]),
-        "prompt_share": pick.choice([0.5, 0.5, 0.2, 1.0]),
-    }
-
-
 class Walk:
     """One random walk. What was asked is kept beside the driver, to compare the answers with.
 
-    Seed 0 walks by the default rules, any other by rules drawn at random.
+    Seed 0 walks by the default rules, any other by rules drawn at random. Up to `num_in_flight` plans are made before
+    the first one's result.
     """
 
-    def __init__(self, shape: str, seed: int) -> None:
+    def __init__(self, shape: str, seed: int, num_in_flight: int) -> None:
         self.random = random.Random(f"{shape} {seed}")
         sizes = {"max_model_len": 40, "max_num_seqs": 6, **SHAPES[shape]}
         self.rules = drawn_rules(self.random, sizes["max_num_seqs"]) if seed else {}
         self.max_model_len = sizes["max_model_len"]
-        self.driver = Driver(make_scheduler(**sizes, **self.rules, record_kv_events=True), vocab_size=VOCAB)
+        if "num_spare_blocks" in sizes:
+            step_tokens = sizes["max_num_batched_tokens"] * num_in_flight
+            least = blocks_of_request(sizes["kv_cache_groups"], 40, step_tokens, sizes.get("block_size", 4)) + 1
+            sizes["num_blocks"] = least + sizes.pop("num_spare_blocks")
+        scheduler = make_scheduler(
+            **sizes, **self.rules, record_kv_events=True, max_plans_in_flight=num_in_flight
+        )
+        self.driver = Driver(scheduler, vocab_size=VOCAB)
+        self.num_in_flight = num_in_flight
         self.told: set[tuple[int | None, bytes]] = set()  # (group, hash) of what can be found, by the events alone
-        self.asked: dict[str, EngineCoreRequest] = {}
-        self.num_checked = 0
+        self.asked: dict[str, EngineCoreRequest] = {}  # by id, the last of that id
+        self.num_asked = self.num_checked = 0
         self.stems = [self._tokens(24) for _ in range(3)]
 
     def _tokens(self, count: int) -> list[int]:
@@ -97,10 +93,10 @@ class Walk:
         stem = self.random.choice(self.stems)[: self.random.randrange(25)]
         return (stem + self._tokens(self.random.randrange(8)))[: self.max_model_len - 1] or [1]
 
-    def add(self) -> None:
+    def add(self, request_id: str | None = None) -> None:
         pick = self.random
         request = make_request(
-            f"r{len(self.asked)}",
+            request_id or f"r{self.num_asked}",
             self._prompt(),
             max_tokens=pick.choice([1, 3, 8, 20, None]),
             seed=pick.randrange(3),
@@ -119,7 +115,10 @@ class Walk:
         if pick.random() < 0.2:
             self._make_it_a_resend(request)
         self.asked[request.request_id] = request
+        self.num_asked += 1
         self.driver.add(request)
+        if pick.random() < 0.2:  # as one that must have a mask for each of its tokens
+            self.driver.scheduler.requests[request.request_id].wait_for_tokens()
 
     def _make_it_a_resend(self, request: EngineCoreRequest) -> None:
         """Some of the answer, up to all of it, has been delivered before."""
@@ -132,17 +131,26 @@ class Walk:
             for _ in range(self.random.randint(1, 8)):
                 self.add()
         if alive and self.random.random() < 0.03:
-            self.driver.abort(*self.random.sample(alive, self.random.randint(1, min(3, len(alive)))))
+            self._abort_some(alive)
         alive = list(self.driver.worker.states)
         if alive and self.random.random() < 0.02:
             self._fail(self.random.choice(alive))
         meanwhile = [self.random.choice(alive)] if alive and self.random.random() < 0.03 else []
+        self.driver.num_in_flight = self.random.randint(1, self.num_in_flight)
         self.driver.step(abort_meanwhile=meanwhile)
         self.driver.plans.clear()
         self._check_ended()
         if self.random.random() < 0.01:
             self.driver.scheduler.reset_prefix_cache()
         self._listen()
+
+    def _abort_some(self, alive: list[str]) -> None:
+        """And use the id of one again at once, while plans with the first of that name may be in flight."""
+        aborted = self.random.sample(alive, self.random.randint(1, min(3, len(alive))))
+        self.driver.abort(*aborted)
+        self._check_ended()
+        if self.random.random() < 0.5 and aborted[0] not in self.driver.scheduler.requests:
+            self.add(aborted[0])
 
     def _listen(self) -> None:
         """Who follows the events knows the cache's index."""
@@ -173,7 +181,7 @@ class Walk:
     def finish(self) -> None:
         self.driver.run()
         self._check_ended()
-        assert self.num_checked == len(self.asked)
+        assert self.num_checked == self.num_asked
 
     def _check_ended(self) -> None:
         for request_id in [name for name, answer in self.driver.answers.items() if answer.num_ends]:
@@ -197,23 +205,24 @@ class Walk:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("seed", range(1, 5))
+@pytest.mark.parametrize("seed", range(1, 7))
 def test_no_policy_and_no_flag_changes_an_answer(shape: str, seed: int, walk_steps: int):
-    walk = Walk(shape, seed)
-    for _ in range(walk_steps // 4):
+    walk = Walk(shape, seed, num_in_flight=1 + seed % 3)
+    for _ in range(walk_steps // 6):
         walk.step()
         assert len(walk.driver.scheduler.running) <= (walk.rules["max_num_active_seqs"] or 8)
     walk.finish()
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_every_request_ends_once_with_its_own_answer(shape: str, walk_steps: int):
-    walk = Walk(shape, seed=0)
-    for _ in range(walk_steps):
+@pytest.mark.parametrize("num_in_flight", [1, 2, 3])
+def test_every_request_ends_once_with_its_own_answer(shape: str, num_in_flight: int, walk_steps: int):
+    walk = Walk(shape, 0, num_in_flight)
+    for _ in range(walk_steps // 3):
         walk.step()
     stats = walk.driver.scheduler.make_stats()
     walk.finish()
-    if shape in PREEMPTING and walk_steps >= 500:
+    if shape in PREEMPTING and walk_steps >= 3000:
         assert stats.num_preemptions > walk_steps // 250  # else this walk would show little
-    if "no prefix cache" not in shape and walk_steps >= 500:
+    if "no prefix cache" not in shape and walk_steps >= 3000:
         assert stats.prefix_cache.hits > walk_steps // 50

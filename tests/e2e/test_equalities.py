@@ -64,8 +64,14 @@ RULES += ["--long-prefill-token-threshold", "50", "--prefix-caching-hash-algo", 
 
 @pytest.mark.parametrize(
     "args",
-    [["--distributed-executor-backend", "uni"], ["--distributed-executor-backend", "ray"], RULES],
-    ids=["uni", "ray", "rules"],
+    [
+        ["--distributed-executor-backend", "uni"],
+        ["--distributed-executor-backend", "ray"],
+        ["--distributed-executor-backend", "uni", "--async-scheduling"],
+        ["--distributed-executor-backend", "ray", "--async-scheduling"],
+        [*RULES, "--async-scheduling"],
+    ],
+    ids=["uni", "ray", "uni-async", "ray-async", "rules"],
 )
 @pytest.mark.timeout(300)
 def test_64_concurrent_streams_each_equal_the_same_request_alone(tiny_model: Path, tmp_path: Path, args: list[str]):

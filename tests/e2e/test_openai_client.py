@@ -109,7 +109,7 @@ def test_penalties_change_a_greedy_answer(client: OpenAI):
         ({"prompt": [10**6]}, openai.BadRequestError, "1000000"),
         ({"prompt": "word " * 2000}, openai.BadRequestError, "1024"),
         ({"prompt": ""}, openai.BadRequestError, "prompt"),
-        ({"extra_body": {"guided_json": {}}}, openai.BadRequestError, "guided_json"),
+        ({"extra_body": {"guided_json": {"uniqueItems": True}}}, openai.BadRequestError, "uniqueItems"),
     ],
 )
 def test_bad_input_is_refused_by_name_and_costs_nobody_else(client: OpenAI, change, error, names):

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
+from typing import Any
 
 import numpy as np
 
@@ -82,10 +84,37 @@ class UnencodableExecutor(FakeExecutor):
         return future
 
 
-class HastyExecutor(FakeExecutor):
-    """Wants more in flight than the scheduler can account for."""
+class OneByOneExecutor(FakeExecutor):
+    """Cannot take a plan while another runs."""
 
-    max_concurrent_batches = 2
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.max_concurrent_batches = 1
+
+
+class LateExecutor(FakeExecutor):
+    """Runs a plan when its result is asked for, as one that is busy with the plan before."""
+
+    def execute_model(self, plan: SchedulerOutput) -> Future[None]:
+        self._results.append(Late(lambda: self.worker.run(plan)))
+        return Late(lambda: None)
+
+
+class PipelineExecutor(LateExecutor):
+    """Three plans at once, as with so many stages."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.max_concurrent_batches = 3
+
+
+class Late(Future):
+    def __init__(self, run: Callable[[], Any]) -> None:
+        super().__init__()
+        self._run = run
+
+    def result(self, timeout: float | None = None) -> Any:
+        return self._run()
 
 
 class BrokenModelExecutor(FakeExecutor):

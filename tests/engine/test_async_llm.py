@@ -385,7 +385,6 @@ def test_stat_loggers_hear_of_every_step():
         ("tests.engine.engines:BrokenModelExecutor", "model.norm.weight has shape [63]", 3),
         ("tests.engine.engines:CrashingStartExecutor", "killed by SIGKILL", 1),
         ("nothing", "is no executor", 2),
-        ("tests.engine.engines:HastyExecutor", "2 batches in flight", 2),
     ],
 )
 def test_a_start_that_fails_gives_one_line_and_an_exit_code(executor, message, exit_code):

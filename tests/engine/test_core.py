@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 
+from minivllm.config.scheduler import SchedulerConfig
 from minivllm.engine.core import EngineCore
 from minivllm.exceptions import ConfigError, ModelFilesError
 from minivllm.messages.engine import EngineCoreRequest, FinishReason, UtilityRequest
@@ -11,8 +15,9 @@ from minivllm.sampling_params import SamplingParams
 from tests.engine.engines import POISON, make_config
 
 
-def make_core(executor: str = "tests.fakes:FakeExecutor") -> EngineCore:
-    return EngineCore(make_config(executor), on_death=lambda cause: None, on_progress=lambda phase: None)
+def make_core(executor: str = "tests.fakes:FakeExecutor", **scheduling: Any) -> EngineCore:
+    config = replace(make_config(executor), scheduler=SchedulerConfig(**scheduling))
+    return EngineCore(config, on_death=lambda cause: None, on_progress=lambda phase: None)
 
 
 def request(request_id: str, prompt=(1, 2, 3), *, client_index: int = 0, **params) -> EngineCoreRequest:
@@ -28,6 +33,11 @@ def run(core: EngineCore) -> dict[str, list]:
             for output in message.outputs:
                 heard.setdefault(output.request_id, []).append(output)
     return heard
+
+
+def answers(heard: dict[str, list]) -> dict[str, list[tuple]]:
+    """All of the outputs but times."""
+    return {i: [(o.new_token_ids, o.finish_reason, o.stop_reason) for o in outputs] for i, outputs in heard.items()}
 
 
 def ends(outputs) -> list[FinishReason]:
@@ -77,6 +87,69 @@ def test_after_an_abort_the_statistics_say_that_nothing_runs():
     core.abort_requests(["a"])
     assert core.has_requests()
     assert core.step()[0].scheduler_stats.num_running_reqs == 0
+
+
+# Several plans in flight
+
+LATE, PIPELINE = "tests.engine.engines:LateExecutor", "tests.engine.engines:PipelineExecutor"
+
+
+@pytest.mark.parametrize("executor", [LATE, PIPELINE])
+def test_with_plans_in_flight_everyone_is_answered_as_without(executor: str):
+    sync, ahead = make_core(), make_core(executor, async_scheduling=True)
+    for core in (sync, ahead):
+        for i in range(6):
+            core.add_request(request(f"r{i}", range(5 + 9 * i), max_tokens=1 + 4 * i, stop_token_ids=list(range(0, 64, 9))))
+    one_by_one, overlapped = run(sync), run(ahead)
+    assert answers(overlapped) == answers(one_by_one)
+    assert {str(end) for outputs in overlapped.values() for end in ends(outputs)} == {"stop", "length"}
+
+
+def test_the_next_step_is_planned_before_the_result_of_this_one_is_asked_for():
+    core = make_core(LATE, async_scheduling=True)
+    core.add_request(request("a", max_tokens=3))
+    planned_at = []
+    schedule = core.scheduler.schedule
+    core.scheduler.schedule = lambda now: planned_at.append(len(core.executor.worker.states)) or schedule(now)
+    core.step()
+    assert planned_at == [0, 0]  # both before the worker had heard of anybody
+    assert len(run(core)["a"]) == 2  # the rest
+
+
+def test_an_abort_during_a_step_also_discards_what_the_next_one_computes():
+    core = make_core(LATE, async_scheduling=True)
+    core.add_request(request("a", max_tokens=9))
+    core.step()
+    [output] = core.step(lambda: core.abort_requests(["a"]))[0].outputs
+    assert (output.finish_reason, output.new_token_ids) == (FinishReason.ABORT, [])
+    assert run(core) == {}
+    assert not core.executor.worker.states and core.scheduler.kv_cache.pool.usage == 0
+
+
+def test_an_id_may_be_used_again_while_a_plan_with_the_first_of_that_name_is_in_flight():
+    alone = make_core()
+    alone.add_request(request("a", [9, 9], max_tokens=5))
+    core = make_core(PIPELINE, async_scheduling=True)
+    core.add_request(request("a", max_tokens=9))
+    core.step()
+    core.abort_requests(["a"])
+    core.add_request(request("a", [9, 9], max_tokens=5))
+    assert [o.finish_reason for o in core.step()[0].outputs] == [FinishReason.ABORT]
+    assert answers(run(core)) == answers(run(alone))
+
+
+def test_a_failed_row_with_a_plan_behind_it_ends_that_request_alone():
+    core = make_core("tests.engine.engines:FailingRowExecutor", async_scheduling=True)
+    core.add_request(request("good", max_tokens=5))
+    core.add_request(request("bad", prompt=(POISON, 1), max_tokens=5))
+    heard = run(core)
+    assert ends(heard["bad"]) == [FinishReason.ERROR] and len(heard["bad"]) == 1
+    assert ends(heard["good"]) == [FinishReason.LENGTH] and len(heard["good"]) == 5
+
+
+def test_an_executor_that_takes_one_plan_at_a_time_refuses_to_schedule_ahead():
+    with pytest.raises(ConfigError, match="--async-scheduling needs an executor .* OneByOneExecutor does not"):
+        make_core("tests.engine.engines:OneByOneExecutor", async_scheduling=True)
 
 
 def test_abort_all_answers_everyone_once():

@@ -7,11 +7,14 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 
+from minivllm.config.scheduler import SchedulerConfig
 from minivllm.exceptions import ConfigError
 from minivllm.executor.abstract import EXECUTORS, Executor, get_executor_class
 from minivllm.executor.ray import _num_cpus
@@ -35,23 +38,30 @@ class Deaths(list):
         self.told.set()
 
 
-def start(executor_class: type[Executor], model: str = "fake") -> tuple[Executor, Deaths]:
+def start(executor_class: type[Executor], *, is_async: bool = False) -> tuple[Executor, Deaths]:
     deaths = Deaths()
-    return executor_class(make_config(model=model), on_death=deaths, on_progress=lambda phase: None), deaths
+    config = replace(make_config(), scheduler=SchedulerConfig(async_scheduling=is_async))
+    return executor_class(config, on_death=deaths, on_progress=lambda phase: None), deaths
 
 
-@pytest.fixture(scope="module", params=[PlainUniExecutor, PlainRayExecutor])
+@pytest.fixture(
+    scope="module",
+    params=[(PlainUniExecutor, False), (PlainUniExecutor, True), (PlainRayExecutor, True)],
+    ids=["uni", "uni-async", "ray"],
+)
 def executor(request, tmp_path_factory) -> Iterator[Executor]:
     """One started executor for all that leaves it whole: a Ray cluster takes seconds to start."""
     run_dir: Path = tmp_path_factory.mktemp("run")
     patch = pytest.MonkeyPatch()
     patch.setenv("MINIVLLM_RUN_DIR", str(run_dir))
     patch.delenv("RAY_ADDRESS", raising=False)
-    if request.param is PlainRayExecutor:
+    executor_class, is_async = request.param
+    if executor_class is PlainRayExecutor:
         if importlib.util.find_spec("ray") is None:
             pytest.skip('Ray is not installed: pip install "minivllm[ray]"')
     before = set(psutil.Process().children(recursive=True))
-    executor, executor.deaths = start(request.param)
+    executor, executor.deaths = start(executor_class, is_async=is_async)
+    assert executor.max_concurrent_batches == (2 if is_async else 1)
     executor.ready = executor.initialize()
     executor.num_steps = 0
     yield executor
@@ -73,8 +83,8 @@ def the_death_of_the_actor_is_told_at_once(executor: PlainRayExecutor) -> None:
     assert "Ray worker is gone" in executor.deaths[0]
 
 
-def step(executor: Executor, request_id: str, prompt: list[int]):
-    """Run one new request's prompt; the result of the step."""
+def give(executor: Executor, request_id: str, prompt: list[int]) -> tuple[Future, Future]:
+    """Give it a plan with one new request; the futures of its forward pass and of its result."""
     new = NewRequestData(request_id, prompt, [], SamplingParams(ignore_eos=True), 7, [], [[0]], 0)
     plan = SchedulerOutput(
         executor.num_steps,
@@ -83,12 +93,15 @@ def step(executor: Executor, request_id: str, prompt: list[int]):
         total_num_scheduled_tokens=len(prompt),
         finished_req_ids=getattr(executor, "known", []),
     )
-    executed = executor.execute_model(plan)
-    sampled = executor.sample_tokens(None)
-    executed.result()
-    result = sampled.result()
     executor.num_steps, executor.known = executor.num_steps + 1, [request_id]
-    return result
+    return executor.execute_model(plan), executor.sample_tokens(None)
+
+
+def step(executor: Executor, request_id: str, prompt: list[int]):
+    """Run one new request's prompt; the result of the step."""
+    executed, sampled = give(executor, request_id, prompt)
+    executed.result()
+    return sampled.result()
 
 
 def test_it_gives_the_workers_sizes(executor):
@@ -101,6 +114,23 @@ def test_it_gives_the_workers_tokens(executor):
     assert len(result.sampled_token_ids[0]) == 1
     again = step(executor, "b", [1, 2, 3])
     assert again.sampled_token_ids == result.sampled_token_ids
+
+
+def test_a_plan_may_come_before_the_result_of_the_last_is_asked_for(executor):
+    first, second = give(executor, "d", [1, 2, 3]), give(executor, "e", [1, 2, 3])
+    results = [sampled.result() for executed, sampled in (first, second)]
+    assert [result.request_ids for result in results] == [["d"], ["e"]]
+
+
+def test_in_process_too_a_plan_runs_while_the_next_is_made():
+    executor, _ = start(PlainUniExecutor, is_async=True)
+    executor.initialize()
+    executor.num_steps = 0
+    executed, sampled = give(executor, "a", [PlainWorker.WAIT])
+    assert not executed.done() and not sampled.done()
+    executor.worker.may_go_on.set()
+    assert sampled.result().request_ids == ["a"]
+    executor.shutdown()
 
 
 def test_a_failure_in_the_forward_pass_comes_with_its_cause_and_the_next_plan_runs(executor):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 
 from minivllm.config.engine import EngineConfig
 from minivllm.exceptions import ModelFilesError
@@ -16,10 +17,11 @@ from tests.fakes import FakeWorker
 class PlainWorker:
     """`worker.Worker`'s seam over a FakeWorker. A prompt may ask for trouble by its first token."""
 
-    RAISE, DIE = 13, 14
+    RAISE, DIE, WAIT = 13, 14, 15
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
+        self.may_go_on = threading.Event()
 
     def initialize(self, on_progress) -> WorkerReady:
         if self.config.model.model == "broken":
@@ -30,11 +32,13 @@ class PlainWorker:
 
     def execute_model(self, plan: SchedulerOutput) -> None:
         first_tokens = {new.prompt_token_ids[0] for new in plan.scheduled_new_reqs}
-        if self.RAISE in first_tokens:
-            raise ValueError("the model met its poison")
         if self.DIE in first_tokens:
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.WAIT in first_tokens:
+            assert self.may_go_on.wait(60)
         self.result = self.worker.run(plan)
+        if self.RAISE in first_tokens:
+            raise ValueError("the model met its poison")
 
     def sample_tokens(self, grammar: bytes | None) -> ModelRunnerOutput:
         return self.result

@@ -175,6 +175,22 @@ def test_large_scores_do_not_overflow(isa, assert_close):
 
 
 @needs_kernels
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 8e-3)])
+def test_softmax_weights_are_right_from_one_to_the_smallest(isa, dtype, tolerance):
+    """Keys give scores of 0 down to -80, values show each position's weight."""
+    positions = torch.arange(256)
+    seq = sequence(256, heads=1, kv_heads=1, head_dim=256, dtype=dtype)
+    scores = -(positions * 97 % 256) * 0.3125
+    seq.q.zero_(), seq.k.zero_(), seq.v.zero_()
+    seq.q[:, 0, 0] = 1
+    seq.k[:, 0, 0] = scores.to(dtype)
+    seq.v[positions, 0, positions] = 1
+    (out,) = attend([decode(seq)], scale=1.0)
+    expected = seq.k[:, 0, 0].double().softmax(0)
+    assert ((out[0, 0].double() - expected).abs() / expected).max() < tolerance
+
+
+@needs_kernels
 def test_q_is_read_where_it_lies(assert_same_bits):
     seq = sequence(40)
     apart = Sequence(seq.q.contiguous(), seq.k, seq.v)
@@ -282,6 +298,19 @@ def test_a_long_prompt_has_the_same_bits_when_decoded_token_by_token(isa, slidin
     for position in (0, 31, 32, 1023, 1024, 1025, 1180, 1190, 2047, 2048, 2259):
         (row,) = attend([(seq, range(position, position + 1))], sliding_window=sliding_window)
         assert_same_bits(row[0], whole[position])
+
+
+@needs_kernels
+@pytest.mark.parametrize("kv_dtype", [None, "int8"])
+def test_a_long_request_of_one_head_is_split_over_threads_and_changes_no_bit(isa, dtype, kv_dtype, assert_same_bits):
+    seqs = [sequence(n, heads=4, kv_heads=1, head_dim=32, dtype=dtype) for n in (3000, 1024, 2049, 700)]
+    together = attend([decode(seq) for seq in [*seqs, *seqs, *seqs]], kv_dtype=kv_dtype)  # enough for every thread
+    before = native.lib.num_threads()
+    for num_threads in (1, 2, 5):
+        native.lib.set_num_threads(num_threads)
+        for seq, expected in zip(seqs, together):
+            assert_same_bits(attend([decode(seq)], kv_dtype=kv_dtype)[0], expected)
+    native.lib.set_num_threads(before)
 
 
 @needs_kernels

@@ -6,6 +6,8 @@ Answers are compared bit for bit: tokens, every logprob and rank, in their order
 from __future__ import annotations
 
 import random
+import time
+from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,11 @@ import msgspec
 
 from minivllm.core.sched.scheduler import Scheduler
 from minivllm.messages.engine import EngineCoreOutput, EngineCoreRequest, LogprobsLists
-from minivllm.sampling_params import SamplingParams
+from minivllm.messages.worker import ModelRunnerOutput, SchedulerOutput
+from minivllm.sampling_params import SamplingParams, ThinkingTokens
+from minivllm.structured_output.grammar import to_grammar
+from minivllm.structured_output.manager import GrammarManager
+from minivllm.structured_output.vocabulary import Vocabulary
 from minivllm.worker.worker import Worker
 from tests.models.loop import BLOCK_SIZE, engine_config
 
@@ -23,6 +29,8 @@ MOST_STEPS = 5000  # of one schedule
 
 Row = tuple[list[int], list[float], int]  # token ids, their logprobs, the first one's rank
 
+# By class name, as an operator gives them: one for those who ask, one for all.
+PROCESSORS = [f"tests.sample.processors:{name}" for name in ("Follow", "Sharpen")]
 # Every step of the sampler alone and together, with and without logprobs beside it.
 PARAMS: list[dict[str, Any]] = [
     {"temperature": 0, "logprobs": 3, "prompt_logprobs": 2},
@@ -37,6 +45,18 @@ PARAMS: list[dict[str, Any]] = [
         "stop_token_ids": list(range(0, VOCAB, 40)), "logprobs": 4, "prompt_logprobs": 3,
     },
     {"temperature": 1, "allowed_token_ids": list(range(100, 164)), "logprobs": -1},
+    {"temperature": 0, "extra_args": {"follow": 3}, "logprobs": 1},
+    {"temperature": 0.9, "extra_args": {"follow": 5}, "bad_words_token_ids": [[i, j] for i in range(9) for j in range(60)]},
+    {"temperature": 1, "logprob_token_ids": [1, 50, 99], "repetition_detection": {"max_pattern_size": 2, "min_count": 2}},
+    {"temperature": 1.5, "structured_outputs": {"regex": "[a-f]{4,30}[0-9]+"}, "logprobs": 2, "presence_penalty": 0.5},
+    {
+        "temperature": 1.5, "min_tokens": 5, "logprobs": 1,
+        "structured_outputs": {"json": {"type": "array", "items": {"enum": ["ab", 12, None]}, "minItems": 2}},
+    },
+    {
+        "temperature": 1.5, "structured_outputs": {"choice": ["yes", "no", "perhaps"]}, "thinking_token_budget": 7,
+        "thinking": ThinkingTokens([300], [301, 302], is_open=True), "logprobs": 0,
+    },
 ]  # fmt: skip
 
 
@@ -77,9 +97,15 @@ class Engine:
 
     def __init__(self, model: Path, *, num_blocks: int = 256, **options: Any) -> None:
         config = engine_config(
-            model, num_gpu_blocks_override=num_blocks, max_num_seqs=16, max_num_batched_tokens=2048, **options
+            model,
+            num_gpu_blocks_override=num_blocks,
+            max_num_seqs=16,
+            max_num_batched_tokens=2048,
+            logits_processors=PROCESSORS,
+            **options,
         )
         self.worker = Worker(config)
+        self.grammars = GrammarManager(vocabulary(config.hf_config.vocab_size).for_llguidance)
         self.ready = self.worker.initialize(lambda phase: None)
 
     def scheduler(self, **changes: Any) -> Scheduler:
@@ -91,6 +117,7 @@ class Engine:
             "num_blocks": self.ready.num_blocks,
             "block_size": BLOCK_SIZE,
             "kv_cache_groups": self.ready.kv_cache_groups,
+            "grammars": self.grammars,
         }
         return Scheduler(**sizes | changes)
 
@@ -104,16 +131,19 @@ class Engine:
 
 
 class Run:
-    """One schedule: a scheduler of its own and what it has answered."""
+    """One schedule: a scheduler of its own and what it has answered. `num_in_flight` plans at most are made and
+    executed before the first of them is accounted for.
+    """
 
-    def __init__(self, engine: Engine, scheduler: Scheduler) -> None:
-        self.engine, self.scheduler = engine, scheduler
+    def __init__(self, engine: Engine, scheduler: Scheduler, num_in_flight: int = 1) -> None:
+        self.engine, self.scheduler, self.num_in_flight = engine, scheduler, num_in_flight
+        self._in_flight: deque[tuple[SchedulerOutput, ModelRunnerOutput]] = deque()
         self.answers: dict[str, Answer] = {}
         self.num_steps = self.num_preemptions = self.num_cached_tokens = 0
 
     @property
     def is_busy(self) -> bool:
-        return self.scheduler.has_requests()
+        return bool(self._in_flight) or self.scheduler.has_requests()
 
     def add(self, request: EngineCoreRequest) -> None:
         self.answers[request.request_id] = Answer()
@@ -123,13 +153,19 @@ class Run:
         self._take(self.scheduler.abort_requests(request_ids))
 
     def step(self, *, abort_meanwhile: tuple[str, ...] = ()) -> None:
-        """One step; `abort_meanwhile` are aborts that arrive while the worker computes."""
+        """Plan, and account for the oldest plan; `abort_meanwhile` are aborts that arrive while the worker computes."""
         assert self.num_steps < MOST_STEPS, f"no end: {sorted(self.scheduler.requests)}"
         self.num_steps += 1
-        plan = self.scheduler.schedule()
-        self.num_preemptions += len(plan.preempted_req_ids)
-        self.engine.worker.execute_model(plan)
-        result = self.engine.worker.sample_tokens(None)
+        while not self._in_flight or len(self._in_flight) < self.num_in_flight and self.scheduler.has_requests():
+            plan = self.scheduler.schedule()
+            self.num_preemptions += len(plan.preempted_req_ids)
+            self.engine.worker.execute_model(plan)
+            grammar = self.scheduler.grammar_bitmask(plan)
+            self._in_flight.append((plan, self.engine.worker.sample_tokens(grammar)))
+            if not plan.num_scheduled_tokens:
+                time.sleep(0.001)  # perhaps a grammar is being compiled
+                break
+        plan, result = self._in_flight.popleft()
         self.abort(*abort_meanwhile)
         self._take(self.scheduler.update_from_output(plan, result))
         self.scheduler.check_integrity()
@@ -139,6 +175,12 @@ class Run:
             for output in outputs:
                 self.num_cached_tokens += output.num_cached_tokens
                 self.answers[output.request_id].take(output)
+
+
+def vocabulary(vocab_size: int) -> Vocabulary:
+    """Token i is byte i % 256, once for each 256: as good as any for models that know no text. The last one ends."""
+    tokens = [bytes([i % 256]) * (i // 256 + 1) for i in range(vocab_size)]
+    return Vocabulary(tokens, {}, [vocab_size - 1])
 
 
 def make_subjects(lengths: list[int], *, max_tokens: int = 24, seed: int = 0) -> list[EngineCoreRequest]:
@@ -151,13 +193,16 @@ def make_subjects(lengths: list[int], *, max_tokens: int = 24, seed: int = 0) ->
         tail = [pick.randrange(VOCAB) for _ in range(length - num_shared)]
         params = PARAMS[i % len(PARAMS)]
         limit = None if length == max(lengths) else pick.randint(max_tokens // 2, max_tokens)
+        sampling_params = SamplingParams(max_tokens=limit, **params)
+        wanted = sampling_params.structured_outputs
         subjects.append(
             EngineCoreRequest(
                 request_id=f"subject {i}",
                 prompt_token_ids=pick.choice(stems)[:num_shared] + tail,
-                sampling_params=SamplingParams(max_tokens=limit, **params),
+                sampling_params=sampling_params,
                 seed=pick.randrange(2**64),
                 eos_token_ids=[pick.randrange(VOCAB)],
+                grammar=None if wanted is None else to_grammar(wanted, {}),
             )
         )
     return subjects

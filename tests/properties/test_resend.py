@@ -16,7 +16,7 @@ import pytest
 import torch
 from make_random_model import make_model
 
-from minivllm.engine import llm_engine
+from minivllm.engine import llm_engine, processor
 from minivllm.engine.llm_engine import LLMEngine
 from minivllm.engine.parallel_sampling import ParentRequest
 from minivllm.exceptions import RequestError
@@ -25,9 +25,11 @@ from minivllm.ops import native
 from minivllm.ops.op import OpSpec
 from minivllm.outputs import RequestOutput
 from minivllm.sampling_params import RequestOutputKind, SamplingParams
+from minivllm.structured_output.checker import GrammarChecker
 from minivllm.tokenizer.tokenizer import Tokenizer
 from tests.engine.engines import make_config
 from tests.models.loop import engine_config
+from tests.properties.engine import PROCESSORS
 
 CUMULATIVE, DELTA, FINAL_ONLY = RequestOutputKind
 PROMPT = list(range(40, 110))
@@ -36,13 +38,21 @@ needs_kernels = pytest.mark.skipif(UNAVAILABLE is not None, reason=str(UNAVAILAB
 
 
 class Engines:
-    """Fresh engines of one model, each with its weights read anew and nothing in its cache."""
+    """Fresh engines of one model, each with its weights read anew and nothing in its cache.
+
+    Every other one plans the next step while this one runs, so a request goes from either kind to either.
+    """
 
     def __init__(self, model: Path | None) -> None:
-        self._config = make_config() if model is None else engine_config(model, num_gpu_blocks_override=64)
+        self._config = make_config()
+        if model is not None:
+            self._config = engine_config(model, num_gpu_blocks_override=64, logits_processors=PROCESSORS)
+        self._num_made = 0
 
     def fresh(self) -> LLMEngine:
-        return LLMEngine.from_engine_config(self._config, in_process=True)
+        self._num_made += 1
+        scheduling = replace(self._config.scheduler, async_scheduling=self._num_made % 2 == 0)
+        return LLMEngine.from_engine_config(replace(self._config, scheduler=scheduling), in_process=True)
 
     def request(self, params: SamplingParams, prompt: list[int] = PROMPT) -> EngineCoreRequest:
         """As the front end makes it: with a seed, the tokens that end it, and the room there is."""
@@ -92,7 +102,14 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
     tokenizer = Tokenizer.from_pretrained(str(model))  # holds no state of any request
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(llm_engine, "load_tokenizer", lambda config: tokenizer)
+        checkers: list[GrammarChecker] = []  # one for all engines: it is a process
+        make = processor.make_checker
+        patch.setattr(
+            processor, "make_checker", lambda *args: checkers[0] if checkers else checkers.append(make(*args)) or checkers[0]
+        )
         yield Engines(model)
+        for checker in checkers:
+            checker.close()
 
 
 SEEDED = {"temperature": 0.9, "seed": 5}
@@ -117,13 +134,21 @@ LOGPROBS = {"logprobs": 2, "prompt_logprobs": 1}
             "include_stop_str_in_output": True,
         },
         {**SEEDED, "stream_interval": 1, "detokenize": False, "prompt_logprobs": 0},
+        {**SEEDED, "structured_outputs": {"regex": "[a-zé]{4,9}-[0-9]{2}"}, "logprobs": 1, **PENALTIES},
+        {**SEEDED, "structured_outputs": {"json_object": True}, "stop": ['":']},
+        {**SEEDED, "extra_args": {"follow": 3}, "bad_words": ["a", "th", "1"], "logprobs": 1},
+        {
+            **SEEDED,
+            "allowed_token_ids": list(range(60, 66)),
+            "repetition_detection": {"max_pattern_size": 2, "min_pattern_size": 2, "min_count": 2},
+        },
     ],
     ids=lambda params: "-".join(params),
 )
 def test_a_resend_goes_on_with_the_same_answer(engines: Engines, params: dict[str, Any]):
     request = engines.request(SamplingParams(max_tokens=14, ignore_eos=True, **params))
     deltas = check_every_cut(engines, request)
-    assert len({delta.outputs[0].token_ids[0] for delta in deltas}) > 3
+    assert len({delta.outputs[0].token_ids[0] for delta in deltas if delta.outputs[0].token_ids}) > 3
 
 
 @needs_kernels

@@ -1,9 +1,11 @@
 """Any schedule gives the answer of the request alone, to the last bit of every logprob.
 
 Seeded random schedules on the real worker with the native kernels: arrivals, chunk and batch sizes, pools so
-tight that requests are preempted, prefixes found in the cache, aborts of others, resends, one and two threads. For
-every instruction set this machine has, every dtype, and shapes with grouped heads, windows, windows beside full
-attention and several attention segments. `--walk-steps` is the number of engine steps, all cases together.
+tight that requests are preempted, prefixes found in the cache, aborts of others, resends, one and two threads, one
+plan in flight or several, priorities and every rule of the scheduler drawn at random, logits processors of an operator's
+own; some requests have a grammar, some think first. For every instruction set this machine has, every dtype, fp8 and int8
+caches, and shapes with grouped heads, windows, windows beside full attention and several attention
+segments. `--walk-steps` is the number of engine steps, all cases together.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from minivllm.messages.engine import EngineCoreRequest
 from minivllm.messages.kv_cache import blocks_of_request, has_null_block
 from minivllm.ops import native
 from minivllm.ops.op import OpSpec
+from tests.core.requests import drawn_rules
 from tests.properties.engine import Answer, Engine, Run, make_subjects, resend
 
 UNAVAILABLE = native.why_not(OpSpec("cpu", torch.float32))
@@ -58,8 +61,12 @@ SHAPES = {
         [150, 512, 1025, 2048],
     ),
 }
-CASES = [(shape, dtype, isa) for shape in SHAPES for dtype in DTYPES for isa in ISAS]
-MAX_TOKENS = 40
+CASES = [(shape, dtype, isa, "auto") for shape in SHAPES for dtype in DTYPES for isa in ISAS]
+CASES += [("grouped heads", "bfloat16", isa, kv_dtype) for isa in ISAS for kv_dtype in ("fp8", "int8")]
+CASES += [("long prompts", "bfloat16", "amx", "int8"), ("a window and biases", "float32", "avx512", "int8")]
+CASES = [case for case in CASES if case[2] in ISAS]
+MAX_TOKENS = 24
+LEAST_SCHEDULES = 8  # of each case, so hundreds in all
 
 
 @pytest.fixture
@@ -68,12 +75,12 @@ def num_steps(walk_steps: int) -> int:
 
 
 @pytest.fixture
-def engine(case: tuple[str, str, str], tmp_path: Path) -> Iterator[Engine]:
+def engine(case: tuple[str, str, str, str], tmp_path: Path) -> Iterator[Engine]:
     """The engine of a case; its instruction set is in use for the length of the test."""
-    shape, dtype, isa = case
+    shape, dtype, isa, kv_dtype = case
     isa_before, threads_before = native.lib.isa(), native.lib.num_threads()
     native.lib.set_isa(isa)
-    yield Engine(make_model(tmp_path, dtype=dtype, seed=3, **SHAPES[shape][0]))
+    yield Engine(make_model(tmp_path, dtype=dtype, seed=3, **SHAPES[shape][0]), kv_cache_dtype=kv_dtype)
     native.lib.set_isa(isa_before)
     native.lib.set_num_threads(threads_before)
 
@@ -81,7 +88,7 @@ def engine(case: tuple[str, str, str], tmp_path: Path) -> Iterator[Engine]:
 class Walk:
     """Schedule after schedule on one engine."""
 
-    def __init__(self, engine: Engine, case: tuple[str, str, str]) -> None:
+    def __init__(self, engine: Engine, case: tuple[str, str, str, str]) -> None:
         _, lengths, self.budgets = SHAPES[case[0]]
         self.engine = engine
         self.random = random.Random(f"walk {case}")
@@ -95,10 +102,11 @@ class Walk:
         """One random schedule from its first arrival to its last answer."""
         pick = self.random
         native.lib.set_num_threads(pick.choice([1, 2]))
-        run = Run(self.engine, self._scheduler())
+        num_in_flight = pick.choice([1, 2, 2, 3])
+        run = Run(self.engine, self._scheduler(num_in_flight), num_in_flight)
         expected: dict[str, Answer] = {}
         aborted: set[str] = set()
-        num_requests = pick.randint(4, 12)
+        num_requests = pick.randint(3, 9)
         pace = pick.choice([0.2, 0.6, 1.0])  # chance of an arrival before each step
         while run.is_busy or len(expected) < num_requests:
             while len(expected) < num_requests and pick.random() < pace:
@@ -111,14 +119,17 @@ class Walk:
         self.num_preemptions += run.num_preemptions
         self.num_cached_tokens += run.num_cached_tokens
 
-    def _scheduler(self):
+    def _scheduler(self, num_in_flight: int):
         pick = self.random
         budget = pick.choice(self.budgets)
         groups = self.engine.ready.kv_cache_groups
-        least = blocks_of_request(groups, self.max_model_len, budget, 32) + has_null_block(groups)
+        least = blocks_of_request(groups, self.max_model_len, budget * num_in_flight, 32) + has_null_block(groups)
+        max_num_seqs = min(budget, pick.choice([1, 3, 8, 16, 16]))
         return self.engine.scheduler(
+            **drawn_rules(pick, max_num_seqs),
             max_num_batched_tokens=budget,
-            max_num_seqs=min(budget, pick.choice([1, 3, 8, 16, 16])),
+            max_plans_in_flight=num_in_flight,
+            max_num_seqs=max_num_seqs,
             max_model_len=self.max_model_len,
             num_blocks=pick.choice([least, least, least + 1, least + 2, self.engine.ready.num_blocks]),
             enable_prefix_caching=pick.random() < 0.8,
@@ -130,6 +141,7 @@ class Walk:
         subject, whole = self.subjects[which], self.alone[which]
         num_prior = self.random.randrange(len(whole.token_ids)) if self.random.random() < 0.15 else 0
         request = resend(subject, f"{len(expected)}: subject {which}", whole.token_ids[:num_prior])
+        request.priority, request.arrival_time = self.random.randrange(-2, 3), self.random.random()
         run.add(request)
         expected[request.request_id] = whole.after(num_prior)
 
@@ -158,7 +170,7 @@ class Walk:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: " ".join(case).replace(" ", "-"))
 def test_any_schedule_gives_the_answer_of_the_request_alone(case, engine: Engine, num_steps: int):
     walk = Walk(engine, case)
-    while walk.num_steps < num_steps:
+    while walk.num_steps < num_steps or walk.num_schedules < LEAST_SCHEDULES:
         walk.schedule()
     print(
         f"{walk.num_schedules} schedules, {walk.num_steps} steps, {walk.num_preemptions} preemptions, "
@@ -174,5 +186,7 @@ def test_the_subjects_end_in_every_way_and_say_different_things(tmp_path: Path):
     engine = Engine(make_model(tmp_path, dtype="bfloat16", seed=3))
     subjects: list[EngineCoreRequest] = make_subjects(SHORT, max_tokens=MAX_TOKENS)
     answers = [engine.alone(subject, max(SHORT) + MAX_TOKENS) for subject in subjects]
-    assert {answer.end[0] for answer in answers} == {"length", "stop"}
+    assert {answer.end[0] for answer in answers} >= {"length", "stop"}
+    constrained = [answer.end[0] for subject, answer in zip(subjects, answers) if subject.grammar is not None]
+    assert "stop" in constrained and "error" not in constrained
     assert all(len(set(answer.token_ids)) > 3 for answer in answers)

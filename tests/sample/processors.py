@@ -61,6 +61,17 @@ class Sharpen(Tracking):
         return 2 * logits
 
 
+class Follow(Tracking):
+    """`extra_args: {"follow": k}`: favours tokens that all of the prompt and the output so far decide on."""
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        for index, (params, prompt, output) in self.requests.items():
+            factor = (params.extra_args or {}).get("follow")
+            if factor:
+                logits[index, (factor * sum(output) + sum(prompt)) % 7 :: 7] += 2.0
+        return logits
+
+
 class Broken(Tracking):
     """Raises for a batch in which somebody says so."""
 

@@ -44,7 +44,7 @@ WRONG = [
     ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
     ({"truncate_prompt_tokens": -2}, "truncate_prompt_tokens"),
     ({"spaces_between_special_tokens": 1}, "spaces_between_special_tokens"),
-    ({"thinking_token_budget": 0}, "thinking_token_budget"),
+    ({"thinking_token_budget": -2}, "thinking_token_budget"),
     ({"extra_args": [1]}, "extra_args"), ({"extra_args": {"a": 2**63}}, "extra_args"),
     ({"extra_args": {"a": [object()]}}, "extra_args"), ({"extra_args": {"a": {1: 2}}}, "extra_args"),
     ({"extra_args": nested(20)}, "extra_args"), ({"extra_args": {"a": ["\ud800"]}}, "extra_args"),

@@ -50,6 +50,18 @@ def test_it_reports_what_it_resolved(tiny_model: Path):
     assert ready.numerics_id.startswith("cpu-")
 
 
+def test_a_smaller_kv_cache_type_holds_more_tokens_in_as_many_bytes(bf16_model: Path):
+    def ready(kv_cache_dtype):
+        return initialize(
+            bf16_model, kv_cache_dtype=kv_cache_dtype, num_gpu_blocks_override=None, kv_cache_memory_bytes=1 << 20
+        )
+
+    auto, fp8, int8 = ready("auto"), ready("fp8"), ready("int8")
+    assert fp8.num_blocks == 2 * auto.num_blocks
+    assert auto.num_blocks * 1.7 < int8.num_blocks < fp8.num_blocks  # its scales take 4 bytes beside 32
+    assert len({auto.numerics_id, fp8.numerics_id, int8.numerics_id}) == 3  # they give other bits
+
+
 def test_auto_takes_the_length_that_fits(tiny_model: Path):
     assert initialize(tiny_model, max_model_len="auto", num_gpu_blocks_override=5).max_model_len == 5 * 32
 

@@ -6,6 +6,7 @@ The first reason ends the step's admissions, for nobody overtakes; but a rule ma
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from functools import cached_property
 
 from minivllm.core.kv_cache_manager import CachedPrefix, KVCacheManager
@@ -75,18 +76,22 @@ class FitsTokenBudget(AdmissionRule):
 
 
 class PrefixNotUnderway(AdmissionRule):
-    """Nobody computes its next block in this very step: a step later it is found, and computed once for all.
+    """Nobody computes its next block in this step or one in flight: soon it is found, and computed once for all.
 
     So of many requests that arrive together with one long prefix (n > 1, a shared system prompt), the first
-    computes it and the others start in the next step.
+    computes it and the others start when that is done.
     """
 
     lets_others_pass = True
 
+    def __init__(self, in_flight: Iterable[Step]) -> None:
+        self._in_flight = in_flight
+
     def why_not(self, candidate: Candidate, step: Step) -> str | None:
-        if not step.blocks_underway or candidate.cached_prefix.next_hash not in step.blocks_underway:
-            return None
-        return "its prefix is being computed by another request and will be in the cache next step"
+        for planned in (step, *self._in_flight):
+            if planned.blocks_underway and candidate.cached_prefix.next_hash in planned.blocks_underway:
+                return "its prefix is being computed by another request and will be in the cache soon"
+        return None
 
 
 class KVBlocksFree(AdmissionRule):

@@ -6,8 +6,10 @@ Imports no torch, does no I/O, reads no clock; it never learns how a step is run
 
 from __future__ import annotations
 
+from collections import defaultdict, deque
 from collections.abc import Iterable, Sequence
 
+from minivllm.core.grammar import Grammars
 from minivllm.core.kv_cache_manager import BlockIds, KVCacheManager
 from minivllm.core.kv_cache_utils import make_block_hasher
 from minivllm.core.request import Request, RequestStatus
@@ -27,11 +29,11 @@ from minivllm.messages.engine import EngineCoreOutput, EngineCoreRequest, Finish
 from minivllm.messages.kv_cache import ONE_FULL_GROUP, KVCacheGroup, longest_request
 from minivllm.messages.kv_events import KVCacheEvent
 from minivllm.messages.stats import SchedulerStats
-from minivllm.messages.worker import ModelRunnerOutput, SchedulerOutput
+from minivllm.messages.worker import GrammarOutput, ModelRunnerOutput, SchedulerOutput
 
 logger = init_logger(__name__)
 
-OutputsByClient = dict[int, list[EngineCoreOutput]]
+OutputsByClient = defaultdict[int, list[EngineCoreOutput]]
 
 _MAX_PASSED_OVER = 16  # requests a step may pass over on its way to one that can be admitted
 
@@ -43,7 +45,8 @@ class Scheduler:
     `max_model_len`. One request of full length must fit the cache alone: that is what guarantees progress, since
     the first in order is never preempted for another.
 
-    `prompt_share` is how much of a step one long prompt may take while others wait (see chunks.py).
+    `prompt_share` is how much of a step one long prompt may take while others wait (see chunks.py). Without
+    `grammars` no request may have one.
 
     Raises (on construction):
         ConfigError: the limits contradict each other; the message names both.
@@ -58,6 +61,7 @@ class Scheduler:
         num_blocks: int,
         block_size: int,
         kv_cache_groups: Sequence[KVCacheGroup] = ONE_FULL_GROUP,
+        max_plans_in_flight: int = 1,
         enable_prefix_caching: bool = True,
         enable_chunked_prefill: bool = True,
         policy: str = "fcfs",
@@ -69,24 +73,28 @@ class Scheduler:
         prefix_caching_hash_algo: str = "sha256",
         hash_secret: bytes = b"",
         record_kv_events: bool = False,
+        grammars: Grammars | None = None,
     ) -> None:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_num_seqs = max_num_seqs
         self.max_model_len = max_model_len
         self.enable_chunked_prefill = enable_chunked_prefill
         self._check_limits()
-        self._check_one_request_fits(kv_cache_groups, num_blocks, block_size)
+        # A window moves on when a result is in: behind it may lie what all plans in flight compute of one request.
+        step_tokens = max_num_batched_tokens * max_plans_in_flight
+        self._check_one_request_fits(kv_cache_groups, num_blocks, block_size, step_tokens)
 
         self.kv_cache = KVCacheManager(
             num_blocks,
             block_size,
             groups=kv_cache_groups,
-            step_tokens=max_num_batched_tokens,
+            step_tokens=step_tokens,
             record_events=record_kv_events,
         )
         self.requests: dict[str, Request] = {}  # accepted and not yet answered for the last time
         self.waiting = RequestQueue()
         self.running: list[Request] = []  # in order; the list object stays the same, admission reads it
+        self._in_flight: deque[Step] = deque()  # planned, and their results are not in
         self._policy = POLICIES[policy]
         self._num_accepted = 0
         self._block_hasher = None
@@ -110,9 +118,12 @@ class Scheduler:
         self._admission_rules = [
             FitsBatch(self.running, min(max_num_seqs, max_num_active_seqs or max_num_seqs)),
             FitsTokenBudget(enable_chunked_prefill),
-            PrefixNotUnderway(),
+            PrefixNotUnderway(self._in_flight),
             self._blocks_free,
         ]
+        self._grammars = grammars
+        self._with_grammar: dict[str, Request] = {}  # of `requests`
+        self._compiling: list[Request] = []  # their grammars are not ready; they wait outside the queue
         self._ended_on_arrival: list[Request] = []
         self._finished_req_ids: list[str] = []  # the worker must forget these
         self._some_ended = False  # and may still stand in `running`
@@ -133,10 +144,10 @@ class Scheduler:
                 "every running request needs a token a step"
             )
 
-    def _check_one_request_fits(self, groups: Sequence[KVCacheGroup], num_blocks: int, block_size: int) -> None:
-        fitting = longest_request(
-            groups, num_blocks, self.max_num_batched_tokens, block_size, limit=self.max_model_len
-        )
+    def _check_one_request_fits(
+        self, groups: Sequence[KVCacheGroup], num_blocks: int, block_size: int, step_tokens: int
+    ) -> None:
+        fitting = longest_request(groups, num_blocks, step_tokens, block_size, limit=self.max_model_len)
         if fitting < self.max_model_len:
             raise ConfigError(
                 f"{num_blocks} KV blocks of {block_size} tokens have room for one request of {fitting} tokens and "
@@ -154,19 +165,26 @@ class Scheduler:
         """
         self._check_request(request)
         try:
-            accepted = Request.from_message(request, self._block_hasher)
+            accepted = Request.from_message(request, self._block_hasher, self.max_model_len)
         except OverflowError as error:
             raise RequestError(f"a token id is outside 0 … 2**32 - 1: {error}", param="prompt") from error
         accepted.order = self._policy(accepted, self._num_accepted)
         self._num_accepted += 1
         self.requests[accepted.request_id] = accepted
-        if accepted.finish_if_stopped(self.max_model_len):
+        if accepted.finish_if_stopped():
             self._ended_on_arrival.append(accepted)  # its prior output was all there is
+        elif request.grammar is not None:
+            accepted.grammar = self._grammars.start(request)
+            accepted.wait_for_tokens()  # its masks are made when it is planned
+            self._with_grammar[accepted.request_id] = accepted
+            self._compiling.append(accepted)
         else:
             self.waiting.add(accepted)
 
     def _check_request(self, request: EngineCoreRequest) -> None:
         num_prompt_tokens = len(request.prompt_token_ids)
+        if request.grammar is not None and self._grammars is None:
+            raise RequestError("this engine has no grammars", param="structured_outputs")
         if request.request_id in self.requests:
             raise RequestError(
                 f"request id {request.request_id!r} is in use; choose another", param="request_id"
@@ -181,21 +199,17 @@ class Scheduler:
             )
 
     def abort_requests(self, request_ids: Iterable[str]) -> OutputsByClient:
-        """End requests, waiting or running, even in mid-step: the step's result for them will be ignored.
+        """End requests, waiting or running, even in mid-step: what plans in flight bring for them will be ignored.
 
         Returns their terminal outputs by client index. Unknown and already ended ids are ignored.
         """
-        outputs: OutputsByClient = {}
+        outputs: OutputsByClient = defaultdict(list)
         for request_id in request_ids:
             request = self.requests.get(request_id)
             if request is None or request.finished:
                 continue
-            was_running = request.status is RequestStatus.RUNNING
+            self._release(request, request.status)
             request.finish(FinishReason.ABORT)
-            if was_running:
-                self.kv_cache.free(request)
-            else:
-                self.waiting.remove(request)
             self._emit(outputs, request)
         self._drop_finished_from_running()
         return outputs
@@ -222,7 +236,7 @@ class Scheduler:
         """The state now; counters since the last call."""
         stats = SchedulerStats(
             num_running_reqs=len(self.running),
-            num_waiting_reqs=len(self.waiting),
+            num_waiting_reqs=len(self.waiting) + len(self._compiling),
             kv_cache_usage=self.kv_cache.pool.usage,
             prefix_cache=self.kv_cache.take_prefix_stats(),
             num_preemptions=self._num_preemptions,
@@ -236,15 +250,20 @@ class Scheduler:
     def schedule(self, now: float = 0.0) -> SchedulerOutput:
         """Give each request tokens until it has caught up or the budget is spent.
 
-        There is no prefill phase and no decode phase: a request wants num_tokens - num_computed_tokens, whatever
-        the reason it lags. `now` (seconds, any monotonic clock) becomes the scheduled_time of requests that enter.
+        There is no prefill phase and no decode phase: a request wants what is known of its tokens and not yet
+        computed, whatever the reason it lags, and the place of the token that a plan in flight samples. Any number of
+        plans may be in flight, to be executed in their order.
+        `now` (seconds, any monotonic clock) becomes the scheduled_time of requests that enter.
         """
         step = Step(
+            self._num_steps,
             self.max_num_batched_tokens,
             self.kv_cache.block_size,
             now,
             long_budget=self._chunks.long_budget(),
         )
+        if self._compiling:
+            self._take_in_compiled()
         self._continue_running(step)
         if not step.preempted:  # a step that had to evict admits nobody
             self._admit_waiting(step)
@@ -252,27 +271,49 @@ class Scheduler:
             self._give_back_the_rest(step)
         return self._describe(step)
 
+    def _take_in_compiled(self) -> None:
+        """Those whose grammar is ready take their place in the queue; the others hold up nobody."""
+        still_compiling = []
+        for request in self._compiling:
+            if not request.grammar.is_ready:
+                still_compiling.append(request)
+            elif request.finish_if_grammar_ends():  # it did not compile, or the prior output was all of it
+                self._ended_on_arrival.append(request)
+            else:
+                self.waiting.add(request)
+        self._compiling = still_compiling
+
     def _continue_running(self, step: Step) -> None:
-        # The hot loop over running requests; one that decodes costs one call into the KV cache and one into the step.
-        index, running, extend = 0, self.running, self.kv_cache.extend
-        while index < len(running) and step.token_budget > 0:  # preemption shortens the list as we go
-            request = running[index]
-            num_wanted = num_new_tokens = len(request.all_token_ids) - request.num_computed_tokens
-            if num_wanted > 1:
-                num_new_tokens = self._chunks.of_running(index, num_wanted, step)
-            new_block_ids: BlockIds | None = []
-            if num_new_tokens > 0:
-                new_block_ids = extend(request, request.num_computed_tokens + num_new_tokens)
-                if new_block_ids is None:
-                    new_block_ids = self._preempt_until_it_fits(request, num_new_tokens, step)
-                if new_block_ids is None:
-                    return
-                step.schedule_running(request, num_new_tokens, new_block_ids)
-            elif num_wanted:
-                step.will_complete_next_block(request)
-            if num_new_tokens < num_wanted:
-                self._note_shortened(request, num_wanted, num_new_tokens, new_block_ids, step)
-            index += 1
+        # The hot loop over running requests. Most decode within a block, which is there since the token before.
+        block_size, schedule_decode = self.kv_cache.block_size, step.schedule_decode
+        for index, request in enumerate(self.running):  # preemption shortens the list from the end as we go
+            begin = request.num_computed_tokens
+            num_wanted = request.num_schedulable_tokens - begin
+            if step.token_budget == 0:
+                return
+            if num_wanted == 1 and begin % block_size:
+                schedule_decode(request, begin)
+            elif num_wanted and not self._continue(request, index, num_wanted, step):
+                return
+
+    def _continue(self, request: Request, index: int, num_wanted: int, step: Step) -> bool:
+        """Give running[index] of the tokens it wants; False when it had to be preempted itself."""
+        num_new_tokens = num_wanted
+        if num_wanted > 1:
+            num_new_tokens = self._chunks.of_running(index, num_wanted, step)
+        new_block_ids: BlockIds | None = []
+        if num_new_tokens > 0:
+            new_block_ids = self.kv_cache.extend(request, request.num_computed_tokens + num_new_tokens)
+            if new_block_ids is None:
+                new_block_ids = self._preempt_until_it_fits(request, num_new_tokens, step)
+            if new_block_ids is None:
+                return False
+            step.schedule_running(request, num_new_tokens, new_block_ids)
+        else:
+            step.will_complete_next_block(request)
+        if num_new_tokens < num_wanted:
+            self._note_shortened(request, num_wanted, num_new_tokens, new_block_ids, step)
+        return True
 
     def _note_shortened(
         self, request: Request, num_wanted: int, num_given: int, block_ids: BlockIds, step: Step
@@ -314,6 +355,8 @@ class Scheduler:
         assert self.running, f"{victim.request_id} was alone and did not fit the KV cache"
         logger.debug("preempted %s: %d tokens to recompute", victim.request_id, victim.num_computed_tokens)
         self.kv_cache.free(victim)
+        for planned in self._in_flight:
+            planned.mark_preempted(victim)
         victim.forget_computed()
         victim.status = RequestStatus.PREEMPTED
         victim.num_preemptions += 1
@@ -353,79 +396,106 @@ class Scheduler:
 
     def _describe(self, step: Step) -> SchedulerOutput:
         finished_req_ids, self._finished_req_ids = self._finished_req_ids, []
-        plan = step.describe(self._num_steps, finished_req_ids)
+        plan = step.describe(finished_req_ids)
+        self._in_flight.append(step)
         self._num_steps += 1
         self._num_scheduled_tokens += plan.total_num_scheduled_tokens
         return plan
 
+    def grammar_bitmask(self, plan: SchedulerOutput) -> GrammarOutput | None:
+        """What the requests of a plan that have a grammar may sample, to be made while it runs; None if none has."""
+        if not self._with_grammar:
+            return None
+        chosen = {
+            request_id: request.grammar
+            for request_id, request in self._with_grammar.items()
+            if request_id in plan.num_scheduled_tokens
+            and request.num_computed_tokens == request.num_tokens
+            and request.grammar.is_constraining
+        }
+        if not chosen:
+            return None
+        return GrammarOutput(list(chosen), self._grammars.bitmask(list(chosen.values())))
+
     # Its result in
 
     def update_from_output(self, plan: SchedulerOutput, result: ModelRunnerOutput) -> OutputsByClient:
-        """Account for a plan's result. Returns what the clients must hear, by client index."""
-        outputs: OutputsByClient = {}
-        for request_id, error in result.failed.items():
-            self._fail(request_id, error, outputs)
-        # The only loop over results on this path; add per-request work here.
-        for request_id, token_ids in zip(result.request_ids, result.sampled_token_ids):
-            request = self.requests.get(request_id)
-            if request is None or request.status is not RequestStatus.RUNNING:
-                continue  # failed, or aborted while the step ran
-            self._update_request(request, plan, token_ids, result, outputs)
+        """Account for the result of the oldest plan in flight. Returns what the clients must hear, by client index.
+
+        A request that has ended since, by an abort or by the plan before, has nothing from this one. The blocks it
+        held may be others' by now: what a plan in flight still writes to them comes before the first plan that gives
+        them to somebody else, for plans are executed in their order, and nobody reads a place that he did not write.
+        """
+        step = self._in_flight.popleft()
+        assert plan.step == step.number, f"the result of step {plan.step} came, that of {step.number} is due"
+        assert result.request_ids == list(plan.num_scheduled_tokens), "the result is not in the plan's order"
+        outputs: OutputsByClient = defaultdict(list)
+        if result.failed:
+            self._fail(step, result.failed, outputs)
+        block_size, lost = self.kv_cache.block_size, step.lost
+        is_plain = not (result.logprobs or result.prompt_logprobs)
+        # The only loop over results on this path; add per-request work here, or better in `_report`, which a request
+        # that goes on as before does without.
+        columns = (step.requests, step.begins, step.counts, result.sampled_token_ids)
+        for request, begin, count, token_ids in zip(*columns, strict=True):
+            status = request.status
+            if status is RequestStatus.FINISHED:
+                continue
+            if request not in lost:
+                request.num_confirmed_tokens = end = begin + count
+                if end % block_size < count:
+                    self.kv_cache.cache_confirmed_blocks(request)
+            num_kept = request.append_output_tokens(token_ids)
+            if request.status is not status:
+                self._release(request, status)
+            elif is_plain and request.answered:
+                if token_ids:
+                    outputs[request.client_index].append(EngineCoreOutput(request.request_id, token_ids))
+                continue
+            self._report(request, begin, token_ids[:num_kept], result, outputs)
         self._drop_finished_from_running()
         for request in self._ended_on_arrival:
             self._emit(outputs, request)
         self._ended_on_arrival.clear()
         return outputs
 
-    def _fail(self, request_id: str, error: str, outputs: OutputsByClient) -> None:
-        """End one request that the worker cannot go on with; the others do."""
-        request = self.requests.get(request_id)
-        if request is not None and request.status is RequestStatus.RUNNING:
-            request.finish(FinishReason.ERROR, error=error)
-            self.kv_cache.free(request)  # what this step wrote is in doubt: it is not offered to the cache
-            self._emit(outputs, request)
+    def _fail(self, step: Step, failed: dict[str, str], outputs: OutputsByClient) -> None:
+        """End requests that the worker cannot go on with; the others do."""
+        for request in step.requests:
+            if request.request_id in failed and not request.finished:
+                # What this step wrote is in doubt: it is not offered to the cache.
+                self._release(request, request.status)
+                request.finish(FinishReason.ERROR, error=failed[request.request_id])
+                self._emit(outputs, request)
 
-    def _update_request(
-        self,
-        request: Request,
-        plan: SchedulerOutput,
-        token_ids: list[int],
-        result: ModelRunnerOutput,
-        outputs: OutputsByClient,
-    ) -> None:
-        prompt_logprobs = None
-        if result.prompt_logprobs:
-            prompt_logprobs = self._unsent_rows(request, result.prompt_logprobs.get(request.request_id))
-        num_before = request.num_confirmed_tokens
-        num_confirmed = num_before + plan.num_scheduled_tokens[request.request_id]
-        request.num_confirmed_tokens = num_confirmed
-        new_token_ids = self._append_until_stopped(request, token_ids)
-        if num_confirmed // self.kv_cache.block_size > num_before // self.kv_cache.block_size:
-            self.kv_cache.cache_confirmed_blocks(request)
-        if request.status is RequestStatus.FINISHED:
+    def _release(self, request: Request, status: RequestStatus) -> None:
+        """Let go of what a request has that ends, or ended, in this status: its blocks or its place in the queue."""
+        if status is RequestStatus.RUNNING:
             self.kv_cache.free(request)
-        if new_token_ids or prompt_logprobs is not None:
-            logprobs = result.logprobs.get(request.request_id) if result.logprobs else None
-            if logprobs is not None and len(new_token_ids) < len(token_ids):
-                logprobs = _rows(logprobs, 0, len(new_token_ids))
-            self._emit(outputs, request, new_token_ids, logprobs, prompt_logprobs)
+        elif request in self._compiling:
+            self._compiling.remove(request)
+        else:
+            self.waiting.remove(request)
 
-    def _append_until_stopped(self, request: Request, token_ids: list[int]) -> list[int]:
-        """Append sampled tokens up to and with the one that ends the request. Returns those appended."""
-        for index, token_id in enumerate(token_ids):
-            request.append_output_token(token_id)
-            if request.finish_if_stopped(self.max_model_len):
-                return token_ids[: index + 1]
-        return token_ids
+    def _report(
+        self, request: Request, begin: int, token_ids: list[int], result: ModelRunnerOutput, outputs: OutputsByClient
+    ) -> None:
+        """Tell the client what a result brought, if anything. begin: how many tokens were computed before it."""
+        prompt_logprobs = self._unsent_rows(request, begin, result.prompt_logprobs.get(request.request_id))
+        if token_ids or prompt_logprobs is not None:
+            logprobs = result.logprobs.get(request.request_id)
+            if logprobs is not None and len(token_ids) < len(logprobs.ranks):
+                logprobs = _rows(logprobs, 0, len(token_ids))
+            self._emit(outputs, request, token_ids, logprobs, prompt_logprobs)
 
-    def _unsent_rows(self, request: Request, rows: LogprobsLists | None) -> LogprobsLists | None:
+    def _unsent_rows(self, request: Request, begin: int, rows: LogprobsLists | None) -> LogprobsLists | None:
         """The rows for positions not yet reported: a recompute brings some again, each goes out once.
 
-        Row i is of prompt position num_confirmed_tokens + 1 + i.
+        Row i is of prompt position begin + 1 + i.
         """
         if rows is None or not rows.token_ids:
             return None
-        num_known = request.num_prompt_logprobs_sent - request.num_confirmed_tokens
+        num_known = request.num_prompt_logprobs_sent - begin
         assert num_known >= 0, f"{request.request_id}: prompt logprobs skipped a position"
         if num_known >= len(rows.token_ids):
             return None
@@ -454,9 +524,11 @@ class Scheduler:
             request.answered = True
             output.num_cached_tokens = request.num_cached_tokens
             output.scheduled_time = request.scheduled_time
-        outputs.setdefault(request.client_index, []).append(output)
+        outputs[request.client_index].append(output)
         if request.status is RequestStatus.FINISHED:
             del self.requests[request.request_id]
+            if request.grammar is not None:
+                del self._with_grammar[request.request_id]
             self._some_ended = True
             if request.known_to_worker:
                 self._finished_req_ids.append(request.request_id)
@@ -475,7 +547,9 @@ class Scheduler:
             AssertionError: an invariant is broken; the message names the request or block.
         """
         self.kv_cache.check_integrity()
-        placed = [*self.waiting, *self.running, *self._ended_on_arrival]
+        placed = [*self.waiting, *self.running, *self._compiling, *self._ended_on_arrival]
+        constrained = {request_id for request_id, request in self.requests.items() if request.grammar is not None}
+        assert constrained == set(self._with_grammar), "grammars are kept of other requests than have one"
         ids = [request.request_id for request in placed]
         assert len(ids) == len(set(ids)), f"a request is in two queues: {sorted(ids)}"
         assert set(ids) == set(self.requests), f"lost requests: {set(self.requests) ^ set(ids)}"
@@ -487,8 +561,13 @@ class Scheduler:
                 f"{request.request_id} runs as {request.status.name}"
             )
             capacity = self.kv_cache.num_tokens_with_room(request)
-            assert request.num_confirmed_tokens <= request.num_computed_tokens <= request.num_tokens
             assert request.num_computed_tokens <= capacity, f"{request.request_id} computed beyond its blocks"
+            assert request.num_computed_tokens <= request.num_schedulable_tokens < request.max_num_tokens
+            num_underway = sum(planned.num_tokens_of(request) for planned in self._in_flight)
+            assert request.num_confirmed_tokens + num_underway == request.num_computed_tokens, request.request_id
+            num_placeholders = request.num_schedulable_tokens - request.num_tokens
+            num_in_flight = sum(request in planned.requests for planned in self._in_flight)
+            assert num_placeholders <= (num_in_flight if request.placeholders_end else 0), f"{request.request_id} runs too far"
         for request in self.waiting:
             assert request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED), request.status.name
             assert not self.kv_cache.block_ids(request), f"{request.request_id} waits and holds blocks"

@@ -20,8 +20,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import fields
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import fields, replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -36,6 +36,7 @@ from minivllm.entrypoints.openai.listen import (
 )
 from minivllm.logger import configure, init_logger
 from minivllm.utils.box_model import is_box_model
+from minivllm.utils.sockets import RunDirectory
 from minivllm.version import __version__
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ logger = init_logger("minivllm.entrypoints.openai.api_server")  # __name__ is __
 
 END_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 NUM_OPEN_FILES = 65535  # a connection is one
+METRICS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"  # prometheus_client's
 ALL_INTERFACES = ("", "0.0.0.0", "::")
 _APP_MODULES = (
     "launcher",
@@ -151,29 +153,58 @@ async def run_server(args: Namespace) -> None:
 
 
 async def run_server_worker(url: str, sock: socket.socket, args: Namespace) -> None:
-    """One API server process: its engine client, its app, its HTTP server."""
+    """The first API server process, which starts the engine core and with --api-server-count further servers."""
+    from minivllm.entrypoints.openai.api_servers import ApiServers
+
     frontend = frontend_config(args)
     stats = StatLoggers()
     async with build_async_engine_client(args, stats) as engine:
-        from minivllm.entrypoints.openai.launcher import serve_http
-
-        app = build_app(args)
-        init_app_state(engine, args, app, stats)
-        gc.collect()
-        gc.freeze()  # what lives as long as the server is not to be scanned again and again
-        statistics = asyncio.ensure_future(_log_statistics(stats))
+        servers = ApiServers(engine, sock, args, frontend.api_server_count)
         try:
-            await serve_http(
-                app,
+            await serve_app(
+                engine,
                 sock,
-                engine=engine,
-                lifecycle=app.state.lifecycle,
-                frontend=frontend,
-                on_listening=lambda: _announce(engine, app, url, frontend),
+                args,
+                stats,
+                on_listening=lambda app: _announce(engine, app, url, frontend),
+                on_signal=servers.on_signal,
             )
         finally:
-            statistics.cancel()
-            app.state.renderer.shutdown()  # the interpreter would wait for what is still queued there
+            await servers.stop(frontend.shutdown_timeout)
+
+
+async def serve_app(
+    engine: AsyncLLM,
+    sock: socket.socket,
+    args: Namespace,
+    stats: StatLoggers,
+    *,
+    on_listening: Callable[[FastAPI], None] = lambda app: None,
+    on_signal: Callable[[int], None] = lambda signum: None,
+    signals: Sequence[signal.Signals] = END_SIGNALS,
+) -> None:
+    """One API server process: its app on its engine client, served until one of `signals`, or the engine's death."""
+    from minivllm.entrypoints.openai.launcher import serve_http
+
+    app = build_app(args)
+    init_app_state(engine, args, app, stats)
+    gc.collect()
+    gc.freeze()  # what lives as long as the server is not to be scanned again and again
+    statistics = asyncio.ensure_future(_log_statistics(stats))
+    try:
+        await serve_http(
+            app,
+            sock,
+            engine=engine,
+            lifecycle=app.state.lifecycle,
+            frontend=frontend_config(args),
+            on_listening=lambda: on_listening(app),
+            on_signal=on_signal,
+            signals=signals,
+        )
+    finally:
+        statistics.cancel()
+        app.state.renderer.shutdown()  # the interpreter would wait for what is still queued there
 
 
 @contextlib.asynccontextmanager
@@ -187,18 +218,32 @@ async def build_async_engine_client(
     """
     from minivllm.engine.arg_utils import AsyncEngineArgs
 
-    config = AsyncEngineArgs.from_cli_args(args).create_engine_config("serve")
+    num_servers = getattr(args, "api_server_count", 1)
+    config = _share(AsyncEngineArgs.from_cli_args(args).create_engine_config("serve"), num_servers)
 
     from minivllm.engine.async_llm import AsyncLLM
 
     # The core needs seconds to import torch and read the weights; FastAPI and the routes are imported meanwhile.
     threading.Thread(target=_import_app, name="import-app", daemon=True).start()
     loggers = [] if stats is None or config.observability.disable_log_stats else [stats]
-    engine = await _start_unless_signalled(lambda: AsyncLLM.from_engine_config(config, stat_loggers=loggers))
+    engine = await _start_unless_signalled(
+        lambda: AsyncLLM.from_engine_config(config, stat_loggers=loggers, num_clients=num_servers)
+    )
     try:
         yield engine
     finally:
         engine.shutdown(timeout_s=0)
+
+
+def _share(config: EngineConfig, num_servers: int) -> EngineConfig:
+    """The configuration of one of several API servers: each counts only its own requests, so it has a share of the
+    limits on what may be queued."""
+    limits = {
+        name: max(1, limit // num_servers)
+        for name in ("max_num_queued_reqs", "max_num_queued_tokens")
+        if (limit := getattr(config.scheduler, name)) is not None
+    }
+    return replace(config, scheduler=replace(config.scheduler, **limits))
 
 
 async def _start_unless_signalled(start_engine: Callable[[], AsyncLLM]) -> AsyncLLM:
@@ -244,11 +289,16 @@ def build_app(args: Namespace) -> FastAPI:
     from fastapi import FastAPI
     from fastapi.middleware.cors import CORSMiddleware
 
+    from minivllm.entrypoints.openai.batch.router import router as batch_router
     from minivllm.entrypoints.openai.chat_completion.router import router as chat_router
     from minivllm.entrypoints.openai.completion.router import router as completion_router
+    from minivllm.entrypoints.openai.dev import router as dev
     from minivllm.entrypoints.openai.errors import Failures, install_error_handlers
     from minivllm.entrypoints.openai.health.router import router as health_router
+    from minivllm.entrypoints.openai.invocations.router import router as invocations_router
     from minivllm.entrypoints.openai.lifecycle import Lifecycle
+    from minivllm.entrypoints.openai.lora.router import router as lora_router
+    from minivllm.entrypoints.openai.messages.router import router as messages_router
     from minivllm.entrypoints.openai.metrics.router import router as metrics_router
     from minivllm.entrypoints.openai.middleware import (
         OPEN_PATHS,
@@ -259,7 +309,8 @@ def build_app(args: Namespace) -> FastAPI:
         load_middleware,
     )
     from minivllm.entrypoints.openai.models.router import router as models_router
-    from minivllm.entrypoints.openai.tokenize.router import router as tokenize_router
+    from minivllm.entrypoints.openai.responses.router import router as responses_router
+    from minivllm.entrypoints.openai.tokenize import router as tokenize
 
     frontend = frontend_config(args)
     docs = {"openapi_url": None, "docs_url": None, "redoc_url": None} if frontend.disable_fastapi_docs else {}
@@ -269,7 +320,14 @@ def build_app(args: Namespace) -> FastAPI:
     state.strict_fields = frontend.strict_fields
     state.tracks_load = frontend.enable_server_load_tracking
     state.log_error_stack = frontend.log_error_stack
-    routers = (health_router, metrics_router, models_router, tokenize_router, completion_router, chat_router)
+    state.frontend = frontend
+    routers = [health_router, metrics_router, models_router, tokenize.router, completion_router, chat_router]
+    routers += [batch_router, responses_router, messages_router, invocations_router, lora_router]
+    if frontend.enable_tokenizer_info_endpoint:
+        routers.append(tokenize.info_router)
+    if frontend.enable_dev_endpoints or envs.get("VLLM_SERVER_DEV_MODE") not in (None, "0"):
+        logger.warning("the development endpoints are open: /server_info, /abort_requests, /collective_rpc, …")
+        routers += [dev.router, dev.json_router]
     for router in routers:
         app.include_router(router)
     install_error_handlers(app)
@@ -300,10 +358,14 @@ def build_app(args: Namespace) -> FastAPI:
 
 def init_app_state(engine: AsyncLLM, args: Namespace, app: FastAPI, stats: StatLoggers | None = None) -> None:
     """Give the app its engine, and build what serves each route."""
+    from minivllm.entrypoints.openai.batch.serving import ServingBatch
     from minivllm.entrypoints.openai.chat_completion.serving import ServingChat
+    from minivllm.entrypoints.openai.chat_objects import ServingChatObjects
     from minivllm.entrypoints.openai.completion.serving import ServingCompletion
+    from minivllm.entrypoints.openai.messages.serving import ServingMessages
     from minivllm.entrypoints.openai.models.serving import ServedModels
     from minivllm.entrypoints.openai.render import Renderer, TemplateSettings
+    from minivllm.entrypoints.openai.responses.serving import ServingResponses
     from minivllm.entrypoints.openai.serving_base import ServingSettings
     from minivllm.entrypoints.openai.tokenize.serving import ServingTokenize
     from minivllm.metrics.logging import LoggingStatLogger
@@ -313,10 +375,11 @@ def init_app_state(engine: AsyncLLM, args: Namespace, app: FastAPI, stats: StatL
     names = engine.config.model.served_model_name or [args.model]
     state.engine = engine
     state.models = ServedModels(names, root=args.model, max_model_len=ready.max_model_len)
-    state.registry = make_registry()
+    several = frontend.api_server_count > 1
+    state.registry = make_registry(multiprocess=several)
     if stats is not None and not engine.config.observability.disable_log_stats:
         stats.loggers += [
-            PrometheusStatLogger(state.registry, names[0], ready),
+            PrometheusStatLogger(state.registry, names[0], ready, multiprocess=several),
             LoggingStatLogger(time.monotonic()),
         ]
     templates = TemplateSettings(
@@ -344,6 +407,11 @@ def init_app_state(engine: AsyncLLM, args: Namespace, app: FastAPI, stats: StatL
     state.serving_completion = ServingCompletion(*common)
     state.serving_chat = ServingChat(*common)
     state.serving_tokenize = ServingTokenize(state.models, renderer)
+    chat = ServingChatObjects(*common)
+    state.serving_batch = ServingBatch(chat)
+    state.serving_messages = ServingMessages(chat, state.lifecycle, settings.keep_alive_s)
+    # Several servers share no memory: what one had stored, the next request would not find.
+    state.serving_responses = ServingResponses(chat, state.lifecycle, settings.keep_alive_s, stores=not several)
 
 
 def answer_format(frontend: FrontendConfig, config: EngineConfig) -> AnswerFormat:
@@ -428,6 +496,27 @@ def _announce(engine: AsyncLLM, app: FastAPI, url: str, frontend: FrontendConfig
 
 def run(args: Namespace) -> None:
     """Serve until the end, on uvloop where there is one."""
+    with _metrics_directory(args.api_server_count):
+        _run(args)
+
+
+@contextlib.contextmanager
+def _metrics_directory(num_servers: int) -> Iterator[None]:
+    """Where several servers put their counts, so that each can show the sum. To be set before prometheus_client is
+    imported, which looks only then."""
+    if num_servers == 1 or os.environ.get(METRICS_VARIABLE):
+        yield
+        return
+    directory = RunDirectory()
+    os.environ[METRICS_VARIABLE] = str(directory.path)
+    try:
+        yield
+    finally:
+        del os.environ[METRICS_VARIABLE]
+        directory.remove()
+
+
+def _run(args: Namespace) -> None:
     try:
         import uvloop
     except ImportError:

@@ -98,6 +98,10 @@ def validate_args(args: argparse.Namespace) -> None:
         )
     if args.api_key and not all(args.api_key):
         raise ConfigError("--api-key holds an empty key; leave it out to serve without keys")
+    if args.api_server_count < 1:
+        raise ConfigError(f"--api-server-count {args.api_server_count} must be at least 1")
+    if args.api_server_count > 1 and args.enable_dev_endpoints:
+        raise ConfigError("--enable-dev-endpoints needs --api-server-count 1: they reach one server only")
     if args.uds == "":
         raise ConfigError("--uds is empty; give a path, or leave it out for TCP")
     if args.enable_log_outputs and not args.enable_log_requests:

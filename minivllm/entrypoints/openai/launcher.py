@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import signal
 import socket
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
@@ -103,8 +103,10 @@ async def serve_http(
     lifecycle: Lifecycle,
     frontend: FrontendConfig,
     on_listening: Callable[[], None] = lambda: None,
+    on_signal: Callable[[int], None] = lambda signum: None,
+    signals: Sequence[signal.Signals] = (signal.SIGINT, signal.SIGTERM),
 ) -> None:
-    """Serve until SIGINT or SIGTERM; the socket is closed at the end. `frontend` says how; where is the socket's.
+    """Serve until one of `signals`; the socket is closed at the end. `frontend` says how; where is the socket's.
 
     Raises:
         EngineDeadError: the engine died under it.
@@ -128,8 +130,13 @@ async def serve_http(
     server = _Server(config, on_listening)
     stopper = _Stopper(server, lifecycle, frontend.shutdown_timeout)
     loop = asyncio.get_running_loop()
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(signum, stopper.on_signal, signum)
+
+    def told(signum: int) -> None:
+        on_signal(signum)
+        stopper.on_signal(signum)
+
+    for signum in signals:
+        loop.add_signal_handler(signum, told, signum)
     beside = [asyncio.ensure_future(_stop_when_dead(engine, server, lifecycle))]
     if frontend.enable_ssl_refresh:
         config.load()

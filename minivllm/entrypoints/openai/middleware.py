@@ -53,7 +53,7 @@ class RequestId:
 
 
 class Authentication:
-    """Keys on every route but the open ones: `Authorization: Bearer KEY`, or `x-api-key: KEY` as Anthropic's clients do.
+    """Keys on every route but the open ones: `Authorization: Bearer KEY`, or as Anthropic's clients `x-api-key: KEY`.
 
     open_paths: routed paths that need none.
     """

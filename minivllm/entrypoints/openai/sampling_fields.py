@@ -7,6 +7,7 @@ are ignored, as vLLM does.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
@@ -15,7 +16,16 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 from minivllm.entrypoints.openai.protocol import StreamOptions
 from minivllm.exceptions import RequestError, UnsupportedError
-from minivllm.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
+from minivllm.logger import init_logger
+from minivllm.sampling_params import (
+    BeamSearchParams,
+    RequestOutputKind,
+    SamplingParams,
+    StructuredOutputsParams,
+    read_structured_outputs,
+)
+
+logger = init_logger(__name__)
 
 MAX_LOGIT_BIAS = 100.0
 MAX_ID_CHARS = 256
@@ -40,10 +50,6 @@ NOT_YET: dict[str, Callable[[Any], bool]] = {
     "ec_transfer_params": _null,
     "function_call": lambda v: v in (None, "none"),
     "functions": _empty,
-    "guided_choice": _null,
-    "guided_grammar": _null,
-    "guided_json": _null,
-    "guided_regex": _null,
     "kv_transfer_params": _null,
     "logits_processors": _empty,
     "media_io_kwargs": _empty,
@@ -52,14 +58,11 @@ NOT_YET: dict[str, Callable[[Any], bool]] = {
     "modalities": lambda v: v in (None, ["text"]),
     "prompt_embeds": _null,
     "reasoning_effort": _null,
-    "response_format": lambda v: v is None or (isinstance(v, dict) and v.get("type") == "text"),
     "return_mm_kwargs": _empty,
     "return_prompt_text": _empty,
     "return_token_offsets": _empty,
     "routed_experts_prompt_start": lambda v: v in (None, 0),
-    "structured_outputs": _null,
     "suffix": _empty,
-    "thinking_token_budget": lambda v: v in (None, -1),
     "tool_choice": lambda v: v in (None, "none"),
     "watermarking": _null,
     "web_search_options": _null,
@@ -104,6 +107,19 @@ NOT_WITH_BEAMS: dict[str, Callable[[Any], bool]] = {
     "repetition_detection": _null,
     "vllm_xargs": _empty,
     "prompt_logprobs": _null,
+    "structured_outputs": _null,
+    "thinking_token_budget": lambda v: v in (None, -1),
+    "response_format": lambda v: v is None or v.get("type") == "text",
+}
+
+# What were fields of their own once -> their names in structured_outputs.
+GUIDED = {
+    "guided_json": "json",
+    "guided_regex": "regex",
+    "guided_choice": "choice",
+    "guided_grammar": "grammar",
+    "guided_json_object": "json_object",
+    "guided_whitespace_pattern": "whitespace_pattern",
 }
 
 
@@ -145,6 +161,9 @@ class SamplingFields(BaseModel):
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
     prompt_logprobs: int | None = None
+    structured_outputs: dict[str, Any] | None = None
+    response_format: dict[str, Any] | None = None
+    thinking_token_budget: int | None = None
 
     use_beam_search: bool = False
     length_penalty: float = 1.0
@@ -166,6 +185,18 @@ class SamplingFields(BaseModel):
                 if not HARMLESS[name](body[name]):
                     raise UnsupportedError(f"{name}={str(body[name])[:40]} is not supported; leave it out", param=name)
         return body
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_guided_fields(cls, body: Any) -> Any:
+        """The deprecated guided_* fields mean what they meant, under their new name."""
+        if not isinstance(body, Mapping) or not (given := [name for name in GUIDED if body.get(name) is not None]):
+            return body
+        for name in given:
+            note_deprecated(name, f"structured_outputs.{GUIDED[name]}")
+        renamed = {GUIDED[name]: body[name] for name in given}
+        rest = {name: value for name, value in body.items() if name not in GUIDED}
+        return {**rest, "structured_outputs": {**renamed, **(rest.get("structured_outputs") or {})}}
 
     @model_validator(mode="after")
     def _check_what_belongs_together(self) -> SamplingFields:
@@ -244,8 +275,21 @@ class SamplingFields(BaseModel):
             logprob_token_ids=self.logprob_token_ids,
             repetition_detection=self.repetition_detection,
             extra_args=self.vllm_xargs or None,
+            structured_outputs=self.to_structured_outputs(),
+            thinking_token_budget=self.thinking_token_budget,
             **{name: value for name, value in chosen.items() if value is not None},
         )
+
+    def to_structured_outputs(self) -> StructuredOutputsParams | None:
+        """The form that `response_format` or `structured_outputs` ask for; the second may add options to the first.
+
+        Raises:
+            RequestError: there is none such, or two.
+        """
+        wanted = _response_format(self.response_format) if self.response_format is not None else {}
+        if not wanted:
+            return None if self.structured_outputs is None else read_structured_outputs(self.structured_outputs)
+        return read_structured_outputs({**(self.structured_outputs or {}), **wanted}, "response_format")
 
     def to_beam_search_params(self, *, max_tokens: int, num_logprobs: int | None) -> BeamSearchParams:
         """n is the width. Without a temperature there is none, so that a search is the same each time.
@@ -268,6 +312,39 @@ class SamplingFields(BaseModel):
                 param="logprobs",
             )
         return params
+
+
+def _response_format(format: dict[str, Any]) -> dict[str, Any]:
+    """OpenAI's field as ours; {} for plain text.
+
+    Raises:
+        RequestError: it has another type, or lacks its schema.
+    """
+    kind = format.get("type")
+    if kind == "text":
+        return {}
+    if kind == "json_object":
+        return {"json_object": True}
+    if kind == "structural_tag":
+        return {"structural_tag": format}
+    if kind != "json_schema":
+        raise RequestError(
+            f"response_format.type must be text, json_object, json_schema or structural_tag, got {kind!r:.80}",
+            param="response_format",
+        )
+    named = format.get("json_schema")
+    schema = named.get("schema") if isinstance(named, dict) else None
+    if not isinstance(schema, dict):
+        raise RequestError(
+            "response_format.json_schema must hold a schema, a JSON object", param="response_format"
+        )
+    return {"json": schema}
+
+
+@functools.cache
+def note_deprecated(name: str, instead: str) -> None:
+    """Say so in the log, once a field."""
+    logger.warning("the request field %s is deprecated; send %s", name, instead)
 
 
 def _logit_bias(bias: dict[str, float] | None) -> dict[int, float] | None:

@@ -86,6 +86,36 @@ class EventWriter:
         await self._send({"type": "http.response.body", "body": body, "more_body": False})
 
 
+class NamedEventWriter(EventWriter):
+    """Events with names, as Anthropic's messages and OpenAI's responses have: the name is the struct's `type`.
+
+    The stream's own last event says that it ends well; `failure` makes the one that says it does not.
+    """
+
+    def __init__(
+        self, send: Callable[[dict[str, Any]], Awaitable[None]], failure: Callable[[BaseException], msgspec.Struct]
+    ) -> None:
+        super().__init__(send, 0)
+        self._failure = failure
+
+    async def chunk(self, event: Any) -> None:
+        assert not self.ended, "an event after the end of its stream"
+        self.num_written += 1
+        await self._send({"type": "http.response.body", "body": _named(event), "more_body": True})
+
+    async def finish(self) -> None:
+        await self._end(b"")
+
+    async def fail(self, error: BaseException) -> None:
+        if not self.ended:
+            await self._end(_named(self._failure(error)))
+
+
+def _named(event: Any) -> bytes:
+    name = event.__struct_config__.tag or event.type
+    return b"event: %b\ndata: %b\n\n" % (name.encode(), _encode(event))
+
+
 class EventStream(Response):
     """An ASGI response that streams chunks and closes their generator however it ends.
 
@@ -123,8 +153,11 @@ class EventStream(Response):
             self._first.result()  # raises what it raised
         return self
 
+    def _make_writer(self, send: Callable[[dict[str, Any]], Awaitable[None]]) -> EventWriter:
+        return EventWriter(send, self._num_choices)
+
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        writer = EventWriter(send, self._num_choices)
+        writer = self._make_writer(send)
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             await attend(self._write(writer), receive, self._lifecycle)
@@ -177,3 +210,24 @@ class EventStream(Response):
                 await writer.finish()
         finally:
             await self._close()
+
+
+class NamedEventStream(EventStream):
+    """A stream of events with names. failure: makes the last event of one that fails."""
+
+    def __init__(
+        self,
+        events: AsyncGenerator[Any, None],
+        *,
+        request_id: str,
+        lifecycle: Lifecycle,
+        keep_alive_s: float,
+        failure: Callable[[BaseException], msgspec.Struct],
+    ) -> None:
+        super().__init__(
+            events, num_choices=0, request_id=request_id, lifecycle=lifecycle, keep_alive_s=keep_alive_s
+        )
+        self._failure = failure
+
+    def _make_writer(self, send: Callable[[dict[str, Any]], Awaitable[None]]) -> EventWriter:
+        return NamedEventWriter(send, self._failure)

@@ -33,6 +33,7 @@ class ByteTokenizer:
 
     vocab_size = VOCAB_SIZE
     eos_token_id = EOS
+    special_ids = frozenset({EOS})
     chat_template: str | None = "bytes"
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:

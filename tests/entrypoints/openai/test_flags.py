@@ -149,7 +149,9 @@ def test_metrics_can_be_protected_and_anthropics_header_is_a_key(engine: FakeEng
     assert api.get("/metrics", headers={"x-api-key": "j"}).status_code == 401
 
 
-@pytest.mark.parametrize("path", ["/health/", "/metrics/../v1/models", "/%2fhealth", "/HEALTH", "/health%00", "/x/health"])
+@pytest.mark.parametrize(
+    "path", ["/health/", "/metrics/../v1/models", "/%2fhealth", "/HEALTH", "/health%00", "/x/health"]
+)
 def test_what_only_looks_like_an_open_path_needs_the_key(engine: FakeEngine, path: str):
     assert Api(engine, api_key=["k"]).get(path).status_code == 401
 

@@ -92,8 +92,7 @@ class ServingChat(ServingBase):
         answering = self._begin(request, raw_request)
         asked = request.num_tokens_asked
         plan = self._settings.answer_format.plan(request.tool_use, include_reasoning=request.include_reasoning)
-        hides_tools = self._settings.exclude_tools_when_none and not request.tool_use.may_call
-        prompt = await self._renderer.chat(request.conversation(with_tools=not hides_tools))
+        prompt = await self._prompt(request)
         token_ids = self._truncate(prompt.token_ids, request, asked)
         param = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
         max_tokens = self._max_tokens(asked, None, len(token_ids), param=param)
@@ -115,6 +114,10 @@ class ServingChat(ServingBase):
         self._engine.check_admission(params.n)
         outputs = self._generate(token_ids, params, request, answering.id, request.num_logprobs)
         return await self._answer(job, outputs, params.n)
+
+    async def _prompt(self, request: ChatCompletionRequest) -> ChatPrompt:
+        hides_tools = self._settings.exclude_tools_when_none and not request.tool_use.may_call
+        return await self._renderer.chat(request.conversation(with_tools=not hides_tools))
 
     def _role_and_echo(self, request: ChatCompletionRequest) -> tuple[str, str]:
         """Who answers, and what of the last message comes back with `echo`."""

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
+from minivllm.config.model import ModelConfig
 from minivllm.entrypoints.openai.models.serving import ServedModels
 from minivllm.entrypoints.openai.render import Renderer
 from minivllm.entrypoints.openai.tokenize.protocol import (
@@ -41,3 +46,14 @@ class ServingTokenize:
                     param="tokens",
                 )
         return DetokenizeResponse(await self._renderer.decode(request.tokens))
+
+    def info(self, model: ModelConfig) -> dict[str, Any]:
+        """What tokenizer_config.json says, with the chat template in use and the size of the vocabulary.
+
+        Raises:
+            RequestError: the server runs without a tokenizer.
+        """
+        tokenizer = self._renderer.tokenizer
+        path = Path(model.tokenizer or model.model) / "tokenizer_config.json"
+        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return {**config, "chat_template": tokenizer.chat_template, "vocab_size": tokenizer.vocab_size}

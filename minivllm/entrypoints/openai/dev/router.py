@@ -1,0 +1,107 @@
+"""Routes for development and for those who operate engines by hand; there only with --enable-dev-endpoints.
+
+What this engine cannot do is an error that says so: there is no route that does nothing.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from fastapi import APIRouter, Depends, Request
+from pydantic import BaseModel
+from starlette.responses import JSONResponse, Response
+
+from minivllm.entrypoints.openai.dev.serving import collective_rpc, server_info
+from minivllm.entrypoints.openai.utils import JsonRoute, require_json
+from minivllm.exceptions import NotImplementedHereError
+
+router = APIRouter()
+json_router = APIRouter(route_class=JsonRoute, dependencies=[Depends(require_json)])
+
+
+class RpcRequest(BaseModel):
+    method: str
+    args: list[Any] = []
+    kwargs: dict[str, Any] = {}
+    timeout: float | None = None
+
+
+class AbortRequest(BaseModel):
+    request_ids: list[str] = []
+
+
+@router.post("/reset_prefix_cache")
+async def reset_prefix_cache(
+    raw_request: Request, reset_running_requests: bool = False, reset_external: bool = False
+) -> Response:
+    """{"success": false} while a request still holds cached blocks. There is no external cache to reset."""
+    if reset_running_requests:
+        raise NotImplementedHereError("reset_running_requests is not supported; POST /pause first, then reset")
+    return JSONResponse({"success": await raw_request.app.state.engine.reset_prefix_cache()})
+
+
+@router.post("/pause")
+async def pause(
+    raw_request: Request, mode: Literal["abort", "wait", "keep"] = "abort", clear_cache: bool = True
+) -> Response:
+    """Take no work: open requests are aborted, or waited for; new ones wait for /resume."""
+    if mode == "keep":
+        raise NotImplementedHereError("mode=keep is not supported: requests cannot be frozen; use abort or wait")
+    engine = raw_request.app.state.engine
+    await engine.pause(abort=mode == "abort")
+    if clear_cache:
+        await engine.reset_prefix_cache()
+    return JSONResponse({"status": "paused"})
+
+
+@router.post("/resume")
+async def resume(raw_request: Request) -> Response:
+    raw_request.app.state.engine.resume()
+    return JSONResponse({"status": "resumed"})
+
+
+@router.get("/is_paused")
+async def is_paused(raw_request: Request) -> Response:
+    return JSONResponse({"is_paused": raw_request.app.state.engine.is_paused})
+
+
+@router.post("/sleep")
+async def sleep() -> Response:
+    raise NotImplementedHereError("this engine cannot give its memory back and live on; POST /pause stops its work")
+
+
+@router.post("/wake_up")
+async def wake_up() -> Response:
+    raise NotImplementedHereError("this engine never sleeps; POST /resume goes on after /pause")
+
+
+@router.get("/is_sleeping")
+async def is_sleeping() -> Response:
+    return JSONResponse({"is_sleeping": False})
+
+
+@json_router.post("/collective_rpc")
+async def call_workers(request: RpcRequest, raw_request: Request) -> Response:
+    """Call a method of every worker."""
+    return JSONResponse({"results": await collective_rpc(raw_request.app.state.engine, request)})
+
+
+@router.get("/server_info")
+async def info(raw_request: Request, config_format: Literal["text", "json"] = "text") -> Response:
+    """The configuration in use, without keys."""
+    return JSONResponse(server_info(raw_request.app.state, as_text=config_format == "text"))
+
+
+@json_router.post("/abort_requests")
+async def abort_requests(request: AbortRequest, raw_request: Request) -> Response:
+    """End requests by the ids their answers carry; without ids, all."""
+    num_aborted = await raw_request.app.state.engine.abort_matching(request.request_ids)
+    return JSONResponse({"status": "aborted", "aborted": num_aborted})
+
+
+@router.post("/start_profile")
+@router.post("/stop_profile")
+async def profile() -> Response:
+    raise NotImplementedHereError(
+        "the server has no profiler of its own; record the engine core's process from outside, as with py-spy or perf"
+    )

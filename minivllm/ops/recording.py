@@ -1,0 +1,105 @@
+"""The native calls of a stretch of code, written down with their arguments so that they can be made again.
+
+Arguments are addresses: a recording keeps alive every tensor that was made while it was taken, and whoever replays it
+sees to it that all other memory lies where it lay. Sees to nothing else; when a replay is right is for
+`worker/graphs.py` to know.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from minivllm.utils.native import lib
+
+_aten = torch.ops.aten
+_RESERVES = {_aten.empty, _aten.empty_strided, _aten.empty_like, _aten.new_empty}
+
+
+class Recording:
+    """Calls in order. `unusable` says why they are not all that happened."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Callable[..., Any], tuple]] = []
+        self.unusable: str | None = None
+        self._kept: dict[int, torch.UntypedStorage] = {}  # by address
+
+    @property
+    def nbytes(self) -> int:
+        """Of the memory kept alive."""
+        return sum(storage.nbytes() for storage in self._kept.values())
+
+    def replay(self) -> None:
+        """Make the calls again."""
+        for call, args in self.calls:
+            call(*args)
+
+    def keep(self, tensors: list[torch.Tensor]) -> None:
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            self._kept[storage.data_ptr()] = storage
+
+
+class _Watch(TorchDispatchMode):
+    """Keeps what torch makes, and notices when it computes: a replay would leave that out."""
+
+    def __init__(self, recording: Recording) -> None:
+        super().__init__()
+        self._recording = recording
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        made = _tensors(result)
+        self._recording.keep(made)
+        if func.overloadpacket not in _RESERVES and not _is_view(func, made, _tensors(args)):
+            self._recording.unusable = f"torch computes {func}"
+        return result
+
+
+def _is_view(func: Any, made: list[torch.Tensor], given: list[torch.Tensor]) -> bool:
+    """Whether an operation only looked at memory another way."""
+    known = {tensor.untyped_storage().data_ptr() for tensor in given}
+    return bool(made) and not func._schema.is_mutable and all(t.untyped_storage().data_ptr() in known for t in made)
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    items = value if isinstance(value, (tuple, list)) else (value,)
+    return [item for item in items if isinstance(item, torch.Tensor)]
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[Recording]:
+    """Write down every native call made inside. One thread at a time, and no other may call the extension."""
+    taken = Recording()
+    places = [] if lib is None else list(native_functions())
+    try:
+        for owner, name, function in places:
+            setattr(owner, name, _recorded(function, taken))
+        with _Watch(taken):
+            yield taken
+    finally:
+        for owner, name, function in places:
+            setattr(owner, name, function)
+
+
+def native_functions() -> Iterator[tuple[Any, str, Callable[..., Any]]]:
+    """The extension's functions and its classes' methods: where they are found, and by which name."""
+    for owner in (lib, *(value for value in vars(lib).values() if isinstance(value, type))):
+        for name, value in vars(owner).items():
+            if callable(value) and not isinstance(value, type) and not name.startswith("__"):
+                yield owner, name, value
+
+
+def _recorded(function: Callable[..., Any], taken: Recording) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        taken.calls.append((function, args))
+        result = function(*args)
+        if result is not None:
+            taken.unusable = f"{function.__name__} returns something"
+        return result
+
+    return call

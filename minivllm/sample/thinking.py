@@ -1,0 +1,45 @@
+"""`thinking_token_budget`: once a model has thought for so many tokens, the end of thinking is all it may write."""
+
+from __future__ import annotations
+
+import torch
+
+from minivllm.sample.step import LogitsStep, SampleBatch
+from minivllm.sampling_params import SamplingParams
+from minivllm.utils.thinking import ThinkingTracker
+
+
+class _Thinker:
+    """One request, followed as it grows."""
+
+    def __init__(self, budget: int, end: list[int], tracker: ThinkingTracker) -> None:
+        self.budget, self.end, self.tracker = budget, end, tracker
+        self.num_followed = 0  # output tokens
+
+    def forced_token(self) -> int | None:
+        """The only token that may come next, if the budget is spent: the end's first, then the rest of it."""
+        num_over = self.tracker.num_tokens - self.budget
+        if not self.tracker.is_open or num_over < 0:
+            return None
+        return self.end[num_over % len(self.end)]
+
+
+class ThinkingBudget(LogitsStep[_Thinker]):
+    """Output tokens count, from the start of thinking on; if it starts again, again from 0."""
+
+    def user(self, params: SamplingParams, eos_token_ids: list[int]) -> _Thinker | None:
+        marks = params.thinking
+        if params.thinking_token_budget is None or marks is None:
+            return None
+        tracker = ThinkingTracker(marks.start, marks.end, marks.is_open)
+        return _Thinker(params.thinking_token_budget, marks.end, tracker)
+
+    def apply_one(self, logits: torch.Tensor, user: _Thinker, i: int, batch: SampleBatch) -> None:
+        begin = batch.num_prompt_tokens[i] + user.num_followed
+        for token in batch.token_ids[batch.rows[i], begin : batch.num_tokens[i]].tolist():
+            user.tracker.follow(token)
+            user.num_followed += 1
+        forced = user.forced_token()
+        if forced is not None:
+            logits.fill_(float("-inf"))
+            logits[forced] = 0.0

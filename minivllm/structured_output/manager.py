@@ -1,0 +1,263 @@
+"""The engine core's grammars: compiled on threads, followed token by token, asked for the next tokens' masks.
+
+Owns the vocabulary as llguidance sees it, compiled grammars (kept for the next request that asks for the same) and
+where each request stands in its own, which follows from its output tokens alone. What comes here has been compiled
+before, in a process that could be killed (see checker.py); what fails here all the same ends its own request.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+import llguidance
+import numpy as np
+
+from minivllm.logger import init_logger
+from minivllm.messages.engine import EngineCoreRequest
+from minivllm.sampling_params import ThinkingTokens
+from minivllm.structured_output.limits import parser_limits
+from minivllm.utils.thinking import ThinkingTracker
+
+logger = init_logger(__name__)
+
+_NUM_COMPILERS = 2  # threads; llguidance compiles without Python's lock
+_MAX_CACHED = 256  # compiled grammars
+_MAX_CACHED_CHARS = 8 << 20  # of their texts
+_MAX_USES = 256  # of one compiled grammar: copies share a lexer, whose states are limited and never forgotten
+_LEXER_IS_FULL = "too many states"  # as llguidance says it
+_QUICK_S = 0.05  # what compiles faster may be compiled again between two steps
+
+
+class _Compiled(NamedTuple):
+    """A matcher at its grammar's beginning, and how to make one that shares nothing, if that is quick."""
+
+    matcher: llguidance.LLMatcher
+    rebuild: Callable[[], llguidance.LLMatcher] | None
+
+    def copy(self) -> _Compiled:
+        return _Compiled(self.matcher.deep_copy(), self.rebuild)
+
+
+class MatcherState:
+    """Where one request stands in its grammar. To be used from one thread, once `is_ready`.
+
+    A model that thinks does so freely: the grammar begins behind the first thinking, or at once if the answer does not
+    begin with it. Until it has begun, a token that opens thinking is allowed beside the grammar's first ones.
+    """
+
+    def __init__(
+        self,
+        compiled: Future[_Compiled],
+        prior_output_token_ids: list[int],
+        thinking: ThinkingTokens | None = None,
+    ) -> None:
+        self._future = compiled
+        self._matcher: llguidance.LLMatcher | None = None
+        self._rebuild: Callable[[], llguidance.LLMatcher] | None = None
+        self._unfollowed = list(prior_output_token_ids)
+        self._followed: list[int] = []  # by the matcher
+        self._thinking = _thinking_before(thinking)  # None once the grammar has begun
+        self._opening = thinking.start[0] if self._thinking is not None and thinking.start else None
+        self._error: str | None = None
+
+    @property
+    def is_ready(self) -> bool:
+        """It is compiled, or never will be. Only then may the rest be asked."""
+        return self._future.done()
+
+    @property
+    def error(self) -> str | None:
+        """Why the request cannot go on."""
+        self._compiled()
+        return self._error
+
+    @property
+    def is_constraining(self) -> bool:
+        """The next token must be one of its mask."""
+        return self._compiled() is not None and not (self._thinking is not None and self._thinking.is_open)
+
+    @property
+    def is_complete(self) -> bool:
+        """Nothing may follow."""
+        matcher = self._compiled()
+        return matcher is not None and self._thinking is None and matcher.is_stopped()
+
+    def accept(self, token_id: int) -> None:
+        """Go on by one output token. If it does not fit, which a mask prevents, there is an `error`."""
+        if self._compiled() is not None:
+            self._follow(token_id)
+
+    def fill_mask(self, row: np.ndarray) -> None:
+        """row: contiguous uint32, bit t % 32 of word t // 32 says whether token t may come next."""
+        matcher = self._compiled()
+        matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
+        if matcher.is_error() and self._renew():
+            matcher = self._matcher
+            matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
+        if matcher.is_error():
+            self._fail(f"the grammar cannot go on: {matcher.get_error()}")
+        if self._thinking is not None:
+            row[self._opening // 32] |= np.uint32(1 << self._opening % 32)
+
+    def _compiled(self) -> llguidance.LLMatcher | None:
+        """The matcher, which has followed all there is; None when that went wrong."""
+        if self._matcher is None and self._error is None:
+            try:
+                self._matcher, self._rebuild = self._future.result(timeout=0)
+            except Exception as error:
+                self._fail(f"the grammar could not be compiled: {error}")
+                return None
+            for token_id in self._unfollowed:
+                self._follow(token_id)
+                if self._error is not None:
+                    break
+        return self._matcher
+
+    def _follow(self, token_id: int) -> None:
+        thinking = self._thinking
+        if thinking is not None:
+            was_open = thinking.is_open
+            thinking.follow(token_id)
+            if not thinking.is_open:
+                self._thinking = None  # what follows is the grammar's; so is this token, if nothing was open
+            if was_open or thinking.is_open:
+                return
+        self._followed.append(token_id)
+        if self._matcher.consume_token(token_id):
+            return
+        if not self._renew():
+            self._fail(f"token {token_id} does not fit the grammar: {self._matcher.get_error()}")
+
+    def _renew(self) -> bool:
+        """If the lexer that it shares with others is full, go on with one of its own; whether that was so."""
+        if self._rebuild is None or _LEXER_IS_FULL not in self._matcher.get_error():
+            return False
+        matcher, self._rebuild = self._rebuild(), None
+        self._matcher = matcher
+        return matcher.consume_tokens(self._followed)
+
+    def _fail(self, error: str) -> None:
+        self._error = error
+        self._matcher = None
+
+
+def _thinking_before(marks: ThinkingTokens | None) -> ThinkingTracker | None:
+    """What precedes the grammar: thinking that is open, or that one token opens."""
+    if marks is None or not (marks.is_open or len(marks.start) == 1):
+        return None
+    return ThinkingTracker(marks.start, marks.end, marks.is_open)
+
+
+class GrammarManager:
+    """Compiled grammars of one engine core."""
+
+    def __init__(self, load_tokenizer: Callable[[], llguidance.LLTokenizer]) -> None:
+        """load_tokenizer: called once, on a thread, when the first grammar comes."""
+        self._load_tokenizer = load_tokenizer
+        self._tokenizer: llguidance.LLTokenizer | None = None
+        self._tokenizer_lock = threading.Lock()
+        self._cache = _CompiledCache()
+        self._pool: ThreadPoolExecutor | None = None
+
+    def start(self, request: EngineCoreRequest) -> MatcherState:
+        """Begin to compile a request's grammar, or take it from the cache."""
+        assert request.grammar is not None
+        thinking = request.sampling_params.thinking
+        return MatcherState(self._matcher(request.grammar), request.prior_output_token_ids, thinking)
+
+    def bitmask(self, states: list[MatcherState]) -> bytes:
+        """A row of 32-bit words for each; what a row holds whose state fails is meaningless."""
+        masks = np.empty((len(states), -(-self._tokenizer.vocab_size // 32)), np.uint32)
+        # Copies of one grammar share a lexer and its lock: threads would wait for each other.
+        for row, state in zip(masks, states):
+            state.fill_mask(row)
+        return masks.tobytes()
+
+    def shutdown(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _matcher(self, grammar: str) -> Future[_Compiled]:
+        """A matcher at the beginning of its grammar, for one request alone."""
+        compiled = self._cache.take(grammar)
+        if compiled is not None:
+            done: Future[_Compiled] = Future()
+            done.set_result(compiled.copy())
+            return done
+        return self._compilers().submit(self._compile, grammar)
+
+    def _compilers(self) -> ThreadPoolExecutor:
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(_NUM_COMPILERS, thread_name_prefix="compile-grammar")
+        return self._pool
+
+    def _compile(self, grammar: str) -> _Compiled:
+        compiled = self._cache.take(grammar)  # n answers to one prompt arrive together
+        if compiled is None:
+            with self._tokenizer_lock:
+                if self._tokenizer is None:
+                    self._tokenizer = self._load_tokenizer()
+            began = time.perf_counter()
+            matcher = self._build(grammar)
+            is_quick = time.perf_counter() - began < _QUICK_S
+            compiled = _Compiled(matcher, (lambda: self._build_apart(grammar)) if is_quick else None)
+            self._cache.put(grammar, compiled)
+        return compiled.copy()
+
+    def _build_apart(self, grammar: str) -> llguidance.LLMatcher:
+        """For one request, since the lexer of the others is full. Nobody else shall begin with that."""
+        self._cache.drop(grammar)
+        return self._build(grammar)
+
+    def _build(self, grammar: str) -> llguidance.LLMatcher:
+        matcher = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0, limits=parser_limits())
+        if not matcher.is_error():
+            matcher.compute_bitmask()  # the first is the slowest; every copy has it done
+        if matcher.is_error():
+            raise ValueError(matcher.get_error())
+        return matcher
+
+
+class _CompiledCache:
+    """Compiled grammars by their text, the least recently used dropped first. Any thread may use it."""
+
+    def __init__(self) -> None:
+        self._entries: OrderedDict[str, tuple[_Compiled, int]] = OrderedDict()  # and the uses left
+        self._num_chars = 0
+        self._lock = threading.Lock()
+
+    def take(self, grammar: str) -> _Compiled | None:
+        """One to be copied, never changed."""
+        with self._lock:
+            entry = self._entries.get(grammar)
+            if entry is None:
+                return None
+            compiled, num_left = entry
+            if num_left <= 1:
+                self._drop(grammar)
+            else:
+                self._entries[grammar] = compiled, num_left - 1
+                self._entries.move_to_end(grammar)
+            return compiled
+
+    def put(self, grammar: str, compiled: _Compiled) -> None:
+        with self._lock:
+            if grammar not in self._entries:
+                self._num_chars += len(grammar)
+            self._entries[grammar] = compiled, _MAX_USES
+            while len(self._entries) > _MAX_CACHED or self._num_chars > _MAX_CACHED_CHARS:
+                self._drop(next(iter(self._entries)))
+
+    def drop(self, grammar: str) -> None:
+        with self._lock:
+            if grammar in self._entries:
+                self._drop(grammar)
+
+    def _drop(self, grammar: str) -> None:
+        del self._entries[grammar]
+        self._num_chars -= len(grammar)

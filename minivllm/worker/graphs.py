@@ -1,0 +1,115 @@
+"""Decode steps of a shape met before, replayed from the native calls they are made of: CUDA graphs for a CPU.
+
+Owns when a step is recorded, checked and replayed, and how much memory recordings keep. A replay is right when every
+tensor the step reads lies where it lay when it was recorded, in the same shape: that is the key. What it computes is
+the eager step's bits, for it makes the same calls; a recording is trusted once it gave them on another step's inputs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import numpy as np
+import torch
+
+from minivllm.logger import init_logger
+from minivllm.ops.recording import Recording, recording
+
+logger = init_logger(__name__)
+
+_TIMES_MET = 3  # before a step is worth recording: batches of a size that passes by are not
+_MOST_BYTES = 96 << 20  # kept by all recordings
+_MOST_KEYS = 4096  # remembered as met
+
+
+@dataclasses.dataclass
+class _Graph:
+    recording: Recording
+    output: torch.Tensor  # where every replay leaves it
+    is_trusted: bool = False
+
+
+class StepGraphs:
+    """Recordings by key, the least recently used given up first."""
+
+    def __init__(self, most_bytes: int = _MOST_BYTES) -> None:
+        self._most_bytes = most_bytes
+        self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
+        self._num_bytes = 0
+        self._met: Counter[Hashable] = Counter()
+        self._refused = False
+
+    def run(self, key: Hashable | None, step: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """What `step()` gives. The tensor may be one that the next call writes to.
+
+        key: of everything `step` reads but weights and the cache, see `key_of`; None for a step not to be recorded.
+        """
+        if key is None or self._refused:
+            return step()
+        graph = self._graphs.get(key)
+        if graph is None:
+            return self._meet(key, step)
+        self._graphs.move_to_end(key)
+        graph.recording.replay()
+        if not graph.is_trusted:
+            return self._check(graph, step)
+        return graph.output
+
+    def _meet(self, key: Hashable, step: Callable[[], torch.Tensor]) -> torch.Tensor:
+        if len(self._met) >= _MOST_KEYS:
+            self._met.clear()
+        self._met[key] += 1
+        if self._met[key] <= _TIMES_MET:
+            return step()
+        with recording() as taken:
+            output = step()
+        if taken.unusable is not None:
+            self._refuse(taken.unusable)
+        elif taken.nbytes > self._most_bytes // 2:
+            self._met[key] = -(1 << 30)  # too large ever to be kept
+        else:
+            self._graphs[key] = _Graph(taken, output)
+            self._num_bytes += taken.nbytes
+            while self._num_bytes > self._most_bytes:
+                self._num_bytes -= self._graphs.popitem(last=False)[1].recording.nbytes
+        return output
+
+    def _check(self, graph: _Graph, step: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """The eager step's output, and whether the replay before it gave the same bits."""
+        replayed = graph.output.clone()
+        output = step()
+        graph.is_trusted = torch.equal(replayed.view(torch.uint8), output.view(torch.uint8))
+        if not graph.is_trusted:
+            self._refuse("a replayed step gave other bits than the step itself")
+        return output
+
+    def _refuse(self, why: str) -> None:
+        logger.debug("steps are not replayed: %s", why)
+        self._refused = True
+        self._graphs.clear()
+
+
+def key_of(*values: Any) -> Hashable | None:
+    """Where and how everything in these values lies; None if there is something whose place is not known."""
+    parts: list[Hashable] = []
+    return tuple(parts) if all(_add_to(parts, value) for value in values) else None
+
+
+def _add_to(parts: list[Hashable], value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        parts.append((value.data_ptr(), value.shape, value.stride()))
+    elif isinstance(value, np.ndarray):
+        parts.append((value.ctypes.data, value.shape, value.strides))
+    elif value is None or isinstance(value, (int, float, str)):
+        parts.append(value)
+    elif isinstance(value, (list, tuple)):
+        parts.append(len(value))
+        return all(_add_to(parts, item) for item in value)
+    elif dataclasses.is_dataclass(value):
+        return all(_add_to(parts, getattr(value, name)) for name in value.__dataclass_fields__)
+    else:
+        return False
+    return True

@@ -1,0 +1,87 @@
+"""Several API servers on one socket and one engine core: they answer alike, count together, and end together."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from tests.e2e.server import Server, serving
+
+NUM_SERVERS = 3
+ASK = {"prompt": [1, 2, 3], "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+
+
+@pytest.fixture
+def server(tiny_model: Path, tmp_path: Path):
+    arguments = ("--api-server-count", str(NUM_SERVERS), "--max-model-len", "256", "--kv-cache-memory-bytes", "16Mi")
+    with serving(tiny_model, *arguments, run_dir=tmp_path) as running:
+        wait_listening(running)
+        yield running
+
+
+def api_servers(server: Server) -> list[psutil.Process]:
+    """The further ones: children without torch."""
+    children = psutil.Process(server.process.pid).children()
+    return [child for child in children if child.pid != server.core.pid and "spawn_main" in " ".join(child.cmdline())]
+
+
+def wait_listening(server: Server) -> None:
+    """Until each has answered on a connection of its own: then all take part."""
+    for _ in range(600):
+        if len([line for line in server.log if "Uvicorn running on" in line]) == NUM_SERVERS:
+            server.children = psutil.Process(server.process.pid).children(recursive=True)
+            return
+        httpx.get(f"{server.url}/health")
+        time.sleep(0.1)
+    raise AssertionError("not every API server came up:\n" + server.text)
+
+
+def test_they_answer_alike_and_count_together(server: Server):
+    def ask(index: int) -> str:
+        stream = index % 2 == 0
+        with httpx.Client() as client:  # a connection of its own: any of the servers may take it
+            body = {**ASK, "stream": stream, "return_token_ids": True, "request_id": f"same-{index % 3}"}
+            answer = client.post(f"{server.url}/v1/completions", json=body, timeout=60)
+            assert answer.status_code == 200, answer.text
+            if stream:
+                assert answer.text.endswith("data: [DONE]\n\n")
+                return "stream"
+            return str(answer.json()["choices"][0]["token_ids"])
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(ask, range(60)))
+    assert len(set(answers)) == 2
+    for _ in range(5):  # whichever server is asked
+        text = httpx.get(f"{server.url}/metrics").text
+        lines = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+        total = [value for name, value in lines.items() if name.startswith("vllm:generation_tokens_total")]
+        assert total == ["480.0"]
+        gaps = [v for name, v in lines.items() if name.startswith("vllm:inter_token_latency_seconds_count")]
+        assert gaps == [str(60 * 7.0)]
+    logs = [line for line in server.log if "POST /v1/completions" in line]
+    assert len(logs) == 60
+    assert "(APIServer_1 " in server.text and "(APIServer_2 " in server.text
+
+
+def test_they_end_together_and_leave_nothing(server: Server):
+    assert len(api_servers(server)) == NUM_SERVERS - 1
+    assert server.stop() == 0
+    assert server.leftovers() == []
+
+
+def test_one_that_dies_ends_the_whole(server: Server):
+    api_servers(server)[0].kill()
+    assert server.wait_exit() == 1
+    assert "API server" in server.log[-1] and "SIGKILL" in server.log[-1]
+    assert server.leftovers() == []
+
+
+def test_the_cores_death_ends_all(server: Server):
+    server.core.kill()
+    assert server.wait_exit() == 1
+    assert server.leftovers() == []

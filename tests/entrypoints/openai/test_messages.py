@@ -1,0 +1,181 @@
+"""POST /v1/messages: Anthropic's bodies and events, through the same prompt as chat."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from minivllm.entrypoints.openai.chat_objects import CallArguments, CallBegin, End, Reasoning, Text
+from minivllm.entrypoints.openai.messages.convert import to_chat
+from minivllm.entrypoints.openai.messages.protocol import MessagesRequest
+from minivllm.entrypoints.openai.messages.serving import _EventMaker
+from minivllm.entrypoints.openai.protocol import Usage
+from minivllm.exceptions import EngineGenerateError
+from tests.entrypoints.openai.conftest import Api
+from tests.entrypoints.openai.fakes import ANSWER, FakeEngine
+
+ASK = {"model": "fake", "max_tokens": 100, "messages": [{"role": "user", "content": "Hi"}]}
+
+
+def named_events(text: str) -> list[tuple[str, dict]]:
+    """(name, data) of each event; the name is the data's type."""
+    events = []
+    for block in text.removesuffix("\n\n").split("\n\n"):
+        if block.startswith(":"):
+            continue
+        name, data = block.split("\n")
+        events.append((name.removeprefix("event: "), json.loads(data.removeprefix("data: "))))
+        assert events[-1][0] == events[-1][1]["type"]
+    return events
+
+
+def test_an_answer_has_anthropics_shape(api: Api):
+    answer = api.post("/v1/messages", ASK).json()
+    assert answer["id"].startswith("msg_")
+    assert (answer["type"], answer["role"], answer["model"]) == ("message", "assistant", "fake")
+    assert answer["content"] == [{"type": "text", "text": ANSWER}]
+    assert (answer["stop_reason"], answer["stop_sequence"]) == ("end_turn", None)
+    asked = api.engine.calls[-1]
+    assert answer["usage"]["input_tokens"] == len(asked.prompt["prompt_token_ids"])
+    assert answer["usage"]["output_tokens"] == len(ANSWER.encode())
+
+
+def test_the_prompt_is_the_one_of_chat(api: Api):
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "c", "cache_control": {"type": "ephemeral"}}]},
+        {"role": "user", "content": "d"},
+    ]
+    body = {**ASK, "messages": messages, "system": [{"type": "text", "text": "be brief"}]}
+    api.post("/v1/messages", body)
+    chat = [
+        {"role": "system", "content": "be brief"}, {"role": "user", "content": "a\nb"},
+        {"role": "assistant", "content": "c"}, {"role": "user", "content": "d"},
+    ]  # fmt: skip
+    api.chat(messages=chat)
+    first, second = api.engine.calls
+    assert first.prompt == second.prompt
+    count = api.post("/v1/messages/count_tokens", {k: v for k, v in body.items() if k != "max_tokens"})
+    assert count.json() == {"input_tokens": len(first.prompt["prompt_token_ids"])}
+
+
+def test_the_parameters_reach_the_engine(api: Api):
+    fields = {"temperature": 0.5, "top_k": 3, "top_p": 0.25, "stop_sequences": ["x"], "max_tokens": 7}
+    answer = api.post("/v1/messages", {**ASK, **fields, "metadata": {"user_id": "u"}})
+    assert "x-ignored-fields" not in answer.headers
+    params = api.engine.calls[-1].params
+    assert (params.temperature, params.top_k, params.top_p, params.max_tokens) == (0.5, 3, 0.25, 7)
+    assert params.stop == ["x"]
+    assert answer.json()["stop_reason"] == "max_tokens"
+
+
+def test_a_stream_says_the_same_as_the_whole(api: Api):
+    response = api.post("/v1/messages", {**ASK, "stream": True})
+    assert response.headers["content-type"].startswith("text/event-stream")
+    events = named_events(response.text)
+    assert [name for name, _ in events if name != "content_block_delta"] == [
+        "message_start", "content_block_start", "content_block_stop", "message_delta", "message_stop",
+    ]  # fmt: skip
+    whole = api.post("/v1/messages", ASK).json()
+    assert events[0][1]["message"]["usage"] == {**whole["usage"], "output_tokens": 0}
+    text = "".join(data["delta"]["text"] for name, data in events if name == "content_block_delta")
+    assert [{"type": "text", "text": text}] == whole["content"]
+    delta = events[-2][1]
+    assert (delta["delta"], delta["usage"]) == ({"stop_reason": "end_turn", "stop_sequence": None}, whole["usage"])
+
+
+def test_a_stream_that_fails_ends_with_an_error_event(api: Api):
+    api.engine.fail_after, api.engine.failure = 3, EngineGenerateError("one step failed")
+    name, data = named_events(api.post("/v1/messages", {**ASK, "stream": True}).text)[-1]
+    assert (name, data["error"]) == ("error", {"type": "api_error", "message": "one step failed"})
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": None}, "max_tokens"),
+        ({"max_tokens": 10_000}, "max_tokens"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0]"),
+        ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "image"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text"),
+        ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content"),
+        ({"stop_sequences": ["a"] * 5}, "stop"),
+        ({"temperature": 5}, "temperature"),
+        ({"tools": [{"type": "web_search_20250305", "name": "w"}]}, "tools[0]"),
+        ({"tool_choice": {"type": "some"}}, "tool_choice"),
+        ({"thinking": {"type": "enabled", "budget_tokens": 10}}, "thinking.budget_tokens"),
+        ({"thinking": {"type": "enabled", "budget_tokens": 2000}}, "less than max_tokens"),
+        ({"output_config": {"format": {"type": "xml"}}}, "output_config.format"),
+        ({"container": "c"}, "container"),
+    ],
+)  # fmt: skip
+def test_a_wrong_field_is_refused_in_anthropics_shape(api: Api, change: dict, names: str):
+    response = api.post("/v1/messages", {**ASK, **change})
+    assert response.status_code == 400, response.text
+    assert response.json()["type"] == "error"
+    error = response.json()["error"]
+    assert error["type"] == "invalid_request_error"
+    assert names in error["message"]
+
+
+def test_other_errors_have_its_shape_too(engine: FakeEngine):
+    api = Api(engine, api_key=["k"])
+    kinds = {
+        401: api.post("/v1/messages", ASK),
+        404: api.post("/v1/messages", {**ASK, "model": "nobody"}, headers={"x-api-key": "k"}),
+        405: api.get("/v1/messages", headers={"x-api-key": "k"}),
+    }
+    for status, response in kinds.items():
+        assert (response.status_code, response.json()["type"]) == (status, "error")
+    assert kinds[401].json()["error"]["type"] == "authentication_error"
+    assert kinds[404].json()["error"]["type"] == "not_found_error"
+
+
+def test_reasoning_text_and_calls_are_blocks_in_their_order():
+    maker = _EventMaker()
+    pieces = [
+        Reasoning("a"), Reasoning("b"), Text("c"), CallBegin("id1", "f"), CallArguments("{}"), CallBegin("id2", "g"),
+        CallArguments('{"x":'), CallArguments("1}"),
+    ]  # fmt: skip
+    events = [event for piece in pieces for event in maker.piece(piece)]
+    events += maker.finish(End("tool_calls", None, Usage.of(3, 4)))
+    tags = [type(event).__name__ for event in events]
+    block = ["BlockStart", "BlockDelta", "BlockStop"]
+    thinking = ["BlockStart", "BlockDelta", "BlockDelta", "BlockStop"]
+    assert tags == [*thinking, *block, *block, *thinking, "MessageDelta", "MessageStop"]
+    assert [e.index for e in events[:-2]] == [0, 0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 3]
+    assert events[-2].delta.stop_reason == "tool_use"
+
+
+def test_tools_and_their_results_are_chats():
+    request = MessagesRequest(
+        **ASK | {
+            "messages": [
+                {"role": "user", "content": "weather?"},
+                {"role": "assistant", "content": [
+                    {"type": "thinking", "thinking": "hm", "signature": "s"}, {"type": "text", "text": "look"},
+                    {"type": "tool_use", "id": "t1", "name": "get", "input": {"city": "Paris"}}]},
+                {"role": "user", "content": [
+                    {"type": "tool_result", "tool_use_id": "t1", "content": [{"type": "text", "text": "sun"}]},
+                    {"type": "text", "text": "so?"}]},
+            ],
+        }
+    )  # fmt: skip
+    from minivllm.entrypoints.openai.messages.convert import _messages, _tool, _tool_choice
+
+    user, assistant, result, follow_up = _messages(request)
+    assert (assistant["content"], assistant["reasoning"]) == ("look", "hm")
+    assert assistant["tool_calls"] == [
+        {"id": "t1", "type": "function", "function": {"name": "get", "arguments": '{"city": "Paris"}'}}
+    ]
+    assert result == {"role": "tool", "tool_call_id": "t1", "content": "sun"}
+    assert follow_up["role"] == "user"
+    tool = _tool({"name": "get", "description": "d", "input_schema": {"type": "object"}}, "tools[0]")
+    assert tool["function"] == {"name": "get", "description": "d", "parameters": {"type": "object"}}
+    assert _tool_choice({"type": "any", "disable_parallel_tool_use": True}) == {
+        "tool_choice": "required", "parallel_tool_calls": False,
+    }  # fmt: skip
+    assert to_chat(MessagesRequest(**ASK)).max_tokens == 100

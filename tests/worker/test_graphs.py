@@ -1,0 +1,120 @@
+"""Steps replayed from their native calls: the same bits as the step itself, or not replayed at all."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from minivllm.ops import native
+from minivllm.ops.op import OpSpec
+from minivllm.ops.recording import recording
+from minivllm.ops.rms_norm import cpu as rms_norm
+from minivllm.worker.graphs import StepGraphs, key_of
+
+pytestmark = pytest.mark.skipif(
+    native.why_not(OpSpec("cpu", torch.float32)) is not None, reason="only native calls are recorded"
+)
+WEIGHT = torch.linspace(0.5, 2, 64)
+
+
+def values(seed: int) -> torch.Tensor:
+    return torch.randn(3, 64, generator=torch.Generator().manual_seed(seed))
+
+
+def two_norms(x: torch.Tensor) -> torch.Tensor:
+    return rms_norm(rms_norm(x, WEIGHT, 1e-6), WEIGHT, 1e-5)
+
+
+class Step:
+    """Two norms, one after the other, of a tensor that is filled anew before every step."""
+
+    def __init__(self) -> None:
+        self.x = torch.empty(3, 64)
+        self.num_eager = 0
+
+    def __call__(self) -> torch.Tensor:
+        self.num_eager += 1
+        return two_norms(self.x)
+
+    def run_in(self, graphs: StepGraphs, seed: int) -> torch.Tensor:
+        self.x.copy_(values(seed))
+        return graphs.run(key_of(self.x), self)
+
+
+def test_a_step_met_often_is_replayed_and_gives_the_same_bits():
+    step, graphs = Step(), StepGraphs()
+    for seed in range(20):
+        assert torch.equal(step.run_in(graphs, seed), two_norms(values(seed)))
+    assert step.num_eager < 8  # met, recorded, checked; from then on replayed
+
+
+def test_a_step_without_a_key_is_never_replayed():
+    step, graphs = Step(), StepGraphs()
+    for _ in range(10):
+        graphs.run(None, step)
+    assert step.num_eager == 10
+
+
+def test_a_step_in_which_torch_computes_is_never_replayed():
+    step, graphs = Step(), StepGraphs()
+
+    def with_torch() -> torch.Tensor:
+        return step() + 1
+
+    for seed in range(10):
+        step.x.copy_(values(seed))
+        assert torch.equal(graphs.run(key_of(step.x), with_torch), two_norms(values(seed)) + 1)
+    assert step.num_eager == 10
+
+
+def test_a_replay_that_gives_other_bits_is_found_out_before_it_is_trusted():
+    step, graphs = Step(), StepGraphs()
+
+    def with_numpy() -> torch.Tensor:  # numpy is nobody's to notice
+        y = step()
+        y.numpy()[0, 0] += step.x.numpy()[0, 0]
+        return y
+
+    for seed in range(10):
+        expected = two_norms(values(seed))
+        step.x.copy_(values(seed))
+        expected[0, 0] += step.x[0, 0]
+        assert torch.equal(graphs.run(key_of(step.x), with_numpy), expected)
+    assert step.num_eager == 10
+
+
+def test_no_more_memory_is_kept_than_allowed():
+    steps, graphs = [Step() for _ in range(6)], StepGraphs(most_bytes=3 * 2 * 3 * 64 * 4)  # of three recordings
+    for seed in range(12):
+        for step in steps[:3]:
+            assert torch.equal(step.run_in(graphs, seed), two_norms(values(seed)))
+    kept = steps[0].num_eager
+    for seed in range(12):
+        for step in steps[3:]:
+            assert torch.equal(step.run_in(graphs, seed), two_norms(values(seed)))
+    steps[0].run_in(graphs, 99)
+    assert steps[0].num_eager == kept + 1  # given up for those that came later
+    big, small = Step(), StepGraphs(most_bytes=64)
+    for seed in range(10):
+        big.run_in(small, seed)
+    assert big.num_eager == 10
+
+
+def test_a_key_is_where_tensors_lie_and_in_what_shape():
+    x = torch.zeros(4, 6)
+    assert key_of(x) == key_of(x)
+    assert key_of(x) != key_of(x.clone())
+    assert key_of(x) != key_of(x[:3]) and key_of(x) != key_of(x.t())
+    assert key_of(x, 3) != key_of(x, 4)
+    assert key_of([x, x]) != key_of([x], x)
+    assert key_of(x, object()) is None
+
+
+def test_functions_are_as_they_were_after_a_recording():
+    before = native.lib.rms_norm
+    with pytest.raises(ZeroDivisionError), recording():
+        raise ZeroDivisionError
+    with recording() as taken:
+        Step()()
+    assert native.lib.rms_norm is before
+    assert [call.__name__ for call, _ in taken.calls] == ["rms_norm", "rms_norm"]
