@@ -43,9 +43,13 @@ class BlockPool:
         return self._free.num_free_blocks
 
     @property
+    def num_held_blocks(self) -> int:
+        return len(self._usable) - self._free.num_free_blocks
+
+    @property
     def usage(self) -> float:
         """Share of blocks held, 0 to 1. What is only cached counts as free."""
-        return 1 - self._free.num_free_blocks / len(self._usable)
+        return self.num_held_blocks / len(self._usable)
 
     def get_cached_block(self, block_hash: bytes) -> KVCacheBlock | None:
         """The block with this content, held or not."""

@@ -8,7 +8,7 @@ import pytest
 
 from minivllm.config.cache import CacheConfig
 from minivllm.exceptions import ConfigError
-from minivllm.messages.kv_cache import KVCacheSpec
+from minivllm.messages.kv_cache import KVCacheGroup, KVCacheSpec
 from minivllm.worker.memory import GIB, Budget, describe, size_kv_cache
 
 # 1 MiB a block over all layers: a GiB is 1024 blocks of 128 tokens.
@@ -103,3 +103,41 @@ def test_the_log_line_shows_the_sum_the_tokens_and_the_concurrency():
         "128.00 requests of 1,024",
     ):
         assert part in line
+
+
+# With windows -----------------------------------------------------------------
+
+# Four layers of full attention and eight with a window of 512: a block has room for four of either.
+GROUPS = (
+    KVCacheGroup((0, 1, 2, 3), None),
+    KVCacheGroup((4, 6, 8, 10), 512),
+    KVCacheGroup((5, 7, 9, 11), 512),
+)
+WINDOWED = KVCacheSpec(
+    block_size=128, block_bytes=1 << 18, num_layers=4, layout_id="nhd-v1", groups=GROUPS, step_tokens=1024
+)
+
+
+def windowed(max_model_len: int, *, is_auto: bool = False, **cache):
+    return size_kv_cache(CacheConfig(**cache), WINDOWED, budget(), max_model_len, is_auto=is_auto)
+
+
+def test_windows_count_once_they_are_full_whatever_the_length():
+    # 512 - 1 + 1024 tokens lie in at most 13 blocks: a request of 32k takes 256 + 2 * 13, and one block is null.
+    found = windowed(32768, num_gpu_blocks_override=283)
+    assert found.max_concurrency == 1
+    assert found.num_tokens == 32768
+    with pytest.raises(ConfigError, match="max_model_len 32769 needs .*--max-model-len 32768 or auto"):
+        windowed(32769, num_gpu_blocks_override=283)
+
+
+def test_auto_takes_the_length_that_fits_beside_the_windows():
+    assert windowed(131072, is_auto=True, num_gpu_blocks_override=283).max_model_len == 32768
+    assert windowed(131072, is_auto=True, num_gpu_blocks_override=10).max_model_len == 3 * 128
+
+
+def test_the_log_line_names_the_block_tables():
+    line = describe(windowed(32768, num_gpu_blocks_override=565), budget())
+    assert "65,536 tokens in 565 blocks of 128, 2.00 requests of 32,768 tokens at once" in line
+    assert "block tables: 1 × 4 layers of full attention, 2 × 4 layers of window 512" in line
+    assert "block tables" not in describe(size(1024), budget())
