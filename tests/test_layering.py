@@ -31,11 +31,12 @@ ALLOWED: dict[str, set[str]] = {
     "core": set(),
     "tokenizer": set(),
     "metrics": set(),
+    "tracing": set(),
     "structured_output": {"tokenizer"},
     "tool_parsers": set(),
     "reasoning": {"tool_parsers"},
     "engine": {"core", "executor", "tokenizer", "models", "reasoning", "structured_output"},
-    "entrypoints": {"engine", "tokenizer", "metrics", "tool_parsers", "reasoning"},
+    "entrypoints": {"engine", "tokenizer", "metrics", "tracing", "tool_parsers", "reasoning"},
 }
 
 # `engine` is two sides in one folder: these modules run in the core process, the rest in the client.

@@ -64,6 +64,11 @@ class AttentionBackend(ABC):
         """None, or the reason this backend cannot serve the spec."""
 
     @property
+    def has_scales(self) -> bool:
+        """Whether the cache's type counts in a k_scale and a v_scale of the layer's, which a checkpoint may hold."""
+        return False
+
+    @property
     @abstractmethod
     def block_bytes(self) -> int:
         """Bytes of one block in one layer, keys and values together."""

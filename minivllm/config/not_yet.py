@@ -54,7 +54,7 @@ NOT_YET = frozenset(
     mm_processor_kwargs mm_shm_cache_max_object_size_mb mm_tensor_ipc model_class_overrides model_impl
     model_loader_extra_config moe_backend nnodes node_rank num_scheduler_steps num_speculative_tokens numa_bind
     numa_bind_cpus numa_bind_nodes offload_backend offload_group_size offload_num_in_group offload_params
-    offload_prefetch_step optimization_level otlp_traces_endpoint per_request_spec_decode_metrics
+    offload_prefetch_step optimization_level per_request_spec_decode_metrics
     performance_mode pipeline_parallel_size pooler_config preemption_mode prefill_context_parallel_size
     prefill_schedule_interval prefix_cache_retention_interval prefix_match_unit
     profiler_config prompt_adapters pt_load_map_location quantization quantization_config ray_workers_use_nsight

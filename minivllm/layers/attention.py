@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
+
 import torch
 
 from minivllm.attention.backend import AttentionBackend, ForwardContext
+from minivllm.exceptions import ModelFilesError
+from minivllm.layers.weight import Weight
 from minivllm.ops.paged_attention import Options
 
 
@@ -32,3 +37,14 @@ class Attention:
         kv_cache, metadata = ctx.kv_caches[self.layer_index], ctx.metadata[self.layer_index]
         out = self._backend.forward(q, k, v, kv_cache, metadata, options=self.options)
         return out.view(q.shape[0], -1)
+
+    def scales(self) -> Iterator[Weight]:
+        """What an fp8 cache counts in, if the checkpoint says; of no use to other types."""
+        for name in ("k_scale", "v_scale"):
+            yield Weight(name, (), lambda start, value, name=name: self._set_scale(name, value.item()))
+
+    def _set_scale(self, name: str, value: float) -> None:
+        if not value > 0:
+            raise ModelFilesError(f"{name} of layer {self.layer_index} is {value:g}; it must be above 0")
+        if self._backend.has_scales:
+            self.options = replace(self.options, **{name: value})

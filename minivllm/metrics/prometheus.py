@@ -178,6 +178,18 @@ class PrometheusStatLogger:
     def _make_gauges(self, ready: EngineCoreReady) -> None:
         self._num_running = self._make(Gauge, "num_requests_running", "Requests in the running batch.")
         self._num_waiting = self._make(Gauge, "num_requests_waiting", "Requests waiting to be scheduled.")
+        by_reason = Gauge(
+            "vllm:num_requests_waiting_by_reason", "Requests waiting, by what for.", (*LABELS, "reason"),
+            registry=self._registry, multiprocess_mode="mostrecent",
+        )  # fmt: skip
+        self._num_waiting_for_capacity = by_reason.labels(**self._labels, reason="capacity")
+        by_reason.labels(**self._labels, reason="deferred").set(0)  # nothing here waits for anything else
+        sleep = Gauge(
+            "vllm:engine_sleep_state", "1 for the state the engine is in.", (*LABELS, "sleep_state"),
+            registry=self._registry, multiprocess_mode="mostrecent",
+        )  # fmt: skip
+        for state in ("awake", "weights_offloaded", "discard_all"):
+            sleep.labels(**self._labels, sleep_state=state).set(state == "awake")
         self._kv_usage = self._make(
             Gauge, "kv_cache_usage_perc", "Share of the KV cache in use; 1 is all of it."
         )
@@ -214,11 +226,11 @@ class PrometheusStatLogger:
         self._computed_here = sources.labels(**self._labels, source="local_compute")
         self._found_here = sources.labels(**self._labels, source="local_cache_hit")
         rejections = Counter(
-            "vllm:admission_rejections", "Requests answered with 503, by limit.", (*LABELS, "reason"),
+            "vllm:admission_rejections", "Requests answered with 503, by limit.", ("model_name", "reason"),
             registry=self._registry,
         )  # fmt: skip
         self._rejections = {
-            reason: rejections.labels(**self._labels, reason=reason)
+            reason: rejections.labels(model_name=self._labels["model_name"], reason=reason)
             for reason in ("max_num_queued_reqs", "max_num_queued_tokens")
         }
         success = Counter(
@@ -317,6 +329,7 @@ class PrometheusStatLogger:
     def _record_scheduler(self, stats: SchedulerStats) -> None:
         self._num_running.set(stats.num_running_reqs)
         self._num_waiting.set(stats.num_waiting_reqs)
+        self._num_waiting_for_capacity.set(stats.num_waiting_reqs)
         self._kv_usage.set(stats.kv_cache_usage)
         self._prefix_queries.inc(stats.prefix_cache.queries)
         self._prefix_hits.inc(stats.prefix_cache.hits)

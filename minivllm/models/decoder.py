@@ -166,6 +166,11 @@ class DecoderForCausalLM(ABC):
         if not self.tied:
             yield from under("lm_head", self.lm_head.weights())
 
+    def scales(self) -> Iterator[Weight]:
+        """Single numbers that the checkpoint may hold."""
+        for index, layer in enumerate(self.layers):
+            yield from under(f"model.layers.{index}.self_attn", layer.self_attn.attention.scales())
+
     def is_redundant(self, name: str) -> bool:
         """Whether a tensor some checkpoints carry holds nothing that is not known without it."""
         return name.endswith("rotary_emb.inv_freq") or (self.tied and name == "lm_head.weight")

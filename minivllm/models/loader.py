@@ -30,6 +30,8 @@ class Model(Protocol):
 
     def weights(self) -> Iterator[Weight]: ...
 
+    def scales(self) -> Iterator[Weight]: ...
+
     def is_redundant(self, name: str) -> bool: ...
 
 
@@ -129,6 +131,7 @@ def make_plan(model: Model, entries: Iterable[TensorEntry]) -> LoadPlan:
     """
     found = {entry.name: entry for entry in entries}
     expected = {weight.name: weight for weight in model.weights()}
+    expected |= {scale.name: scale for scale in model.scales() if scale.name in found}
     _refuse(
         [name for name in expected if name not in found],
         lambda name: (
@@ -144,7 +147,7 @@ def make_plan(model: Model, entries: Iterable[TensorEntry]) -> LoadPlan:
         ),
     )
     _refuse(
-        [name for name, weight in expected.items() if found[name].shape != weight.shape],
+        [name for name, weight in expected.items() if not _has_shape(found[name], weight)],
         lambda name: (
             f"{found[name].path}: tensor {name} has shape {found[name].shape}; config.json asks for "
             f"{expected[name].shape}"
@@ -158,6 +161,11 @@ def make_plan(model: Model, entries: Iterable[TensorEntry]) -> LoadPlan:
         ),
     )
     return LoadPlan([(weight, found[name]) for name, weight in expected.items()])
+
+
+def _has_shape(entry: TensorEntry, weight: Weight) -> bool:
+    is_number = weight.shape == () and entry.shape == (1,)
+    return entry.shape == weight.shape or is_number
 
 
 def _refuse(names: list[str], message: Callable[[str], str]) -> None:

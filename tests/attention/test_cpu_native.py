@@ -75,3 +75,11 @@ def test_the_cache_follows_the_models_type_unless_told_otherwise():
 
 def test_a_type_it_does_not_know_is_named():
     assert "no KV cache in fp8_e5m2" in CpuNativeBackend.why_not(spec(kv_cache_dtype="fp8_e5m2"))
+
+
+def test_what_is_shared_stays_in_place_while_it_stays_the_same():
+    backend = CpuNativeBackend(spec())
+    first = backend.build_metadata(a_step([[5, 6, 7], [5, 6, 8]], [300, 300])).shared
+    again = backend.build_metadata(a_step([[5, 6, 7], [5, 6, 8]], [301, 301])).shared
+    other = backend.build_metadata(a_step([[5, 6, 7], [5, 9, 8]], [301, 301])).shared
+    assert first is again and first is not other

@@ -6,6 +6,7 @@ import asyncio
 import json
 import math
 from argparse import ArgumentParser
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from minivllm.entrypoints.cli.bench import datasets, latency, serve, throughput
 from minivllm.entrypoints.cli.bench.report import percentile, save, summarize
 from minivllm.entrypoints.cli.bench.serve import Load, gaps, measure, run_load
 from minivllm.entrypoints.cli.bench.stream_client import Answer, Endpoint, _read_answer, _Unchunker, ask
+from minivllm.entrypoints.cli.bench.timeline import timeline
 from minivllm.entrypoints.cli.main import main
 from minivllm.exceptions import ConfigError, MinivllmError
 from minivllm.outputs import CompletionOutput, RequestOutput
@@ -63,6 +65,53 @@ def test_arrivals_keep_the_rate_on_average_and_the_first_comes_at_once():
 
 
 # --- numbers
+
+
+def test_prefixes_are_repeated_evenly():
+    requests = datasets.prefix_repetition_requests(
+        20, prefix_len=8, suffix_len=4, num_prefixes=5, output_len=3, vocab_size=100, seed=1
+    )
+    prefixes = Counter(tuple(request.prompt_token_ids[:8]) for request in requests)
+    assert sorted(prefixes.values()) == [4] * 5
+    assert {(len(request.prompt_token_ids), request.output_len) for request in requests} == {(12, 3)}
+    assert len({tuple(request.prompt_token_ids) for request in requests}) == 20
+
+
+def test_conversations_are_drawn_from_a_file(tmp_path: Path):
+    path = tmp_path / "sharegpt.json"
+    pairs = [("short", "x"), ("a question of words", "an answer of five words"), ("y" * 9, "z" * 5000), ("alone", None)]
+    path.write_text(json.dumps([
+        {"conversations": [{"from": w, "value": v} for w, v in zip(("human", "gpt"), pair) if v]} for pair in pairs
+    ]))  # fmt: skip
+    (request,) = datasets.sharegpt_requests(str(path), 1, output_len=None, count_tokens=len)
+    assert (request.prompt, request.prompt_len, request.output_len) == (pairs[1][0], 19, 23)
+    with pytest.raises(ConfigError, match="1 conversations that fit"):
+        datasets.sharegpt_requests(str(path), 2, output_len=None, count_tokens=len)
+    path.write_text("[1]")
+    for wrong in (str(path), None, str(tmp_path / "nowhere")):
+        with pytest.raises(ConfigError, match="--dataset-path"):
+            datasets.sharegpt_requests(wrong, 1, output_len=5, count_tokens=len)
+
+
+def test_goodput_counts_what_keeps_every_limit():
+    answers = [
+        Answer(5, first_token_s=ttft, latency_s=latency, num_output_tokens=11)
+        for ttft, latency in ((0.1, 1.1), (0.3, 1.3), (0.1, 3.1))
+    ]
+    load = serve.Load(answers, 2.0, 0.1, 3)
+    assert "request_goodput" not in serve.measure(load, [99])
+    assert serve.measure(load, [99], {"ttft": 200})["request_goodput"] == 1.0
+    assert serve.measure(load, [99], {"ttft": 200, "tpot": 150})["request_goodput"] == 0.5
+    assert serve.measure(load, [99], {"e2el": 5000})["request_goodput"] == 1.5
+
+
+def test_a_timeline_has_a_row_for_each_request():
+    good = Answer(5, start=1.0, first_token_s=0.5, latency_s=1.0, num_output_tokens=3)
+    answers = [good, Answer(5, start=2.0, error="<x>")]
+    page = timeline(answers)
+    assert page.count("<rect") == 3 and page.count("<g>") == 2
+    assert "&lt;x&gt;" in page and "<x>" not in page
+    assert 'x="500.0"' in page
 
 
 def test_percentiles_interpolate():
@@ -201,7 +250,8 @@ def test_bench_serve_prints_and_saves_its_result(tmp_path: Path, capsys):
             ["bench", "serve", "--base-url", server.url, "--num-prompts", "5", "--input-len", "6", "--output-len", "3",
              "--ignore-eos", "--extra-body", '{"top_k": 3}', "--header", "X-A=b", "--disable-tqdm", "--save-detailed",
              "--result-dir", str(tmp_path), "--result-filename", "r.json", "--metadata", "note=here",
-             "--percentile-metrics", "ttft,itl", "--metric-percentiles", "50,99.9"]
+             "--percentile-metrics", "ttft,itl", "--metric-percentiles", "50,99.9", "--goodput", "ttft:60000",
+             "--plot-timeline"]
         )  # fmt: skip
         asked, headers = server.asked, server.headers
     out = capsys.readouterr().out
@@ -209,6 +259,7 @@ def test_bench_serve_prints_and_saves_its_result(tmp_path: Path, capsys):
     assert all(len(body["prompt"]) == 6 and body["max_tokens"] == 3 and body["ignore_eos"] for body in asked)
     assert all(body["top_k"] == 3 and max(body["prompt"]) < 256 for body in asked)
     assert headers[0]["x-a"] == "b"
+    assert "Request goodput" in out and (tmp_path / "r.timeline.html").read_text().count("<g>") == 5
     saved = json.loads((tmp_path / "r.json").read_text())
     assert (saved["completed"], saved["note"], saved["request_rate"]) == (5, "here", "inf")
     assert saved["total_output_tokens"] == 15
@@ -232,6 +283,8 @@ def test_bench_serve_ends_with_an_error_when_requests_fail(capsys):
         (["--metric-percentiles", "99,x"], "--metric-percentiles"),
         (["--metadata", "x"], "--metadata"),
         (["--max-concurrency", "0"], "max_concurrency"),
+        (["--goodput", "itl:5"], "--goodput"),
+        (["--goodput", "ttft:soon"], "soon"),
     ],
 )
 def test_bench_serve_names_a_wrong_argument(args: list[str], reason: str):

@@ -58,7 +58,7 @@ def test_a_misspelt_command_is_answered_with_the_nearest(capsys):
 
 
 def test_a_command_of_vllm_that_is_not_here_yet_is_refused_by_name(capsys):
-    assert "run-batch" in failed(capsys, "run-batch", "-i", "x")[1]
+    assert "snapshot" in failed(capsys, "snapshot", "create")[1]
     assert "sweep" in failed(capsys, "bench", "sweep")[1]
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from make_random_model import make_model
+from safetensors.torch import load_file, save_file
 
 from minivllm.config import scheduler
 from minivllm.exceptions import ConfigError
@@ -60,6 +62,19 @@ def test_a_smaller_kv_cache_type_holds_more_tokens_in_as_many_bytes(bf16_model: 
     assert fp8.num_blocks == 2 * auto.num_blocks
     assert auto.num_blocks * 1.7 < int8.num_blocks < fp8.num_blocks  # its scales take 4 bytes beside 32
     assert len({auto.numerics_id, fp8.numerics_id, int8.numerics_id}) == 3  # they give other bits
+
+
+@pytest.mark.parametrize(("kv_cache_dtype", "scale"), [("fp8", 0.5), ("auto", 1.0)])
+def test_the_checkpoints_kv_scales_are_for_fp8(bf16_model: Path, tmp_path: Path, kv_cache_dtype, scale):
+    shutil.copytree(bf16_model, tmp_path, dirs_exist_ok=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.1.self_attn.k_scale"] = torch.tensor(0.5)
+    tensors["model.layers.1.self_attn.v_scale"] = torch.tensor([0.5])
+    save_file(tensors, tmp_path / "model.safetensors")
+    worker = Worker(engine_config(tmp_path, kv_cache_dtype=kv_cache_dtype, num_gpu_blocks_override=8))
+    worker.initialize(lambda phase: None)
+    first, second = (layer.self_attn.attention.options for layer in worker.runner.model.layers[:2])
+    assert (first.k_scale, first.v_scale, second.k_scale, second.v_scale) == (1, 1, scale, scale)
 
 
 def test_auto_takes_the_length_that_fits(tiny_model: Path):

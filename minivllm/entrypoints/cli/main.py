@@ -21,10 +21,11 @@ COMMANDS: Commands = {
     "serve": ("minivllm.entrypoints.cli.serve", "serve a model over the OpenAI API"),
     "chat": ("minivllm.entrypoints.cli.chat", "talk to a running server"),
     "complete": ("minivllm.entrypoints.cli.complete", "let a running server complete text"),
+    "run-batch": ("minivllm.entrypoints.cli.run_batch", "answer a file of requests in OpenAI's batch format"),
     "bench": ("minivllm.entrypoints.cli.bench.main", "measure latency, throughput, or a running server"),
     "collect-env": ("minivllm.entrypoints.cli.collect_env", "print what to paste into a bug report"),
 }
-NOT_YET = ("run-batch", "launch", "download-kernels", "preload", "snapshot")
+NOT_YET = ("launch", "download-kernels", "preload", "snapshot")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -35,6 +35,7 @@ from minivllm.entrypoints.openai.listen import (
     url_of,
 )
 from minivllm.logger import configure, init_logger
+from minivllm.tracing import RequestTracer
 from minivllm.utils.box_model import is_box_model
 from minivllm.utils.sockets import RunDirectory
 from minivllm.version import __version__
@@ -205,6 +206,8 @@ async def serve_app(
     finally:
         statistics.cancel()
         app.state.renderer.shutdown()  # the interpreter would wait for what is still queued there
+        if app.state.tracer is not None:
+            await asyncio.to_thread(app.state.tracer.shutdown)
 
 
 @contextlib.asynccontextmanager
@@ -311,6 +314,8 @@ def build_app(args: Namespace) -> FastAPI:
     from minivllm.entrypoints.openai.models.router import router as models_router
     from minivllm.entrypoints.openai.responses.router import router as responses_router
     from minivllm.entrypoints.openai.tokenize import router as tokenize
+    from minivllm.metrics.http import HttpMetrics
+    from minivllm.metrics.prometheus import make_registry
 
     frontend = frontend_config(args)
     docs = {"openapi_url": None, "docs_url": None, "redoc_url": None} if frontend.disable_fastapi_docs else {}
@@ -320,6 +325,7 @@ def build_app(args: Namespace) -> FastAPI:
     state.strict_fields = frontend.strict_fields
     state.tracks_load = frontend.enable_server_load_tracking
     state.log_error_stack = frontend.log_error_stack
+    state.registry = make_registry(multiprocess=frontend.api_server_count > 1)
     state.frontend = frontend
     routers = [health_router, metrics_router, models_router, tokenize.router, completion_router, chat_router]
     routers += [batch_router, responses_router, messages_router, invocations_router, lora_router]
@@ -344,6 +350,8 @@ def build_app(args: Namespace) -> FastAPI:
         else:
             app.middleware("http")(middleware)
     app.add_middleware(Failures)
+    if not getattr(args, "disable_log_stats", False):
+        app.add_middleware(HttpMetrics, registry=state.registry)
     app.add_middleware(RequestId, always=frontend.enable_request_id_headers)
     app.add_middleware(
         CORSMiddleware,
@@ -369,14 +377,13 @@ def init_app_state(engine: AsyncLLM, args: Namespace, app: FastAPI, stats: StatL
     from minivllm.entrypoints.openai.serving_base import ServingSettings
     from minivllm.entrypoints.openai.tokenize.serving import ServingTokenize
     from minivllm.metrics.logging import LoggingStatLogger
-    from minivllm.metrics.prometheus import PrometheusStatLogger, make_registry
+    from minivllm.metrics.prometheus import PrometheusStatLogger
 
     frontend, ready, state = frontend_config(args), engine.ready, app.state
     names = engine.config.model.served_model_name or [args.model]
     state.engine = engine
     state.models = ServedModels(names, root=args.model, max_model_len=ready.max_model_len)
     several = frontend.api_server_count > 1
-    state.registry = make_registry(multiprocess=several)
     if stats is not None and not engine.config.observability.disable_log_stats:
         stats.loggers += [
             PrometheusStatLogger(state.registry, names[0], ready, multiprocess=several),
@@ -392,6 +399,8 @@ def init_app_state(engine: AsyncLLM, args: Namespace, app: FastAPI, stats: StatL
     renderer = state.renderer = Renderer(
         engine.tokenizer, max_model_len=ready.max_model_len, templates=templates
     )
+    endpoint = engine.config.observability.otlp_traces_endpoint
+    state.tracer = None if endpoint is None else RequestTracer(endpoint, names[0])
     settings = ServingSettings(
         response_role=frontend.response_role,
         return_tokens_as_token_ids=frontend.return_tokens_as_token_ids,
@@ -402,6 +411,7 @@ def init_app_state(engine: AsyncLLM, args: Namespace, app: FastAPI, stats: StatL
         shows_cached_tokens=frontend.enable_prompt_tokens_details,
         keep_alive_s=frontend.sse_keep_alive_interval,
         request_log=_request_log(frontend),
+        tracer=state.tracer,
     )
     common = (engine, state.models, renderer, state.lifecycle, settings)
     state.serving_completion = ServingCompletion(*common)

@@ -16,6 +16,7 @@ from minivllm.entrypoints.chat_utils import RESERVED_TEMPLATE_KWARGS
 from minivllm.entrypoints.openai.tls import check_tls
 from minivllm.exceptions import ConfigError
 from minivllm.tool_parsers.registry import TOOL_PARSERS
+from minivllm.tracing import check_tracing
 from minivllm.utils.argparse_utils import FlexibleArgumentParser, add_dataclass_arguments
 from minivllm.utils.box_model import is_box_model
 from minivllm.utils.text import nearest
@@ -118,6 +119,7 @@ def validate_args(args: argparse.Namespace) -> None:
     check_template_kwargs(args.default_chat_template_kwargs)
     _check_tool_parser(args)
     check_tls(args)
+    check_tracing(args.otlp_traces_endpoint)
     if args.middleware:
         from minivllm.entrypoints.openai.middleware import load_middleware
 

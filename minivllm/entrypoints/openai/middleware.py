@@ -1,6 +1,6 @@
 """What every request passes before its route. Plain ASGI: bodies are counted, streamed chunks not touched.
 
-    CORS ─▶ RequestId ─▶ Failures ─▶ --middleware ─▶ Authentication ─▶ Admission ─▶ BodyLimit ─▶ routes
+    CORS ─▶ RequestId ─▶ HttpMetrics ─▶ Failures ─▶ --middleware ─▶ Authentication ─▶ Admission ─▶ BodyLimit ─▶ routes
 """
 
 from __future__ import annotations

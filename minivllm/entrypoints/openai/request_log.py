@@ -1,4 +1,4 @@
-"""Lines about single requests: --enable-log-requests, --enable-log-outputs. The only place that logs what users write."""
+"""Lines about single requests: --enable-log-requests and -outputs. The only place that logs what users write."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, PrivateAttr, model_validator
 
 from minivllm.entrypoints.openai.protocol import StreamOptions
 from minivllm.exceptions import RequestError, UnsupportedError
@@ -128,6 +128,8 @@ class SamplingFields(BaseModel):
 
     SUPPORTED_HERE: ClassVar[frozenset[str]] = frozenset()  # names of NOT_YET that this endpoint does have
     KNOWN_ELSEWHERE: ClassVar[frozenset[str]] = frozenset({*NOT_YET, *HARMLESS})  # not "unknown", though no field here
+
+    _trace_headers: dict[str, str] = PrivateAttr(default_factory=dict)  # the caller's trace, from its headers
 
     model: str | None = None
     stream: bool = False

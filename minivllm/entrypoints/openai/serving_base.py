@@ -20,6 +20,7 @@ from minivllm.entrypoints.openai.sampling_fields import SamplingFields, check_re
 from minivllm.entrypoints.openai.sse import EventStream
 from minivllm.exceptions import EngineGenerateError, RequestError
 from minivllm.sampling_params import BeamSearchParams
+from minivllm.tracing import HEADERS, RequestTracer
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -43,6 +44,7 @@ class ServingSettings:
     shows_cached_tokens: bool = False  # in usage
     keep_alive_s: float = 0  # see sse.EventStream
     request_log: RequestLog | None = None
+    tracer: RequestTracer | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,7 @@ class ServingBase(ABC):
             ModelNotFoundError: the request names a model that is not served; RequestError: a wrong request id.
         """
         model = self._models.resolve(request.model)
+        request._trace_headers = {name: value for name in HEADERS if (value := raw_request.headers.get(name))}
         given = raw_request.headers.get("x-request-id")
         drawn = raw_request.scope.get("minivllm.request_id") or uuid.uuid4().hex  # what X-Request-Id answers
         base = check_request_id(given) if given else request.request_id or drawn
@@ -137,6 +140,8 @@ class ServingBase(ABC):
             if request.cache_salt is not None:
                 prompt["cache_salt"] = request.cache_salt
             outputs = self._engine.generate(prompt, params, request_id, priority=request.priority)
+        if self._settings.tracer is not None:
+            outputs = self._settings.tracer.watched(request_id, params, request._trace_headers, outputs)
         log = self._settings.request_log
         if log is None:
             return outputs

@@ -422,3 +422,20 @@ def test_a_client_that_never_ends_its_head_is_cut_off(api: Api, monkeypatch: pyt
         assert await asyncio.wait_for(_raw(sock.getsockname()[1], b""), 20) == b""
 
     serve(api, sock, talk)
+
+
+def test_routes_hand_their_callers_trace_to_the_tracer(engine: FakeEngine):
+    class Tracer:
+        seen: list[tuple[str, dict]] = []
+
+        def watched(self, request_id, params, headers, outputs):
+            self.seen.append((request_id.split("-")[0], dict(headers)))
+            return outputs
+
+    api = Api(engine)
+    for serving in (api.app.state.serving_completion, api.app.state.serving_chat):
+        serving._settings.__dict__["tracer"] = Tracer()
+    headers = {"traceparent": "00-1-2-01"}
+    api.post("/v1/completions", {"prompt": "Hi"}, headers=headers)
+    api.post("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}], "stream": True}, headers=headers)
+    assert Tracer.seen == [("cmpl", headers), ("chatcmpl", headers)]

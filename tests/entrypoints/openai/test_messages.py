@@ -179,3 +179,21 @@ def test_tools_and_their_results_are_chats():
         "tool_choice": "required", "parallel_tool_calls": False,
     }  # fmt: skip
     assert to_chat(MessagesRequest(**ASK)).max_tokens == 100
+
+
+TOOL = {"name": "get", "input_schema": {"type": "object", "properties": {"city": {"type": "string"}}}}
+CALL = 'Look:\n<tool_call>\n{"name": "get", "arguments": {"city": "Paris"}}\n</tool_call>'
+
+
+def test_calls_come_through_chats_parser_whole_and_streamed(engine: FakeEngine):
+    engine.answer = CALL
+    api = Api(engine, enable_auto_tool_choice=True, tool_call_parser="hermes")
+    whole = api.post("/v1/messages", {**ASK, "tools": [TOOL]}).json()
+    text, call = whole["content"]
+    assert (text["text"].strip(), call["name"], call["input"]) == ("Look:", "get", {"city": "Paris"})
+    assert whole["stop_reason"] == "tool_use"
+    events = named_events(api.post("/v1/messages", {**ASK, "tools": [TOOL], "stream": True}).text)
+    deltas = [data["delta"] for name, data in events if name == "content_block_delta"]
+    assert "".join(delta.get("text", "") for delta in deltas) == text["text"]
+    assert json.loads("".join(delta.get("partial_json", "") for delta in deltas)) == call["input"]
+    assert events[-2][1]["delta"]["stop_reason"] == "tool_use"

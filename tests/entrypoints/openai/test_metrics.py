@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import re
+from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
@@ -17,6 +20,7 @@ from minivllm.metrics.prometheus import (
 )
 from tests.entrypoints.openai.conftest import Api
 
+ROOT = Path(__file__).resolve().parents[3]
 FINISHED = FinishedRequestStats("stop", 10, 5, 4, 16, 1, 2.0, 0.25, 0.5, 1.0)
 ITERATION = IterationStats(10, 4, 7, [0.3], [0.02, 0.03], [FINISHED])
 SCHEDULER = SchedulerStats(3, 2, 0.5, PrefixCacheStats(10, 4), 1, 100)
@@ -134,3 +138,27 @@ def test_the_line_tells_rates_and_is_silent_when_idle(
     assert "Avg generation throughput: 0.7 tokens/s" in busy
     assert "Prefix cache hit rate: 40.0%" in busy
     assert "Avg generation throughput: 0.0 tokens/s, Running: 0 reqs" in at_rest
+
+
+def test_every_metric_of_the_dashboard_is_exposed(api: Api):
+    dashboard = json.loads((ROOT / "examples" / "grafana" / "minivllm.json").read_text())
+    exprs = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    names = {name for expr in exprs for name in re.findall(r"(?:vllm:|http_)\w+", expr)}
+    assert len(names) > 10
+    api.complete()
+    text = api.get("/metrics").text
+    assert [name for name in names if f"\n{name}{{" not in text] == []
+
+
+def test_http_requests_are_counted_by_route_and_never_by_what_clients_write(api: Api):
+    api.complete()
+    api.post("/v1/completions", {"prompt": ""})
+    for path in ("/v1/models/secret", "/secret", "/health"):
+        api.get(path)
+    text = api.get("/metrics").text
+    assert 'http_requests_total{handler="/v1/completions",method="POST",status="2xx"} 1.0' in text
+    assert 'http_requests_total{handler="/v1/completions",method="POST",status="4xx"} 1.0' in text
+    assert 'http_requests_total{handler="/v1/models/{model_id:path}",method="GET",status="4xx"} 1.0' in text
+    assert 'http_requests_total{handler="none",method="GET",status="4xx"} 1.0' in text
+    assert 'http_request_duration_seconds_count{handler="/v1/completions",method="POST"} 2.0' in text
+    assert "secret" not in text and 'handler="/health"' not in text

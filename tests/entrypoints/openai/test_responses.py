@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import httpx
 import openai
 import pytest
@@ -14,8 +16,8 @@ from minivllm.entrypoints.openai.responses.serving import _begin, _Maker
 from minivllm.entrypoints.openai.responses.store import ResponseStore
 from minivllm.exceptions import EngineGenerateError, NotFoundError
 from tests.entrypoints.openai.conftest import Api
-from tests.entrypoints.openai.fakes import ANSWER
-from tests.entrypoints.openai.test_messages import named_events
+from tests.entrypoints.openai.fakes import ANSWER, FakeEngine
+from tests.entrypoints.openai.test_messages import CALL, named_events
 
 ASK = {"model": "fake", "input": "Hi"}
 
@@ -99,7 +101,8 @@ def test_openais_client_reads_both(api: Api):
 
     api.run(talk)
     api.chat(messages=[
-        {"role": "user", "content": "Hi"}, {"role": "assistant", "content": ANSWER}, {"role": "user", "content": "Go on"},
+        {"role": "user", "content": "Hi"}, {"role": "assistant", "content": ANSWER},
+        {"role": "user", "content": "Go on"},
     ])  # fmt: skip
     assert api.engine.calls[1].prompt == api.engine.calls[2].prompt
 
@@ -210,3 +213,31 @@ def test_items_become_chats_messages():
     function = {"name": "f", "parameters": {"type": "object"}, "strict": True}
     assert _tool(tool, "tools[0]") == {"type": "function", "function": function}
     assert _tool_choice({"type": "function", "name": "f"}) == {"type": "function", "function": {"name": "f"}}
+
+
+def test_calls_come_through_chats_parser_and_their_results_go_back(engine: FakeEngine):
+    engine.answer = CALL
+    api = Api(engine, enable_auto_tool_choice=True, tool_call_parser="hermes")
+    tools = [{"type": "function", "name": "get", "parameters": {"type": "object"}}]
+    body = api.post("/v1/responses", {**ASK, "tools": tools}).json()
+    message, call = body["output"]
+    assert (message["content"][0]["text"].strip(), call["name"]) == ("Look:", "get")
+    assert json.loads(call["arguments"]) == {"city": "Paris"}
+    events = named_events(api.post("/v1/responses", {**ASK, "tools": tools, "stream": True}).text)
+    (done,) = [data for name, data in events if name == "response.function_call_arguments.done"]
+    assert done["arguments"] == call["arguments"]
+    engine.answer = ANSWER
+    result = {"type": "function_call_output", "call_id": call["call_id"], "output": "sun"}
+    follow_up = {"input": [result], "previous_response_id": body["id"], "tools": tools}
+    assert api.post("/v1/responses", follow_up).json()["output"][0]["content"][0]["text"] == ANSWER
+    prompt = bytes(api.engine.calls[-1].prompt["prompt_token_ids"]).decode()
+    assert "<tool>sun" in prompt
+
+
+def test_a_schema_constrains_the_text_as_in_chat(api: Api):
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    format_ = {"type": "json_schema", "name": "x", "schema": schema}
+    api.post("/v1/responses", {**ASK, "text": {"format": format_}})
+    api.chat(response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema}})
+    first, second = (call.params.structured_outputs for call in api.engine.calls)
+    assert first == second and first is not None

@@ -13,10 +13,11 @@ import random
 import resource
 import time
 from argparse import Namespace
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import httpx
@@ -27,6 +28,7 @@ from minivllm.entrypoints.cli.bench import datasets
 from minivllm.entrypoints.cli.bench.datasets import BenchRequest
 from minivllm.entrypoints.cli.bench.report import WIDTH, machine, row, save, summarize, title
 from minivllm.entrypoints.cli.bench.stream_client import Answer, Endpoint, ask
+from minivllm.entrypoints.cli.bench.timeline import write_timeline
 from minivllm.exceptions import ConfigError, MinivllmError
 from minivllm.utils.argparse_utils import FlexibleArgumentParser, json_object, number, size
 
@@ -49,7 +51,7 @@ def make_parser() -> FlexibleArgumentParser:
     server.add_argument("--endpoint", default="/v1/completions", metavar="PATH", help="The route.")
     server.add_argument("--model", metavar="NAME", help="Name of the model; default: the first the server lists.")
     server.add_argument("--header", nargs="+", default=[], metavar="NAME=VALUE", help="Headers to send.")
-    datasets.add_dataset_arguments(parser, input_len=1024, output_len=128, num=1000)
+    datasets.add_dataset_arguments(parser, input_len=1024, output_len=128, num=1000, texts=True)
     requests = parser.add_argument_group("load")
     requests.add_argument("--seed", type=size, default=0, metavar="N", help="Seed of prompts and arrivals.")
     requests.add_argument(
@@ -74,6 +76,11 @@ def make_parser() -> FlexibleArgumentParser:
         "--percentile-metrics", default="ttft,tpot,itl,e2el", metavar="NAMES", help="Which of ttft,tpot,itl,e2el."
     )
     results.add_argument("--metric-percentiles", default="99", metavar="P,P", help="Percentiles to report.")
+    results.add_argument(
+        "--goodput", nargs="+", default=[], metavar="METRIC:MS",
+        help="Also count the requests within these limits, as in ttft:200 tpot:50 e2el:2000.",
+    )  # fmt: skip
+    results.add_argument("--plot-timeline", action="store_true", help="Draw each request over time, as an HTML page.")
     results.add_argument("--save-result", action="store_true", help="Write the result as JSON.")
     results.add_argument("--save-detailed", action="store_true", help="With it, every request's times.")
     results.add_argument("--result-dir", metavar="DIR", help="Where to; default: here.")
@@ -91,6 +98,7 @@ def run(args: Namespace) -> None:
         headers.setdefault("Authorization", f"Bearer {key}")
     percents = _percents(args.metric_percentiles)
     metrics = _metrics(args.percentile_metrics)
+    limits = _limits(args.goodput)
     if not args.request_rate > 0 or not args.burstiness > 0:
         raise ConfigError("request_rate and burstiness must be above 0")
     if args.max_concurrency is not None and args.max_concurrency < 1:
@@ -98,17 +106,30 @@ def run(args: Namespace) -> None:
     metadata = _pairs("--metadata", args.metadata)
     card = first_model(base_url, headers, args.model)
     model = card["id"]
-    requests = datasets.from_args(args, args.vocab_size or _vocab_size(card))
+    if args.dataset_name == datasets.SHAREGPT:
+        requests = datasets.sharegpt_requests(
+            args.dataset_path,
+            args.num_prompts,
+            output_len=args.sharegpt_output_len,
+            count_tokens=lambda text: count_tokens(base_url, headers, model, text),
+            seed=args.seed,
+        )
+    else:
+        requests = datasets.from_args(args, args.vocab_size or _vocab_size(card))
     bodies = [_body(request, model, args) for request in requests]
     endpoint = Endpoint(base_url + args.endpoint, headers)
     _allow_many_connections()
     load = asyncio.run(_run_load(endpoint, requests, bodies, args))
-    result = measure(load, percents)
+    result = measure(load, percents, limits)
     report(result, args.request_rate, args.max_concurrency, metrics)
     if args.save_result or args.save_detailed:
         path = _result_path(args, model)
         save(path, {**_describe(args, model, metadata), **result, **(_details(load) if args.save_detailed else {})})
         print(f"saved to {path}")
+    if args.plot_timeline:
+        path = _result_path(args, model).with_suffix(".timeline.html")
+        write_timeline(path, load.answers)
+        print(f"timeline in {path}")
     failed = [answer for answer in load.answers if answer.error]
     if failed:
         raise MinivllmError(f"{len(failed)} of {len(load.answers)} requests failed; the first: {failed[0].error}")
@@ -126,13 +147,13 @@ class Load:
 
 async def _run_load(endpoint: Endpoint, requests: list[BenchRequest], bodies: list[bytes], args: Namespace) -> Load:
     for request, body in list(zip(requests, bodies))[: args.num_warmups]:
-        answer = await ask(endpoint, body, len(request.prompt_token_ids))
+        answer = await ask(endpoint, body, request.prompt_len)
         if answer.error:
             raise MinivllmError(f"the first request failed, so nothing is measured: {answer.error}")
     with _progress(len(requests), shown=not args.disable_tqdm) as bar:
         return await run_load(
             endpoint,
-            [(body, len(request.prompt_token_ids)) for request, body in zip(requests, bodies)],
+            [(body, request.prompt_len) for request, body in zip(requests, bodies)],
             gaps=gaps(len(requests), args.request_rate, args.burstiness, args.seed),
             max_concurrency=args.max_concurrency,
             on_done=lambda: bar.update(1),
@@ -186,8 +207,13 @@ def gaps(num: int, rate: float, burstiness: float, seed: int) -> list[float]:
     return [0.0, *(draw.gammavariate(burstiness, 1 / (rate * burstiness)) for _ in range(num - 1))]
 
 
-def measure(load: Load, percents: Sequence[float]) -> dict[str, Any]:
-    """The numbers of a run; times in milliseconds, failed requests counted and left out."""
+def measure(
+    load: Load, percents: Sequence[float], limits: Mapping[str, float] = MappingProxyType({})
+) -> dict[str, Any]:
+    """The numbers of a run; times in milliseconds, failed requests counted and left out.
+
+    limits: of metrics, in milliseconds; with any, the requests a second that keep all of them are counted too.
+    """
     good = [answer for answer in load.answers if answer.error is None]
     num_input = sum(answer.prompt_len for answer in good)
     num_output = sum(answer.num_output_tokens for answer in good)
@@ -209,10 +235,18 @@ def measure(load: Load, percents: Sequence[float]) -> dict[str, Any]:
         "peak_concurrent_requests": load.peak_concurrency,
         "client_cpu_share": load.client_cpu_s / load.duration_s,
     }
+    if limits:
+        result["request_goodput"] = sum(_keeps(answer, limits) for answer in good) / load.duration_s
     for name, seconds in times.items():
         for statistic, value in summarize([1000 * s for s in seconds], percents).items():
             result[f"{statistic}_{name}_ms"] = value
     return result
+
+
+def _keeps(answer: Answer, limits: Mapping[str, float]) -> bool:
+    """Whether a request kept every limit, in milliseconds; a time it does not have keeps its limit."""
+    times = {"ttft": answer.first_token_s, "tpot": answer.time_per_output_token_s or 0.0, "e2el": answer.latency_s}
+    return all(1000 * times[name] <= limit for name, limit in limits.items())
 
 
 def report(result: dict[str, Any], rate: float, max_concurrency: int | None, metrics: Sequence[str]) -> None:
@@ -228,6 +262,8 @@ def report(result: dict[str, Any], rate: float, max_concurrency: int | None, met
     print(row("Total input tokens:", result["total_input_tokens"]))
     print(row("Total generated tokens:", result["total_output_tokens"]))
     print(row("Request throughput (req/s):", result["request_throughput"]))
+    if "request_goodput" in result:
+        print(row("Request goodput (req/s):", result["request_goodput"]))
     print(row("Output token throughput (tok/s):", result["output_throughput"]))
     print(row("Peak concurrent requests:", result["peak_concurrent_requests"]))
     print(row("Total token throughput (tok/s):", result["total_token_throughput"]))
@@ -265,6 +301,22 @@ def first_model(base_url: str, headers: dict[str, str], name: str | None) -> dic
     raise ConfigError(f"{base_url} does not serve {name}; it serves {', '.join(card['id'] for card in cards)}")
 
 
+def count_tokens(base_url: str, headers: dict[str, str], model: str, text: str) -> int:
+    """How many tokens the server makes of a text.
+
+    Raises:
+        ConfigError: it does not say.
+    """
+    try:
+        values = {name: value.encode() for name, value in headers.items()}
+        body = {"model": model, "prompt": text}
+        response = httpx.post(f"{base_url}/tokenize", json=body, headers=values, timeout=60, trust_env=False)
+        response.raise_for_status()
+        return int(response.json()["count"])
+    except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{base_url}/tokenize does not count tokens, as sharegpt needs: {error}") from error
+
+
 def _vocab_size(card: dict[str, Any]) -> int:
     """The model's, if the server runs from a directory that we see too; else the bytes that every vocabulary has."""
     try:
@@ -276,7 +328,7 @@ def _vocab_size(card: dict[str, Any]) -> int:
 def _body(request: BenchRequest, model: str, args: Namespace) -> bytes:
     body = {
         "model": model,
-        "prompt": request.prompt_token_ids,
+        "prompt": request.prompt,
         "max_tokens": request.output_len,
         "temperature": args.temperature,
         "stream": True,
@@ -325,6 +377,19 @@ def _metrics(text: str) -> list[str]:
     return names
 
 
+def _limits(items: Sequence[str]) -> dict[str, float]:
+    limits = {}
+    for item in items:
+        name, _, value = item.partition(":")
+        if name not in ("ttft", "tpot", "e2el"):
+            raise ConfigError(f"--goodput {item}: write ttft, tpot or e2el, a colon and milliseconds, as in ttft:200")
+        try:
+            limits[name] = float(value)
+        except ValueError:
+            raise ConfigError(f"--goodput {item}: {value!r} is not a number of milliseconds") from None
+    return limits
+
+
 def _describe(args: Namespace, model: str, metadata: dict[str, str]) -> dict[str, Any]:
     return {
         "date": datetime.now().strftime("%Y%m%d-%H%M%S"),
@@ -334,6 +399,7 @@ def _describe(args: Namespace, model: str, metadata: dict[str, str]) -> dict[str
         "request_rate": args.request_rate if args.request_rate != float("inf") else "inf",
         "burstiness": args.burstiness,
         "max_concurrency": args.max_concurrency,
+        "dataset_name": args.dataset_name,
         "random_input_len": args.random_input_len,
         "random_output_len": args.random_output_len,
         "ignore_eos": args.ignore_eos,

@@ -113,7 +113,8 @@ def _content(content: Any, place: str) -> str:
     for i, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else None
         if not isinstance(kind, str) or kind not in _TEXTS:
-            raise UnsupportedError(f"{place}[{i}]: parts of type {str(kind)[:100]!r} are not supported; send text", param=place)
+            message = f"{place}[{i}]: parts of type {str(kind)[:100]!r} are not supported; send text"
+            raise UnsupportedError(message, param=place)
         texts.append(_string(part, _TEXTS[kind], f"{place}[{i}]"))
     return "\n".join(texts)
 

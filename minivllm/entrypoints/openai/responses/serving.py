@@ -147,7 +147,7 @@ class ServingResponses:
         """
         stored = self._store.get(response_id)
         if stream:
-            raise UnsupportedError("the events of a stored response are not kept; get it without stream", param="stream")
+            raise UnsupportedError("events of a stored response are not kept; get it without stream", param="stream")
         return json_response(stored.body)
 
     def delete(self, response_id: str) -> Response:

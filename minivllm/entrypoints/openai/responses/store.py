@@ -45,7 +45,8 @@ class ResponseStore:
         NotFoundError: it was never stored, or is no more.
         """
         if response_id not in self._stored:
-            raise NotFoundError(f"there is no stored response {response_id[:100]}; it may have been dropped", param=param)
+            message = f"there is no stored response {response_id[:100]}; it may have been dropped"
+            raise NotFoundError(message, param=param)
         self._stored.move_to_end(response_id)
         return self._stored[response_id]
 
