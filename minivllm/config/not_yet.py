@@ -1,7 +1,7 @@
 """Options of vLLM, present and past, that this version does not have.
 
 Naming one is an error that says so, rather than "unknown option": who moves a working command over learns what is
-missing. An option moves from here to a class when its feature lands. A value that asks for nothing beyond
+missing. An option moves from here to a config class when its feature lands. A value that asks for nothing beyond
 what we do anyway is let pass.
 """
 
@@ -12,7 +12,7 @@ NOT_YET = frozenset(
     additional_config aggregate_engine_logging all2all_backend allow_deprecated_quantization
     allowed_local_media_path allowed_media_domains anthropic_disabled_thinking_effort
     attention_backend attention_config aux_output_config
-    code_revision cohere_format cohere_is_reasoning_model collect_detailed_traces compilation_config config
+    code_revision cohere_format cohere_is_reasoning_model collect_detailed_traces compilation_config
     config_format convert cp_kv_cache_interleave_size cpu_distributed_timeout_seconds cpu_offload_gb
     cpu_offload_params cudagraph_capture_sizes cudagraph_metrics custom_histogram_buckets data_parallel_address
     data_parallel_backend data_parallel_external_lb data_parallel_hybrid_lb data_parallel_multi_port_external_lb

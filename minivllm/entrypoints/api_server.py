@@ -30,7 +30,7 @@ from minivllm.entrypoints.openai.errors import Failures, install_error_handlers
 from minivllm.entrypoints.openai.health.router import router as health_router
 from minivllm.entrypoints.openai.launcher import serve_http
 from minivllm.entrypoints.openai.lifecycle import Lifecycle
-from minivllm.entrypoints.openai.middleware import Admission, BodyLimit
+from minivllm.entrypoints.openai.middleware import Admission, BodyLimit, RequestId
 from minivllm.entrypoints.openai.utils import ClientDisconnected, attend, require_json, with_cancellation
 from minivllm.exceptions import MinivllmError, RequestError
 from minivllm.logger import configure, init_logger
@@ -126,6 +126,7 @@ def build_app(engine: AsyncLLM) -> FastAPI:
     app.add_middleware(BodyLimit)
     app.add_middleware(Admission, lifecycle=app.state.lifecycle)
     app.add_middleware(Failures)
+    app.add_middleware(RequestId, always=False)
     return app
 
 

@@ -34,17 +34,11 @@ class HttpMetrics:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        began, status = time.perf_counter(), 500
-
-        async def watched(message: Any) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
+        began = time.perf_counter()
         try:
-            await self.app(scope, receive, watched)
+            await self.app(scope, receive, send)
         finally:
+            status = scope.get("minivllm.status", 500)  # as `RequestId`, which is around this, has seen it
             handler = getattr(scope.get("route"), "path", NO_ROUTE)
             if handler not in NOT_COUNTED:
                 method = scope["method"] if scope["method"] in METHODS else "other"

@@ -195,7 +195,7 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
 
 
 class Failures:
-    """Answers with a 500 what no handler knows.
+    """Answers with a 500 what no handler knows. Inside `middleware.RequestId`, which says whether an answer has begun.
 
     Starlette's own way raises it again once answered, and uvicorn then cuts a connection that the client believes to
     be kept alive.
@@ -205,17 +205,10 @@ class Failures:
         self.app = app
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        started = False
-
-        async def watched(message: Any) -> None:
-            nonlocal started
-            started = True
-            await send(message)
-
         try:
-            await self.app(scope, receive, watched)
+            await self.app(scope, receive, send)
         except Exception as error:
-            if scope["type"] != "http" or started:
+            if scope["type"] != "http" or "minivllm.status" in scope:
                 raise
             logger.exception("%s %s failed", scope["method"], scope["path"])
             await error_response(error, path=scope["path"])(scope, receive, send)

@@ -29,7 +29,8 @@ OPEN_PATHS = frozenset({"/health", "/ping", "/metrics"})
 class RequestId:
     """Gives every request an id, its own X-Request-Id or a new one, and sends it back: always, or with errors only.
 
-    It stands in the scope as "minivllm.request_id". A header that is too long or not printable is not taken.
+    It stands in the scope as "minivllm.request_id", and once an answer has begun, its status as "minivllm.status": those
+    inside need not watch every message of a stream for it. A header that is too long or not printable is not taken.
     """
 
     def __init__(self, app: Any, *, always: bool) -> None:
@@ -45,8 +46,10 @@ class RequestId:
         request_id = scope["minivllm.request_id"] = given if fits else uuid.uuid4().hex
 
         async def with_id(message: Any) -> None:
-            if message["type"] == "http.response.start" and (self._always or message["status"] >= 400):
-                MutableHeaders(scope=message)["X-Request-Id"] = request_id
+            if message["type"] == "http.response.start":
+                scope["minivllm.status"] = message["status"]
+                if self._always or message["status"] >= 400:
+                    MutableHeaders(scope=message)["X-Request-Id"] = request_id
             await send(message)
 
         await self.app(scope, receive, with_id)

@@ -160,7 +160,8 @@ def test_routes_reach_the_engine(llm: AsyncLLM):
         assert (await client.post("/reset_prefix_cache")).json() == {"success": True}
         assert (await client.get("/is_sleeping")).json() == {"is_sleeping": False}
         assert (await client.post("/abort_requests", json={})).json() == {"status": "aborted", "aborted": 0}
-        wrong = await client.post("/collective_rpc", json={"method": "_x"})
-        assert wrong.status_code == 400
+        for method in ("_x", "", "no_such_method"):
+            wrong = await client.post("/collective_rpc", json={"method": method})
+            assert wrong.status_code == 400
 
     api.run(talk)

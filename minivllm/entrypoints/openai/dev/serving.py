@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from minivllm import envs
-from minivllm.exceptions import RequestError
+from minivllm.exceptions import EngineDeadError, EngineError, RequestError
 from minivllm.version import __version__
 
 if TYPE_CHECKING:
@@ -21,16 +21,20 @@ async def collective_rpc(engine: AsyncLLM, request: RpcRequest) -> list[Any]:
     """Every worker's answer; one that is no JSON comes as its text.
 
     Raises:
-        RequestError: the method is private, takes keywords, or took too long.
+        RequestError: the method is private, takes keywords, failed, or took too long.
     """
-    if request.method.startswith("_"):
-        raise RequestError(f"method {request.method[:100]} is private", param="method")
+    if not request.method or request.method.startswith("_"):
+        raise RequestError(f"method {request.method[:100]!r} is no public method", param="method")
     if request.kwargs:
         raise RequestError("kwargs are not supported; pass args in order", param="kwargs")
     try:
         return await asyncio.wait_for(engine.collective_rpc(request.method, *request.args), request.timeout)
     except asyncio.TimeoutError:
         raise RequestError(f"no answer within timeout={request.timeout} seconds", param="timeout") from None
+    except EngineDeadError:
+        raise
+    except EngineError as error:  # the workers are well; what was asked of them was not
+        raise RequestError(f"the call failed: {error}", param="method") from None
 
 
 def server_info(state: Any, *, as_text: bool) -> dict[str, Any]:
