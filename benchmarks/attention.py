@@ -30,10 +30,18 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--gib", type=float, default=1.0, help="KV cache that a measurement of decode walks over")
+    parser.add_argument(
+        "--gib", type=float, default=1.0, help="KV cache that a measurement of decode walks over"
+    )
     args = parser.parse_args()
     spec = AttentionSpec(
-        args.heads, args.kv_heads, args.head_dim, BLOCK_SIZE, getattr(torch, args.dtype), "cpu", args.kv_cache_dtype
+        args.heads,
+        args.kv_heads,
+        args.head_dim,
+        BLOCK_SIZE,
+        getattr(torch, args.dtype),
+        "cpu",
+        args.kv_cache_dtype,
     )
     backend = CpuNativeBackend(spec)
     print(

@@ -55,7 +55,7 @@ public:
         tail_ = spare_ + kTile * head_dim_;
         is_wide_ = rows.count > kNarrow;
         is_bytes_ = a.layout.type != KvType::bf16;
-        // Few rows of bf16 read as fast as memory gives: a line here and there leads on the processor's own prefetching.
+        // Few rows of bf16 read as fast as memory gives: a line here and there leads on the processor's own fetching.
         fetch_step_ = is_wide_ || is_bytes_ ? 64 : 256;
         std::memset(tail_, 0, 1024);
     }
@@ -346,7 +346,8 @@ private:
         uint32_t cut = 0;
         for (int pair = 0; pair < 16; ++pair) {
             const int t = 2 * pair;
-            const uint32_t even = t >= begin && t < end ? 0x55555555u : 0, odd = t + 1 >= begin && t + 1 < end ? 0xaaaaaaaau : 0;
+            const uint32_t even = t >= begin && t < end ? 0x55555555u : 0;
+            const uint32_t odd = t + 1 >= begin && t + 1 < end ? 0xaaaaaaaau : 0;
             for (int64_t g = 0; g < head_dim_ / 16; ++g) {
                 const int64_t at = g * 512 + pair * 32;
                 const __m512i x = _mm512_loadu_si512(tile + at);
@@ -372,11 +373,13 @@ private:
             const bf16* tile = reinterpret_cast<const bf16*>(step.key[t] + a_->layout.half_bytes());
             if (is_bytes_) tile = widen(spare_, step.key[t] + a_->layout.half_bytes());
             for (int64_t r = block; r < block_end; ++r)
-                for (int64_t j = greater(rows_->begin[r] - p, 0); j < lesser(rows_->end[r] - p, kTile); ++j)
+                for (int64_t j = greater(rows_->begin[r] - p, 0); j < lesser(rows_->end[r] - p, kTile); ++j) {
+                    const float weight = to_float(weights_of(r - block)[t * 512 + j]);
                     for (int64_t d = 0; d < head_dim_; ++d) {
                         const float value = to_float(tile[d / 16 * 512 + j / 2 * 32 + d % 16 * 2 + j % 2]);
-                        if (value - value != 0) s_.seg_out[r * head_dim_ + d] += to_float(weights_of(r - block)[t * 512 + j]) * value;
+                        if (value - value != 0) s_.seg_out[r * head_dim_ + d] += weight * value;
                     }
+                }
         }
     }
 

@@ -38,7 +38,8 @@ static void check_group(const Attention& a, int64_t g) {
         throw std::out_of_range(at("group_starts", g + 1, end) + " is below its predecessor or above the " +
                                 std::to_string(a.num_members) + " members");
     if (len <= 0 || len % kStep != 0)
-        throw std::invalid_argument(at("shared_lens", g, len) + " is not a positive multiple of " + std::to_string(kStep));
+        throw std::invalid_argument(at("shared_lens", g, len) + " is not a positive multiple of " +
+                                    std::to_string(kStep));
     for (int64_t m = begin; m < end; ++m) {
         const int64_t b = a.members[m];
         if (b < 0 || b >= a.num_reqs) throw std::out_of_range(at("members", m, b) + " is no request of the batch");
@@ -94,7 +95,8 @@ static void paged_attention(uintptr_t out, uintptr_t q, uintptr_t kv_cache, std:
         a.group_starts = ptr<const int32_t>(groups[1]);
         a.shared_lens = ptr<const int32_t>(groups[2]);
     }
-    if (a.query_start_loc[0] < 0) throw std::out_of_range(at("query_start_loc", 0, a.query_start_loc[0]) + " is negative");
+    if (a.query_start_loc[0] < 0)
+        throw std::out_of_range(at("query_start_loc", 0, a.query_start_loc[0]) + " is negative");
     for (int64_t b = 0; b < num_reqs; ++b) check_request(a, b, num_tokens, num_blocks, max_blocks);
     for (int64_t g = 0; g < a.num_groups; ++g) check_group(a, g);
     const int64_t row_bytes = num_heads * head_dim * size_of(a.dtype);

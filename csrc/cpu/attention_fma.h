@@ -37,8 +37,8 @@ template <KvType type>
 void widen_tile(bf16* to, const char* from, int64_t n) {
     for (int64_t chunk = 0; chunk < n; chunk += 64)
         for (int i = 0; i < 8; ++i) {  // [quarter][row][8] to [row][quarter][8]
-            const __m256i x = _mm256_castps_si256(widen_codes<type>(reinterpret_cast<const uint8_t*>(from) + chunk + i * 8));
-            const __m256i high = _mm256_srli_epi32(x, 16);
+            const uint8_t* codes = reinterpret_cast<const uint8_t*>(from) + chunk + i * 8;
+            const __m256i high = _mm256_srli_epi32(_mm256_castps_si256(widen_codes<type>(codes)), 16);
             const __m128i halves = _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
             _mm_storeu_si128(reinterpret_cast<__m128i*>(to + chunk + i % 2 * 32 + i / 2 * 8), halves);
         }

@@ -79,8 +79,8 @@ struct Rows {
     float* carried[kMaxRows];                      // its state between walks, or null
 };
 
-// What becomes of the rows at a walk's end: their output, or their state in rows.carried. A shared part may end inside a
-// segment, which its rows go on with; a part that others continue in parallel is one segment, and merged by `join`.
+// What becomes of the rows at a walk's end: their output, or their state in rows.carried. A shared part may end inside
+// a segment, with which its rows go on; a part is one segment of several walked at the same time, which `join` merges.
 enum class Ending { output, shared, part };
 
 struct Path {

@@ -66,7 +66,9 @@ class KvLayout:
 
     # For the references --------------------------------------------------------
 
-    def write(self, cache: torch.Tensor, half: int, slots: torch.Tensor, rows: torch.Tensor, scale: float) -> None:
+    def write(
+        self, cache: torch.Tensor, half: int, slots: torch.Tensor, rows: torch.Tensor, scale: float
+    ) -> None:
         """rows: [n, num_kv_heads, head_dim], the keys (half 0) or values (half 1) of n slots, in place.
 
         scale: what fp8 codes count in.

@@ -36,7 +36,9 @@ class Options:
     sliding_window: int | None = None  # a row sees at most so many positions, its own included
     softcap: float = 0.0  # scores become softcap * tanh(score / softcap); 0: they stay
     sinks: torch.Tensor | None = None  # [num_heads] float32: a logit of the softmax that has no value
-    alibi_slopes: torch.Tensor | None = None  # [num_heads] float32: times (key position - query position), added
+    alibi_slopes: torch.Tensor | None = (
+        None  # [num_heads] float32: times (key position - query position), added
+    )
     k_scale: float = 1.0  # what the codes of an fp8 cache count in
     v_scale: float = 1.0
 

@@ -13,7 +13,9 @@ def a_step(tables, seq_lens, q_lens=None):
     width = max(map(len, tables))
     table = torch.tensor([row + [0] * (width - len(row)) for row in tables], dtype=torch.int32)
     starts = torch.tensor([0, *(q_lens or [1] * len(tables))]).cumsum(0, dtype=torch.int32)
-    return StepInputs(starts, torch.tensor(seq_lens, dtype=torch.int32), table, torch.zeros(0, dtype=torch.int64))
+    return StepInputs(
+        starts, torch.tensor(seq_lens, dtype=torch.int32), table, torch.zeros(0, dtype=torch.int64)
+    )
 
 
 def groups(step, block_size=128):
@@ -58,7 +60,12 @@ def spec(**changes):
 
 @pytest.mark.parametrize(
     ("kv_cache_dtype", "name", "bytes_per_token"),
-    [("auto", "bfloat16", 512), ("float16", "float16", 512), ("fp8", "fp8_e4m3", 256), ("int8", "int8", 256 + 16)],
+    [
+        ("auto", "bfloat16", 512),
+        ("float16", "float16", 512),
+        ("fp8", "fp8_e4m3", 256),
+        ("int8", "int8", 256 + 16),
+    ],
 )
 def test_a_cache_takes_the_bytes_of_its_type(kv_cache_dtype, name, bytes_per_token):
     backend = CpuNativeBackend(spec(kv_cache_dtype=kv_cache_dtype))
@@ -70,7 +77,10 @@ def test_a_cache_takes_the_bytes_of_its_type(kv_cache_dtype, name, bytes_per_tok
 
 def test_the_cache_follows_the_models_type_unless_told_otherwise():
     assert CpuNativeBackend(spec(dtype=torch.float32)).layout_id == "tile32-float32-v1"
-    assert CpuNativeBackend(spec(dtype=torch.float32, kv_cache_dtype="bfloat16")).layout_id == "tile32-bfloat16-v1"
+    assert (
+        CpuNativeBackend(spec(dtype=torch.float32, kv_cache_dtype="bfloat16")).layout_id
+        == "tile32-bfloat16-v1"
+    )
 
 
 def test_a_type_it_does_not_know_is_named():

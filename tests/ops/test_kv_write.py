@@ -91,7 +91,9 @@ def test_every_size_of_number_is_rounded_as_the_reference_rounds_it(isa, kv_dtyp
 def test_a_token_lands_in_its_slot_and_nothing_else_changes(implementation, layout):
     before, (k, v) = torch.zeros_like(new_cache(layout)), new_tokens(torch.float32, 1)
     after = write(implementation, before, k, v, torch.tensor([2 * BLOCK_SIZE + 37]), layout)
-    tolerance = {"float32": 0, "float16": 1e-3, "bfloat16": 1e-2, "int8": 2e-2, "fp8_e4m3": 7e-2}[layout.dtype]
+    tolerance = {"float32": 0, "float16": 1e-3, "bfloat16": 1e-2, "int8": 2e-2, "fp8_e4m3": 7e-2}[
+        layout.dtype
+    ]
     for got, expected in zip(read(after, layout, 2 * BLOCK_SIZE + 37), (k[0], v[0])):
         torch.testing.assert_close(got, expected, atol=tolerance, rtol=tolerance)
     for slot in range(NUM_SLOTS):

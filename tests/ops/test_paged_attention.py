@@ -201,13 +201,21 @@ def test_q_is_read_where_it_lies(assert_same_bits):
 @needs_kernels
 @pytest.mark.parametrize(("head_dim", "group"), [(64, 1), (80, 40), (128, 4)])
 @pytest.mark.parametrize("kv_dtype", KV_TYPES)
-def test_the_kernel_agrees_with_the_reference_for_each_type_of_cache(isa, dtype, kv_dtype, head_dim, group, assert_close):
+def test_the_kernel_agrees_with_the_reference_for_each_type_of_cache(
+    isa, dtype, kv_dtype, head_dim, group, assert_close
+):
     """Both read what the cache stores: that is the reference's business, not a matter of tolerance."""
     shape = {"heads": 2 * group, "kv_heads": 2, "head_dim": head_dim, "dtype": dtype}
     seqs = [sequence(n, **shape) for n in (70, 45, 140)]
     tolerance = TOLERANCE[torch.float32 if dtype == torch.float32 else torch.bfloat16]
     scales = {"k_scale": 0.75, "v_scale": 1.5} if kv_dtype == "fp8_e4m3" else {}
-    assert_agrees([prefill(seqs[0]), decode(seqs[1]), decode(seqs[2])], assert_close, tolerance, kv_dtype=kv_dtype, **scales)
+    assert_agrees(
+        [prefill(seqs[0]), decode(seqs[1]), decode(seqs[2])],
+        assert_close,
+        tolerance,
+        kv_dtype=kv_dtype,
+        **scales,
+    )
 
 
 @pytest.mark.parametrize(("kv_dtype", "tolerance"), [("bfloat16", 8e-3), ("fp8_e4m3", 6e-2), ("int8", 2e-2)])
@@ -224,7 +232,12 @@ def some_options(heads):
         "softcap": {"softcap": 2.0},
         "sinks": {"sinks": torch.linspace(-2, 3, heads)},
         "alibi": {"alibi_slopes": slopes},
-        "all": {"softcap": 5.0, "sinks": torch.linspace(-2, 3, heads), "alibi_slopes": slopes, "sliding_window": 150},
+        "all": {
+            "softcap": 5.0,
+            "sinks": torch.linspace(-2, 3, heads),
+            "alibi_slopes": slopes,
+            "sliding_window": 150,
+        },
     }
 
 
@@ -302,9 +315,13 @@ def test_a_long_prompt_has_the_same_bits_when_decoded_token_by_token(isa, slidin
 
 @needs_kernels
 @pytest.mark.parametrize("kv_dtype", [None, "int8"])
-def test_a_long_request_of_one_head_is_split_over_threads_and_changes_no_bit(isa, dtype, kv_dtype, assert_same_bits):
+def test_a_long_request_of_one_head_is_split_over_threads_and_changes_no_bit(
+    isa, dtype, kv_dtype, assert_same_bits
+):
     seqs = [sequence(n, heads=4, kv_heads=1, head_dim=32, dtype=dtype) for n in (3000, 1024, 2049, 700)]
-    together = attend([decode(seq) for seq in [*seqs, *seqs, *seqs]], kv_dtype=kv_dtype)  # enough for every thread
+    together = attend(
+        [decode(seq) for seq in [*seqs, *seqs, *seqs]], kv_dtype=kv_dtype
+    )  # enough for every thread
     before = native.lib.num_threads()
     for num_threads in (1, 2, 5):
         native.lib.set_num_threads(num_threads)
@@ -345,7 +362,9 @@ def test_shared_blocks_are_read_once_and_change_no_bit(isa, dtype, kv_dtype, num
 
 @needs_kernels
 @pytest.mark.parametrize("option", ["softcap", "sinks", "alibi", "all"])
-def test_shared_blocks_change_no_bit_with_any_option_or_number_of_threads(isa, num_threads, option, assert_same_bits):
+def test_shared_blocks_change_no_bit_with_any_option_or_number_of_threads(
+    isa, num_threads, option, assert_same_bits
+):
     batch, options = sharing(256, torch.bfloat16), {"block_size": 128, **some_options(16)[option]}
     apart = torch.cat(attend(batch, **options))
     assert_same_bits(torch.cat(attend(batch, num_shared=256, **options)), apart)
@@ -353,7 +372,9 @@ def test_shared_blocks_change_no_bit_with_any_option_or_number_of_threads(isa, n
 
 @needs_kernels
 @pytest.mark.parametrize("kv_dtype", QUANTIZED)
-def test_a_prompt_has_the_same_bits_in_chunks_whole_and_token_by_token_in_a_quantized_cache(isa, dtype, kv_dtype, assert_same_bits):
+def test_a_prompt_has_the_same_bits_in_chunks_whole_and_token_by_token_in_a_quantized_cache(
+    isa, dtype, kv_dtype, assert_same_bits
+):
     seq = sequence(1200, heads=4, kv_heads=2, head_dim=32, dtype=dtype)
     (whole,) = attend([prefill(seq)], kv_dtype=kv_dtype)
     for begin, end in [(0, 1), (31, 32), (32, 100), (1000, 1030), (1199, 1200), (128, 129)]:
@@ -396,7 +417,9 @@ def test_a_nan_in_its_own_keys_makes_a_row_nan(isa, dtype, kv_dtype):
 
 @needs_kernels
 @pytest.mark.parametrize("kv_dtype", [None, *QUANTIZED])
-def test_a_nan_in_its_own_values_reaches_the_rows_that_see_it_and_no_other(isa, dtype, kv_dtype, assert_same_bits):
+def test_a_nan_in_its_own_values_reaches_the_rows_that_see_it_and_no_other(
+    isa, dtype, kv_dtype, assert_same_bits
+):
     seq = sequence(80, heads=2, kv_heads=1, dtype=dtype)
     (calm,) = attend([prefill(seq)], kv_dtype=kv_dtype)
     seq.v[35, 0, 3] = float("nan")

@@ -17,7 +17,13 @@ from minivllm.ops.op import OpSpec
 from minivllm.ops.paged_attention import STEP, Options, SharedPrefixes, paged_attention
 
 _SAME_AS_MODEL = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-KV_CACHE_DTYPES = {"bfloat16": "bfloat16", "float16": "float16", "fp8": "fp8_e4m3", "fp8_e4m3": "fp8_e4m3", "int8": "int8"}
+KV_CACHE_DTYPES = {
+    "bfloat16": "bfloat16",
+    "float16": "float16",
+    "fp8": "fp8_e4m3",
+    "fp8_e4m3": "fp8_e4m3",
+    "int8": "int8",
+}
 _MOST_SHARED = 64  # remembered
 
 
@@ -118,7 +124,7 @@ class CpuNativeBackend(AttentionBackend):
 
 
 def shared_prefixes(step: StepInputs, block_size: int) -> SharedPrefixes | None:
-    """The requests with one query row whose leading blocks are equal, as far as all of a group agree; None if none do."""
+    """Requests with one query row whose leading blocks are equal, as far as a whole group's are; None if no two's."""
     query_start_loc, table = step.query_start_loc.numpy(), step.block_table.numpy()
     decodes = np.flatnonzero(np.diff(query_start_loc) == 1)
     first_blocks = table[decodes, 0]
