@@ -125,10 +125,6 @@ class Request:
             and self.num_prompt_logprobs_sent < self.num_prompt_tokens - 1
         )
 
-    def wait_for_tokens(self) -> None:
-        """From now on plan nothing of it before its last token is known."""
-        self.placeholders_end = 0
-
     def append_output_tokens(self, token_ids: list[int]) -> int:
         """Append sampled tokens up to and with the one that ends the request; how many those are."""
         known = self.all_token_ids

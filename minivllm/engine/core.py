@@ -11,7 +11,8 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 from minivllm.config.engine import EngineConfig
 from minivllm.config.kv_events import read_kv_events_config
@@ -39,12 +40,13 @@ logger = init_logger(__name__)
 _IDLE_SLEEP_S = 0.001  # when requests wait for something other than compute
 
 
-class _InFlight(NamedTuple):
+@dataclass
+class _InFlight:
     """A plan that the executor has and whose result is not accounted for."""
 
     plan: SchedulerOutput
     forward: Future[None]
-    sampled: Future[ModelRunnerOutput]
+    sampled: Future[ModelRunnerOutput] | None = None  # not asked for while a mask lacks tokens of the plan before
 
 
 class EngineCore:
@@ -142,23 +144,36 @@ class EngineCore:
         apply_late_aborts: called after the batch ran and before its results are accounted for.
         """
         outputs: dict[int, list[EngineCoreOutput]] = {}
-        while self.scheduler.has_requests() and len(self._in_flight) < self.executor.max_concurrent_batches:
+        while self.scheduler.has_requests() and self._takes_another_plan():
             plan = self.scheduler.schedule(time.monotonic())
-            forward = self.executor.execute_model(plan)
-            grammar = self.scheduler.grammar_bitmask(plan)  # made while the forward pass runs
-            self._in_flight.append(_InFlight(plan, forward, self.executor.sample_tokens(grammar)))
+            self._in_flight.append(_InFlight(plan, self.executor.execute_model(plan)))
+            if not self.scheduler.lacks_tokens(plan):
+                self._sample(self._in_flight[-1])
             if not plan.num_scheduled_tokens:  # only news for the worker, or all wait for what is in flight
                 break
         if self._in_flight:
-            plan, forward, sampled = self._in_flight.popleft()
-            forward.result()
-            result = sampled.result()
+            oldest = self._in_flight.popleft()
+            plan = oldest.plan
+            oldest.forward.result()
+            result = oldest.sampled.result()
             apply_late_aborts()
             outputs = self.scheduler.update_from_output(plan, result)
+            if self._in_flight and self._in_flight[0].sampled is None:
+                self._sample(self._in_flight[0])  # the tokens that its masks lacked are known now
             if not plan.num_scheduled_tokens and not self._in_flight and self.scheduler.has_unfinished_requests():
                 time.sleep(_IDLE_SLEEP_S)
         self._publish_kv_events()
         return self._address(outputs)
+
+    def _takes_another_plan(self) -> bool:
+        """There is room, and the last plan is not one whose masks still have to be made."""
+        if self._in_flight and self._in_flight[-1].sampled is None:
+            return False
+        return len(self._in_flight) < self.executor.max_concurrent_batches
+
+    def _sample(self, planned: _InFlight) -> None:
+        grammar = self.scheduler.grammar_bitmask(planned.plan)  # made while the forward pass runs
+        planned.sampled = self.executor.sample_tokens(grammar)
 
     def _publish_kv_events(self) -> None:
         if self._kv_events is not None and (events := self.scheduler.take_kv_events()):

@@ -555,17 +555,6 @@ def test_nothing_is_planned_beyond_the_last_token_a_request_may_have():
     assert plans_ahead(make_request(max_tokens=3, prior=(1, 2)), 2) == [{"a": 6}, {}]
 
 
-def test_a_request_that_waits_for_its_tokens_is_planned_when_they_are_known():
-    driver = Driver(make_scheduler(), num_in_flight=3)
-    driver.add(make_request("a", max_tokens=3))
-    driver.add(make_request("b", max_tokens=3))
-    driver.scheduler.requests["b"].wait_for_tokens()
-    plans = [driver.step().num_scheduled_tokens for _ in range(3)]
-    assert plans == [{"a": 4, "b": 4}, {"a": 1}, {"a": 1}]  # then the first result was in
-    driver.run()
-    assert driver.answers["b"].token_ids == driver.answers["a"].token_ids
-
-
 def test_what_was_planned_behind_a_stop_token_is_discarded_and_never_cached():
     stop = a_first_token(prompt=7)
     request = make_request(prompt=7, stop_token_ids=[stop])

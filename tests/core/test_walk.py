@@ -15,6 +15,8 @@ from minivllm.messages.kv_events import AllBlocksCleared, BlockRemoved, BlockSto
 from tests.core.requests import drawn_rules, make_request, make_scheduler
 from tests.fakes import Answer, Driver, answer_alone
 
+pytestmark = pytest.mark.timeout(0)  # as long as --walk-steps asks for
+
 VOCAB = 12  # small: prefixes collide, stop tokens come up
 EOS = 0
 
@@ -117,8 +119,6 @@ class Walk:
         self.asked[request.request_id] = request
         self.num_asked += 1
         self.driver.add(request)
-        if pick.random() < 0.2:  # as one that must have a mask for each of its tokens
-            self.driver.scheduler.requests[request.request_id].wait_for_tokens()
 
     def _make_it_a_resend(self, request: EngineCoreRequest) -> None:
         """Some of the answer, up to all of it, has been delivered before."""

@@ -23,13 +23,14 @@ PARAMS: list[dict[str, Any]] = [
     {"temperature": 1, "seed": 7, "n": 3, "prompt_logprobs": 0, "min_p": 0.01},
     {"temperature": 1, "seed": 8, "extra_args": {"tokens": [70, 71, 72]}},
     {"temperature": 1, "seed": 9, "max_tokens": 1},
+    {"temperature": 1, "seed": 10, "logprobs": 1, "structured_outputs": {"regex": "[a-z]{4,30}"}},
 ]
 
 
 def requests() -> tuple[list[list[int]], list[SamplingParams]]:
     pick = random.Random(5)
     stem = [pick.randrange(300) for _ in range(200)]
-    prompts = [stem[: pick.randrange(1, 200)] + [pick.randrange(300) for _ in range(9)] for _ in range(45)]
+    prompts = [stem[: pick.randrange(1, 200)] + [pick.randrange(300) for _ in range(9)] for _ in range(50)]
     params = [
         SamplingParams(**{"max_tokens": pick.choice([6, 20, 40])} | PARAMS[i % len(PARAMS)]) for i in range(len(prompts))
     ]

@@ -12,6 +12,7 @@ from minivllm.engine.core import EngineCore
 from minivllm.exceptions import ConfigError, ModelFilesError
 from minivllm.messages.engine import EngineCoreRequest, FinishReason, UtilityRequest
 from minivllm.sampling_params import SamplingParams
+from tests.core.test_grammar import FakeGrammars, constrained
 from tests.engine.engines import POISON, make_config
 
 
@@ -145,6 +146,33 @@ def test_a_failed_row_with_a_plan_behind_it_ends_that_request_alone():
     heard = run(core)
     assert ends(heard["bad"]) == [FinishReason.ERROR] and len(heard["bad"]) == 1
     assert ends(heard["good"]) == [FinishReason.LENGTH] and len(heard["good"]) == 5
+
+
+@pytest.mark.parametrize("executor", [LATE, PIPELINE])
+def test_a_mask_is_made_of_all_tokens_before_and_holds_nobody_up(executor: str):
+    core = make_core(executor, async_scheduling=True)
+    core.scheduler._grammars = FakeGrammars()
+    plans: list[set[str]] = []
+    masks: list[list[int]] = []  # of each plan, how many tokens a mask was made of
+    execute_model, sample_tokens = core.executor.execute_model, core.executor.sample_tokens
+
+    def execute(plan):
+        plans.append(set(plan.num_scheduled_tokens))
+        return execute_model(plan)
+
+    def sample(grammar):
+        masks.append(list(grammar.bitmask[::4]) if grammar is not None else [])
+        return sample_tokens(grammar)
+
+    core.executor.execute_model, core.executor.sample_tokens = execute, sample
+    core.add_request(constrained("a", "4", max_tokens=9))
+    core.add_request(request("b", max_tokens=9))
+    heard = run(core)
+    assert ends(heard["a"]) == [FinishReason.STOP] and len(heard["a"]) == 4
+    assert ends(heard["b"]) == [FinishReason.LENGTH] and len(heard["b"]) == 9
+    assert masks[:4] == [[0], [1], [2], [3]] and not any(masks[4:])
+    assert plans[:4] == [{"a", "b"}] * 4  # in one step each
+    assert len([names for names in plans if names]) == 9
 
 
 def test_an_executor_that_takes_one_plan_at_a_time_refuses_to_schedule_ahead():

@@ -137,7 +137,7 @@ class Run:
 
     def __init__(self, engine: Engine, scheduler: Scheduler, num_in_flight: int = 1) -> None:
         self.engine, self.scheduler, self.num_in_flight = engine, scheduler, num_in_flight
-        self._in_flight: deque[tuple[SchedulerOutput, ModelRunnerOutput]] = deque()
+        self._in_flight: deque[tuple[SchedulerOutput, ModelRunnerOutput | None]] = deque()  # None: not yet sampled
         self.answers: dict[str, Answer] = {}
         self.num_steps = self.num_preemptions = self.num_cached_tokens = 0
 
@@ -156,19 +156,31 @@ class Run:
         """Plan, and account for the oldest plan; `abort_meanwhile` are aborts that arrive while the worker computes."""
         assert self.num_steps < MOST_STEPS, f"no end: {sorted(self.scheduler.requests)}"
         self.num_steps += 1
-        while not self._in_flight or len(self._in_flight) < self.num_in_flight and self.scheduler.has_requests():
+        while not self._in_flight or self._takes_another_plan():
             plan = self.scheduler.schedule()
             self.num_preemptions += len(plan.preempted_req_ids)
             self.engine.worker.execute_model(plan)
-            grammar = self.scheduler.grammar_bitmask(plan)
-            self._in_flight.append((plan, self.engine.worker.sample_tokens(grammar)))
+            self._in_flight.append((plan, None))
+            if not self.scheduler.lacks_tokens(plan):
+                self._sample()
             if not plan.num_scheduled_tokens:
                 time.sleep(0.001)  # perhaps a grammar is being compiled
                 break
         plan, result = self._in_flight.popleft()
         self.abort(*abort_meanwhile)
         self._take(self.scheduler.update_from_output(plan, result))
+        if len(self._in_flight) == 1 and self._in_flight[0][1] is None:
+            self._sample()
         self.scheduler.check_integrity()
+
+    def _takes_another_plan(self) -> bool:
+        is_sampled = self._in_flight[-1][1] is not None
+        return is_sampled and len(self._in_flight) < self.num_in_flight and self.scheduler.has_requests()
+
+    def _sample(self) -> None:
+        """For the last plan, which was executed and not yet sampled."""
+        plan, _ = self._in_flight.pop()
+        self._in_flight.append((plan, self.engine.worker.sample_tokens(self.scheduler.grammar_bitmask(plan))))
 
     def _take(self, outputs_by_client: dict[int, list[EngineCoreOutput]]) -> None:
         for outputs in outputs_by_client.values():

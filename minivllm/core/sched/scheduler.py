@@ -175,7 +175,6 @@ class Scheduler:
             self._ended_on_arrival.append(accepted)  # its prior output was all there is
         elif request.grammar is not None:
             accepted.grammar = self._grammars.start(request)
-            accepted.wait_for_tokens()  # its masks are made when it is planned
             self._with_grammar[accepted.request_id] = accepted
             self._compiling.append(accepted)
         else:
@@ -402,6 +401,13 @@ class Scheduler:
         self._num_scheduled_tokens += plan.total_num_scheduled_tokens
         return plan
 
+    def lacks_tokens(self, plan: SchedulerOutput) -> bool:
+        """Whether a mask for this plan depends on tokens that a plan before it has still to bring."""
+        return any(
+            request.num_computed_tokens > request.num_tokens and request_id in plan.num_scheduled_tokens
+            for request_id, request in self._with_grammar.items()
+        )
+
     def grammar_bitmask(self, plan: SchedulerOutput) -> GrammarOutput | None:
         """What the requests of a plan that have a grammar may sample, to be made while it runs; None if none has."""
         if not self._with_grammar:
@@ -567,7 +573,7 @@ class Scheduler:
             assert request.num_confirmed_tokens + num_underway == request.num_computed_tokens, request.request_id
             num_placeholders = request.num_schedulable_tokens - request.num_tokens
             num_in_flight = sum(request in planned.requests for planned in self._in_flight)
-            assert num_placeholders <= (num_in_flight if request.placeholders_end else 0), f"{request.request_id} runs too far"
+            assert num_placeholders <= num_in_flight, f"{request.request_id} runs too far"
         for request in self.waiting:
             assert request.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED), request.status.name
             assert not self.kv_cache.block_ids(request), f"{request.request_id} waits and holds blocks"
