@@ -239,7 +239,8 @@ def test_a_budget_ends_thinking_and_the_grammar_begins_behind_it():
         end = encode("</think>", add_special_tokens=False)
         for budget in (0, 6):
             params = SamplingParams(
-                max_tokens=40, seed=1, thinking_token_budget=budget, structured_outputs={"choice": ["yes", "no"]}
+                max_tokens=40, min_tokens=8, seed=1, thinking_token_budget=budget,
+                structured_outputs={"choice": ["yes", "no"]},
             )
             open_one, plain = llm.generate([thinking, prompt], params, use_tqdm=False)
             assert plain.outputs[0].text in ("yes", "no")
