@@ -80,11 +80,16 @@ class Comparison:
                     self._serve(peer, model, served, rows)
                 for cell in cells:
                     if cell not in served and peer.offline is not None:
-                        rows[cell].append(self._offline(cell, peer, model))
+                        self._add(rows, cell, self._offline(cell, peer, model))
             except (RuntimeError, OSError) as error:
                 print(f"{peer.name} failed: {error}", flush=True)
         for cell in cells:
             self._print(cell, model, rows[cell])
+
+    def _add(self, rows: dict[str, list[Row]], cell: str, row: Row) -> None:
+        """Keep it for the table, and say it at once: the rest takes minutes."""
+        rows[cell].append(row)
+        print(f"({cell} {row.peer}: {row.text})", file=sys.stderr, flush=True)
 
     def _print(self, cell: str, model: Path, rows: list[Row]) -> None:
         print(f"\n{cell} ({model.name})")
@@ -100,13 +105,13 @@ class Comparison:
         with Server(peer, free_port(), self._logs / f"{peer.name}-{model.name}.log") as server:
             if "start" in cells:
                 text = f"{server.seconds_to_ready:7.2f} s to ready, {server.memory_mb():6.0f} MB (proportional set)"
-                rows["start"].append(Row(peer.name, text, server.seconds_to_ready))
+                self._add(rows, "start", Row(peer.name, text, server.seconds_to_ready))
             served = load.served_model(peers.HOST, server.port)
             client = load.Load(peers.HOST, server.port, served, vocab_size, seed=time.time_ns())
             client.run(load.Work(2, 2, 128, 16))  # the first request of a server is slow
             for cell in cells:
                 if cell in load.WORKS:
-                    rows[cell].append(self._load(peer, server, client, load.WORKS[cell]))
+                    self._add(rows, cell, self._load(peer, server, client, load.WORKS[cell]))
 
     def _load(self, peer: Peer, server: Server, client: load.Load, work: load.Work) -> Row:
         cpu = server.cpu_seconds()

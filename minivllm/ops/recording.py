@@ -1,7 +1,7 @@
 """The native calls of a stretch of code, written down with their arguments so that they can be made again.
 
-Arguments are addresses: a recording keeps alive every tensor that torch made, or made a view of, while it was taken, and
-whoever replays it sees to it that all other memory lies where it lay. Memory that an op keeps between calls and may
+Arguments are addresses: a recording keeps alive every tensor that torch made, or made a view of, while it was taken,
+and whoever replays it sees to it that all other memory lies where it lay. Memory that an op keeps between calls and may
 replace is kept alive by taking a view of it in each call. When a replay is right is for `worker/graphs.py` to know.
 """
 
