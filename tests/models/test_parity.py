@@ -54,7 +54,7 @@ CASES: dict[str, dict[str, Any]] = {
     "gemma2": {"arch": "gemma2", "num_layers": 3, "sliding_window": 40},
     "gemma3": {"arch": "gemma3", "num_layers": 3, "sliding_window_pattern": 3, "sliding_window": 40},
     "gemma3 with stretched rope": {
-        "arch": "gemma3", "num_layers": 6, "sliding_window": 33, "config_style": "v5", "tie_word_embeddings": False,
+        "arch": "gemma3", "num_layers": 7, "sliding_window": 48, "config_style": "v5", "tie_word_embeddings": False,
         "rope_parameters": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
     },
     "no grouping": {"arch": "llama", "num_kv_heads": 4, "head_dim": 32},
