@@ -16,8 +16,9 @@ struct RmsNormRows {
 
 struct RmsNormKernels {
     // out: [outer, inner, hidden] contiguous; residual null, or changed in place to residual + x and normed.
-    void (*run)(DType dtype, void* out, const void* x, void* residual, const void* weight, const RmsNormRows& rows,
-                float eps);
+    // weight: of `dtype`, or float32: then the product is rounded, not the normed value before it.
+    void (*run)(DType dtype, void* out, const void* x, void* residual, const void* weight, DType weight_dtype,
+                const RmsNormRows& rows, float eps);
 };
 MINIVLLM_KERNELS(RmsNormKernels, rms_norm_kernels)
 

@@ -28,3 +28,17 @@ class RMSNorm:
 
     def weights(self) -> Iterator[Weight]:
         yield weight_of("weight", self.weight)
+
+
+class GemmaRMSNorm(RMSNorm):
+    """Gemma's: the checkpoint holds weight - 1, and nothing is rounded before the weight has multiplied."""
+
+    def __init__(self, size: int, eps: float, *, dtype: torch.dtype, device: str) -> None:
+        super().__init__(size, eps, dtype=dtype, device=device)
+        self.weight = torch.empty(size, dtype=torch.float32, device=device)
+
+    def weights(self) -> Iterator[Weight]:
+        def load_rows(start: int, rows: torch.Tensor) -> None:
+            self.weight[start : start + rows.shape[0]] = rows.float() + 1.0
+
+        yield Weight("weight", tuple(self.weight.shape), load_rows)

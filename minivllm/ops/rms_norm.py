@@ -1,7 +1,7 @@
 """Root mean square norm (Zhang and Sennrich 2019, arXiv:1910.07467), alone or after a residual addition.
 
-Rounds where Hugging Face's Llama and Qwen norms do: the normed value goes to x's dtype before the weight
-multiplies it in that dtype.
+Rounds where Hugging Face's norms do. Llama and Qwen: the normed value goes to x's dtype before the weight multiplies it
+in that dtype. Gemma keeps a float32 weight, and only the product is rounded.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from minivllm.ops.op import Impl, Op
 def reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x / sqrt(mean(x²) + eps) * weight over the last dimension, computed in float32.
 
-    x: [..., H]; weight: [H], in x's dtype. Returns [..., H] in x's dtype.
+    x: [..., H]; weight: [H], in x's dtype or in float32. Returns [..., H] in x's dtype.
     """
     wide = x.float()
     normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return normed.to(x.dtype) * weight
+    return (normed.to(weight.dtype) * weight).to(x.dtype)
 
 
 def add_reference(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -73,15 +73,15 @@ def _run(
     eps: float,
 ) -> torch.Tensor:
     hidden = x.shape[-1]
-    if weight.shape != (hidden,) or weight.dtype != x.dtype or not weight.is_contiguous():
+    if weight.shape != (hidden,) or weight.dtype not in (x.dtype, torch.float32) or not weight.is_contiguous():
         raise ValueError(
-            f"weight is {tuple(weight.shape)} {weight.dtype}; x needs ({hidden},) {x.dtype}, contiguous"
+            f"weight is {tuple(weight.shape)} {weight.dtype}; x needs ({hidden},) {x.dtype} or float32, contiguous"
         )
     out = torch.empty(x.shape, dtype=x.dtype)
     if out.numel():
         native.lib.rms_norm(
             native.dtype_code(x), out.data_ptr(), x.data_ptr(), *x_strides, residual, *residual_strides,
-            weight.data_ptr(), outer, inner, hidden, eps,
+            weight.data_ptr(), native.dtype_code(weight), outer, inner, hidden, eps,
         )  # fmt: skip
     return out
 

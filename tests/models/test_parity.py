@@ -45,11 +45,20 @@ CASES: dict[str, dict[str, Any]] = {
     "mistral with a window": {"arch": "mistral", "sliding_window": 40},
     "qwen2": {"arch": "qwen2"},
     "qwen2 with a window": {"arch": "qwen2", "sliding_window": 40, "config_style": "v5"},
+    "qwen2 with windows on some layers": {
+        "arch": "qwen2", "sliding_window": 40, "num_layers": 5, "first_window_layer": 2,
+    },
     "qwen3": {"arch": "qwen3"},
     "qwen3 with biases": {"arch": "qwen3", "attention_bias": True},
     "qwen3 in shards": {"arch": "qwen3", "num_shards": 3, "tie_word_embeddings": False, "config_style": "v5"},
+    "gemma2": {"arch": "gemma2", "num_layers": 3, "sliding_window": 40},
+    "gemma3": {"arch": "gemma3", "num_layers": 3, "sliding_window_pattern": 3, "sliding_window": 40},
+    "gemma3 with stretched rope": {
+        "arch": "gemma3", "num_layers": 7, "sliding_window": 48, "config_style": "v5", "tie_word_embeddings": False,
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+    },
     "no grouping": {"arch": "llama", "num_kv_heads": 4, "head_dim": 32},
-}
+}  # fmt: skip
 
 
 @dataclass
@@ -143,7 +152,8 @@ def test_a_cached_prefix_gives_what_a_cold_one_does(case: Case, whole: list[Answ
 
 
 def test_a_preempted_request_continues_with_the_same_tokens(case: Case, whole: list[Answer]):
-    loop = Loop(case.path, num_gpu_blocks_override=8, enable_prefix_caching=False)
+    num_groups = len(Loop(case.path).ready.kv_cache_groups)
+    loop = Loop(case.path, num_gpu_blocks_override=8 * num_groups, enable_prefix_caching=False)
     prompts = [
         prompt[:62] for prompt in case.prompts if len(prompt) >= 62
     ] * 3  # three blocks each, in the end
@@ -152,7 +162,7 @@ def test_a_preempted_request_continues_with_the_same_tokens(case: Case, whole: l
     assert loop.num_preemptions > 0
 
 
-@pytest.mark.parametrize("arch", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("arch", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3"])
 def test_bfloat16_stays_near_transformers(arch: str, tmp_path: Path):
     case = load_case(make_model(tmp_path, arch=arch, dtype="bfloat16", seed=3), torch.bfloat16)
     answers = Loop(case.path).run(case.prompts, greedy(logprobs=0))
