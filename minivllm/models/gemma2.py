@@ -21,6 +21,8 @@ from minivllm.layers.rotary import RotaryEmbedding
 from minivllm.layers.weight import Weight, under
 from minivllm.models.decoder import DecoderForCausalLM, Variant
 from minivllm.models.qwen2 import sliding_windows
+from minivllm.ops.op import OpSpec
+from minivllm.ops.scaling import scale, soft_cap
 
 
 class GemmaAttention:
@@ -142,6 +144,7 @@ class Gemma2ForCausalLM(DecoderForCausalLM):
         self.lm_head = LMHead(*sizes, **where, quantization=quantization)
         self.embed_tokens = TiedEmbedding(self.lm_head) if self.tied else Embedding(*sizes, **where)
         # As the checkpoint was trained: the factor is rounded before it multiplies.
+        self._scale = scale.select(OpSpec(where["device"], where["dtype"]))
         self.embed_scale = torch.tensor(config.hidden_size**0.5, dtype=backend.spec.dtype).item()
         full, windowed = self.rotaries(config, max_positions, **where)
         self.layers = [
@@ -149,6 +152,7 @@ class Gemma2ForCausalLM(DecoderForCausalLM):
             for index, window in enumerate(self.sliding_windows)
         ]
         self.norm = GemmaRMSNorm(config.hidden_size, config.rms_norm_eps, **where)
+        self._soft_cap = soft_cap.select(OpSpec(where["device"], torch.float32))
         self.logit_softcap = config.final_logit_softcapping
 
     @classmethod
@@ -173,13 +177,14 @@ class Gemma2ForCausalLM(DecoderForCausalLM):
         return rotary, rotary
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
-        x, residual = None, self.embed_tokens(input_ids).mul_(self.embed_scale)
+        x, residual = None, self.embed_tokens(input_ids)
+        self._scale(residual, self.embed_scale)
         for layer in self.layers:
             x = layer(x, residual, positions, ctx)
         return self.norm.add(x, residual)
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         logits = super().compute_logits(hidden)
-        if self.logit_softcap is None:
-            return logits
-        return logits.div_(self.logit_softcap).tanh_().mul_(self.logit_softcap)
+        if self.logit_softcap is not None:
+            self._soft_cap(logits, self.logit_softcap)
+        return logits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -20,10 +21,17 @@ def reference(gate_up: torch.Tensor) -> torch.Tensor:
     return functional.silu(gate.float()).to(gate.dtype) * up
 
 
+_GELU_SCALE = 2 * math.sqrt(2 / math.pi)
+
+
 def gelu_tanh_reference(gate_up: torch.Tensor) -> torch.Tensor:
-    """The same with GELU in its approximation by tanh (Hendrycks and Gimpel 2016, arXiv:1606.08415)."""
+    """The same with GELU in its approximation by tanh (Hendrycks and Gimpel 2016, arXiv:1606.08415).
+
+    x/2 (1 + tanh u) is x sigmoid(2u), which keeps the digits that 1 + tanh u loses where u is far below zero.
+    """
     gate, up = gate_up.chunk(2, dim=-1)
-    return functional.gelu(gate.float(), approximate="tanh").to(gate.dtype) * up
+    x = gate.float()
+    return (x * torch.sigmoid(_GELU_SCALE * (x + 0.044715 * x.pow(3)))).to(gate.dtype) * up
 
 
 def cpu(gate_up: torch.Tensor) -> torch.Tensor:

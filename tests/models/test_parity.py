@@ -1,7 +1,8 @@
 """Every family against Hugging Face transformers on seeded tiny checkpoints: tokens and logprobs, however scheduled.
 
 The engine's tokens are scored by one transformers forward pass over prompt and output: where its argmax is the
-engine's token at every position, greedy decoding there gives the same tokens, by induction.
+engine's token at every position, greedy decoding there gives the same tokens, by induction. Both are float32, so the two may
+break a tie differently where tokens are nearer to each other than the logprobs are to the exact ones: `TIE`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,10 @@ from tests.models.loop import Answer, Loop
 NUM_TOKENS = 12
 PROMPT_LENGTHS = (150, 33, 32, 5, 97, 1)  # over several blocks of 32, at their edges, and within one
 TOLERANCE = 1e-4
+# Logprobs differ from transformers' by up to 3e-5: in Gemma 3 with plain rope as with stretched, seeds 0 to 11. Of the 4,320
+# tokens of five models over those seeds, one pair of best tokens was nearer than 2e-5 (5.7e-6), and only there the token
+# differed: in the case with stretched rope below.
+TIE = 2e-5
 
 LLAMA3_ROPE = {
     "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -54,7 +59,7 @@ CASES: dict[str, dict[str, Any]] = {
     "gemma2": {"arch": "gemma2", "num_layers": 3, "sliding_window": 40},
     "gemma3": {"arch": "gemma3", "num_layers": 3, "sliding_window_pattern": 3, "sliding_window": 40},
     "gemma3 with stretched rope": {
-        "arch": "gemma3", "num_layers": 7, "sliding_window": 48, "config_style": "v5", "tie_word_embeddings": False,
+        "arch": "gemma3", "num_layers": 6, "sliding_window": 33, "config_style": "v5", "tie_word_embeddings": False,
         "rope_parameters": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
     },
     "no grouping": {"arch": "llama", "num_kv_heads": 4, "head_dim": 32},
@@ -100,11 +105,12 @@ def whole(case: Case) -> list[Answer]:
 def test_greedy_tokens_and_logprobs_are_those_of_transformers(case: Case, whole: list[Answer]):
     for prompt, answer in zip(case.prompts, whole):
         expected = case.score(prompt + answer.tokens)[len(prompt) - 1 : -1]
-        assert answer.tokens == expected.argmax(-1).tolist()
-        top = expected.topk(3)
+        best = expected.topk(3).values
         for i, found in enumerate(answer.logprobs):
-            assert list(found) == top.indices[i].tolist()  # the token itself is the first of the three
-            assert list(found.values()) == pytest.approx(top.values[i].tolist(), abs=TOLERANCE)
+            assert next(iter(found)) == answer.tokens[i]
+            # The three best in their order: at each rank, a token as good as transformers' own.
+            assert expected[i, list(found)].tolist() == pytest.approx(best[i].tolist(), abs=TIE, rel=0)
+            assert list(found.values()) == pytest.approx(best[i].tolist(), abs=TOLERANCE)
         assert answer.ranks == [1] * NUM_TOKENS
 
 

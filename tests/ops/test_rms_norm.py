@@ -37,10 +37,12 @@ def test_the_sum_is_rounded_into_the_residual_and_then_normed(dtype, hidden, ass
 @pytest.mark.parametrize("hidden", [7, 64, 100])
 def test_a_float32_weight_multiplies_before_anything_is_rounded(dtype, hidden, assert_close):
     x, weight = torch.randn(9, hidden).to(dtype), weight_of(hidden, torch.float32)
-    expected = (x.double() / (x.double().pow(2).mean(-1, keepdim=True) + EPS).sqrt() * weight).to(dtype)
-    half_a_unit = torch.finfo(dtype).eps / 2 * 1.01
+    exact = x.double() / (x.double().pow(2).mean(-1, keepdim=True) + EPS).sqrt() * weight
     for norm in (rms_norm.cpu, rms_norm.reference):
-        assert ((norm(x, weight, EPS) - expected).abs() <= 2 * half_a_unit * expected.abs()).all()
+        got = norm(x, weight, EPS)
+        assert_close(got, exact, TOLERANCE[dtype])
+        if dtype != torch.float32:  # two roundings would change a quarter of the numbers; float32 sums hardly any
+            assert (got == exact.to(dtype)).double().mean() > 0.98
     ours, theirs = x.clone(), x.clone()
     got = rms_norm.add_cpu(x, ours, weight, EPS)
     assert_close(got, rms_norm.add_reference(x, theirs, weight, EPS), TOLERANCE[dtype])

@@ -111,7 +111,8 @@ def test_groups_give_the_bits_that_full_attention_everywhere_gives(mixed_model: 
 
 
 def test_the_same_memory_holds_more_where_windows_let_go(mixed_model: Path):
-    options = {"num_gpu_blocks_override": None, "kv_cache_memory_bytes": 1 << 20, "max_num_batched_tokens": 48}
+    num_bytes = 60 << 14  # blocks of two layers take 16 KiB, of six 48
+    options = {"num_gpu_blocks_override": None, "kv_cache_memory_bytes": num_bytes, "max_num_batched_tokens": 48}
     grouped = initialize(mixed_model, **options)
     whole = initialize(mixed_model, disable_hybrid_kv_cache_manager=True, **options)
     assert grouped.kv_cache_bytes == whole.kv_cache_bytes
