@@ -16,10 +16,11 @@ import torch
 from make_random_model import make_model
 from transformers import AutoModelForCausalLM
 
+from minivllm.messages.kv_cache import blocks_of_request
 from minivllm.ops import native
 from minivllm.ops.op import OpSpec
 from minivllm.sampling_params import SamplingParams
-from tests.models.loop import Answer, Loop
+from tests.models.loop import BLOCK_SIZE, Answer, Loop
 
 NUM_TOKENS = 12
 PROMPT_LENGTHS = (150, 33, 32, 5, 97, 1)  # over several blocks of 32, at their edges, and within one
@@ -158,8 +159,9 @@ def test_a_cached_prefix_gives_what_a_cold_one_does(case: Case, whole: list[Answ
 
 
 def test_a_preempted_request_continues_with_the_same_tokens(case: Case, whole: list[Answer]):
-    num_groups = len(Loop(case.path).ready.kv_cache_groups)
-    loop = Loop(case.path, num_gpu_blocks_override=8 * num_groups, enable_prefix_caching=False)
+    groups = Loop(case.path).ready.kv_cache_groups
+    num_blocks = 2 * blocks_of_request(groups, 62 + NUM_TOKENS, 62, BLOCK_SIZE) + 2  # two requests fit, six do not
+    loop = Loop(case.path, num_gpu_blocks_override=num_blocks, enable_prefix_caching=False)
     prompts = [
         prompt[:62] for prompt in case.prompts if len(prompt) >= 62
     ] * 3  # three blocks each, in the end
