@@ -2,24 +2,23 @@
 
     python benchmarks/async_scheduling.py [--server] [--model DIR] [--batch 1 64] [--rounds 7] [engine arguments …]
 
-Without --model the model in the box. Offline each engine core is a process of its own, as behind a server; with --server
-they are servers, under the load of `minivllm bench serve`. The median counts; the first round warms up.
+Without --model the model in the box. Offline each engine core is a process of its own, as behind a server; with
+--server they are servers, under the load of `minivllm bench serve`. The median counts; the first round warms up.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from abc import ABC, abstractmethod
 from pathlib import Path
+
+from peers import Peer, Server, free_port
 
 from minivllm import LLM, SamplingParams
 
@@ -41,7 +40,7 @@ class Offline(Engine):
         from minivllm.utils.argparse_utils import FlexibleArgumentParser
 
         parser = EngineArgs.add_cli_args(FlexibleArgumentParser())
-        args = parser.parse_args(["--model", model, MODES[mode], *engine_args] if model else [MODES[mode], *engine_args])
+        args = parser.parse_args([*(["--model", model] if model else []), MODES[mode], *engine_args])
         self._llm = LLM.from_engine_args(EngineArgs.from_cli_args(args))
 
     def tokens_per_s(self, batch: int, output_len: int) -> float:
@@ -57,34 +56,23 @@ class Offline(Engine):
 
 class Served(Engine):
     def __init__(self, model: str, mode: str, engine_args: list[str]) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self._port = str(probe.getsockname()[1])
-        command = [sys.executable, "-m", "minivllm.entrypoints.openai.api_server", "--host", "127.0.0.1"]
-        command += ["--port", self._port, MODES[mode], *(["--model", model] if model else []), *engine_args]
-        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while not self._is_healthy():
-            if self._process.poll() is not None:
-                sys.exit(f"the server exited with {self._process.returncode}: run {' '.join(command)} to see why")
-            time.sleep(0.05)
-
-    def _is_healthy(self) -> bool:
-        try:
-            return urllib.request.urlopen(f"http://127.0.0.1:{self._port}/health").status == 200
-        except (urllib.error.URLError, ConnectionError):
-            return False
+        command = [sys.executable, "-m", "minivllm.entrypoints.openai.api_server", MODES[mode]]
+        command += [*(["--model", model] if model else []), *engine_args]
+        log = Path(tempfile.mkdtemp(prefix="minivllm-bench-")) / f"{mode}.log"
+        self._server = Server(Peer(mode, command), free_port(), log)
 
     def tokens_per_s(self, batch: int, output_len: int) -> float:
         with tempfile.TemporaryDirectory() as directory:
-            command = [sys.executable, "-m", "minivllm.entrypoints.cli.main", "bench", "serve", "--port", self._port]
-            command += ["--num-prompts", str(batch), "--input-len", "32", "--output-len", str(output_len), "--ignore-eos"]
-            command += ["--disable-tqdm", "--save-result", "--result-dir", directory, "--result-filename", "result.json"]
+            command = [sys.executable, "-m", "minivllm.entrypoints.cli.main", "bench", "serve"]
+            command += ["--port", str(self._server.port), "--num-prompts", str(batch)]
+            command += ["--input-len", "32", "--output-len", str(output_len)]
+            command += ["--ignore-eos", "--disable-tqdm", "--save-result"]
+            command += ["--result-dir", directory, "--result-filename", "result.json"]
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
             return json.loads((Path(directory) / "result.json").read_text())["output_throughput"]
 
     def shutdown(self) -> None:
-        self._process.terminate()
-        self._process.wait()
+        self._server.end()
 
 
 def main() -> None:

@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -26,7 +25,7 @@ from pathlib import Path
 import floors
 import load
 import peers
-from peers import Peer, Server
+from peers import Peer, Server, free_port
 from roofline import Roofline, measure, table
 
 CELLS = ("start", "W1", "W2", "W3", "W4", "W5", "T1", "T64")
@@ -34,22 +33,16 @@ OFFLINE = {"ours": "minivllm", "ours-int8": "minivllm", "vllm": "vllm", "transfo
 INT8 = ["--quantization", "int8", "--kv-cache-dtype", "int8"]
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((peers.HOST, 0))
-        return probe.getsockname()[1]
-
-
 def find_peers(args: argparse.Namespace, model: Path, streams: int) -> dict[str, Peer]:
     """Those that are installed, in the order they are asked for."""
-    found = {"ours": peers.ours(model, streams, []), "transformers": peers.transformers()}
-    found["ours-int8"] = peers.ours(model, streams, INT8, "ours-int8")
+    found = {"ours": peers.ours(model, []), "transformers": peers.transformers()}
+    found["ours-int8"] = peers.ours(model, INT8, "ours-int8")
     if args.vllm_python:
         found["vllm"] = peers.vllm(model, args.vllm_python)
     for kind in ("bf16", "q8_0"):
         gguf = (args.gguf_dir or model.parent) / f"{model.name}-{kind}.gguf"
         if args.llama_server and gguf.exists():
-            found[f"llama-{kind}"] = peers.llama(model, args.llama_server, gguf, streams, f"llama-{kind}")
+            found[f"llama-{kind}"] = peers.llama(args.llama_server, gguf, streams, f"llama-{kind}")
     return {name: found[name] for name in args.peers if name in found}
 
 

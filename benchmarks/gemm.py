@@ -3,8 +3,8 @@
     python benchmarks/gemm.py [--model qwen3-0.6b | llama-3.2-1b] [--shapes qkv,down] [--rows 1,16,64,…] [--threads N]
 
 Each shape has so many copies of its weight that none is found in a cache, as in a model. oneDNN (bfloat16, through
-torch) has its weight packed for that number of rows; int8 is `--quantization int8`, its activations made int8 in the call. All
-three and a read of 1 GiB (`roofline.py`) take turns, and the fastest of the turns counts: machines drift.
+torch) has its weight packed for that number of rows; int8 is `--quantization int8`, its activations made int8 in the
+call. All three and a read of 1 GiB (`roofline.py`) take turns, and the fastest of the turns counts: machines drift.
 """
 
 from __future__ import annotations

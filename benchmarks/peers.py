@@ -10,6 +10,7 @@ from __future__ import annotations
 import glob
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -34,7 +35,7 @@ class Peer:
     env: dict[str, str] = field(default_factory=dict)
 
 
-def ours(model: Path, streams: int, extra: list[str], name: str = "ours") -> Peer:
+def ours(model: Path, extra: list[str], name: str = "ours") -> Peer:
     server = [sys.executable, "-m", "minivllm.entrypoints.openai.api_server", "--model", str(model)]
     server += ["--max-model-len", max_len(model), "--kv-cache-memory-bytes", str(KV_GIB << 30)]
     return Peer(name, [*server, *extra], [sys.executable])
@@ -65,13 +66,19 @@ def sys_prefix(python: str) -> str:
     return str(Path(python).parent.parent)
 
 
-def llama(model: Path, binary: str, gguf: Path, streams: int, name: str) -> Peer:
+def llama(binary: str, gguf: Path, streams: int, name: str) -> Peer:
     server = [binary, "-m", str(gguf), "-c", str(512 * streams), "-np", str(streams), "-t", str(os.cpu_count())]
     return Peer(name, [*server, "--cache-ram", "0"])
 
 
 def transformers() -> Peer:
     return Peer("transformers", None, [sys.executable])
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return probe.getsockname()[1]
 
 
 def is_up(port: int) -> bool:
@@ -82,7 +89,7 @@ def is_up(port: int) -> bool:
 
 
 class Server:
-    """A running server of a peer. Use as a context; it is ended, and its children with it."""
+    """A running server of a peer. Use as a context, or `end` it: its children end with it."""
 
     def __init__(self, peer: Peer, port: int, log: Path) -> None:
         """Raises RuntimeError when it ends before it serves."""
@@ -114,6 +121,9 @@ class Server:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self.end()
+
+    def end(self) -> None:
         processes = self._processes()
         self._process.terminate()
         try:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import msgspec
 
 from minivllm.exceptions import RequestError
+from minivllm.utils.json_depth import is_deeper
 
 MAX_N = 16384
 MAX_STOP_STRINGS = 4
@@ -169,7 +170,7 @@ class StructuredOutputsParams(msgspec.Struct, omit_defaults=True, forbid_unknown
                 raise self.error(f"{name} is no valid JSON: {error}") from None
         if not isinstance(given, dict):
             raise self.error(f"{name} must be a JSON object, got {type(given).__name__}")
-        if _is_deeper(given, max_depth):
+        if is_deeper(given, max_depth):
             raise self.error(f"{name} is nested deeper than {max_depth} levels")
         try:
             text = json_module.dumps(given, ensure_ascii=False, allow_nan=False)
@@ -182,21 +183,6 @@ class StructuredOutputsParams(msgspec.Struct, omit_defaults=True, forbid_unknown
     def _check_size(self, name: str, num_chars: int) -> None:
         if num_chars > MAX_GRAMMAR_CHARS:
             raise self.error(f"{name} has {num_chars} characters; at most {MAX_GRAMMAR_CHARS} fit")
-
-
-def _is_deeper(value: Any, max_depth: int) -> bool:
-    """Whether JSON is nested deeper; without recursion."""
-    level = [value]
-    for _ in range(max_depth):
-        level = [
-            item
-            for each in level
-            if isinstance(each, (dict, list))
-            for item in (each.values() if isinstance(each, dict) else each)
-        ]
-        if not level:
-            return False
-    return any(isinstance(each, (dict, list)) for each in level)
 
 
 class ThinkingTokens(msgspec.Struct):

@@ -19,7 +19,13 @@ from minivllm.core.sched.scheduler import Scheduler
 from minivllm.executor.abstract import Executor
 from minivllm.messages.engine import EngineCoreOutput, EngineCoreRequest, FinishReason, LogprobsLists
 from minivllm.messages.kv_cache import NULL_BLOCK, ONE_FULL_GROUP, KVCacheGroup, has_null_block
-from minivllm.messages.worker import GrammarOutput, ModelRunnerOutput, NewRequestData, SchedulerOutput, WorkerReady
+from minivllm.messages.worker import (
+    GrammarOutput,
+    ModelRunnerOutput,
+    NewRequestData,
+    SchedulerOutput,
+    WorkerReady,
+)
 from minivllm.sampling_params import SamplingParams
 
 # --- the model -------------------------------------------------------------------------------------------------
@@ -298,7 +304,8 @@ class FakeWorker:
 class FakeExecutor(Executor):
     """A `FakeWorker` behind the executor's five verbs. Sizes come from the config, or are small.
 
-    It has as many plans in flight as the real ones. Subclass it to misbehave; `minivllm --distributed-executor-backend tests.fakes:FakeExecutor` runs it in a core.
+    It has as many plans in flight as the real ones. Subclass it to misbehave; with `--distributed-executor-backend
+    tests.fakes:FakeExecutor` it runs in a core.
     """
 
     def __init__(self, config: EngineConfig, **callbacks: Any) -> None:

@@ -31,8 +31,8 @@ class AttentionSpec:
 class StepInputs:
     """One step's tokens and where their keys and values go; requests in batch order.
 
-    Where they go differs from one KV cache group of layers to the next (`block_table`, `slot_mapping`). In the table of a
-    window, what stands before the window is anything: it must not be read.
+    Where they go differs from one KV cache group of layers to the next (`block_table`, `slot_mapping`). In the table of
+    a window, what stands before the window is anything: it must not be read.
     """
 
     query_start_loc: torch.Tensor  # [num_reqs + 1] int32: request b's rows are query_start_loc[b] … [b + 1]

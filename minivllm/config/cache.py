@@ -29,5 +29,5 @@ class CacheConfig:
     the start), which is faster and needs the package xxhash."""
     kv_cache_dtype: Literal["auto", "bfloat16", "float16", "fp8", "fp8_e4m3", "int8"] = "auto"
     """What keys and values are stored as, whatever the model computes in; auto: the same. fp8 is fp8_e4m3, with the
-    checkpoint's k_scale and v_scale, or 1; int8 has a scale for each token and KV head, made from its own key or value alone. Either halves what bfloat16
-    takes."""
+    checkpoint's k_scale and v_scale, or 1; int8 has a scale for each token and KV head, made from its own key or value
+    alone. Either halves what bfloat16 takes."""

@@ -57,8 +57,9 @@ class FrontendConfig:
     enable_auto_tool_choice: bool = False
     """Let the model call tools when it likes (tool_choice auto); needs --tool-call-parser."""
     tool_call_parser: str | None = None
-    """How the model writes calls of tools: deepseek_v3, glm45, granite, hermes, kimi_k2, llama3_json, llama4_pythonic,
-    mistral, openai, phi4_mini_json, pythonic, qwen3_coder, or a plug-in's name."""
+    """How the model writes calls of tools: deepseek_v3, deepseek_v31, glm45, granite, hermes, kimi_k2, llama3_json,
+    llama4_json, llama4_pythonic, mistral, openai, phi4_mini_json, pythonic, qwen3_coder, qwen3_xml, or a plug-in's
+    name."""
     tool_parser_plugin: str = ""
     """Python file that registers parsers: minivllm.tool_parsers.registry.TOOL_PARSERS.register(NAME)."""
     exclude_tools_when_tool_choice_none: bool = False

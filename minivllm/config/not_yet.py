@@ -78,7 +78,7 @@ ALIASES = {
     "-dph": "data_parallel_hybrid_lb", "-dpl": "data_parallel_size_local",
     "-dpm": "data_parallel_multi_port_external_lb", "-dpn": "data_parallel_rank", "-dpp": "data_parallel_rpc_port",
     "-dpr": "data_parallel_start_rank", "-ep": "enable_expert_parallel", "-n": "nnodes",
-    "-pcp": "prefill_context_parallel_size", "-pp": "pipeline_parallel_size", 
+    "-pcp": "prefill_context_parallel_size", "-pp": "pipeline_parallel_size",
     "-r": "node_rank", "-sc": "speculative_config", "-tp": "tensor_parallel_size",
 }  # fmt: skip
 

@@ -181,7 +181,6 @@ class Request:
                 return True
         return False
 
-
     def follow_grammar(self, token_id: int) -> bool:
         """Go on in its grammar by a token that did not end it; whether the grammar ends it."""
         self.grammar.accept(token_id)

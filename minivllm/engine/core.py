@@ -18,8 +18,8 @@ from minivllm.config.engine import EngineConfig
 from minivllm.config.kv_events import read_kv_events_config
 from minivllm.core.sched.scheduler import Scheduler
 from minivllm.engine.kv_events import KVEventPublisher
-from minivllm.exceptions import ConfigError, RequestError
 from minivllm.engine.structured import LazyGrammars
+from minivllm.exceptions import ConfigError, RequestError
 from minivllm.executor.abstract import get_executor_class
 from minivllm.logger import init_logger
 from minivllm.messages.codec import encode

@@ -154,5 +154,3 @@ class AnswerParser:
                     self.num_complete_calls += piece.complete
             kept.append(piece)
         return kept
-
-

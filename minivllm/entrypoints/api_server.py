@@ -28,6 +28,7 @@ from minivllm.entrypoints.openai.api_server import build_async_engine_client, fr
 from minivllm.entrypoints.openai.cli_args import check_environment, refuse_option
 from minivllm.entrypoints.openai.errors import Failures, install_error_handlers
 from minivllm.entrypoints.openai.health.router import router as health_router
+from minivllm.entrypoints.openai.ignored_fields import IgnoredFields
 from minivllm.entrypoints.openai.launcher import serve_http
 from minivllm.entrypoints.openai.lifecycle import Lifecycle
 from minivllm.entrypoints.openai.middleware import Admission, BodyLimit, RequestId
@@ -121,7 +122,7 @@ def build_app(engine: AsyncLLM) -> FastAPI:
     app.state.lifecycle = Lifecycle()
     app.include_router(health_router)
     app.include_router(router)
-    app.state.strict_fields = False
+    app.state.ignored_fields = IgnoredFields()
     install_error_handlers(app)
     app.add_middleware(BodyLimit)
     app.add_middleware(Admission, lifecycle=app.state.lifecycle)

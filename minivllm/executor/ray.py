@@ -73,7 +73,7 @@ class RayExecutor(Executor):
                 self._run_directory = RunDirectory(_LONGEST_SOCKET)
                 self._ray.init(
                     address="local",
-                    num_cpus=_num_cpus(),
+                    num_cpus=_num_cpus(self.config.cpu),
                     num_gpus=0,
                     object_store_memory=_OBJECT_STORE_BYTES,
                     include_dashboard=False,
@@ -109,7 +109,7 @@ class RayExecutor(Executor):
 
         remote_class = self._ray.remote(concurrency_groups={"watch": 1})(RayWorker)
         self._actor = remote_class.options(
-            num_cpus=_num_cpus(),
+            num_cpus=_num_cpus(self.config.cpu),
             max_restarts=0,
             scheduling_strategy=PlacementGroupSchedulingStrategy(placement_group=self._placement_group),
         ).remote(encode(self.config), self.worker_class)

@@ -15,16 +15,11 @@ class RMSNorm:
     def __init__(self, size: int, eps: float, *, dtype: torch.dtype, device: str) -> None:
         self.weight = torch.empty(size, dtype=dtype, device=device)
         self.eps = eps
-        spec = OpSpec(device, dtype, {"size": size})
-        self._norm, self._add_norm = rms_norm.select(spec), add_rms_norm.select(spec)
+        self._norm = rms_norm.select(OpSpec(device, dtype, {"size": size}))
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., size] -> the same shape."""
         return self._norm(x, self.weight, self.eps)
-
-    def add(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        """Add x to `residual` in place and normalise the sum."""
-        return self._add_norm(x, residual, self.weight, self.eps)
 
     def weights(self) -> Iterator[Weight]:
         yield weight_of("weight", self.weight)
@@ -36,6 +31,11 @@ class GemmaRMSNorm(RMSNorm):
     def __init__(self, size: int, eps: float, *, dtype: torch.dtype, device: str) -> None:
         super().__init__(size, eps, dtype=dtype, device=device)
         self.weight = torch.empty(size, dtype=torch.float32, device=device)
+        self._add_norm = add_rms_norm.select(OpSpec(device, dtype, {"size": size}))
+
+    def add(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """Add x to `residual` in place and normalise the sum. (x was normed first: no projection can add it.)"""
+        return self._add_norm(x, residual, self.weight, self.eps)
 
     def weights(self) -> Iterator[Weight]:
         def load_rows(start: int, rows: torch.Tensor) -> None:

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 import torch
 
 from minivllm.config.cache import KV_TILE
+from minivllm.config.hf_config import HEAD_DIM_STEP
+from minivllm.ops import native
+from minivllm.ops.op import OpSpec
 
 # By name: the code of csrc/cpu/kv_layout.h, and the torch type of an element. An int8 is a sign bit and seven bits of
 # magnitude, which torch has no type for.
@@ -21,6 +24,16 @@ KV_TYPES = {
     "int8": (4, torch.uint8),
 }
 _FP8_MAX = 448.0
+
+
+def native_why_not(spec: OpSpec) -> str | None:
+    """None, or why no native kernel works on tiles of these sizes."""
+    head_dim, block_size = spec.sizes.get("head_dim", HEAD_DIM_STEP), spec.sizes.get("block_size", KV_TILE)
+    if head_dim % HEAD_DIM_STEP:
+        return f"head_dim {head_dim} is not a multiple of {HEAD_DIM_STEP}"
+    if block_size % KV_TILE:
+        return f"block size {block_size} is not a multiple of the KV tile of {KV_TILE} tokens; try --block-size 128"
+    return native.why_not(spec)
 
 
 @dataclass(frozen=True)

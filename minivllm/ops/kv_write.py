@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from minivllm.config.cache import KV_TILE
-from minivllm.config.hf_config import HEAD_DIM_STEP
 from minivllm.ops import native
 from minivllm.ops.checks import require
-from minivllm.ops.kv_layout import KvLayout
-from minivllm.ops.op import Impl, Op, OpSpec
+from minivllm.ops.kv_layout import KvLayout, native_why_not
+from minivllm.ops.op import Impl, Op
 
 
 def reference(
@@ -62,14 +60,5 @@ def cpu(
     )  # fmt: skip
 
 
-def cpu_why_not(spec: OpSpec) -> str | None:
-    head_dim, block_size = spec.sizes.get("head_dim", HEAD_DIM_STEP), spec.sizes.get("block_size", KV_TILE)
-    if head_dim % HEAD_DIM_STEP:
-        return f"head_dim {head_dim} is not a multiple of {HEAD_DIM_STEP}"
-    if block_size % KV_TILE:
-        return f"block size {block_size} is not a multiple of the KV tile of {KV_TILE} tokens; try --block-size 128"
-    return native.why_not(spec)
-
-
-IMPLEMENTATIONS = [Impl(cpu, cpu_why_not), Impl(reference)]
+IMPLEMENTATIONS = [Impl(cpu, native_why_not), Impl(reference)]
 kv_write = Op("kv_write", IMPLEMENTATIONS)

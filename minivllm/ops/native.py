@@ -44,11 +44,12 @@ _HUGE_PAGE = 2 << 20
 def huge_pages(nbytes: int) -> torch.Tensor:
     """Untouched memory of so many bytes, on a cache line; on huge pages where it is large and the system has them.
 
-    A weight is streamed through: with pages of 4 KiB a processor spends a third of the time looking them up.
+    A weight is streamed through, and so is the KV cache: with pages of 4 KiB a processor spends a third of the time
+    looking them up.
     """
     alignment = _HUGE_PAGE if nbytes >= _HUGE_PAGE else 64
     storage = torch.empty(nbytes + alignment - 1, dtype=torch.uint8)
     start = -storage.data_ptr() % alignment
-    if alignment == _HUGE_PAGE:
+    if alignment == _HUGE_PAGE and lib is not None:
         lib.advise_huge_pages(storage.data_ptr() + start, nbytes // _HUGE_PAGE * _HUGE_PAGE)
     return storage[start : start + nbytes]

@@ -16,11 +16,9 @@ from dataclasses import dataclass
 
 import torch
 
-from minivllm.config.cache import KV_TILE
-from minivllm.config.hf_config import HEAD_DIM_STEP
 from minivllm.ops import native
 from minivllm.ops.checks import require
-from minivllm.ops.kv_layout import KvLayout
+from minivllm.ops.kv_layout import KvLayout, native_why_not
 from minivllm.ops.op import Impl, Op, OpSpec
 
 STEP = 128  # absolute positions a row's running maximum moves on by; shared prefixes are cut to a multiple
@@ -36,9 +34,7 @@ class Options:
     sliding_window: int | None = None  # a row sees at most so many positions, its own included
     softcap: float = 0.0  # scores become softcap * tanh(score / softcap); 0: they stay
     sinks: torch.Tensor | None = None  # [num_heads] float32: a logit of the softmax that has no value
-    alibi_slopes: torch.Tensor | None = (
-        None  # [num_heads] float32: times (key position - query position), added
-    )
+    alibi_slopes: torch.Tensor | None = None  # [num_heads] float32: times (key - query position), added
     k_scale: float = 1.0  # what the codes of an fp8 cache count in
     v_scale: float = 1.0
 
@@ -166,14 +162,9 @@ def _pointer(tensor: torch.Tensor | None) -> int:
 
 
 def cpu_why_not(spec: OpSpec) -> str | None:
-    head_dim, block_size = spec.sizes.get("head_dim", HEAD_DIM_STEP), spec.sizes.get("block_size", KV_TILE)
-    if head_dim % HEAD_DIM_STEP:
-        return f"head_dim {head_dim} is not a multiple of {HEAD_DIM_STEP}"
-    if block_size % KV_TILE:
-        return f"block size {block_size} is not a multiple of the KV tile of {KV_TILE} tokens; try --block-size 128"
     if spec.sizes.get("group", 1) > _MOST_HEADS:
         return f"{spec.sizes['group']} query heads share a KV head, the kernel takes {_MOST_HEADS}"
-    return native.why_not(spec)
+    return native_why_not(spec)
 
 
 IMPLEMENTATIONS = [Impl(cpu, cpu_why_not), Impl(reference)]

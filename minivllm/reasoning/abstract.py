@@ -7,12 +7,11 @@ as it comes and parts it; in token ids, `marks` say where reasoning ends, for wh
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
-from minivllm.utils.text_source import Reading, TextSource
+from minivllm.utils.text_source import TextReader
 
 MAX_BREAK_TOKENS = 2  # that a template writes behind a mark
 MAX_TAIL_CHARS = 256
@@ -52,14 +51,9 @@ class ReasoningMarks:
         # The shorter tail's index is moved to the longer's count.
         return last_start - len(self.start) > last_end - len(self.end)
 
-    def num_reasoning_tokens(self, token_ids: Sequence[int]) -> int:
-        """How many of an answer's tokens, which begin with reasoning, are reasoning, the end's own included."""
-        end = _find(token_ids, self.end)
-        return len(token_ids) if end < 0 else end + len(self.end)
 
-
-class ReasoningParser(ABC):
-    """Reads one answer. Feed it the text as it comes, then finish. How the text is cut changes nothing.
+class ReasoningParser(TextReader[Part]):
+    """Reads one answer and parts it.
 
     White space on both sides of the marks belongs to them and is dropped.
     """
@@ -76,11 +70,8 @@ class ReasoningParser(ABC):
 
     def __init__(self, *, begins_open: bool | None = None) -> None:
         """begins_open: whether this answer's prompt left reasoning open (see `open_after`); None: as the format is."""
-        self.source = TextSource()
+        super().__init__()
         self.open_at_start = type(self).begins_open if begins_open is None else begins_open
-        self._parts: list[Part] = []
-        self._reading = self.read()
-        self._over = False
 
     @classmethod
     def marks(cls, encode: Encode) -> ReasoningMarks:
@@ -103,39 +94,13 @@ class ReasoningParser(ABC):
             return True
         return cls.begins_open and not prompt.endswith(cls.end_text.rstrip())
 
-    @abstractmethod
-    def read(self) -> Reading[None]:
-        """Read `self.source` to its end."""
-
-    def feed(self, text: str) -> list[Part]:
-        self.source.push(text)
-        return self._go_on()
-
-    def finish(self) -> list[Part]:
-        self.source.end()
-        return self._go_on()
-
     def reason(self, text: str) -> None:
         if text:
-            self._parts.append(Part(True, text))
+            self._found.append(Part(True, text))
 
     def answer(self, text: str) -> None:
         if text:
-            self._parts.append(Part(False, text))
-
-    def _go_on(self) -> list[Part]:
-        if not self._over:
-            try:
-                next(self._reading)
-            except StopIteration:
-                self._over = True
-        parts, self._parts = self._parts, []
-        return parts
-
-
-def _find(ids: Sequence[int], wanted: tuple[int, ...]) -> int:
-    n = len(wanted)
-    return next((i for i in range(len(ids) - n + 1) if tuple(ids[i : i + n]) == wanted), -1)
+            self._found.append(Part(False, text))
 
 
 def _rfind(ids: Sequence[int], wanted: tuple[int, ...]) -> int:

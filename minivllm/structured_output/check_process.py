@@ -20,7 +20,6 @@ from minivllm.structured_output.grammar import GrammarError, to_grammar
 from minivllm.structured_output.vocabulary import Vocabulary
 from minivllm.utils.process import unblock_interrupts
 
-
 _MAX_LINE, _MAX_LINES = 160, 12  # of an error's text
 
 
@@ -79,7 +78,7 @@ def _check(request: CheckRequest, tokenizer: llguidance.LLTokenizer, vocabulary:
     except (ValueError, RecursionError) as error:  # what is no JSON to Rust: 1e400, …
         return CheckReply(error=f"cannot be read: {error}")
     except MemoryError:
-        os.abort()
+        os.abort()  # as llguidance does when it gets none: the checker knows it by the signal
     if matcher.is_error():
         return CheckReply(error=_readable(matcher.get_error()))
     return CheckReply(grammar)

@@ -222,10 +222,9 @@ class _StructuralTag:
         tag = self._rule(" | ".join(self._triggered(each, triggers) for each in _objects(format, "tags")))
         if _FREE_TEXT not in self._rules:
             self._rules.append(_FREE_TEXT)
-        many = "" if format.get("stop_after_first") else ("+" if format.get("at_least_one") else "*")
-        if format.get("stop_after_first") and not format.get("at_least_one"):
-            return self._rule(f"{tag} | FREE_TEXT")
-        return self._rule(f"{tag}{many}" + ("" if format.get("stop_after_first") else " FREE_TEXT"))
+        if format.get("stop_after_first"):
+            return self._rule(tag if format.get("at_least_one") else f"{tag} | FREE_TEXT")
+        return self._rule(f"{tag}{'+' if format.get('at_least_one') else '*'} FREE_TEXT")
 
     def _triggered(self, tag: dict[str, Any], triggers: list[str]) -> str:
         begin = tag.get("begin")

@@ -1,8 +1,7 @@
 """Templates that a request brings, rendered in a process of its own: with little memory, and little time.
 
-    python template_process.py < {"template", "messages", "options"}      > {"text"} or {"refusal"}
-
-A template may loop for ever or ask for all memory there is, sandboxed as it is. The process ends with each rendering.
+The process reads {"template", "messages", "options"} and writes {"text"} or {"refusal"}, as JSON. It ends with each
+rendering: a template may loop for ever or ask for all memory there is, sandboxed as it is.
 """
 
 from __future__ import annotations

@@ -7,17 +7,13 @@ from __future__ import annotations
 
 import json
 import uuid
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from minivllm.tool_parsers.json_reader import json_value
 from minivllm.tool_parsers.pieces import Answer, CallArguments, CallEnd, CallStart, Content, Piece
-from minivllm.utils.text_source import Reading, TextSource
-
-
-class Malformed(Exception):
-    """The text is not a call, or not any more."""
+from minivllm.utils.text_source import Malformed, Reading, TextReader
 
 
 @dataclass(frozen=True)
@@ -41,10 +37,10 @@ class CallFormat:
         return json.dumps(name, ensure_ascii=False) if self.quoted else name
 
 
-class ToolParser(ABC):
-    """Reads one answer. Feed it the text as it comes, then finish; what that returns, in order, is the answer.
+class ToolParser(TextReader[Piece]):
+    """Reads one answer: what `feed` and `finish` return, in order, is the answer.
 
-    The same text gives the same answer however it is cut into pieces. Nothing is closed by guess: a call whose text
+    Nothing is closed by guess: a call whose text
     breaks off is emitted as far as it goes, and marked. What looked like a call and shows itself to be none before its
     arguments begin stays content; what goes wrong later ends the call, marked, and the text goes on as content.
 
@@ -58,50 +54,26 @@ class ToolParser(ABC):
 
     def __init__(self, tools: Sequence[dict[str, Any]] | None = None) -> None:
         """tools: the request's, each {"type": "function", "function": {"name", "parameters", …}}."""
+        super().__init__()
         self._parameters = {
             tool["function"]["name"]: tool["function"].get("parameters") or {} for tool in tools or ()
         }
-        self.source = TextSource()
-        self._pieces: list[Piece] = []
         self._num_calls = 0
         self._open = False  # a call has begun and not ended
         self._named: tuple[str, str | None] | None = None  # (name, id) of a call that is about to begin
         self._held = ""  # white space that belongs to the content, or to the layout of a call that follows
-        self._reading = self.read()
-        self._over = False
 
     def make_id(self) -> str:
         """The id of a call that the model gave none."""
         return f"chatcmpl-tool-{uuid.uuid4().hex}"
 
-    @abstractmethod
-    def read(self) -> Reading[None]:
-        """Read `self.source` to its end."""
-
-    def feed(self, text: str) -> list[Piece]:
-        """More of the text; what it adds to the answer."""
-        self.source.push(text)
-        return self._go_on()
-
-    def finish(self) -> list[Piece]:
-        """The text is over; what that adds to the answer."""
-        self.source.end()
-        return self._go_on()
-
     def parse(self, text: str) -> Answer:
         """A whole text at once."""
         return Answer.of([*self.feed(text), *self.finish()])
 
-    def _go_on(self) -> list[Piece]:
-        if not self._over:
-            try:
-                next(self._reading)
-            except StopIteration:
-                self._over = True
-                if self._held and not self._num_calls:
-                    self._emit_content(self._held)
-        pieces, self._pieces = self._pieces, []
-        return pieces
+    def _at_end(self) -> None:
+        if self._held and not self._num_calls:
+            self._emit_content(self._held)
 
     # --- what `read` is made of ---
 
@@ -128,7 +100,7 @@ class ToolParser(ABC):
         """The call that was named begins: it is not content any more, whatever comes."""
         assert self._named is not None
         self._held = ""
-        self._pieces.append(CallStart(self._num_calls, *self._named))
+        self._found.append(CallStart(self._num_calls, *self._named))
         self._named = None
         self._num_calls += 1
         self._open = True
@@ -136,12 +108,24 @@ class ToolParser(ABC):
 
     def arguments(self, text: str) -> None:
         if text:
-            self._pieces.append(CallArguments(self._num_calls - 1, text))
+            self._found.append(CallArguments(self._num_calls - 1, text))
 
     def end(self, *, complete: bool = True) -> None:
-        self._pieces.append(CallEnd(self._num_calls - 1, complete))
+        self._found.append(CallEnd(self._num_calls - 1, complete))
         self._open = False
         self.source.mark()  # what follows is content if it is not another call
+
+    def json_arguments(self) -> Reading[None]:
+        """Read the arguments of the call that was named, a JSON object: with it the call begins and ends.
+
+        Raises:
+            Malformed: there is none, or it goes wrong.
+        """
+        if (yield from self.source.peek()) != "{":
+            raise Malformed
+        self.begin()
+        yield from json_value(self.source, self.arguments)
+        self.end()
 
     def attempt(self, call: Reading[None], *, before: str = "") -> Reading[bool]:
         """Read one call, or several, with `call`; whether the last that began is complete.
@@ -197,7 +181,7 @@ class ToolParser(ABC):
 
     def _emit_content(self, text: str) -> None:
         self._held = ""
-        self._pieces.append(Content(text))
+        self._found.append(Content(text))
 
 
 def _is_text(text: str) -> bool:

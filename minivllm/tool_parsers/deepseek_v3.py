@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from minivllm.tool_parsers.abstract import CallFormat, Malformed, ToolParser
-from minivllm.tool_parsers.json_reader import json_value
 from minivllm.utils.text_source import Reading
 
 CALLS_BEGIN, CALLS_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
@@ -53,10 +52,6 @@ class DeepSeekV3ToolParser(ToolParser):
             yield from self.source.spaces()
         else:
             self.name(before.strip())
-        if (yield from self.source.peek()) != "{":
-            raise Malformed
-        self.begin()
-        yield from json_value(self.source, self.arguments)
-        self.end()
+        yield from self.json_arguments()
         if fenced:
             yield from self.closing("```")

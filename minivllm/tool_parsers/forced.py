@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from minivllm.tool_parsers.abstract import Malformed
 from minivllm.tool_parsers.json_calls import JsonToolParser
-from minivllm.tool_parsers.json_reader import json_value
 from minivllm.utils.text_source import Reading
 
 
@@ -34,8 +32,4 @@ class ArgumentsToolParser(JsonToolParser):
 
     def _call(self) -> Reading[None]:
         self.name(self._function)
-        if (yield from self.source.peek()) != "{":
-            raise Malformed
-        self.begin()
-        yield from json_value(self.source, self.arguments)
-        self.end()
+        yield from self.json_arguments()

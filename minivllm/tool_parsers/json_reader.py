@@ -8,8 +8,7 @@ from __future__ import annotations
 import json
 import re
 
-from minivllm.tool_parsers.abstract import Malformed
-from minivllm.utils.text_source import Emit, Reading, TextSource
+from minivllm.utils.text_source import Emit, Malformed, Reading, TextSource
 
 MAX_DEPTH = 512  # what json.loads of any client can still read
 _NUMBER = re.compile(r"-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][-+]?\d+)?", re.ASCII)

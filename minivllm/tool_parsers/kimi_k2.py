@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from minivllm.tool_parsers.abstract import Malformed, ToolParser
-from minivllm.tool_parsers.json_reader import json_value
 from minivllm.utils.text_source import Reading
 
 SECTION_BEGINS = ("<|tool_calls_section_begin|>", "<|tool_call_section_begin|>")
@@ -34,8 +33,4 @@ class KimiK2ToolParser(ToolParser):
         id = id.strip()
         self.name(id.rsplit(":", 1)[0].removeprefix("functions."), id)
         yield from self.source.spaces()
-        if (yield from self.source.peek()) != "{":
-            raise Malformed
-        self.begin()
-        yield from json_value(self.source, self.arguments)
-        self.end()
+        yield from self.json_arguments()

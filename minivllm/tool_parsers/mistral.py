@@ -7,7 +7,6 @@ import string
 
 from minivllm.tool_parsers.abstract import CallFormat, Malformed
 from minivllm.tool_parsers.json_calls import JsonToolParser
-from minivllm.tool_parsers.json_reader import json_value
 from minivllm.utils.text_source import Reading
 
 BEGIN, CALL_ID, ARGS = "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"
@@ -42,11 +41,7 @@ class MistralToolParser(JsonToolParser):
         self.name(name, id or None)
         yield from self.source.accept(ARGS)
         yield from self.source.spaces()
-        if (yield from self.source.peek()) != "{":
-            raise Malformed
-        self.begin()
-        yield from json_value(self.source, self.arguments)
-        self.end()
+        yield from self.json_arguments()
 
     def _word(self) -> Reading[str]:
         return (yield from self.source.matching(lambda char: char not in "[{" and not char.isspace()))

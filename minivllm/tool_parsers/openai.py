@@ -11,7 +11,6 @@ from __future__ import annotations
 import re
 
 from minivllm.tool_parsers.abstract import Malformed, ToolParser
-from minivllm.tool_parsers.json_reader import json_value
 from minivllm.tool_parsers.pieces import Reasoning
 from minivllm.utils.text_source import Reading
 
@@ -43,11 +42,7 @@ class OpenAIToolParser(ToolParser):
         if recipient is not None and self._parameters:
             self.name(recipient[1])
             yield from self.source.spaces()
-            if (yield from self.source.peek()) != "{":
-                raise Malformed
-            self.begin()
-            yield from json_value(self.source, self.arguments)
-            self.end()
+            yield from self.json_arguments()
             yield from self.closing(*ENDS)
             return
         self.source.unmark()
@@ -55,4 +50,4 @@ class OpenAIToolParser(ToolParser):
         yield from self.source.until(*ENDS, START, emit=self._reason if is_analysis else self.content)
 
     def _reason(self, text: str) -> None:
-        self._pieces.append(Reasoning(text))
+        self._found.append(Reasoning(text))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from minivllm.tool_parsers.abstract import Malformed
+from minivllm.utils.text_source import Malformed
 
 MAX_DEPTH = 64
 _SPACE = re.compile(r"\s*")

@@ -7,13 +7,18 @@ when those it must see are not there yet. Parsers of tool calls and of reasoning
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator
 from functools import cache
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 T = TypeVar("T")
 Reading = Generator[None, None, T]  # to be used with `yield from`; each bare yield waits for the next piece
 Emit = Callable[[str], None]
+
+
+class Malformed(Exception):
+    """The text is not what its reader expects, or not any more."""
 
 
 class TextSource:
@@ -151,6 +156,46 @@ class TextSource:
                 self._pos += len(text)
                 return text, None
             yield
+
+
+class TextReader(ABC, Generic[T]):
+    """A reader of one text, and what it has found. Feed it the text as it comes, then finish.
+
+    How the text is cut changes nothing.
+    """
+
+    def __init__(self) -> None:
+        self.source = TextSource()
+        self._found: list[T] = []  # and not handed on yet
+        self._reading = self.read()
+        self._over = False
+
+    @abstractmethod
+    def read(self) -> Reading[None]:
+        """Read `self.source` to its end."""
+
+    def feed(self, text: str) -> list[T]:
+        """More of the text; what is found in it."""
+        self.source.push(text)
+        return self._go_on()
+
+    def finish(self) -> list[T]:
+        """The text is over; what that lets be found."""
+        self.source.end()
+        return self._go_on()
+
+    def _go_on(self) -> list[T]:
+        if not self._over:
+            try:
+                next(self._reading)
+            except StopIteration:
+                self._over = True
+                self._at_end()
+        found, self._found = self._found, []
+        return found
+
+    def _at_end(self) -> None:
+        """All was read: the last chance to find something."""
 
 
 @cache

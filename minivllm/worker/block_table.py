@@ -1,4 +1,4 @@
-"""Which KV blocks each known request holds in one KV cache group, by table row. Ids only; the scheduler owns the blocks.
+"""Which KV blocks each known request holds in one KV cache group, by table row. Ids only: the scheduler owns blocks.
 
 Where a window has passed, an id may stand that belongs to another request by now: nobody reads it.
 """

@@ -1,4 +1,4 @@
-"""Which layers share a block table, and where each layer's keys and values lie. Decides before anything is allocated."""
+"""Which layers share a block table, and where each layer's keys and values lie: before anything is allocated."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -152,12 +153,13 @@ def _describe_groups(groups: Sequence[KVCacheGroup]) -> str:
     """Empty for one group of full attention."""
     if not has_null_block(groups):
         return ""
-    kinds = [
-        f"{len(each.layers)} layers of {'full attention' if each.sliding_window is None else f'window {each.sliding_window:,}'}"
-        for each in groups
-    ]
-    counts = {kind: kinds.count(kind) for kind in kinds}
+    counts = Counter(map(_describe_group, groups))
     return "; block tables: " + ", ".join(f"{count} × {kind}" for kind, count in counts.items())
+
+
+def _describe_group(group: KVCacheGroup) -> str:
+    kind = "full attention" if group.sliding_window is None else f"window {group.sliding_window:,}"
+    return f"{len(group.layers)} layers of {kind}"
 
 
 def gib(num_bytes: int) -> str:

@@ -13,7 +13,13 @@ import numpy as np
 import torch
 
 from minivllm.attention.backend import AttentionBackend, ForwardContext
-from minivllm.messages.worker import CachedRequestData, GrammarOutput, ModelRunnerOutput, NewRequestData, SchedulerOutput
+from minivllm.messages.worker import (
+    CachedRequestData,
+    GrammarOutput,
+    ModelRunnerOutput,
+    NewRequestData,
+    SchedulerOutput,
+)
 from minivllm.models.decoder import DecoderForCausalLM
 from minivllm.sample.sampler import Sampler, SamplerOutput
 from minivllm.sample.step import GrammarMask, SampleBatch

@@ -76,9 +76,7 @@ class Worker:
 
         on_progress("laying out the KV cache")
         # Untouched pages take no memory: they are the system's until a block is written.
-        tensors = [
-            backend.new_kv_cache(size.num_blocks) for _ in range(size.spec.num_layers)
-        ]
+        tensors = [backend.new_kv_cache(size.num_blocks) for _ in range(size.spec.num_layers)]
         places = kv_layout.places(size.spec.groups)
         self.runner = ModelRunner(
             model,

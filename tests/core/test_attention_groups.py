@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import repeat
 
 import pytest
 
@@ -27,22 +28,24 @@ def groups(*windows: int | None) -> tuple[KVCacheGroup, ...]:
 # What a prefix hit is
 
 
+def has_what_it_reads(cached: list[bool], window: int | None, hit: int) -> bool:
+    """Whether one group has all that attention of the tokens after the hit reads."""
+    first_token = 0 if window is None else max(0, hit * BLOCK - window + 1)
+    return all(cached[first_token // BLOCK : hit])
+
+
 @pytest.mark.parametrize("windows", [(None,), (6,), (1,), (None, 6), (9, None, 6, 9), (5, 13), (2, 7, 1, None, None)])
 def test_the_hit_is_the_longest_prefix_that_every_group_has_as_far_as_it_needs_it(windows):
     pick = random.Random(str(windows))
-    for _ in range(300):
-        num_blocks = pick.randrange(9)
+    agreement = AttentionGroups(groups(*windows), BLOCK)
+
+    def check(num_blocks: int) -> None:
         cached = [[pick.random() < 0.75 for _ in range(num_blocks)] for _ in windows]
+        hits = (hit for hit in range(num_blocks + 1) if all(map(has_what_it_reads, cached, windows, repeat(hit))))
+        assert agreement.longest_hit(num_blocks, lambda g, i: all(cached[each][i] for each in g)) == max(hits)
 
-        def has(group: int, hit: int) -> bool:
-            """All that attention of the tokens after the hit reads."""
-            window = windows[group]
-            first_token = 0 if window is None else max(0, hit * BLOCK - window + 1)
-            return all(cached[group][first_token // BLOCK : hit])
-
-        expected = max(n for n in range(num_blocks + 1) if all(has(group, n) for group in range(len(windows))))
-        agreement = AttentionGroups(groups(*windows), BLOCK)
-        assert agreement.longest_hit(num_blocks, lambda g, i: all(cached[each][i] for each in g)) == expected
+    for _ in range(300):
+        check(pick.randrange(9))
 
 
 # What a request holds
@@ -73,8 +76,9 @@ def test_a_request_never_holds_more_than_it_is_said_to_need(window: int, step: i
 
 def test_a_prompt_of_32k_over_a_window_of_512_holds_a_few_blocks():
     """With blocks of 128: 256 in a full group; in a window's, 20 while chunks of 2048 are computed, then 5."""
-    held = {}
-    for name, windows in {"full": (None,), "window": (512,), "both": (None, 512)}.items():
+
+    def held(*windows: int | None) -> tuple[int, int]:
+        """The most while the prompt is computed, and behind it."""
         scheduler = make_scheduler(
             max_num_batched_tokens=2048, max_model_len=32800, num_blocks=600, block_size=128,
             kv_cache_groups=groups(*windows), enable_prefix_caching=False,
@@ -86,8 +90,9 @@ def test_a_prompt_of_32k_over_a_window_of_512_holds_a_few_blocks():
         driver.worker.run = lambda plan: during.append(pool.num_held_blocks) or run(plan)
         for _ in range(18):
             driver.step()
-        held[name] = (max(during), pool.num_held_blocks)
-    assert held == {"full": (257, 257), "window": (20, 5), "both": (256 + 20, 257 + 5)}
+        return max(during), pool.num_held_blocks
+
+    assert (held(None), held(512), held(None, 512)) == ((257, 257), (20, 5), (256 + 20, 257 + 5))
 
 
 def test_long_prompts_that_would_not_fit_with_full_attention_run_side_by_side():

@@ -7,6 +7,7 @@ length of each walk.
 from __future__ import annotations
 
 import random
+
 import pytest
 
 from minivllm.messages.engine import EngineCoreRequest, FinishReason
@@ -223,6 +224,6 @@ def test_every_request_ends_once_with_its_own_answer(shape: str, num_in_flight: 
     stats = walk.driver.scheduler.make_stats()
     walk.finish()
     if shape in PREEMPTING and walk_steps >= 3000:
-        assert stats.num_preemptions > walk_steps // 250  # else this walk would show little
+        assert stats.num_preemptions > walk_steps // 500  # else this walk would show little
     if "no prefix cache" not in shape and walk_steps >= 3000:
         assert stats.prefix_cache.hits > walk_steps // 50

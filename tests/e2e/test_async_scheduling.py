@@ -32,7 +32,8 @@ def requests() -> tuple[list[list[int]], list[SamplingParams]]:
     stem = [pick.randrange(300) for _ in range(200)]
     prompts = [stem[: pick.randrange(1, 200)] + [pick.randrange(300) for _ in range(9)] for _ in range(50)]
     params = [
-        SamplingParams(**{"max_tokens": pick.choice([6, 20, 40])} | PARAMS[i % len(PARAMS)]) for i in range(len(prompts))
+        SamplingParams(**{"max_tokens": pick.choice([6, 20, 40])} | PARAMS[i % len(PARAMS)])
+        for i in range(len(prompts))
     ]
     return prompts, params
 

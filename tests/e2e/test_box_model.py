@@ -94,14 +94,16 @@ WEATHER = {
     "type": "object",
     "properties": {"city": {"type": "string", "description": "Name of the city"}},
     "required": ["city"],
-    "additionalProperties": False,
 }
-TOOLS = [
-    {
-        "type": "function",
-        "function": {"name": "get_weather", "description": "Get the weather in a city", "parameters": WEATHER},
-    }
-]
+
+
+def tools(parameters: dict) -> list[dict]:
+    named = {"name": "get_weather", "description": "Get the weather in a city"}
+    return [{"type": "function", "function": named | {"parameters": parameters}}]
+
+
+TOOLS = tools(WEATHER)
+CLOSED_TOOLS = tools(WEATHER | {"additionalProperties": False})  # Minnow itself was taught no such schema
 ASK_WEATHER = [{"role": "user", "content": "What is the weather in Paris?"}]
 
 
@@ -135,7 +137,7 @@ def test_a_call_that_must_be_is_one_whatever_was_said(client: OpenAI, choice: ob
         message = client.chat.completions.create(
             model="minnow",
             messages=[{"role": "user", "content": "Tell me a story."}],
-            tools=TOOLS,
+            tools=CLOSED_TOOLS,
             tool_choice=choice,
             temperature=temperature,
             seed=1,

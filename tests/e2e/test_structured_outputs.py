@@ -37,40 +37,31 @@ def schema_format(schema: dict) -> dict:
     return {"type": "json_schema", "json_schema": {"name": "it", "schema": schema, "strict": True}}
 
 
+def closed(**properties: dict) -> dict:
+    """An object with all of these properties and no others."""
+    return {
+        "type": "object", "properties": properties, "required": [*properties], "additionalProperties": False
+    }  # fmt: skip
+
+
+def between(low: int, high: int) -> dict:
+    return {"type": "integer", "minimum": low, "maximum": high}
+
+
 SHORT = {"type": "string", "maxLength": 12}
 SCHEMAS = {
-    "flat": {
-        "type": "object",
-        "properties": {"name": SHORT, "age": {"type": "integer", "minimum": 0, "maximum": 120}, "ok": {"type": "boolean"}},
-        "required": ["name", "age", "ok"],
-        "additionalProperties": False,
-    },
-    "nested": {
-        "type": "object",
-        "properties": {
-            "who": {
-                "type": "object",
-                "properties": {"first": SHORT, "home": {"type": "object", "properties": {"zip": {"pattern": "^[0-9]{5}$", "type": "string"}}, "required": ["zip"], "additionalProperties": False}},
-                "required": ["first", "home"],
-                "additionalProperties": False,
-            }
-        },
-        "required": ["who"],
-        "additionalProperties": False,
-    },
+    "flat": closed(name=SHORT, age=between(0, 120), ok={"type": "boolean"}),
+    "nested": closed(who=closed(first=SHORT, home=closed(zip={"pattern": "^[0-9]{5}$", "type": "string"}))),
     "array": {"type": "array", "items": {"enum": ["red", "green", 3, None]}, "minItems": 2, "maxItems": 5},
-    "tuple": {"type": "array", "prefixItems": [{"const": "x"}, {"type": "integer", "minimum": -1, "maximum": 1}], "items": False, "minItems": 2},
+    "tuple": {"type": "array", "prefixItems": [{"const": "x"}, between(-1, 1)], "items": False, "minItems": 2},
     "refs": {
-        "$defs": {"leaf": {"type": "object", "properties": {"v": {"type": "integer", "minimum": 1, "maximum": 9}}, "required": ["v"], "additionalProperties": False}},
-        "type": "object",
-        "properties": {"a": {"$ref": "#/$defs/leaf"}, "b": {"$ref": "#/$defs/leaf"}},
-        "required": ["a", "b"],
-        "additionalProperties": False,
+        "$defs": {"leaf": closed(v=between(1, 9))},
+        **closed(a={"$ref": "#/$defs/leaf"}, b={"$ref": "#/$defs/leaf"}),
     },
-    "any of": {"anyOf": [{"type": "integer", "minimum": 5, "maximum": 7}, {"type": "null"}, {"type": "object", "properties": {"k": {"const": 1}}, "required": ["k"], "additionalProperties": False}]},
+    "any of": {"anyOf": [between(5, 7), {"type": "null"}, closed(k={"const": 1})]},
     "pattern": {"type": "string", "pattern": "^[A-Z][a-z]{2,6}-[0-9]{2}$"},
-    "format": {"type": "object", "properties": {"day": {"type": "string", "format": "date"}}, "required": ["day"], "additionalProperties": False},
-}  # fmt: skip
+    "format": closed(day={"type": "string", "format": "date"}),
+}
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
@@ -151,7 +142,9 @@ def test_the_old_names_mean_what_they_meant(client: OpenAI):
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
-def test_what_cannot_be_done_is_a_400_that_names_it(client: OpenAI, options: dict, param: str, names: str, stream: bool):
+def test_what_cannot_be_done_is_a_400_that_names_it(
+    client: OpenAI, options: dict, param: str, names: str, stream: bool
+):
     with pytest.raises(openai.BadRequestError) as caught:
         chat(client, stream=stream, **options)
     assert caught.value.param == param and names in caught.value.message
@@ -169,7 +162,8 @@ def test_a_bad_constraint_holds_up_no_other_request(client: OpenAI):
 
 
 def test_others_in_the_batch_change_nothing_for_either(client: OpenAI):
-    plain = {"messages": [{"role": "user", "content": "Tell me a story."}], "max_tokens": 60, "seed": 7, "logprobs": True}
+    story = [{"role": "user", "content": "Tell me a story."}]
+    plain = {"messages": story, "max_tokens": 60, "seed": 7, "logprobs": True}
     constrained = {
         "messages": ASK, "max_tokens": 200, "seed": 8, "logprobs": True, "temperature": 1.1,
         "response_format": schema_format(SCHEMAS["flat"]),
@@ -217,8 +211,9 @@ def test_penalties_stops_and_the_rest_of_sampling_go_together_with_a_grammar():
         {"logprobs": 3},
         {"stop": ["-9"]},
     ]
+    common = {"seed": 1, "max_tokens": 50, "structured_outputs": {"regex": "[a-z]{2,5}-[0-9]{2}"}}
     params = [
-        SamplingParams(**({"seed": 1, "max_tokens": 50, "structured_outputs": {"regex": "[a-z]{2,5}-[0-9]{2}"}} | option))
+        SamplingParams(**(common | option))
         for option in options
     ]
     with LLM(kv_cache_memory_bytes=64 << 20) as llm:

@@ -17,7 +17,7 @@ from minivllm.config.hf_config import HFConfig
 from minivllm.config.model import ModelConfig
 from minivllm.config.parallel import ParallelConfig
 from minivllm.exceptions import ModelFilesError
-from minivllm.messages.worker import ModelRunnerOutput, SchedulerOutput, WorkerReady
+from minivllm.messages.worker import GrammarOutput, ModelRunnerOutput, SchedulerOutput, WorkerReady
 from tests.fakes import FakeExecutor
 
 FAKE = "tests.fakes:FakeExecutor"
@@ -69,7 +69,7 @@ class FailingRowExecutor(FakeExecutor):
 class DyingWorkerExecutor(FakeExecutor):
     """Its worker dies, as an actor would, after the first step with work."""
 
-    def sample_tokens(self, grammar: bytes | None) -> Future[ModelRunnerOutput]:
+    def sample_tokens(self, grammar: GrammarOutput | None) -> Future[ModelRunnerOutput]:
         self.on_death("worker 0 was killed by SIGKILL")
         return super().sample_tokens(grammar)
 
@@ -77,7 +77,7 @@ class DyingWorkerExecutor(FakeExecutor):
 class UnencodableExecutor(FakeExecutor):
     """Gives tokens that the scheduler takes and no message can hold."""
 
-    def sample_tokens(self, grammar: bytes | None) -> Future[ModelRunnerOutput]:
+    def sample_tokens(self, grammar: GrammarOutput | None) -> Future[ModelRunnerOutput]:
         future = super().sample_tokens(grammar)
         sampled = future.result().sampled_token_ids
         sampled[:] = [[np.int64(token_id) for token_id in token_ids] for token_ids in sampled]

@@ -100,7 +100,10 @@ def test_with_plans_in_flight_everyone_is_answered_as_without(executor: str):
     sync, ahead = make_core(), make_core(executor, async_scheduling=True)
     for core in (sync, ahead):
         for i in range(6):
-            core.add_request(request(f"r{i}", range(5 + 9 * i), max_tokens=1 + 4 * i, stop_token_ids=list(range(0, 64, 9))))
+            stop_token_ids = list(range(0, 64, 9))
+            core.add_request(
+                request(f"r{i}", range(5 + 9 * i), max_tokens=1 + 4 * i, stop_token_ids=stop_token_ids)
+            )
     one_by_one, overlapped = run(sync), run(ahead)
     assert answers(overlapped) == answers(one_by_one)
     assert {str(end) for outputs in overlapped.values() for end in ends(outputs)} == {"stop", "length"}

@@ -10,7 +10,7 @@ from minivllm.config.engine import EngineConfig
 from minivllm.exceptions import ModelFilesError
 from minivllm.executor.ray import RayExecutor
 from minivllm.executor.uniproc import UniProcExecutor
-from minivllm.messages.worker import ModelRunnerOutput, SchedulerOutput, WorkerReady
+from minivllm.messages.worker import GrammarOutput, ModelRunnerOutput, SchedulerOutput, WorkerReady
 from tests.fakes import FakeWorker
 
 
@@ -40,7 +40,7 @@ class PlainWorker:
         if self.RAISE in first_tokens:
             raise ValueError("the model met its poison")
 
-    def sample_tokens(self, grammar: bytes | None) -> ModelRunnerOutput:
+    def sample_tokens(self, grammar: GrammarOutput | None) -> ModelRunnerOutput:
         return self.result
 
     def echo(self, value):

@@ -46,8 +46,14 @@ PARAMS: list[dict[str, Any]] = [
     },
     {"temperature": 1, "allowed_token_ids": list(range(100, 164)), "logprobs": -1},
     {"temperature": 0, "extra_args": {"follow": 3}, "logprobs": 1},
-    {"temperature": 0.9, "extra_args": {"follow": 5}, "bad_words_token_ids": [[i, j] for i in range(9) for j in range(60)]},
-    {"temperature": 1, "logprob_token_ids": [1, 50, 99], "repetition_detection": {"max_pattern_size": 2, "min_count": 2}},
+    {
+        "temperature": 0.9, "extra_args": {"follow": 5},
+        "bad_words_token_ids": [[i, j] for i in range(9) for j in range(60)],
+    },
+    {
+        "temperature": 1, "logprob_token_ids": [1, 50, 99],
+        "repetition_detection": {"max_pattern_size": 2, "min_count": 2},
+    },
     {"temperature": 1.5, "structured_outputs": {"regex": "[a-f]{4,30}[0-9]+"}, "logprobs": 2, "presence_penalty": 0.5},
     {
         "temperature": 1.5, "min_tokens": 5, "logprobs": 1,

@@ -104,9 +104,13 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
         patch.setattr(llm_engine, "load_tokenizer", lambda config: tokenizer)
         checkers: list[GrammarChecker] = []  # one for all engines: it is a process
         make = processor.make_checker
-        patch.setattr(
-            processor, "make_checker", lambda *args: checkers[0] if checkers else checkers.append(make(*args)) or checkers[0]
-        )
+
+        def make_once(*args):
+            if not checkers:
+                checkers.append(make(*args))
+            return checkers[0]
+
+        patch.setattr(processor, "make_checker", make_once)
         yield Engines(model)
         for checker in checkers:
             checker.close()

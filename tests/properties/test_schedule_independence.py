@@ -2,10 +2,10 @@
 
 Seeded random schedules on the real worker with the native kernels: arrivals, chunk and batch sizes, pools so
 tight that requests are preempted, prefixes found in the cache, aborts of others, resends, one and two threads, one
-plan in flight or several, priorities and every rule of the scheduler drawn at random, logits processors of an operator's
-own; some requests have a grammar, some think first. For every instruction set this machine has, every dtype, int8 weights, fp8
-and int8 caches, and shapes with grouped heads, windows, windows beside full attention and several attention segments.
-`--walk-steps` is the number of engine steps, all cases together.
+plan in flight or several, priorities and every rule of the scheduler drawn at random, logits processors of an
+operator's own; some requests have a grammar, some think first. For every instruction set this machine has, every dtype,
+int8 weights, fp8 and int8 caches, and shapes with grouped heads, windows, windows beside full attention and several
+attention segments. `--walk-steps` is the number of engine steps, all cases together.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ VOCAB = 40
 PROMPT = [1, 2, 3]
 
 
-def generate(budget: int | None, marks: ThinkingTokens, *, num_tokens: int = 30, prior: list[int] = [], **params):
+def generate(budget: int | None, marks: ThinkingTokens, *, num_tokens: int = 30, prior: Sequence[int] = (), **params):
     """What a model of random logits, the same for each position, says."""
     sampler = Sampler(VOCAB)
     asked = SamplingParams(temperature=0, thinking_token_budget=budget, thinking=marks, **params)

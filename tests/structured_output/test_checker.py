@@ -87,7 +87,9 @@ def test_a_catastrophic_one_is_refused_in_time_and_only_once(checker: GrammarChe
     assert checker.grammar_of(StructuredOutputsParams(regex="[a-c]"))  # and the next has a process again
 
 
-@pytest.mark.parametrize("asked", [{"grammar": DEEP}, {"grammar": PARENTHESES}, {"regex": "(" * 100_000 + ")" * 100_000}])
+@pytest.mark.parametrize(
+    "asked", [{"grammar": DEEP}, {"grammar": PARENTHESES}, {"regex": "(" * 100_000 + ")" * 100_000}]
+)
 def test_one_that_crashes_the_compiler_crashes_nothing_else(checker: GrammarChecker, asked: dict):
     assert "nested" in refused(checker, **asked) or "deep" in refused(checker, **asked)
     assert checker.grammar_of(StructuredOutputsParams(regex="[d-f]"))

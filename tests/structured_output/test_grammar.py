@@ -28,7 +28,11 @@ PERSON = {
         ({"json_object": True}, ['{"a": [1, null]}', "{}"], ["[1]", "3", '{"a"}']),
         ({"json": {"enum": ["a", 1, None, {"b": 2}]}}, ['"a"', "1", "null", '{"b":2}'], ['"b"', "2"]),
         ({"json": "{}"}, ["1", '"x"', "[]"], ["x"]),
-        ({"json": PERSON}, ['{"name": "é", "age": 9}', '{"name":"x","age":150}'], ['{"age":9}', '{"name":"x","age":151}']),
+        (
+            {"json": PERSON},
+            ['{"name": "é", "age": 9}', '{"name":"x","age":150}'],
+            ['{"age":9}', '{"name":"x","age":151}'],
+        ),
         ({"json": json.dumps(PERSON)}, ['{"name": "", "age": 0, "more": []}'], ['{"name":"x","age":-1}']),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
+from minivllm.config.docs import field_docs
+from minivllm.config.frontend import FrontendConfig
 from minivllm.config.reasoning import ReasoningConfig
 from minivllm.exceptions import ConfigError
+from minivllm.reasoning import registry as reasoning_parsers
 from minivllm.reasoning.registry import reasoning_parser_class
+from minivllm.tool_parsers import registry as tool_parsers
 from minivllm.tool_parsers.abstract import ToolParser
 from minivllm.tool_parsers.registry import TOOL_PARSERS
 
@@ -28,6 +35,20 @@ class Mine(ToolParser):
 @pytest.mark.parametrize("name", TOOL_PARSERS.names)
 def test_every_name_has_its_class(name: str):
     assert issubclass(TOOL_PARSERS.get(name), ToolParser)
+
+
+@pytest.mark.parametrize(
+    ("parsers", "field", "config"),
+    [
+        (tool_parsers._PARSERS, "tool_call_parser", FrontendConfig),
+        (reasoning_parsers._PARSERS, "reasoning_parser", ReasoningConfig),
+    ],
+)
+def test_help_and_docs_name_every_parser(parsers: dict[str, str], field: str, config: type):
+    told = re.split(r"[^a-z0-9_]+", field_docs(config)[field])
+    documented = (Path(__file__).parents[2] / "docs/tools.md").read_text()
+    assert not set(parsers) - set(told)
+    assert not [name for name in parsers if name not in documented]
 
 
 def test_a_misspelt_name_is_refused_with_the_nearest():

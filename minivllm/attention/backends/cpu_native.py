@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +10,7 @@ import torch
 from minivllm.attention.backend import AttentionBackend, AttentionSpec, StepInputs
 from minivllm.config.cache import KV_TILE
 from minivllm.config.hf_config import HEAD_DIM_STEP
+from minivllm.ops import native
 from minivllm.ops.kv_layout import KvLayout
 from minivllm.ops.kv_write import kv_write
 from minivllm.ops.op import OpSpec
@@ -77,13 +77,7 @@ class CpuNativeBackend(AttentionBackend):
         return self.layout.block_bytes
 
     def new_kv_cache(self, num_blocks: int) -> torch.Tensor:
-        shape = self.layout.shape(num_blocks)
-        num_bytes = num_blocks * self.block_bytes
-        memory = mmap.mmap(-1, max(1, num_bytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        # Attention walks over all of it in each step: with small pages it would wait for their addresses.
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        return torch.frombuffer(memory, dtype=torch.uint8)[:num_bytes].view(shape)
+        return native.huge_pages(num_blocks * self.block_bytes).view(self.layout.shape(num_blocks))
 
     def build_metadata(self, step: StepInputs) -> Metadata:
         shared = shared_prefixes(step, self.spec.block_size)

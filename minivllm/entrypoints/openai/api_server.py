@@ -43,7 +43,7 @@ from minivllm.version import __version__
 if TYPE_CHECKING:
     from argparse import Namespace
 
-    from fastapi import FastAPI
+    from fastapi import APIRouter, FastAPI
 
     from minivllm.config.engine import EngineConfig
     from minivllm.engine.async_llm import AsyncLLM
@@ -290,31 +290,10 @@ def _import_app() -> None:
 def build_app(args: Namespace) -> FastAPI:
     """The application: routes, error bodies, middleware. It answers once `init_app_state` has given it an engine."""
     from fastapi import FastAPI
-    from fastapi.middleware.cors import CORSMiddleware
 
-    from minivllm.entrypoints.openai.batch.router import router as batch_router
-    from minivllm.entrypoints.openai.chat_completion.router import router as chat_router
-    from minivllm.entrypoints.openai.completion.router import router as completion_router
-    from minivllm.entrypoints.openai.dev import router as dev
-    from minivllm.entrypoints.openai.errors import Failures, install_error_handlers
-    from minivllm.entrypoints.openai.health.router import router as health_router
-    from minivllm.entrypoints.openai.invocations.router import router as invocations_router
+    from minivllm.entrypoints.openai.errors import install_error_handlers
+    from minivllm.entrypoints.openai.ignored_fields import IgnoredFields
     from minivllm.entrypoints.openai.lifecycle import Lifecycle
-    from minivllm.entrypoints.openai.lora.router import router as lora_router
-    from minivllm.entrypoints.openai.messages.router import router as messages_router
-    from minivllm.entrypoints.openai.metrics.router import router as metrics_router
-    from minivllm.entrypoints.openai.middleware import (
-        OPEN_PATHS,
-        Admission,
-        Authentication,
-        BodyLimit,
-        RequestId,
-        load_middleware,
-    )
-    from minivllm.entrypoints.openai.models.router import router as models_router
-    from minivllm.entrypoints.openai.responses.router import router as responses_router
-    from minivllm.entrypoints.openai.tokenize import router as tokenize
-    from minivllm.metrics.http import HttpMetrics
     from minivllm.metrics.prometheus import make_registry
 
     frontend = frontend_config(args)
@@ -322,11 +301,33 @@ def build_app(args: Namespace) -> FastAPI:
     app = FastAPI(title="minivllm", version=__version__, root_path=frontend.root_path or "", **docs)
     state = app.state
     state.lifecycle = Lifecycle()
-    state.strict_fields = frontend.strict_fields
+    state.ignored_fields = IgnoredFields(strict=frontend.strict_fields)
     state.tracks_load = frontend.enable_server_load_tracking
     state.log_error_stack = frontend.log_error_stack
     state.registry = make_registry(multiprocess=frontend.api_server_count > 1)
     state.frontend = frontend
+    for router in _routers(frontend):
+        app.include_router(router)
+    install_error_handlers(app)
+    _add_middleware(app, frontend, counts_requests=not getattr(args, "disable_log_stats", False))
+    return app
+
+
+def _routers(frontend: FrontendConfig) -> list[APIRouter]:
+    """Every endpoint there is, and those that the operator opens."""
+    from minivllm.entrypoints.openai.batch.router import router as batch_router
+    from minivllm.entrypoints.openai.chat_completion.router import router as chat_router
+    from minivllm.entrypoints.openai.completion.router import router as completion_router
+    from minivllm.entrypoints.openai.dev import router as dev
+    from minivllm.entrypoints.openai.health.router import router as health_router
+    from minivllm.entrypoints.openai.invocations.router import router as invocations_router
+    from minivllm.entrypoints.openai.lora.router import router as lora_router
+    from minivllm.entrypoints.openai.messages.router import router as messages_router
+    from minivllm.entrypoints.openai.metrics.router import router as metrics_router
+    from minivllm.entrypoints.openai.models.router import router as models_router
+    from minivllm.entrypoints.openai.responses.router import router as responses_router
+    from minivllm.entrypoints.openai.tokenize import router as tokenize
+
     routers = [health_router, metrics_router, models_router, tokenize.router, completion_router, chat_router]
     routers += [batch_router, responses_router, messages_router, invocations_router, lora_router]
     if frontend.enable_tokenizer_info_endpoint:
@@ -334,25 +335,32 @@ def build_app(args: Namespace) -> FastAPI:
     if frontend.enable_dev_endpoints or envs.get("VLLM_SERVER_DEV_MODE") not in (None, "0"):
         logger.warning("the development endpoints are open: /server_info, /abort_requests, /collective_rpc, …")
         routers += [dev.router, dev.json_router]
-    for router in routers:
-        app.include_router(router)
-    install_error_handlers(app)
-    # The last added is the first a request meets.
-    app.add_middleware(BodyLimit)
-    app.add_middleware(Admission, lifecycle=state.lifecycle)
+    return routers
+
+
+def _add_middleware(app: FastAPI, frontend: FrontendConfig, *, counts_requests: bool) -> None:
+    """In the order that `middleware.py` draws, from its end: the last added is the first a request meets."""
+    from fastapi.middleware.cors import CORSMiddleware
+
+    from minivllm.entrypoints.openai import middleware as ours
+    from minivllm.entrypoints.openai.errors import Failures
+    from minivllm.metrics.http import HttpMetrics
+
+    app.add_middleware(ours.BodyLimit)
+    app.add_middleware(ours.Admission, lifecycle=app.state.lifecycle)
     if keys := api_keys(frontend):
-        open_paths = OPEN_PATHS - {"/metrics"} if frontend.protect_metrics else OPEN_PATHS
-        app.add_middleware(Authentication, keys=keys, open_paths=open_paths)
+        open_paths = ours.OPEN_PATHS - {"/metrics"} if frontend.protect_metrics else ours.OPEN_PATHS
+        app.add_middleware(ours.Authentication, keys=keys, open_paths=open_paths)
     for import_path in frontend.middleware:
-        middleware = load_middleware(import_path)
+        middleware = ours.load_middleware(import_path)
         if isinstance(middleware, type):
             app.add_middleware(middleware)
         else:
             app.middleware("http")(middleware)
     app.add_middleware(Failures)
-    if not getattr(args, "disable_log_stats", False):
-        app.add_middleware(HttpMetrics, registry=state.registry)
-    app.add_middleware(RequestId, always=frontend.enable_request_id_headers)
+    if counts_requests:
+        app.add_middleware(HttpMetrics, registry=app.state.registry)
+    app.add_middleware(ours.RequestId, always=frontend.enable_request_id_headers)
     app.add_middleware(
         CORSMiddleware,
         allow_origins=frontend.allowed_origins,
@@ -361,7 +369,6 @@ def build_app(args: Namespace) -> FastAPI:
         allow_headers=frontend.allowed_headers,
         expose_headers=["X-Request-Id", "X-Ignored-Fields"],
     )
-    return app
 
 
 def init_app_state(engine: AsyncLLM, args: Namespace, app: FastAPI, stats: StatLoggers | None = None) -> None:

@@ -96,6 +96,17 @@ def chat_request(fields: dict[str, Any], names: dict[str, str]) -> ChatCompletio
         raise RequestError(first["msg"], param=names.get(head, head) + dot + rest) from None
 
 
+def string_field(given: dict[str, Any], name: str, place: str) -> str:
+    """A field of an object that stands at `place` in a request.
+
+    Raises:
+        RequestError: it is missing, or no string.
+    """
+    if not isinstance(given.get(name), str):
+        raise RequestError(f"{place}.{name} must be a string", param=f"{place}.{name}")
+    return given[name]
+
+
 def renamed(error: RequestError, names: dict[str, str]) -> RequestError:
     """The error with its field's name as the client wrote it."""
     head, dot, rest = (error.param or "").partition(".")

@@ -29,8 +29,9 @@ OPEN_PATHS = frozenset({"/health", "/ping", "/metrics"})
 class RequestId:
     """Gives every request an id, its own X-Request-Id or a new one, and sends it back: always, or with errors only.
 
-    It stands in the scope as "minivllm.request_id", and once an answer has begun, its status as "minivllm.status": those
-    inside need not watch every message of a stream for it. A header that is too long or not printable is not taken.
+    It stands in the scope as "minivllm.request_id", and once an answer has begun, its status as "minivllm.status":
+    those inside need not watch every message of a stream for it. A header that is too long or not printable is not
+    taken.
     """
 
     def __init__(self, app: Any, *, always: bool) -> None:

@@ -30,14 +30,15 @@ class RequestLog:
             text = None if tokenizer is None else tokenizer.decode(token_ids, skip_special_tokens=False)
             logger.debug("%s: prompt %r, token ids %s", request_id, self._cut(text), self._cut(token_ids))
 
-    async def watched(
+    def watched(
         self, request_id: str, outputs: AsyncGenerator[RequestOutput, None]
     ) -> AsyncGenerator[RequestOutput, None]:
-        """The same outputs, logged."""
-        if not self._outputs:
-            async for output in outputs:
-                yield output
-            return
+        """The same outputs, logged if they are to be."""
+        return self._logged(request_id, outputs) if self._outputs else outputs
+
+    async def _logged(
+        self, request_id: str, outputs: AsyncGenerator[RequestOutput, None]
+    ) -> AsyncGenerator[RequestOutput, None]:
         texts: dict[int, str] = {}
         try:
             async for output in outputs:

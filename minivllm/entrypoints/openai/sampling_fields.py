@@ -9,11 +9,20 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, PrivateAttr, model_validator
+from pydantic import BaseModel, ConfigDict, model_validator
 
+from minivllm.entrypoints.openai.accepted_values import (
+    COMMON,
+    Accepts,
+    anything,
+    empty,
+    null,
+    one_of,
+    refuse_others,
+)
 from minivllm.entrypoints.openai.protocol import StreamOptions
 from minivllm.exceptions import RequestError, UnsupportedError
 from minivllm.logger import init_logger
@@ -32,83 +41,64 @@ MAX_ID_CHARS = 256
 # What a model's generation_config.json may set.
 WITH_MODEL_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
-
-def _empty(value: Any) -> bool:
-    return not value
-
-
-def _null(value: Any) -> bool:
-    return value is None
-
-
 # Fields vLLM has, which would change the answer: name -> the values that change nothing, and are accepted.
-NOT_YET: dict[str, Callable[[Any], bool]] = {
-    "audio": _null,
-    "best_of": lambda v: v in (None, 1),
-    "chat_template": _null,
-    "documents": _empty,
-    "ec_transfer_params": _null,
-    "function_call": lambda v: v in (None, "none"),
-    "functions": _empty,
-    "kv_transfer_params": _null,
-    "logits_processors": _empty,
-    "media_io_kwargs": _empty,
-    "mm_payload": _null,
-    "mm_processor_kwargs": _empty,
-    "modalities": lambda v: v in (None, ["text"]),
-    "prompt_embeds": _null,
-    "reasoning_effort": _null,
-    "return_mm_kwargs": _empty,
-    "return_prompt_text": _empty,
-    "return_token_offsets": _empty,
-    "routed_experts_prompt_start": lambda v: v in (None, 0),
-    "suffix": _empty,
-    "tool_choice": lambda v: v in (None, "none"),
-    "watermarking": _null,
-    "web_search_options": _null,
+NOT_YET: dict[str, Accepts] = {
+    "audio": null,
+    "best_of": one_of(None, 1),
+    "chat_template": null,
+    "documents": empty,
+    "ec_transfer_params": null,
+    "function_call": one_of(None, "none"),
+    "functions": empty,
+    "kv_transfer_params": null,
+    "logits_processors": empty,
+    "media_io_kwargs": empty,
+    "mm_payload": null,
+    "mm_processor_kwargs": empty,
+    "modalities": one_of(None, ["text"]),
+    "prompt_embeds": null,
+    "reasoning_effort": null,
+    "return_mm_kwargs": empty,
+    "return_prompt_text": empty,
+    "return_token_offsets": empty,
+    "routed_experts_prompt_start": one_of(None, 0),
+    "suffix": empty,
+    "tool_choice": one_of(None, "none"),
+    "watermarking": null,
+    "web_search_options": null,
 }
 
-
-
-def _anything(value: Any) -> bool:
-    return True
-
-
 # Fields of the OpenAI API or of vLLM that cannot change the answer: name -> the values for which that is so.
-HARMLESS: dict[str, Callable[[Any], bool]] = {
-    "include_reasoning": _anything,
-    "metadata": _anything,
-    "prediction": _anything,  # a hint for speed
-    "prompt_cache_key": _anything,
-    "prompt_cache_retention": _anything,
-    "safety_identifier": _anything,
-    "service_tier": lambda v: v in (None, "auto", "default"),
-    "session_id": _anything,
-    "store": _empty,
-    "verbosity": lambda v: v in (None, "medium"),
+HARMLESS: dict[str, Accepts] = {
+    **COMMON,
+    "include_reasoning": anything,
+    "metadata": anything,
+    "prediction": anything,  # a hint for speed
+    "store": empty,
+    "verbosity": one_of(None, "medium"),
 }
 
 # What beam search would not heed: name -> the values that ask for nothing. Others are refused beside it.
-NOT_WITH_BEAMS: dict[str, Callable[[Any], bool]] = {
-    "stream": _empty,
-    "top_p": lambda v: v in (None, 1),
-    "top_k": lambda v: v in (None, 0, -1),
-    "min_p": _empty,
-    "presence_penalty": _empty,
-    "frequency_penalty": _empty,
-    "repetition_penalty": lambda v: v in (None, 1),
-    "logit_bias": _empty,
-    "allowed_token_ids": _null,
-    "stop": _empty,
-    "stop_token_ids": _empty,
-    "min_tokens": _empty,
-    "bad_words": _empty,
-    "logprob_token_ids": _null,
-    "repetition_detection": _null,
-    "vllm_xargs": _empty,
-    "prompt_logprobs": _null,
-    "structured_outputs": _null,
-    "thinking_token_budget": lambda v: v in (None, -1),
+NOT_WITH_BEAMS: dict[str, Accepts] = {
+    "stream": empty,
+    "top_p": one_of(None, 1),
+    "top_k": one_of(None, 0, -1),
+    "min_p": empty,
+    "presence_penalty": empty,
+    "frequency_penalty": empty,
+    "repetition_penalty": one_of(None, 1),
+    "logit_bias": empty,
+    "allowed_token_ids": null,
+    "stop": empty,
+    "stop_token_ids": empty,
+    "min_tokens": empty,
+    "bad_words": empty,
+    "logprob_token_ids": null,
+    "repetition_detection": null,
+    "vllm_xargs": empty,
+    "prompt_logprobs": null,
+    "structured_outputs": null,
+    "thinking_token_budget": one_of(None, -1),
     "response_format": lambda v: v is None or v.get("type") == "text",
 }
 
@@ -128,8 +118,6 @@ class SamplingFields(BaseModel):
 
     SUPPORTED_HERE: ClassVar[frozenset[str]] = frozenset()  # names of NOT_YET that this endpoint does have
     KNOWN_ELSEWHERE: ClassVar[frozenset[str]] = frozenset({*NOT_YET, *HARMLESS})  # not "unknown", though no field here
-
-    _trace_headers: dict[str, str] = PrivateAttr(default_factory=dict)  # the caller's trace, from its headers
 
     model: str | None = None
     stream: bool = False
@@ -183,9 +171,7 @@ class SamplingFields(BaseModel):
             for name in (NOT_YET.keys() & body.keys()) - cls.SUPPORTED_HERE:
                 if not NOT_YET[name](body[name]):
                     raise UnsupportedError(f"{name} is not supported yet; leave it out", param=name)
-            for name in (HARMLESS.keys() & body.keys()) - cls.model_fields.keys():
-                if not HARMLESS[name](body[name]):
-                    raise UnsupportedError(f"{name}={str(body[name])[:40]} is not supported; leave it out", param=name)
+            refuse_others({name: HARMLESS[name] for name in HARMLESS.keys() - cls.model_fields.keys()}, body)
         return body
 
     @model_validator(mode="before")

@@ -6,7 +6,7 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from minivllm.engine.beam_search import beam_search
@@ -49,11 +49,12 @@ class ServingSettings:
 
 @dataclass(frozen=True)
 class Answering:
-    """One request being answered: what every chunk of it repeats."""
+    """One request being answered: what every chunk of it repeats, and whose trace it belongs to."""
 
     id: str
     model: str
     created: int
+    trace_headers: dict[str, str] = field(default_factory=dict)  # the caller's
 
 
 class ServingBase(ABC):
@@ -85,11 +86,11 @@ class ServingBase(ABC):
             ModelNotFoundError: the request names a model that is not served; RequestError: a wrong request id.
         """
         model = self._models.resolve(request.model)
-        request._trace_headers = {name: value for name in HEADERS if (value := raw_request.headers.get(name))}
         given = raw_request.headers.get("x-request-id")
         drawn = raw_request.scope.get("minivllm.request_id") or uuid.uuid4().hex  # what X-Request-Id answers
         base = check_request_id(given) if given else request.request_id or drawn
-        return Answering(f"{self.id_prefix}-{base}", model, int(time.time()))
+        trace_headers = {name: value for name in HEADERS if (value := raw_request.headers.get(name))}
+        return Answering(f"{self.id_prefix}-{base}", model, int(time.time()), trace_headers)
 
     def _check_length(self, num_prompt_tokens: int) -> None:
         """Raises RequestError when the prompt leaves no room for an answer."""
@@ -129,10 +130,14 @@ class ServingBase(ABC):
         token_ids: list[int],
         params: SamplingParams | BeamSearchParams,
         request: SamplingFields,
-        request_id: str,
+        answering: Answering,
         num_logprobs: int | None = None,
+        *,
+        index: int | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
-        """The engine's outputs. num_logprobs: what a beam search reports; else `params` say it."""
+        """The engine's outputs. num_logprobs: what a beam search reports; else `params` say it. index: of the prompt,
+        where there may be several."""
+        request_id = answering.id if index is None else f"{answering.id}-{index}"
         if isinstance(params, BeamSearchParams):
             outputs = self._beams(token_ids, params, request, request_id, num_logprobs)
         else:
@@ -141,7 +146,7 @@ class ServingBase(ABC):
                 prompt["cache_salt"] = request.cache_salt
             outputs = self._engine.generate(prompt, params, request_id, priority=request.priority)
         if self._settings.tracer is not None:
-            outputs = self._settings.tracer.watched(request_id, params, request._trace_headers, outputs)
+            outputs = self._settings.tracer.watched(request_id, params, answering.trace_headers, outputs)
         log = self._settings.request_log
         if log is None:
             return outputs

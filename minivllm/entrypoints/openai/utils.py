@@ -16,15 +16,15 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from minivllm.entrypoints.openai.errors import ServerClosingError
-from minivllm.entrypoints.openai.ignored_fields import report_ignored
 from minivllm.entrypoints.openai.lifecycle import Lifecycle
 from minivllm.logger import init_logger
+from minivllm.utils.json_depth import is_deeper
 
 logger = init_logger(__name__)
 T = TypeVar("T")
 _END: Any = object()
 CLIENT_CLOSED_REQUEST = 499
-MAX_JSON_DEPTH = 128  # objects and arrays inside each other; a JSON schema of a schema has a dozen
+MAX_JSON_DEPTH = 128  # levels of objects and arrays; a JSON schema of a schema has a dozen
 
 
 class ClientDisconnected(Exception):
@@ -74,7 +74,7 @@ def with_cancellation(handler: Callable[..., Coroutine[Any, Any, Response]]) -> 
     async def attended(*args: Any, **kwargs: Any) -> Response:
         raw_request: Request = kwargs["raw_request"]
         state = raw_request.app.state
-        ignored = report_ignored(kwargs.get("request"), strict=state.strict_fields)
+        ignored = state.ignored_fields.of(kwargs.get("request"))
         try:
             response = await attend(handler(*args, **kwargs), raw_request.receive, state.lifecycle)
             if ignored:
@@ -116,29 +116,13 @@ class JsonRequest(Request):
         except ValueError as error:  # not UTF-8, or a number of thousands of digits
             raise HTTPException(400, f"the body cannot be read as JSON: {str(error)[:200]}") from None
         # Few bodies have that many brackets; only of those the depth is looked at.
-        if body.count(b"[") + body.count(b"{") > MAX_JSON_DEPTH and _is_deeper(value, MAX_JSON_DEPTH):
+        if body.count(b"[") + body.count(b"{") > MAX_JSON_DEPTH and is_deeper(value, MAX_JSON_DEPTH):
             raise _too_deep()
         return value
 
 
 def _too_deep() -> HTTPException:
     return HTTPException(400, f"the body's JSON has more than {MAX_JSON_DEPTH} levels; send a flatter one")
-
-
-def _is_deeper(value: Any, limit: int) -> bool:
-    """Whether objects and arrays are inside each other more than `limit` times. Level by level: no recursion."""
-    level = [value]
-    for _ in range(limit + 1):
-        level = [
-            inner
-            for outer in level
-            if isinstance(outer, (dict, list))
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-            if isinstance(inner, (dict, list))
-        ]
-        if not level:
-            return False
-    return True
 
 
 class JsonRoute(APIRoute):

@@ -16,11 +16,12 @@ import pytest
 
 from minivllm import logger as minivllm_logger
 from minivllm.config.frontend import FrontendConfig
-from minivllm.entrypoints.openai import http_protocol, tls
+from minivllm.entrypoints.openai import http_protocol, sse, tls
 from minivllm.entrypoints.openai.access_log import WithoutPaths, read_paths
 from minivllm.entrypoints.openai.api_server import api_keys
 from minivllm.entrypoints.openai.launcher import serve_http
 from minivllm.entrypoints.openai.listen import create_server_socket, create_unix_socket, remove_unix_socket
+from minivllm.entrypoints.openai.request_log import RequestLog
 from minivllm.exceptions import ConfigError
 from tests.entrypoints.openai.conftest import Api, events
 from tests.entrypoints.openai.fakes import FakeEngine
@@ -126,13 +127,20 @@ def test_and_those_that_would_are_refused(api: Api, change: dict):
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, *change)
 
 
-@pytest.mark.parametrize("depth", [20, 5000])
+def post_nested(api: Api, depth: int) -> httpx.Response:
+    content = f'{{"prompt": "Hi", "metadata": {"[" * (depth - 1) + "]" * (depth - 1)}}}'
+    return api.request("POST", "/v1/completions", content=content, headers={"content-type": "application/json"})
+
+
+@pytest.mark.parametrize("depth", [129, 100_000])
 def test_json_that_is_too_deep_is_a_400(api: Api, depth: int):
-    nested = "[" * depth * 20 + "]" * depth * 20
-    content = f'{{"prompt": "Hi", "metadata": {nested}}}'
-    answer = api.request("POST", "/v1/completions", content=content, headers={"content-type": "application/json"})
+    answer = post_nested(api, depth)
     assert answer.status_code == 400
-    assert "levels" in answer.json()["error"]["message"]
+    assert "128 levels" in answer.json()["error"]["message"]
+
+
+def test_json_of_128_levels_is_read(api: Api):
+    assert post_nested(api, 128).status_code == 200
 
 
 def test_wide_json_is_not_deep(api: Api):
@@ -247,14 +255,27 @@ def test_usage_tells_cached_tokens_when_asked_to(engine: FakeEngine, shown: bool
         assert last["usage"]["prompt_tokens_details"] == details
 
 
-def test_an_idle_stream_sends_comments(engine: FakeEngine):
+@pytest.fixture
+def kept_alive(monkeypatch) -> asyncio.Event:
+    """Set once a comment was sent."""
+    sent, keep_alive = asyncio.Event(), sse.EventWriter.keep_alive
+
+    async def send(writer: sse.EventWriter) -> None:
+        await keep_alive(writer)
+        sent.set()
+
+    monkeypatch.setattr(sse.EventWriter, "keep_alive", send)
+    return sent
+
+
+def test_an_idle_stream_sends_comments(engine: FakeEngine, kept_alive: asyncio.Event):
     api = Api(engine, sse_keep_alive_interval=1)
     api.app.state.serving_completion._settings.__dict__["keep_alive_s"] = 0.01
 
     async def talk(client: httpx.AsyncClient) -> str:
         engine.go_on.clear()
         post = asyncio.ensure_future(client.post("/v1/completions", json={"prompt": "Hi", "stream": True}))
-        await asyncio.sleep(0.2)
+        await kept_alive.wait()
         engine.go_on.set()
         return (await post).text
 
@@ -264,14 +285,16 @@ def test_an_idle_stream_sends_comments(engine: FakeEngine):
     assert engine.num_open == 0
 
 
-def test_a_stream_that_waits_for_its_first_token_is_kept_alive_and_closed(engine: FakeEngine):
+def test_a_stream_that_waits_for_its_first_token_is_kept_alive_and_closed(
+    engine: FakeEngine, kept_alive: asyncio.Event
+):
     api = Api(engine)
     api.app.state.serving_completion._settings.__dict__["keep_alive_s"] = 0.01
     engine.slow_start = asyncio.Event()
 
     async def talk(client: httpx.AsyncClient) -> str:
         post = asyncio.ensure_future(client.post("/v1/completions", json={"prompt": "Hi", "stream": True}))
-        await asyncio.sleep(0.1)
+        await kept_alive.wait()
         engine.slow_start.set()
         return (await post).text
 
@@ -292,6 +315,14 @@ def test_requests_and_outputs_are_logged_when_asked_to(engine: FakeEngine, caplo
     Api(engine, enable_log_requests=True, enable_log_outputs=True).stream()
     assert any("Paris, bien" in m and "finished: length" in m for m in caplog.messages)
     assert any("… 'P'" in m for m in caplog.messages)
+
+
+def test_nothing_stands_between_a_stream_and_its_client_when_outputs_are_not_logged():
+    async def outputs():
+        yield
+
+    stream = outputs()
+    assert RequestLog(outputs=False, deltas=True, max_len=None).watched("r", stream) is stream
 
 
 def test_paths_can_be_kept_out_of_the_access_log():

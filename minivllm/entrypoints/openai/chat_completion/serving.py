@@ -118,7 +118,7 @@ class ServingChat(ServingBase):
         formatter = LogprobsFormatter(tokenizer, as_token_ids=self._shows_token_ids(request))
         job = _Job(request, answering, prompt, token_ids, params.n, role, echo, formatter, plan)
         self._engine.check_admission(params.n)
-        outputs = self._generate(token_ids, params, request, answering.id, request.num_logprobs)
+        outputs = self._generate(token_ids, params, request, answering, request.num_logprobs)
         return await self._answer(job, outputs, params.n)
 
     async def _prompt(self, request: ChatCompletionRequest) -> ChatPrompt:

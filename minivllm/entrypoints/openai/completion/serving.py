@@ -112,7 +112,7 @@ class ServingCompletion(ServingBase):
         outputs = merge(
             [
                 self._generate(
-                    prompt.token_ids, prompt.params, request, f"{answering.id}-{prompt.index}", request.logprobs
+                    prompt.token_ids, prompt.params, request, answering, request.logprobs, index=prompt.index
                 )
                 for prompt in prompts
             ]

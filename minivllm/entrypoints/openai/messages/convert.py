@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from minivllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-from minivllm.entrypoints.openai.chat_objects import chat_request
+from minivllm.entrypoints.openai.chat_objects import chat_request, string_field
 from minivllm.entrypoints.openai.messages.protocol import CountTokensRequest, MessagesRequest
 from minivllm.exceptions import RequestError, UnsupportedError
 
@@ -72,11 +72,11 @@ def _user(role: str, blocks: list[Any], place: str) -> list[dict[str, Any]]:
         where = f"{place}[{i}]"
         kind = _kind(block, where)
         if kind == "text":
-            parts.append({"type": "text", "text": _string(block, "text", where)})
+            parts.append({"type": "text", "text": string_field(block, "text", where)})
         elif kind == "tool_result":
             content = block.get("content")
             text = "" if content is None else _texts(content, f"{where}.content")
-            results.append({"role": "tool", "tool_call_id": _string(block, "tool_use_id", where), "content": text})
+            results.append({"role": "tool", "tool_call_id": string_field(block, "tool_use_id", where), "content": text})
         else:
             raise UnsupportedError(f"{where}: blocks of type {kind!r} are not supported; send text", param=where)
     return results + ([{"role": role, "content": parts}] if parts or not results else [])
@@ -88,14 +88,14 @@ def _assistant(blocks: list[Any], place: str) -> dict[str, Any]:
         where = f"{place}[{i}]"
         kind = _kind(block, where)
         if kind == "text":
-            texts.append(_string(block, "text", where))
+            texts.append(string_field(block, "text", where))
         elif kind == "thinking":
-            thoughts.append(_string(block, "thinking", where))
+            thoughts.append(string_field(block, "thinking", where))
         elif kind == "tool_use":
             if not isinstance(block.get("input"), dict):
                 raise RequestError(f"{where}.input must be an object", param=f"{where}.input")
-            function = {"name": _string(block, "name", where), "arguments": json.dumps(block["input"])}
-            calls.append({"id": _string(block, "id", where), "type": "function", "function": function})
+            function = {"name": string_field(block, "name", where), "arguments": json.dumps(block["input"])}
+            calls.append({"id": string_field(block, "id", where), "type": "function", "function": function})
         elif kind != "redacted_thinking":  # which nobody can read
             raise UnsupportedError(f"{where}: blocks of type {kind!r} are not supported", param=where)
     message: dict[str, Any] = {"role": "assistant", "content": "".join(texts)}
@@ -112,12 +112,6 @@ def _kind(block: Any, place: str) -> str:
     return block["type"][:100]
 
 
-def _string(block: dict[str, Any], name: str, place: str) -> str:
-    if not isinstance(block.get(name), str):
-        raise RequestError(f"{place}.{name} must be a string", param=f"{place}.{name}")
-    return block[name]
-
-
 def _texts(content: Any, place: str) -> str:
     """A string, or the texts of a list of blocks."""
     if isinstance(content, str):
@@ -127,15 +121,15 @@ def _texts(content: Any, place: str) -> str:
     for i, block in enumerate(content):
         if (kind := _kind(block, f"{place}[{i}]")) != "text":
             raise UnsupportedError(f"{place}[{i}]: blocks of type {kind!r} are not supported; send text", param=place)
-    return "\n".join(_string(block, "text", f"{place}[{i}]") for i, block in enumerate(content))
+    return "\n".join(string_field(block, "text", f"{place}[{i}]") for i, block in enumerate(content))
 
 
 def _tool(tool: dict[str, Any], place: str) -> dict[str, Any]:
     if (kind := tool.get("type") or "custom") != "custom":
         raise UnsupportedError(f"{place}: tools of type {str(kind)[:100]!r} run at Anthropic and not here", param=place)
-    function = {"name": _string(tool, "name", place), "parameters": tool.get("input_schema") or {}}
+    function = {"name": string_field(tool, "name", place), "parameters": tool.get("input_schema") or {}}
     if tool.get("description") is not None:
-        function["description"] = _string(tool, "description", place)
+        function["description"] = string_field(tool, "description", place)
     if tool.get("strict"):
         function["strict"] = True
     return {"type": "function", "function": function}
@@ -145,7 +139,7 @@ def _tool_choice(choice: dict[str, Any]) -> dict[str, Any]:
     kind = choice.get("type")
     fields: dict[str, Any] = {}
     if kind == "tool":
-        function = {"name": _string(choice, "name", "tool_choice")}
+        function = {"name": string_field(choice, "name", "tool_choice")}
         fields["tool_choice"] = {"type": "function", "function": function}
     elif isinstance(kind, str) and kind in _TOOL_CHOICES:
         fields["tool_choice"] = _TOOL_CHOICES[kind]

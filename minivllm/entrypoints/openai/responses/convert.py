@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from minivllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-from minivllm.entrypoints.openai.chat_objects import chat_request
+from minivllm.entrypoints.openai.chat_objects import chat_request, string_field
 from minivllm.entrypoints.openai.responses.protocol import CallItem, Item, MessageItem, ResponsesRequest
 from minivllm.exceptions import RequestError, UnsupportedError
 
@@ -85,8 +85,8 @@ def _add(messages: list[dict[str, Any]], item: Any, place: str) -> None:
         )
         messages.append({"role": "assistant", "content": "", "reasoning": text})
     elif kind == "function_call":
-        function = {name: _string(item, name, place) for name in ("name", "arguments")}
-        call = {"id": _string(item, "call_id", place), "type": "function", "function": function}
+        function = {name: string_field(item, name, place) for name in ("name", "arguments")}
+        call = {"id": string_field(item, "call_id", place), "type": "function", "function": function}
         turn = _open_turn(messages)
         if turn is None:
             turn = {"role": "assistant", "content": ""}
@@ -94,7 +94,7 @@ def _add(messages: list[dict[str, Any]], item: Any, place: str) -> None:
         turn.setdefault("tool_calls", []).append(call)
     elif kind == "function_call_output":
         output = _content(item.get("output"), f"{place}.output")
-        messages.append({"role": "tool", "tool_call_id": _string(item, "call_id", place), "content": output})
+        messages.append({"role": "tool", "tool_call_id": string_field(item, "call_id", place), "content": output})
     else:
         raise UnsupportedError(f"{place}: items of type {str(kind)[:100]!r} are not supported", param=place)
 
@@ -115,22 +115,16 @@ def _content(content: Any, place: str) -> str:
         if not isinstance(kind, str) or kind not in _TEXTS:
             message = f"{place}[{i}]: parts of type {str(kind)[:100]!r} are not supported; send text"
             raise UnsupportedError(message, param=place)
-        texts.append(_string(part, _TEXTS[kind], f"{place}[{i}]"))
+        texts.append(string_field(part, _TEXTS[kind], f"{place}[{i}]"))
     return "\n".join(texts)
-
-
-def _string(item: dict[str, Any], name: str, place: str) -> str:
-    if not isinstance(item.get(name), str):
-        raise RequestError(f"{place}.{name} must be a string", param=f"{place}.{name}")
-    return item[name]
 
 
 def _tool(tool: dict[str, Any], place: str) -> dict[str, Any]:
     if (kind := tool.get("type")) != "function":
         raise UnsupportedError(f"{place}: tools of type {str(kind)[:100]!r} do not run here", param=place)
-    function = {"name": _string(tool, "name", place), "parameters": tool.get("parameters") or {}}
+    function = {"name": string_field(tool, "name", place), "parameters": tool.get("parameters") or {}}
     if tool.get("description") is not None:
-        function["description"] = _string(tool, "description", place)
+        function["description"] = string_field(tool, "description", place)
     if tool.get("strict") is not None:
         function["strict"] = tool["strict"]
     return {"type": "function", "function": function}
@@ -142,7 +136,7 @@ def _tool_choice(choice: str | dict[str, Any] | None) -> Any:
     if choice.get("type") != "function":
         kind = str(choice.get("type"))[:100]
         raise UnsupportedError(f"tool_choice of type {kind!r} is not supported", param="tool_choice")
-    return {"type": "function", "function": {"name": _string(choice, "name", "tool_choice")}}
+    return {"type": "function", "function": {"name": string_field(choice, "name", "tool_choice")}}
 
 
 def _text(text: dict[str, Any] | None) -> dict[str, Any]:

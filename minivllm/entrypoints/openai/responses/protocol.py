@@ -2,42 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import msgspec
 from pydantic import BaseModel, ConfigDict, model_validator
 
-from minivllm.exceptions import RequestError, UnsupportedError
-
-
-def _anything(value: Any) -> bool:
-    return True
-
-
-def _empty(value: Any) -> bool:
-    return not value
-
+from minivllm.entrypoints.openai.accepted_values import (
+    COMMON,
+    Accepts,
+    anything,
+    empty,
+    null,
+    one_of,
+    refuse_others,
+)
+from minivllm.exceptions import RequestError
 
 # Fields of the API that this server does not act on: name -> the values for which that changes nothing.
-ACCEPTED: dict[str, Callable[[Any], bool]] = {
-    "background": _empty,
-    "context_management": _empty,
-    "conversation": _empty,
-    "enable_response_messages": _empty,
+ACCEPTED: dict[str, Accepts] = {
+    **COMMON,
+    "background": empty,
+    "context_management": empty,
+    "conversation": empty,
+    "enable_response_messages": empty,
     "include": lambda v: not set(v or ()) - {"message.output_text.logprobs", "reasoning.encrypted_content"},
-    "max_tool_calls": lambda v: v is None,
-    "moderation": _empty,
-    "previous_input_messages": _empty,
-    "prompt": _empty,
-    "prompt_cache_key": _anything,
-    "prompt_cache_retention": _anything,
-    "safety_identifier": _anything,
-    "service_tier": lambda v: v in (None, "auto", "default"),
-    "session_id": _anything,
-    "stream_options": _anything,
-    "truncation": lambda v: v in (None, "disabled"),
-    "user": _anything,
+    "max_tool_calls": null,
+    "moderation": empty,
+    "previous_input_messages": empty,
+    "prompt": empty,
+    "stream_options": anything,
+    "truncation": one_of(None, "disabled"),
+    "user": anything,
 }
 
 
@@ -87,9 +82,7 @@ class ResponsesRequest(BaseModel):
     @classmethod
     def _refuse_what_is_not_supported(cls, body: Any) -> Any:
         if isinstance(body, dict):
-            for name in ACCEPTED.keys() & body.keys():
-                if not _holds(ACCEPTED[name], body[name]):
-                    raise UnsupportedError(f"{name}={str(body[name])[:40]} is not supported; leave it out", param=name)
+            refuse_others(ACCEPTED, body)
         return body
 
     @model_validator(mode="after")
@@ -105,13 +98,6 @@ class ResponsesRequest(BaseModel):
     @property
     def wants_logprobs(self) -> bool:
         return bool(self.top_logprobs) or "message.output_text.logprobs" in (self.include or ())
-
-
-def _holds(accepts: Callable[[Any], bool], value: Any) -> bool:
-    try:
-        return accepts(value)
-    except TypeError:  # unhashable, or no list
-        return False
 
 
 class OutputText(msgspec.Struct, tag_field="type", tag="output_text"):

@@ -189,13 +189,9 @@ def _begin(request: ResponsesRequest) -> ResponseBody:
 
 def _usage(usage: Usage) -> ResponseUsage:
     cached = usage.prompt_tokens_details.cached_tokens if usage.prompt_tokens_details else 0
-    details = getattr(usage, "completion_tokens_details", None)
+    # How many of the output's tokens are reasoning is not counted: chat does not know it either.
     return ResponseUsage(
-        usage.prompt_tokens,
-        usage.completion_tokens,
-        usage.total_tokens,
-        InputDetails(cached),
-        OutputDetails(getattr(details, "reasoning_tokens", 0) or 0),
+        usage.prompt_tokens, usage.completion_tokens, usage.total_tokens, InputDetails(cached), OutputDetails()
     )
 
 
