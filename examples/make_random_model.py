@@ -216,7 +216,8 @@ def make_model(
     rope_parameters: as transformers 5 names them ({"rope_type": ..., "rope_theta": ..., ...}); None is the
     family's own, which for "llama3" includes its scaling. config_style: "classic" (torch_dtype, rope_theta,
     rope_scaling) or "v5" (dtype, rope_parameters). sliding_window_pattern: gemma2 (2) and gemma3 (6); of so many
-    layers, the last has no window. first_window_layer: qwen2 and qwen3, with a sliding_window. text: what the tokenizer is trained on.
+    layers, the last has no window. first_window_layer: qwen2 and qwen3, with a sliding_window.
+    text: what the tokenizer is trained on.
 
     Raises:
         ValueError: sizes that do not fit together, or a name that is not known.

@@ -143,7 +143,8 @@ GEMMA3 = {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "
 
 
 def test_both_spellings_of_gemmas_two_rotary_bases_mean_the_same():
-    classic = read(**GEMMA3, rope_theta=1e6, rope_local_base_freq=1e4, rope_scaling={"rope_type": "linear", "factor": 8})
+    linear = {"rope_type": "linear", "factor": 8}
+    classic = read(**GEMMA3, rope_theta=1e6, rope_local_base_freq=1e4, rope_scaling=linear)
     full = {"rope_type": "linear", "factor": 8, "rope_theta": 1e6}
     local = {"rope_type": "default", "rope_theta": 1e4}
     assert read(**GEMMA3, rope_parameters={"full_attention": full, "sliding_attention": local}) == classic

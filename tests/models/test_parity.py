@@ -1,8 +1,8 @@
 """Every family against Hugging Face transformers on seeded tiny checkpoints: tokens and logprobs, however scheduled.
 
 The engine's tokens are scored by one transformers forward pass over prompt and output: where its argmax is the
-engine's token at every position, greedy decoding there gives the same tokens, by induction. Both are float32, so the two may
-break a tie differently where tokens are nearer to each other than the logprobs are to the exact ones: `TIE`.
+engine's token at every position, greedy decoding there gives the same tokens, by induction. Both are float32, so they
+may choose differently between tokens that are nearer to each other than the logprobs of the two are: `TIE`.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from tests.models.loop import BLOCK_SIZE, Answer, Loop
 NUM_TOKENS = 12
 PROMPT_LENGTHS = (150, 33, 32, 5, 97, 1)  # over several blocks of 32, at their edges, and within one
 TOLERANCE = 1e-4
-# Logprobs differ from transformers' by up to 3e-5: in Gemma 3 with plain rope as with stretched, seeds 0 to 11. Of the 4,320
-# tokens of five models over those seeds, one pair of best tokens was nearer than 2e-5 (5.7e-6), and only there the token
-# differed: in the case with stretched rope below.
+# Logprobs differ from transformers' by up to 3e-5, in Gemma 3 with plain rope as with stretched (seeds 0 to 11). Of the
+# 4,320 tokens of five models over those seeds, one pair of best tokens was nearer than 2e-5 (5.7e-6), and only there
+# the token differed: in the case with stretched rope below.
 TIE = 2e-5
 
 LLAMA3_ROPE = {
