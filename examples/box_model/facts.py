@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-MODEL_NAME = "Minnow"
-
 
 class Fact(NamedTuple):
     """One thing known: `must` are substrings that any right answer has; `asks[-1]` is held out."""

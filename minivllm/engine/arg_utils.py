@@ -122,6 +122,7 @@ class EngineArgs(_Flat):
         _check_hash(parts["cache"])
         read_cpu_bind(values["cpu_bind"])
         _check_kv_events(parts["observability"], parts["cache"])
+        _check_traces(parts["observability"], usage)
         _check_executor(parts["parallel"])
         reasoning_parser_class(parts["reasoning"])
         read_structured_outputs_config(parts["structured_outputs"].structured_outputs_config)
@@ -246,6 +247,11 @@ def _check_hash(cache: CacheConfig) -> None:
 def _check_kv_events(observability: ObservabilityConfig, cache: CacheConfig) -> None:
     if read_kv_events_config(observability.kv_events_config).publishes and not cache.enable_prefix_caching:
         raise ConfigError("kv_events_config: there are no events without the prefix cache; drop one of the two")
+
+
+def _check_traces(observability: ObservabilityConfig, usage: Usage) -> None:
+    if observability.otlp_traces_endpoint is not None and usage == "offline":
+        raise ConfigError("otlp_traces_endpoint: only the OpenAI server sends traces; leave it out")
 
 
 def _check_executor(parallel: ParallelConfig) -> None:

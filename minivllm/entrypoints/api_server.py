@@ -33,7 +33,7 @@ from minivllm.entrypoints.openai.launcher import serve_http
 from minivllm.entrypoints.openai.lifecycle import Lifecycle
 from minivllm.entrypoints.openai.middleware import Admission, BodyLimit, RequestId
 from minivllm.entrypoints.openai.utils import ClientDisconnected, attend, require_json, with_cancellation
-from minivllm.exceptions import MinivllmError, RequestError
+from minivllm.exceptions import ConfigError, MinivllmError, RequestError
 from minivllm.logger import configure, init_logger
 from minivllm.outputs import RequestOutput
 from minivllm.sampling_params import RequestOutputKind, SamplingParams
@@ -194,6 +194,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with exit_on_error():
         args = make_arg_parser().parse_args(argv)
         check_environment()
+        if args.otlp_traces_endpoint is not None:
+            raise ConfigError("--otlp-traces-endpoint: only the OpenAI server sends traces; leave it out")
         configure("APIServer", args.log_level)
         asyncio.run(run_server(args))
 

@@ -2,9 +2,9 @@
 
 Owns the order of every sum in it. Keys and values lie in tiles of 32 absolute positions; a row's running
 (maximum, sum, output) moves on by steps of 128 absolute positions, the tiles of a step in ascending order, within
-segments of 1024 absolute positions that are merged in ascending order. So a row's bits depend on its own query and
-its own keys and values only: not on the batch, on how its prompt was chunked, on block size or ids, on what is
-shared, or on the number of threads.
+segments of 1024 absolute positions, whatever a row's length, that are merged in ascending order. So a row's bits
+depend on its own query and its own keys and values only: not on the batch, on how its prompt was chunked, on block
+size or ids, on what is shared, or on the number of threads.
 
 On AMX, queries in bfloat16 over a cache in bfloat16, fp8 or int8 are multiplied as bfloat16 with sums in float32, and
 the softmax numerators are rounded to bfloat16 before they meet the values. All else is float32 throughout.
@@ -22,7 +22,6 @@ from minivllm.ops.kv_layout import KvLayout, native_why_not
 from minivllm.ops.op import Impl, Op, OpSpec
 
 STEP = 128  # absolute positions a row's running maximum moves on by; shared prefixes are cut to a multiple
-SEGMENT = 1024  # absolute positions a segment; fixed, so that a row's sums never depend on its length
 _MOST_HEADS = 64  # query heads of one KV head that the kernel takes
 
 

@@ -15,6 +15,8 @@ from minivllm.tool_parsers.json_reader import json_value
 from minivllm.tool_parsers.pieces import Answer, CallArguments, CallEnd, CallStart, Content, Piece
 from minivllm.utils.text_source import Malformed, Reading, TextReader
 
+MAX_NAME_CHARS = 256  # of a function's name, where its end must be looked for
+
 
 @dataclass(frozen=True)
 class CallFormat:
@@ -148,6 +150,14 @@ class ToolParser(TextReader[Piece]):
             return self._num_calls > num_before
         finally:
             self.source.unmark()
+
+    def attempt_at_beginning(self, opening: str, call: Reading[None]) -> Reading[None]:
+        """Read calls that have no mark of their own: only where an answer begins, and with this character."""
+        spaces = yield from self.source.spaces()
+        if (yield from self.source.peek()) == opening:
+            yield from self.attempt(call, before=spaces)
+        else:
+            self.content(spaces)
 
     def expect(self, *literals: str) -> Reading[str]:
         """Raises Malformed unless one of these comes next."""

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from minivllm.tool_parsers.abstract import CallFormat, Malformed, ToolParser
+from minivllm.tool_parsers.abstract import MAX_NAME_CHARS, CallFormat, Malformed, ToolParser
 from minivllm.utils.text_source import Reading
 
 CALLS_BEGIN, CALLS_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 CALL_BEGIN, SEPARATOR, CALL_END = "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"
-MAX_NAME_CHARS = 256
 
 
 class DeepSeekV3ToolParser(ToolParser):

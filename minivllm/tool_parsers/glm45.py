@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from minivllm.tool_parsers.abstract import Malformed
+from minivllm.tool_parsers.abstract import MAX_NAME_CHARS, Malformed
 from minivllm.tool_parsers.xml_calls import TaggedToolParser
 from minivllm.utils.text_source import Reading
 
 BEGIN, END = "<tool_call>", "</tool_call>"
 KEY, KEY_END, VALUE, VALUE_END = "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"
-MAX_NAME_CHARS = 256
 
 
 class Glm45ToolParser(TaggedToolParser):

@@ -17,11 +17,7 @@ class Llama3JsonToolParser(JsonToolParser):
     call_format = CallFormat('{"name": ', ', "parameters": ', "}", separator="; ")
 
     def read(self) -> Reading[None]:
-        spaces = yield from self.source.spaces()
-        if (yield from self.source.peek()) == "{":
-            yield from self.attempt(self.objects_with_separator(";"), before=spaces)
-        else:
-            self.content(spaces)
+        yield from self.attempt_at_beginning("{", self.objects_with_separator(";"))
         while (yield from self.source.until(TAG, emit=self.content))[1]:
             yield from self.attempt(self._calls(), before=TAG)
 

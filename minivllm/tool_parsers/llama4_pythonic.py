@@ -12,11 +12,7 @@ class Llama4PythonicToolParser(PythonToolParser):
     needs_special_tokens = True
 
     def read(self) -> Reading[None]:
-        spaces = yield from self.source.spaces()
-        if (yield from self.source.peek()) == "[":
-            yield from self.attempt(self.call_list(), before=spaces)
-        else:
-            self.content(spaces)
+        yield from self.attempt_at_beginning("[", self.call_list())
         while (yield from self.source.until(BEGIN, emit=self.content))[1]:
             if (yield from self.attempt(self._calls(), before=BEGIN)):
                 yield from self.closing(END)

@@ -10,9 +10,5 @@ class PythonicToolParser(PythonToolParser):
     """Without marks around it, a list is one of calls only where an answer begins."""
 
     def read(self) -> Reading[None]:
-        spaces = yield from self.source.spaces()
-        if (yield from self.source.peek()) == "[":
-            yield from self.attempt(self.call_list(), before=spaces)
-        else:
-            self.content(spaces)
+        yield from self.attempt_at_beginning("[", self.call_list())
         yield from self.source.until("\0", emit=self.content)

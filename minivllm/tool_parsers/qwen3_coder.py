@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from minivllm.tool_parsers.abstract import Malformed
+from minivllm.tool_parsers.abstract import MAX_NAME_CHARS, Malformed
 from minivllm.tool_parsers.xml_calls import TaggedToolParser
 from minivllm.utils.text_source import Reading
 
 BEGIN, END = "<tool_call>", "</tool_call>"
 FUNCTION, FUNCTION_END = "<function=", "</function>"
 PARAMETER, PARAMETER_END = "<parameter=", "</parameter>"
-MAX_NAME_CHARS = 256
 
 
 class Qwen3CoderToolParser(TaggedToolParser):

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from minivllm.entrypoints.api_server import build_app, make_arg_parser
+from minivllm.entrypoints.api_server import build_app, main, make_arg_parser
 from minivllm.exceptions import EngineDeadError, QueueFullError, RequestError
 from minivllm.outputs import CompletionOutput, RequestOutput
 from minivllm.sampling_params import RequestOutputKind, SamplingParams
@@ -195,3 +195,10 @@ def test_a_full_queue_is_a_503():
     response = post(engine, {"prompt": "x", "n": 2})
     assert response.status_code == 503
     assert response.json()["error"]["type"] == "ServiceUnavailableError"
+
+
+def test_traces_are_refused_for_it_sends_none(capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit) as ended:
+        main(["--model", "nowhere", "--otlp-traces-endpoint", "http://127.0.0.1:4317"])
+    assert ended.value.code == 2
+    assert "only the OpenAI server sends traces" in capsys.readouterr().err

@@ -103,6 +103,7 @@ def test_with_auto_the_step_is_left_to_the_length_that_will_fit(tiny_model: Path
             "no events without the prefix cache",
         ),
         ({"scheduling_policy": "lifo"}, "scheduling_policy='lifo'"),
+        ({"otlp_traces_endpoint": "http://127.0.0.1:4317"}, "only the OpenAI server sends traces"),
     ],
 )
 def test_limits_of_the_scheduler_that_make_no_sense_are_refused(tiny_model: Path, options: dict, says: str):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -16,23 +17,30 @@ import time
 import uuid
 from argparse import Namespace
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from minivllm.config.frontend import FrontendConfig
 from minivllm.entrypoints.openai.cli_args import make_arg_parser, validate_args
 from minivllm.exceptions import ConfigError
 from minivllm.logger import configure, init_logger
-from minivllm.utils.argparse_utils import FlexibleArgumentParser
+from minivllm.utils.argparse_utils import FlexibleArgumentParser, default_of
 
 logger = init_logger(__name__)
 
 URLS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
+OF_A_LISTENER = frozenset(
+    """
+    uds api_server_count ssl_keyfile ssl_certfile ssl_ca_certs enable_ssl_refresh ssl_cert_reqs ssl_ciphers
+    h11_max_incomplete_event_size h11_max_header_count sse_keep_alive_interval shutdown_timeout
+    uvicorn_log_level disable_uvicorn_access_log disable_access_log_for_endpoints
+    """.split()
+)
 NUM_TRIES = 5  # of an upload, which may fail while a long batch must not be lost
 _NUM_WAITING = 2  # requests handed to the engine for each it can run at once
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class BatchLine:
     custom_id: str
     url: str
@@ -54,7 +62,16 @@ def make_parser() -> FlexibleArgumentParser:
     return parser
 
 
+def check_no_listening(args: Namespace) -> None:
+    """Raises ConfigError when an option is given that only a server which listens could heed."""
+    for field in dataclasses.fields(FrontendConfig):
+        if field.name in OF_A_LISTENER and getattr(args, field.name) != default_of(field):
+            option = field.name.replace("_", "-")
+            raise ConfigError(f"--{option} is for a server, and run-batch answers a file; leave it out")
+
+
 def run(args: Namespace) -> None:
+    check_no_listening(args)
     validate_args(args)
     configure("RunBatch", args.log_level, config_file=args.log_config_file)
     lines = read_lines(_read(args.input_file))
@@ -75,12 +92,12 @@ def read_lines(text: str) -> list[BatchLine]:
         ConfigError: a line is no request; the message has its number.
     """
     lines, seen = [], set()
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # only there: a JSON string may hold U+2028 and U+0085
         if not line.strip():
             continue
         try:
             fields = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"--input-file, line {number} is not JSON: {error}") from None
         reason = _why_no_request(fields)
         if reason is None and fields["custom_id"] in seen:
@@ -97,8 +114,8 @@ def read_lines(text: str) -> list[BatchLine]:
 def _why_no_request(fields: Any) -> str | None:
     if not isinstance(fields, dict):
         return "it must be an object with custom_id, method, url and body"
-    if not isinstance(fields.get("custom_id"), str):
-        return "custom_id must be a string"
+    if not isinstance(fields.get("custom_id"), str) or not _is_unicode(fields["custom_id"]):
+        return "custom_id must be a string, without halves of surrogate pairs"
     if fields.get("method", "POST") != "POST":
         return "method must be POST"
     if fields.get("url") not in URLS:
@@ -106,6 +123,14 @@ def _why_no_request(fields: Any) -> str | None:
     if not isinstance(fields.get("body"), dict):
         return "body must be an object"
     return "stream does not go together with a batch; leave it out" if fields["body"].get("stream") else None
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 async def _answer_all(args: Namespace, lines: list[BatchLine]) -> list[dict[str, Any]]:
@@ -151,7 +176,9 @@ async def answer_lines(
     from tqdm import tqdm
 
     key = next(iter(keys), None)
-    headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+    headers = {"Content-Type": "application/json"}
+    if key is not None:
+        headers["Authorization"] = f"Bearer {key}"
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     slots = asyncio.Semaphore(concurrency)
     bar = tqdm(total=len(lines), disable=not shows_progress)
@@ -159,7 +186,8 @@ async def answer_lines(
 
         async def answer(line: BatchLine) -> dict[str, Any]:
             async with slots:
-                response = await client.post(line.url, json=line.body, headers=headers)
+                # All in ASCII: what no text can carry is this line's error, as it is over HTTP, not the run's.
+                response = await client.post(line.url, content=json.dumps(line.body), headers=headers)
             bar.update(1)
             body = response.json()
             failed = response.status_code != 200
@@ -190,7 +218,7 @@ def _read(place: str) -> str:
             response = httpx.get(place, follow_redirects=True, timeout=60)
             response.raise_for_status()
             return response.text
-        return Path(place).read_text(encoding="utf-8")
+        return Path(place).read_text(encoding="utf-8-sig")  # a mark at the beginning is no part of the JSON
     except (OSError, ValueError, httpx.HTTPError) as error:
         raise ConfigError(f"--input-file {place} cannot be read: {error}") from error
 
@@ -213,12 +241,12 @@ def _write(args: Namespace, text: str) -> None:
 def _upload(url: str, text: str) -> None:
     import httpx
 
-    for attempt in range(NUM_TRIES):
+    for attempt in range(1, NUM_TRIES + 1):
         try:
             httpx.put(url, content=text.encode(), timeout=600).raise_for_status()
             return
         except httpx.HTTPError as error:
-            reason = error
-            logger.warning("upload %d of at most %d failed: %s", attempt + 1, NUM_TRIES, error)
-            time.sleep(2**attempt)
-    raise ConfigError(f"--output-file {url} cannot be written: {reason}")
+            logger.warning("upload %d of at most %d failed: %s", attempt, NUM_TRIES, error)
+            if attempt == NUM_TRIES:
+                raise ConfigError(f"--output-file {url} cannot be written: {error}") from error
+        time.sleep(2 ** (attempt - 1))

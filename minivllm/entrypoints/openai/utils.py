@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import functools
 import json
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
+import re
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator
 from typing import Any, TypeVar
 
 from fastapi.exceptions import RequestValidationError
@@ -17,6 +18,7 @@ from starlette.responses import Response
 
 from minivllm.entrypoints.openai.errors import ServerClosingError
 from minivllm.entrypoints.openai.lifecycle import Lifecycle
+from minivllm.exceptions import RequestError
 from minivllm.logger import init_logger
 from minivllm.utils.json_depth import is_deeper
 
@@ -25,6 +27,8 @@ T = TypeVar("T")
 _END: Any = object()
 CLIENT_CLOSED_REQUEST = 499
 MAX_JSON_DEPTH = 128  # levels of objects and arrays; a JSON schema of a schema has a dozen
+# How a body can hold half of a surrogate pair: escaped, as bytes of its own, or in UTF-16 and UTF-32, which have NULs.
+_MAY_HOLD_SURROGATES = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]|\x00")
 
 
 class ClientDisconnected(Exception):
@@ -103,7 +107,11 @@ def load_aware_call(handler: Callable[..., Coroutine[Any, Any, Response]]) -> Ca
 
 
 class JsonRequest(Request):
-    """A request whose body is JSON of a bounded depth."""
+    """A request whose body is JSON of a bounded depth, and all of it Unicode.
+
+    Half of a surrogate pair is refused wherever it stands: routes give back much of what they are sent, and no answer
+    could be encoded that holds one.
+    """
 
     async def json(self) -> Any:
         body = await self.body()
@@ -118,7 +126,38 @@ class JsonRequest(Request):
         # Few bodies have that many brackets; only of those the depth is looked at.
         if body.count(b"[") + body.count(b"{") > MAX_JSON_DEPTH and is_deeper(value, MAX_JSON_DEPTH):
             raise _too_deep()
+        if _MAY_HOLD_SURROGATES.search(body):
+            _check_unicode(value)
         return value
+
+
+def _check_unicode(value: Any) -> None:
+    """Raises:
+    RequestError: half of a surrogate pair is in some text or name; `param` is its path.
+    """
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        path, start = next(_lone_surrogates(value, ""))
+        name = path.encode("utf-8", "replace").decode()
+        raise RequestError(f"{name} is not Unicode: a lone surrogate at character {start}", param=name) from None
+
+
+def _lone_surrogates(value: Any, path: str) -> Iterator[tuple[str, int]]:
+    """Where they are: the path of the text, or of the object's member, and the place in it."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            yield path or "body", error.start
+    elif isinstance(value, list):
+        for i, item in enumerate(value):
+            yield from _lone_surrogates(item, f"{path}[{i}]")
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            inner = f"{path}.{name}" if path else name
+            yield from _lone_surrogates(name, inner)
+            yield from _lone_surrogates(item, inner)
 
 
 def _too_deep() -> HTTPException:
@@ -132,7 +171,12 @@ class JsonRoute(APIRoute):
         handle = super().get_route_handler()
 
         async def handle_json(request: Request) -> Response:
-            return await handle(JsonRequest(request.scope, request.receive))
+            try:
+                return await handle(JsonRequest(request.scope, request.receive))
+            except HTTPException as error:  # FastAPI's, in place of what it does not know when it reads a body
+                if isinstance(error.__cause__, RequestError):
+                    raise error.__cause__ from None
+                raise
 
         return handle_json
 

@@ -142,7 +142,7 @@ def test_tools_that_may_not_be_used_are_accepted(api: Api):
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "clown", "content": "x"}]}, "messages[0].role"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0]"),
-        ({"messages": [{"role": "user", "content": "\ud800"}]}, "prompt"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages[0].content"),
         ({"tools": [{"type": "function"}]}, "tools[0].function"),
         ({"tool_choice": "auto"}, "tool_choice"),
         ({"top_logprobs": 2}, "top_logprobs"),

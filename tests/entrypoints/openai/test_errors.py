@@ -135,16 +135,34 @@ def test_another_content_type_is_a_400(api: Api, content_type: str):
     assert "application/json" in error_of(response)["message"]
 
 
-def test_half_a_surrogate_pair_is_refused_and_never_breaks_the_answer(api: Api):
-    for body in (
-        rb'{"prompt": "\ud800"}',
-        rb'{"prompt": "x", "stop": "\udfff"}',
-        rb'{"prompt": "x", "bad_words": ["\udfff"]}',
-        rb'{"prompt": "x", "model": "\ud800"}',
-    ):
-        response = api.request("POST", "/v1/completions", content=body, headers=JSON)
-        assert response.status_code in (400, 404)
-        error_of(response)
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/v1/completions", rb'{"prompt": "\ud800"}', "prompt"),
+        ("/v1/completions", b'{"prompt": "\xed\xa0\x80"}', "prompt"),
+        ("/v1/completions", rb'{"prompt": "x", "stop": "\udfff"}', "stop"),
+        ("/v1/completions", rb'{"prompt": "x", "bad_words": ["a", "\udfff"]}', "bad_words[1]"),
+        ("/v1/completions", rb'{"prompt": "x", "model": "\ud800"}', "model"),
+        ("/v1/completions", rb'{"prompt": "x", "guided_choice": "\uD800"}', "guided_choice"),
+        ("/v1/completions", rb'{"prompt": "x", "structured_outputs": {"\ud800": 1}}', "structured_outputs.?"),
+        # What a response repeats of its request: the answer was generated, and then could not be encoded.
+        ("/v1/responses", rb'{"input": "x", "metadata": {"a": "\ud83c"}}', "metadata.a"),
+        ("/v1/responses", rb'{"input": "x", "tool_choice": "\ud83c"}', "tool_choice"),
+        ("/v1/responses", rb'{"input": "x", "stream": true, "metadata": {"a": "\ud83c"}}', "metadata.a"),
+    ],
+)
+def test_half_a_surrogate_pair_is_refused_by_name_wherever_it_stands(api: Api, path: str, body: bytes, param: str):
+    response = api.request("POST", path, content=body, headers=JSON)
+    assert response.status_code == 400
+    error = error_of(response)
+    assert error["param"] == param and "surrogate" in error["message"]
+    assert api.engine.calls == []
+
+
+def test_both_halves_of_a_surrogate_pair_are_a_character(api: Api):
+    body = rb'{"prompt": "\ud83c\udf89", "echo": true, "max_tokens": 0}'
+    response = api.request("POST", "/v1/completions", content=body, headers=JSON)
+    assert response.json()["choices"][0]["text"] == "\U0001f389"
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"])
