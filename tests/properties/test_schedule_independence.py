@@ -4,8 +4,8 @@ Seeded random schedules on the real worker with the native kernels: arrivals, ch
 tight that requests are preempted, prefixes found in the cache, aborts of others, resends, one and two threads, one
 plan in flight or several, priorities and every rule of the scheduler drawn at random, logits processors of an
 operator's own; some requests have a grammar, some think first. For every instruction set this machine has, every dtype,
-int8 weights, fp8 and int8 caches, and shapes with grouped heads, windows and several attention segments.
-`--walk-steps` is the number of engine steps, all cases together.
+int8 weights, fp8 and int8 caches, and shapes with grouped heads, windows, windows beside full attention and several
+attention segments. `--walk-steps` is the number of engine steps, all cases together.
 """
 
 from __future__ import annotations
@@ -49,6 +49,11 @@ SHAPES = {
         },
         SHORT,
         [7, 32, 50, 100, 333, 2048],
+    ),
+    "windows and full layers": (
+        {"arch": "gemma3", "num_layers": 5, "sliding_window_pattern": 3, "sliding_window": 40, "head_dim": 32},
+        SHORT,
+        [17, 40, 64, 150, 700],
     ),
     "long prompts": (
         {"arch": "llama3", "head_dim": 32, "num_kv_heads": 1, "tie_word_embeddings": False},
