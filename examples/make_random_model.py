@@ -83,6 +83,7 @@ class Family:
     has_bias: bool = False  # on q, k and v, always; nothing in the config says so
     takes_bias: bool = False  # on q, k, v and o, when the config's `attention_bias` is true
     normalizes: bool = False  # the tokenizer composes Unicode first (NFC)
+    sandwiches: bool = False  # norms after attention and MLP as well as before; norm weights are kept less 1
 
 
 LLAMA = Family("LlamaForCausalLM", "llama", 1e-5, 10000.0, takes_bias=True)
@@ -98,12 +99,16 @@ QWEN3 = Family(
     qk_norm=True,
     takes_bias=True,
 )
+GEMMA2 = Family("Gemma2ForCausalLM", "gemma2", 1e-6, 10000.0, sandwiches=True)
+GEMMA3 = Family("Gemma3ForCausalLM", "gemma3_text", 1e-6, 1000000.0, qk_norm=True, sandwiches=True)
 FAMILIES = {
     "llama": LLAMA,
     "llama3": replace(LLAMA, rope_theta=500000.0),
     "mistral": MISTRAL,
     "qwen2": QWEN2,
     "qwen3": QWEN3,
+    "gemma2": GEMMA2,
+    "gemma3": GEMMA3,
 }
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -123,6 +128,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "arch": "qwen3", "hidden_size": 1024, "intermediate_size": 3072, "num_layers": 28, "num_heads": 16,
         "num_kv_heads": 8, "head_dim": 128, "vocab_size": 151936, "max_position_embeddings": 40960,
         "dtype": "bfloat16",
+    },
+    "gemma-3-1b": {
+        "arch": "gemma3", "hidden_size": 1152, "intermediate_size": 6912, "num_layers": 26, "num_heads": 4,
+        "num_kv_heads": 1, "head_dim": 256, "vocab_size": 262144, "max_position_embeddings": 32768,
+        "sliding_window": 512, "dtype": "bfloat16",
     },
     "llama-3.2-1b": {
         "arch": "llama3", "hidden_size": 2048, "intermediate_size": 8192, "num_layers": 16, "num_heads": 32,
@@ -154,6 +164,8 @@ class Shape:
     rope_parameters: dict[str, Any]
     sliding_window: int | None
     attention_bias: bool
+    sliding_window_pattern: int
+    first_window_layer: int
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -194,6 +206,8 @@ def make_model(
     rope_parameters: dict[str, Any] | None = None,
     sliding_window: int | None = None,
     attention_bias: bool | None = None,
+    sliding_window_pattern: int | None = None,
+    first_window_layer: int = 0,
     config_style: str = "classic",
     text: str = DEFAULT_TEXT,
 ) -> Path:
@@ -201,7 +215,9 @@ def make_model(
 
     rope_parameters: as transformers 5 names them ({"rope_type": ..., "rope_theta": ..., ...}); None is the
     family's own, which for "llama3" includes its scaling. config_style: "classic" (torch_dtype, rope_theta,
-    rope_scaling) or "v5" (dtype, rope_parameters). text: what the tokenizer is trained on.
+    rope_scaling) or "v5" (dtype, rope_parameters). sliding_window_pattern: gemma2 (2) and gemma3 (6); of so many
+    layers, the last has no window. first_window_layer: qwen2 and qwen3, with a sliding_window.
+    text: what the tokenizer is trained on.
 
     Raises:
         ValueError: sizes that do not fit together, or a name that is not known.
@@ -224,6 +240,8 @@ def make_model(
         rope_parameters=rope_parameters or default_rope(arch, max_position_embeddings),
         sliding_window=sliding_window,
         attention_bias=family.has_bias if attention_bias is None else attention_bias,
+        sliding_window_pattern=sliding_window_pattern or (2 if arch == "gemma2" else 6),
+        first_window_layer=first_window_layer,
     )
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -280,6 +298,10 @@ def model_config(shape: Shape, ids: dict[str, int], style: str) -> dict[str, Any
     if shape.family.model_type == "llama":
         config["mlp_bias"] = False
     config |= _sliding_window_keys(shape)
+    if shape.family in (GEMMA2, GEMMA3):
+        config |= _gemma_keys(shape, style)
+    if shape.family is GEMMA3:
+        return config | _gemma3_rope_keys(shape, style)
     if style == "v5":
         return config | {"dtype": shape.dtype, "rope_parameters": shape.rope_parameters}
     if style == "classic":
@@ -293,11 +315,40 @@ def _sliding_window_keys(shape: Shape) -> dict[str, Any]:
     if shape.family.model_type in ("qwen2", "qwen3"):
         on = shape.sliding_window is not None
         # Layers from `max_window_layers` on have the window.
-        first = 0 if on else shape.num_layers
+        first = shape.first_window_layer if on else shape.num_layers
         return {"use_sliding_window": on, "sliding_window": shape.sliding_window, "max_window_layers": first}
+    if shape.family in (GEMMA2, GEMMA3):
+        return {"sliding_window": shape.sliding_window or 32}
     if shape.sliding_window is not None:
-        raise ValueError(f"{shape.family.architecture} has no sliding window; use mistral, qwen2 or qwen3")
+        raise ValueError(f"{shape.family.architecture} has no sliding window; use mistral, qwen2, qwen3 or gemma")
     return {}
+
+
+def _gemma_keys(shape: Shape, style: str) -> dict[str, Any]:
+    """What a Gemma's config.json has beside the others', or in their place."""
+    pattern = shape.sliding_window_pattern
+    keys = {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": 2 * shape.head_dim,  # not head_dim, so that nobody can take the one for the other
+        "attention_bias": False,
+        "final_logit_softcapping": 30.0 if shape.family is GEMMA2 else None,
+        "attn_logit_softcapping": 5.0 if shape.family is GEMMA2 else None,  # 50 would hardly be felt
+    }
+    if style == "v5" or shape.family is GEMMA2 and pattern != 2:
+        kinds = ["full_attention" if (i + 1) % pattern == 0 else "sliding_attention" for i in range(shape.num_layers)]
+        return keys | {"layer_types": kinds}
+    return keys if shape.family is GEMMA2 else keys | {"sliding_window_pattern": pattern}
+
+
+def _gemma3_rope_keys(shape: Shape, style: str) -> dict[str, Any]:
+    """Two bases: one for layers that see everything, one for those with a window."""
+    if style == "classic":
+        return {"torch_dtype": shape.dtype, "rope_local_base_freq": 10000} | _classic_rope_keys(shape.rope_parameters)
+    local = {"rope_type": "default", "rope_theta": 10000.0}
+    return {
+        "dtype": shape.dtype,
+        "rope_parameters": {"full_attention": shape.rope_parameters, "sliding_attention": local},
+    }
 
 
 def _classic_rope_keys(rope: dict[str, Any]) -> dict[str, Any]:
@@ -389,6 +440,9 @@ def tensor_shapes(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
         if shape.attention_bias and shape.family.takes_bias:
             yield f"{layer}.self_attn.o_proj.bias", (hidden,)
         yield f"{layer}.post_attention_layernorm.weight", (hidden,)
+        if shape.family.sandwiches:
+            yield f"{layer}.pre_feedforward_layernorm.weight", (hidden,)
+            yield f"{layer}.post_feedforward_layernorm.weight", (hidden,)
         yield f"{layer}.mlp.gate_proj.weight", (inner, hidden)
         yield f"{layer}.mlp.up_proj.weight", (inner, hidden)
         yield f"{layer}.mlp.down_proj.weight", (hidden, inner)
@@ -397,8 +451,12 @@ def tensor_shapes(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield "lm_head.weight", (shape.vocab_size, hidden)
 
 
-def random_tensor(name: str, size: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.Tensor:
+def random_tensor(
+    name: str, size: tuple[int, ...], dtype: torch.dtype, seed: int, *, less_one: bool = False
+) -> torch.Tensor:
     """A tensor's values: a function of (seed, name, size) alone, so that sharding changes nothing.
+
+    less_one: norm weights are kept less 1.
 
     The scales keep greedy output lively: what the layers add is large beside the embedding, or a tied head
     would repeat the last token for ever.
@@ -406,7 +464,10 @@ def random_tensor(name: str, size: tuple[int, ...], dtype: torch.dtype, seed: in
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
     noise = torch.randn(size, generator=generator)
     if name.endswith("norm.weight"):
-        noise.mul_(0.1).add_(2.0 if "q_norm" in name or "k_norm" in name else 1.0)
+        mean = 2.0 if "q_norm" in name or "k_norm" in name else 1.0
+        if less_one:  # of Gemma, whose embeddings are scaled up, and what a layer adds is normed
+            mean = (9.0 if ".post_" in name else mean) - 1.0
+        noise.mul_(0.1).add_(mean)
     elif name.endswith(".bias"):
         noise.mul_(0.2)
     else:
@@ -420,15 +481,15 @@ def write_weights(out: Path, shape: Shape, seed: int, num_shards: int) -> None:
     entries = list(tensor_shapes(shape))
     if not 1 <= num_shards <= len(entries):
         raise ValueError(f"num_shards {num_shards} is not between 1 and the {len(entries)} tensors")
-    dtype = DTYPES[shape.dtype]
+    dtype, less_one = DTYPES[shape.dtype], shape.family.sandwiches
     for stale in out.glob("model*.safetensors*"):
         stale.unlink()
     if num_shards == 1:
-        return _save(out / "model.safetensors", entries, dtype, seed)
+        return _save(out / "model.safetensors", entries, dtype, seed, less_one)
     weight_map = {}
     for number, shard in enumerate(_split(entries, num_shards), start=1):
         file_name = f"model-{number:05}-of-{num_shards:05}.safetensors"
-        _save(out / file_name, shard, dtype, seed)
+        _save(out / file_name, shard, dtype, seed, less_one)
         weight_map |= {name: file_name for name, _ in shard}
     total_size = sum(math.prod(size) for _, size in entries) * dtype.itemsize
     index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
@@ -451,8 +512,10 @@ def _split(
         begin, remaining = end, remaining - taken
 
 
-def _save(path: Path, entries: Iterable[tuple[str, tuple[int, ...]]], dtype: torch.dtype, seed: int) -> None:
-    tensors = {name: random_tensor(name, size, dtype, seed) for name, size in entries}
+def _save(
+    path: Path, entries: Iterable[tuple[str, tuple[int, ...]]], dtype: torch.dtype, seed: int, less_one: bool
+) -> None:
+    tensors = {name: random_tensor(name, size, dtype, seed, less_one=less_one) for name, size in entries}
     save_file(tensors, str(path), metadata={"format": "pt"})
 
 

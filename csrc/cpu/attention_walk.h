@@ -68,8 +68,6 @@ MINIVLLM_INLINE float exp2_one(float x) {
     return lanes[0];
 }
 
-MINIVLLM_INLINE Vec tanh(Vec x) { return set1(1.0f) - set1(2.0f) / (exp(x + x) + set1(1.0f)); }
-
 // The rows of a walk: query rows of one request, a position's heads side by side, or those of several.
 struct Rows {
     int64_t count;

@@ -24,14 +24,14 @@ float sum_of_squares(const T* x, int64_t n) {
     return reduce_add((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
-// out may be x.
-template <class T>
-void norm_row(T* out, const T* x, const T* weight, int64_t n, float eps) {
+// out may be x. rounded<W>: to the weight's type before it multiplies; nothing for float32.
+template <class T, class W>
+void norm_row(T* out, const T* x, const W* weight, int64_t n, float eps) {
     const Vec scale = set1(1.0f / __builtin_sqrtf(sum_of_squares(x, n) / float(n) + eps));
     int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) store(out + i, rounded<T>(load(x + i) * scale) * load(weight + i));
+    for (; i + kLanes <= n; i += kLanes) store(out + i, rounded<W>(load(x + i) * scale) * load(weight + i));
     if (const int rest = int(n - i); rest > 0)
-        store_partial(out + i, rounded<T>(load_partial(x + i, rest) * scale) * load_partial(weight + i, rest), rest);
+        store_partial(out + i, rounded<W>(load_partial(x + i, rest) * scale) * load_partial(weight + i, rest), rest);
 }
 
 }  // namespace

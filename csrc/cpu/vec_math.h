@@ -1,4 +1,4 @@
-// What attention and sampling need of a vector beyond isa.h: masks, a transpose, a logarithm, 32-bit integers.
+// What attention, sampling and soft caps need of a vector beyond isa.h: masks, a transpose, logarithm, tanh, 32-bit integers.
 // The rules of isa.h hold here too.
 #pragma once
 
@@ -157,5 +157,8 @@ MINIVLLM_INLINE Vec log(Vec x) {
     const Vec exponent = signed_to_float(n);
     return fma(exponent, set1(0.693145752f), fma(exponent, set1(1.42860677e-6f), log_m));  // ln 2 = high + low
 }
+
+// Within 1.5e-7, not relatively: of a tanh near zero few digits are left.
+MINIVLLM_INLINE Vec tanh(Vec x) { return set1(1.0f) - set1(2.0f) / (exp(x + x) + set1(1.0f)); }
 
 }  // namespace minivllm::MINIVLLM_ISA

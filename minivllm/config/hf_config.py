@@ -14,7 +14,7 @@ import msgspec
 from minivllm.exceptions import ModelFilesError
 
 # What the layers serve; they read it here, so that a config can be refused before torch is imported.
-HIDDEN_ACTS = ("silu", "swish")
+HIDDEN_ACTS = ("silu", "swish", "gelu_pytorch_tanh")
 HEAD_DIM_STEP = 16  # attention's: one AVX-512 vector of float32
 # Rope types and the parameters they cannot do without. yarn takes a factor of null, and works it out.
 ROPE_TYPES: dict[str, tuple[str, ...]] = {
@@ -31,6 +31,12 @@ _NOT_HONOURED: dict[str, tuple[Any, ...]] = {
     "attn_logit_softcapping": (None,),
     "final_logit_softcapping": (None,),
     "logit_scale": (None, 1),
+    "use_bidirectional_attention": (None, False),
+}
+# But for these keys in these architectures.
+_HONOURED_BY: dict[str, tuple[str, ...]] = {
+    "attn_logit_softcapping": ("Gemma2ForCausalLM",),
+    "final_logit_softcapping": ("Gemma2ForCausalLM", "Gemma3ForCausalLM"),
 }
 _ROPE_NUMBERS = (
     "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings", "rope_theta",
@@ -66,6 +72,11 @@ class HFConfig:
     eos_token_ids: list[int] = field(default_factory=list)
     bos_token_id: int | None = None
     initializer_range: float = 0.02
+    sliding_window_pattern: int | None = None  # without layer_types: of so many layers, the last has no window
+    query_pre_attn_scalar: float | None = None  # scores are divided by its root; None: by head_dim's
+    attn_logit_softcapping: float | None = None  # scores and logits become cap * tanh(x / cap); None: they stay
+    final_logit_softcapping: float | None = None
+    local_rope_theta: float | None = None  # of layers with a window, where they turn otherwise than the rest
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any], *, source: str = "config.json") -> HFConfig:
@@ -75,14 +86,15 @@ class HFConfig:
             ModelFilesError: a value is missing, of the wrong kind or not served; the message names the key.
         """
         read = _Reader(raw, source)
-        read.refuse_what_is_not_honoured()
+        architecture = read_architecture(raw, source)
+        read.refuse_what_is_not_honoured(architecture)
         hidden_size = read.size("hidden_size")
         heads = read.size("num_attention_heads")
-        rope = read.rope()
+        rope, local_rope_theta = read.rope(), read.local_rope_theta()
         # Silence means yes for Mistral, no for Qwen; Llama has no window and does not ask.
         use_window = raw.get("use_sliding_window", not str(raw.get("model_type")).startswith("qwen"))
         config = cls(
-            architecture=read_architecture(raw, source),
+            architecture=architecture,
             hidden_size=hidden_size,
             intermediate_size=read.size("intermediate_size"),
             num_hidden_layers=read.size("num_hidden_layers"),
@@ -92,8 +104,9 @@ class HFConfig:
             vocab_size=read.size("vocab_size"),
             max_position_embeddings=read.size("max_position_embeddings", 2048),
             rms_norm_eps=read.number("rms_norm_eps", 1e-6),
-            hidden_act=raw.get("hidden_act", "silu"),
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            hidden_act=raw.get("hidden_activation") or raw.get("hidden_act", "silu"),
+            # Silence means yes for Gemma.
+            tie_word_embeddings=bool(raw.get("tie_word_embeddings", str(raw.get("model_type")).startswith("gemma"))),
             attention_bias=raw.get("attention_bias"),
             mlp_bias=bool(raw.get("mlp_bias", False)),
             sliding_window=read.optional_size("sliding_window") if use_window else None,
@@ -105,6 +118,11 @@ class HFConfig:
             eos_token_ids=read_token_ids(raw, "eos_token_id", source),
             bos_token_id=raw.get("bos_token_id"),
             initializer_range=read.number("initializer_range", 0.02),
+            sliding_window_pattern=read.optional_size("sliding_window_pattern"),
+            query_pre_attn_scalar=read.optional_number("query_pre_attn_scalar"),
+            attn_logit_softcapping=read.optional_number("attn_logit_softcapping"),
+            final_logit_softcapping=read.optional_number("final_logit_softcapping"),
+            local_rope_theta=local_rope_theta,
         )
         config._check_together(source)
         return config
@@ -134,9 +152,12 @@ class HFConfig:
 
     @property
     def max_context(self) -> int:
-        """Positions the model can tell apart: vLLM's derivation, where yarn stretches the original limit."""
+        """Positions the model can tell apart: vLLM's derivation, where yarn stretches the original limit.
+
+        Gemma 3's max_position_embeddings is the stretched one.
+        """
         rope_type = self.rope_parameters.get("rope_type", "default")
-        if rope_type not in _STRETCHING:
+        if rope_type not in _STRETCHING or self.architecture.startswith("Gemma3"):
             return self.max_position_embeddings
         limit = self.max_position_embeddings
         if rope_type == "yarn":
@@ -173,8 +194,10 @@ class _Reader:
     def _fail(self, key: str, value: Any, wanted: str) -> NoReturn:
         raise ModelFilesError(f"{self.source}: {key} is {value!r}; it must be {wanted}")
 
-    def refuse_what_is_not_honoured(self) -> None:
+    def refuse_what_is_not_honoured(self, architecture: str) -> None:
         for key, harmless in _NOT_HONOURED.items():
+            if architecture in _HONOURED_BY.get(key, ()):
+                continue
             if (value := self.raw.get(key)) not in harmless:
                 raise ModelFilesError(
                     f"{self.source}: {key} is {value!r}, which is not supported yet; serve a checkpoint without it"
@@ -190,6 +213,9 @@ class _Reader:
             self._fail(key, value, "a positive whole number")
         return value
 
+    def optional_number(self, key: str) -> float | None:
+        return None if self.raw.get(key) is None else self.number(key, 1.0)
+
     def number(self, key: str, default: float) -> float:
         value = self.raw.get(key)
         value = default if value is None else value
@@ -202,6 +228,10 @@ class _Reader:
         rope = self.raw.get("rope_parameters") or self.raw.get("rope_scaling") or {}
         if not isinstance(rope, dict):
             self._fail("rope_parameters", rope, "an object")
+        if "full_attention" in rope:  # one for each type of layer
+            rope = rope["full_attention"]
+            if not isinstance(rope, dict):
+                self._fail("rope_parameters.full_attention", rope, "an object")
         rope = dict(rope)
         if "type" in rope:
             rope.setdefault("rope_type", rope.pop("type"))
@@ -211,6 +241,20 @@ class _Reader:
                 self._fail(f"rope_parameters.{key}", value, "a positive number")
         self._check_rope_is_served(rope)
         return rope
+
+    def local_rope_theta(self) -> float | None:
+        """Gemma 3's second base, in either spelling."""
+        rope = self.raw.get("rope_parameters")
+        local = rope.get("sliding_attention") if isinstance(rope, dict) else None
+        if local is None:
+            return self.optional_number("rope_local_base_freq")
+        if not isinstance(local, dict):
+            self._fail("rope_parameters.sliding_attention", local, "an object")
+        if local.get("rope_type", "default") != "default":
+            raise ModelFilesError(
+                f"{self.source}: rope_type {local['rope_type']!r} is not served in layers with a window; default is"
+            )
+        return _Reader(local, f"{self.source}: rope_parameters.sliding_attention").number("rope_theta", 10000.0)
 
     def _check_rope_is_served(self, rope: dict[str, Any]) -> None:
         rope_type = rope.get("rope_type", "default")

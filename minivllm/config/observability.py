@@ -15,7 +15,6 @@ class ObservabilityConfig:
     or null), endpoint (default tcp://127.0.0.1:5557), replay_endpoint, topic, buffer_steps, hwm, max_queue_size."""
     otlp_traces_endpoint: str | None = None
     """Of the OpenAI server: send a trace of every request to this OpenTelemetry collector. The variable
-    OTEL_EXPORTER_OTLP_TRACES_PROTOCOL says how: grpc
-    (default) or http/protobuf."""
+    OTEL_EXPORTER_OTLP_TRACES_PROTOCOL says how: grpc (default) or http/protobuf."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = "INFO"
     """Least severity of minivllm's own log lines."""

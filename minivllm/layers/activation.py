@@ -7,10 +7,12 @@ from collections.abc import Callable
 import torch
 
 from minivllm.config.hf_config import HIDDEN_ACTS
-from minivllm.ops.activation import silu_mul
+from minivllm.ops.activation import gelu_tanh_mul, silu_mul
 from minivllm.ops.op import OpSpec
 
-_GATED = dict.fromkeys(HIDDEN_ACTS, silu_mul)  # one function, whatever its name
+# One for each of `hf_config.HIDDEN_ACTS`; a function may have two names.
+_GATED = {"silu": silu_mul, "swish": silu_mul, "gelu_pytorch_tanh": gelu_tanh_mul}
+assert set(_GATED) == set(HIDDEN_ACTS)
 
 
 def gated_activation(name: str, *, dtype: torch.dtype, device: str) -> Callable[[torch.Tensor], torch.Tensor]:

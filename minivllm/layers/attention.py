@@ -15,12 +15,20 @@ from minivllm.ops.paged_attention import Options
 
 class Attention:
     def __init__(
-        self, layer_index: int, backend: AttentionBackend, *, sliding_window: int | None = None
+        self,
+        layer_index: int,
+        backend: AttentionBackend,
+        *,
+        sliding_window: int | None = None,
+        scale: float | None = None,
+        softcap: float = 0.0,
     ) -> None:
+        """scale: of the scores; None is 1 / sqrt(head_dim). softcap: as in `Options`."""
         self.layer_index = layer_index
         self.sliding_window = sliding_window
         self._backend = backend
-        self.options = Options(scale=backend.spec.head_dim**-0.5, sliding_window=sliding_window)
+        scale = backend.spec.head_dim**-0.5 if scale is None else scale
+        self.options = Options(scale=scale, sliding_window=sliding_window, softcap=softcap)
 
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ctx: ForwardContext

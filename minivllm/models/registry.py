@@ -9,6 +9,8 @@ from minivllm.exceptions import ModelFilesError
 
 # architecture in config.json -> "module:Class"
 _MODELS: dict[str, str] = {
+    "Gemma2ForCausalLM": "minivllm.models.gemma2:Gemma2ForCausalLM",
+    "Gemma3ForCausalLM": "minivllm.models.gemma3:Gemma3ForCausalLM",
     "LlamaForCausalLM": "minivllm.models.llama:LlamaForCausalLM",
     "MistralForCausalLM": "minivllm.models.mistral:MistralForCausalLM",
     "Qwen2ForCausalLM": "minivllm.models.qwen2:Qwen2ForCausalLM",

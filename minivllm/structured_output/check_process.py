@@ -86,6 +86,8 @@ def _check(request: CheckRequest, tokenizer: llguidance.LLTokenizer, vocabulary:
 
 def _readable(error: str) -> str:
     """What it quotes of the grammar, which may be all of it, cut short."""
+    if error.startswith("NoExtensionBias"):  # llguidance's word for: no first token
+        return "no text fits it; see whether it refers to nothing but itself, or excludes every character"
     lines = [line if len(line) <= _MAX_LINE else line[:_MAX_LINE] + "…" for line in error.rstrip().split("\n")]
     return "\n".join(lines[:_MAX_LINES])
 

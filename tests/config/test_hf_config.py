@@ -137,3 +137,42 @@ def test_what_would_change_the_result_and_is_not_honoured_is_refused(key: str, v
     with pytest.raises(ModelFilesError, match=f"some/config.json: {key} is"):
         read(**{key: value})
     assert read(**{key: None}) == read()
+
+
+GEMMA3 = {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "hidden_activation": "gelu_pytorch_tanh"}
+
+
+def test_both_spellings_of_gemmas_two_rotary_bases_mean_the_same():
+    linear = {"rope_type": "linear", "factor": 8}
+    classic = read(**GEMMA3, rope_theta=1e6, rope_local_base_freq=1e4, rope_scaling=linear)
+    full = {"rope_type": "linear", "factor": 8, "rope_theta": 1e6}
+    local = {"rope_type": "default", "rope_theta": 1e4}
+    assert read(**GEMMA3, rope_parameters={"full_attention": full, "sliding_attention": local}) == classic
+    assert (classic.rope_theta, classic.local_rope_theta, classic.hidden_act) == (1e6, 1e4, "gelu_pytorch_tanh")
+    assert classic.tie_word_embeddings  # where the config is silent
+    assert classic.max_context == 4096  # max_position_embeddings counts the stretching already
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ({"query_pre_attn_scalar": "wide"}, "query_pre_attn_scalar"),
+        ({"rope_parameters": {"full_attention": 3}}, "rope_parameters.full_attention"),
+        ({"rope_parameters": {"full_attention": {}, "sliding_attention": {"rope_type": "yarn"}}}, "yarn"),
+        ({"rope_parameters": {"full_attention": {}, "sliding_attention": {"rope_theta": -1}}}, "rope_theta"),
+    ],
+)
+def test_what_is_wrong_in_a_gemma_config_is_named(changes: dict[str, Any], name: str):
+    with pytest.raises(ModelFilesError, match=name) as error:
+        read(**GEMMA3, **changes)
+    assert "some/config.json" in str(error.value)
+
+
+def test_soft_caps_are_read_for_the_architectures_that_have_them_and_refused_for_others():
+    caps = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+    config = read(architectures=["Gemma2ForCausalLM"], **caps)
+    assert (config.attn_logit_softcapping, config.final_logit_softcapping) == (50.0, 30.0)
+    with pytest.raises(ModelFilesError, match="softcapping"):
+        read(**caps)

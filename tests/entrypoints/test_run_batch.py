@@ -38,10 +38,35 @@ def test_every_line_is_answered_in_its_order():
     assert len({answer["id"] for answer in answers}) == 4
 
 
+def test_a_line_that_no_text_can_carry_fails_alone():
+    api = Api(FakeEngine())
+    lines = read_lines("\n".join([
+        line("a", prompt="Hi", max_tokens=50), line("b", prompt="\ud800"),
+        line("c", prompt="Hi", temperature=float("nan")),
+    ]))  # fmt: skip
+    answers = asyncio.run(answer_lines(api.app, lines, concurrency=2))
+    assert [answer["response"]["status_code"] for answer in answers] == [200, 400, 400]
+    assert [answer["error"]["param"] for answer in answers[1:]] == ["prompt", "temperature"]
+
+
+def test_a_line_ends_only_where_jsonl_says():
+    body = {"prompt": "x\u2028y\u0085z"}
+    written = json.dumps({"custom_id": "a", "url": "/v1/completions", "body": body}, ensure_ascii=False)
+    (one,) = read_lines(f"{written}\r\n")
+    assert one.body == body
+
+
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path):
+    (tmp_path / "in.jsonl").write_bytes(b"\xef\xbb\xbf" + line("a", prompt="x").encode())
+    assert [one.custom_id for one in read_lines(run_batch._read(str(tmp_path / "in.jsonl")))] == ["a"]
+
+
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
         ("", "no request"),
+        ("[" * 100_000, "line 1 is not JSON"),
+        (line("\udfff", prompt="x"), "custom_id"),
         ("{", "line 1 is not JSON"),
         (line("a", prompt="x") + "\n[1]", "line 2"),
         (line("a", prompt="x") + "\n" + line("a", prompt="x"), "line 2: custom_id 'a'"),

@@ -16,6 +16,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "llama with biases": {"arch": "llama", "attention_bias": True, "tie_word_embeddings": False},
     "qwen2": {"arch": "qwen2"},
     "qwen3": {"arch": "qwen3"},
+    "gemma3": {"arch": "gemma3", "num_layers": 3},
 }
 
 

@@ -1,7 +1,8 @@
 """Every family against Hugging Face transformers on seeded tiny checkpoints: tokens and logprobs, however scheduled.
 
 The engine's tokens are scored by one transformers forward pass over prompt and output: where its argmax is the
-engine's token at every position, greedy decoding there gives the same tokens, by induction.
+engine's token at every position, greedy decoding there gives the same tokens, by induction. Both are float32, so they
+may choose differently between tokens that are nearer to each other than the logprobs of the two are: `TIE`.
 """
 
 from __future__ import annotations
@@ -15,14 +16,19 @@ import torch
 from make_random_model import make_model
 from transformers import AutoModelForCausalLM
 
+from minivllm.messages.kv_cache import blocks_of_request
 from minivllm.ops import native
 from minivllm.ops.op import OpSpec
 from minivllm.sampling_params import SamplingParams
-from tests.models.loop import Answer, Loop
+from tests.models.loop import BLOCK_SIZE, Answer, Loop
 
 NUM_TOKENS = 12
 PROMPT_LENGTHS = (150, 33, 32, 5, 97, 1)  # over several blocks of 32, at their edges, and within one
 TOLERANCE = 1e-4
+# Logprobs differ from transformers' by up to 3e-5, in Gemma 3 with plain rope as with stretched (seeds 0 to 11). Of the
+# 4,320 tokens of five models over those seeds, one pair of best tokens was nearer than 2e-5 (5.7e-6), and only there
+# the token differed: in the case with stretched rope below.
+TIE = 2e-5
 
 LLAMA3_ROPE = {
     "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -45,11 +51,20 @@ CASES: dict[str, dict[str, Any]] = {
     "mistral with a window": {"arch": "mistral", "sliding_window": 40},
     "qwen2": {"arch": "qwen2"},
     "qwen2 with a window": {"arch": "qwen2", "sliding_window": 40, "config_style": "v5"},
+    "qwen2 with windows on some layers": {
+        "arch": "qwen2", "sliding_window": 40, "num_layers": 5, "first_window_layer": 2,
+    },
     "qwen3": {"arch": "qwen3"},
     "qwen3 with biases": {"arch": "qwen3", "attention_bias": True},
     "qwen3 in shards": {"arch": "qwen3", "num_shards": 3, "tie_word_embeddings": False, "config_style": "v5"},
+    "gemma2": {"arch": "gemma2", "num_layers": 3, "sliding_window": 40},
+    "gemma3": {"arch": "gemma3", "num_layers": 3, "sliding_window_pattern": 3, "sliding_window": 40},
+    "gemma3 with stretched rope": {
+        "arch": "gemma3", "num_layers": 6, "sliding_window": 33, "config_style": "v5", "tie_word_embeddings": False,
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+    },
     "no grouping": {"arch": "llama", "num_kv_heads": 4, "head_dim": 32},
-}
+}  # fmt: skip
 
 
 @dataclass
@@ -91,11 +106,12 @@ def whole(case: Case) -> list[Answer]:
 def test_greedy_tokens_and_logprobs_are_those_of_transformers(case: Case, whole: list[Answer]):
     for prompt, answer in zip(case.prompts, whole):
         expected = case.score(prompt + answer.tokens)[len(prompt) - 1 : -1]
-        assert answer.tokens == expected.argmax(-1).tolist()
-        top = expected.topk(3)
+        best = expected.topk(3).values
         for i, found in enumerate(answer.logprobs):
-            assert list(found) == top.indices[i].tolist()  # the token itself is the first of the three
-            assert list(found.values()) == pytest.approx(top.values[i].tolist(), abs=TOLERANCE)
+            assert next(iter(found)) == answer.tokens[i]
+            # The three best in their order: at each rank, a token as good as transformers' own.
+            assert expected[i, list(found)].tolist() == pytest.approx(best[i].tolist(), abs=TIE, rel=0)
+            assert list(found.values()) == pytest.approx(best[i].tolist(), abs=TOLERANCE)
         assert answer.ranks == [1] * NUM_TOKENS
 
 
@@ -143,7 +159,9 @@ def test_a_cached_prefix_gives_what_a_cold_one_does(case: Case, whole: list[Answ
 
 
 def test_a_preempted_request_continues_with_the_same_tokens(case: Case, whole: list[Answer]):
-    loop = Loop(case.path, num_gpu_blocks_override=8, enable_prefix_caching=False)
+    groups = Loop(case.path).ready.kv_cache_groups
+    num_blocks = 2 * blocks_of_request(groups, 62 + NUM_TOKENS, 62, BLOCK_SIZE) + 2  # two requests fit, six do not
+    loop = Loop(case.path, num_gpu_blocks_override=num_blocks, enable_prefix_caching=False)
     prompts = [
         prompt[:62] for prompt in case.prompts if len(prompt) >= 62
     ] * 3  # three blocks each, in the end
@@ -152,7 +170,7 @@ def test_a_preempted_request_continues_with_the_same_tokens(case: Case, whole: l
     assert loop.num_preemptions > 0
 
 
-@pytest.mark.parametrize("arch", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("arch", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3"])
 def test_bfloat16_stays_near_transformers(arch: str, tmp_path: Path):
     case = load_case(make_model(tmp_path, arch=arch, dtype="bfloat16", seed=3), torch.bfloat16)
     answers = Loop(case.path).run(case.prompts, greedy(logprobs=0))

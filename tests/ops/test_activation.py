@@ -1,4 +1,4 @@
-"""SiLU(gate) * up: the native kernel against the reference."""
+"""SiLU(gate) * up and GELU(gate) * up: the native kernels against the references."""
 
 from __future__ import annotations
 
@@ -12,11 +12,19 @@ TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
 pytestmark = pytest.mark.usefixtures("isa")
 
 
+KERNELS = {
+    "silu": (activation.cpu, activation.reference),
+    "gelu_tanh": (activation.gelu_tanh_cpu, activation.gelu_tanh_reference),
+}
+
+
 @pytest.mark.parametrize("width", [1, 7, 16, 48, 100, 1031])
 @pytest.mark.parametrize("num_tokens", [0, 1, 3, 33])
-def test_the_kernel_agrees_with_the_reference(dtype, num_tokens, width, assert_close):
+@pytest.mark.parametrize("name", KERNELS)
+def test_the_kernel_agrees_with_the_reference(name, dtype, num_tokens, width, assert_close):
+    kernel, reference = KERNELS[name]
     gate_up = torch.randn(num_tokens, 2 * width).mul(4).to(dtype)
-    assert_close(activation.cpu(gate_up), activation.reference(gate_up), TOLERANCE[dtype])
+    assert_close(kernel(gate_up), reference(gate_up), TOLERANCE[dtype])
 
 
 def test_extreme_gates_give_zero_or_the_gate_itself():
@@ -27,11 +35,22 @@ def test_extreme_gates_give_zero_or_the_gate_itself():
     assert got[0].isnan() and got[8].isnan()  # -inf * 0 is NaN in the reference too
 
 
-def test_a_row_has_the_same_bits_alone_and_in_a_batch(dtype, num_threads, assert_same_bits):
+def test_gelu_is_that_of_a_wide_computation_near_zero_and_far_out():
+    gates = torch.cat([torch.linspace(-12, 12, 4001), torch.tensor([-1e-4, 1e-6, -1e30, -200.0, 200.0, 1e30])])
+    got = activation.gelu_tanh_cpu(torch.cat([gates, torch.ones(len(gates))]).unsqueeze(0))[0]
+    wide = gates.double()
+    inner = 2 * (2 / torch.pi) ** 0.5 * (wide + 0.044715 * wide**3)
+    expected = wide * torch.sigmoid(inner)  # x / 2 (1 + tanh(u)) is x sigmoid(2 u)
+    assert torch.allclose(got.double(), expected, rtol=2e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_row_has_the_same_bits_alone_and_in_a_batch(name, dtype, num_threads, assert_same_bits):
+    kernel, _ = KERNELS[name]
     gate_up = torch.randn(300, 2 * 101).to(dtype)
-    whole = activation.cpu(gate_up)
+    whole = kernel(gate_up)
     for row in (0, 1, 150, 299):
-        assert_same_bits(activation.cpu(gate_up[row : row + 1]), whole[row : row + 1])
+        assert_same_bits(kernel(gate_up[row : row + 1]), whole[row : row + 1])
 
 
 def test_a_strided_row_is_read_where_it_lies(dtype, assert_same_bits):

@@ -24,6 +24,30 @@ def test_the_kernel_agrees_with_the_reference(dtype, num_tokens, hidden, assert_
     assert_close(rms_norm.cpu(x, weight, EPS), rms_norm.reference(x, weight, EPS), TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("hidden", [7, 64, 100])
+def test_the_sum_is_rounded_into_the_residual_and_then_normed(dtype, hidden, assert_close, assert_same_bits):
+    x, residual = torch.randn(2, 9, hidden).to(dtype)
+    weight = weight_of(hidden, dtype)
+    ours, theirs = residual.clone(), residual.clone()
+    got = rms_norm.add_cpu(x, ours, weight, EPS)
+    assert_close(got, rms_norm.add_reference(x, theirs, weight, EPS), TOLERANCE[dtype])
+    assert_same_bits(ours, theirs)
+
+
+@pytest.mark.parametrize("hidden", [7, 64, 100])
+def test_a_float32_weight_multiplies_before_anything_is_rounded(dtype, hidden, assert_close):
+    x, weight = torch.randn(9, hidden).to(dtype), weight_of(hidden, torch.float32)
+    exact = x.double() / (x.double().pow(2).mean(-1, keepdim=True) + EPS).sqrt() * weight
+    for norm in (rms_norm.cpu, rms_norm.reference):
+        got = norm(x, weight, EPS)
+        assert_close(got, exact, TOLERANCE[dtype])
+        if dtype != torch.float32:  # two roundings would change a quarter of the numbers; float32 sums hardly any
+            assert (got == exact.to(dtype)).double().mean() > 0.98
+    ours, theirs = x.clone(), x.clone()
+    got = rms_norm.add_cpu(x, ours, weight, EPS)
+    assert_close(got, rms_norm.add_reference(x, theirs, weight, EPS), TOLERANCE[dtype])
+
+
 def test_heads_inside_a_wider_matrix_are_normed_where_they_lie(dtype, assert_same_bits):
     qkv, weight = torch.randn(5, 8 * 16).to(dtype), weight_of(16, dtype)
     heads = qkv[:, 32:96].unflatten(1, (4, 16))
@@ -48,7 +72,7 @@ def test_a_row_has_the_same_bits_alone_and_in_a_batch(dtype, num_threads, assert
 
 def test_a_weight_of_another_dtype_or_size_is_refused():
     x = torch.randn(2, 8)
-    for weight in (torch.ones(8, dtype=torch.bfloat16), torch.ones(7)):
+    for weight in (torch.ones(8, dtype=torch.float16), torch.ones(7)):
         with pytest.raises(ValueError, match="weight is"):
             rms_norm.cpu(x, weight, EPS)
 
@@ -56,4 +80,4 @@ def test_a_weight_of_another_dtype_or_size_is_refused():
 def test_the_reference_serves_what_the_kernel_cannot():
     assert rms_norm.rms_norm.select(OpSpec("cpu", torch.float32)) is rms_norm.cpu
     assert rms_norm.rms_norm.select(OpSpec("cpu", torch.float64)) is rms_norm.reference
-    assert rms_norm.rms_norm.select(OpSpec("cuda", torch.float32)) is rms_norm.reference
+    assert rms_norm.add_rms_norm.select(OpSpec("cuda", torch.float32)) is rms_norm.add_reference

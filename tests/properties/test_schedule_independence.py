@@ -4,8 +4,8 @@ Seeded random schedules on the real worker with the native kernels: arrivals, ch
 tight that requests are preempted, prefixes found in the cache, aborts of others, resends, one and two threads, one
 plan in flight or several, priorities and every rule of the scheduler drawn at random, logits processors of an
 operator's own; some requests have a grammar, some think first. For every instruction set this machine has, every dtype,
-int8 weights, fp8 and int8 caches, and shapes with grouped heads, windows and several attention segments.
-`--walk-steps` is the number of engine steps, all cases together.
+int8 weights, fp8 and int8 caches, and shapes with grouped heads, windows, windows beside full attention and several
+attention segments. `--walk-steps` is the number of engine steps, all cases together.
 """
 
 from __future__ import annotations
@@ -50,13 +50,25 @@ SHAPES = {
         SHORT,
         [7, 32, 50, 100, 333, 2048],
     ),
+    "windows and full layers": (
+        {"arch": "gemma3", "num_layers": 5, "sliding_window_pattern": 3, "sliding_window": 40, "head_dim": 32},
+        # None much longer than the rest: the least pool is hardly enough for two, so what a window lets go of is taken.
+        [94, 126, 61, 127, 95, 64, 125, 93, 62, 30, 5, 126],
+        [17, 17, 40, 40, 150, 700],
+    ),
     "long prompts": (
         {"arch": "llama3", "head_dim": 32, "num_kv_heads": 1, "tie_word_embeddings": False},
         [1030, 30, 1090, 1024, 62, 990, 31, 5, 94, 63],
         [150, 512, 1025, 2048],
     ),
+    "soft caps": (
+        {"arch": "gemma2", "num_layers": 2, "sliding_window": 40, "vocab_size": 3001},
+        SHORT,
+        [19, 64, 150, 700],
+    ),
 }
-CASES = [(shape, dtype, isa, "auto") for shape in SHAPES for dtype in DTYPES for isa in ISAS]
+CASES = [(shape, dtype, isa, "auto") for shape in SHAPES if shape != "soft caps" for dtype in DTYPES for isa in ISAS]
+CASES += [("soft caps", "bfloat16", isa, "auto") for isa in ISAS]
 CASES += [("grouped heads", "bfloat16", isa, kv_dtype) for isa in ISAS for kv_dtype in ("fp8", "int8")]
 CASES += [("long prompts", "bfloat16", "amx", "int8"), ("a window and biases", "float32", "avx512", "int8")]
 CASES += [(shape, "int8", isa, "auto") for shape in ("grouped heads", "a window and biases") for isa in ISAS]

@@ -53,6 +53,7 @@ def test_what_compiles_comes_back_as_a_grammar(checker: GrammarChecker):
         ({"type": "string", "minLength": 5, "maxLength": 3}, "minLength"),
         ({"enum": []}, "anyOf is empty"),
         ({"minimum": 10**400}, "out of range"),
+        ({"$ref": "#"}, "no text fits"),
     ],
 )
 def test_a_schema_that_cannot_be_done_names_the_keyword(checker: GrammarChecker, schema: dict, names: str):
@@ -64,6 +65,8 @@ def test_a_schema_that_cannot_be_done_names_the_keyword(checker: GrammarChecker,
     [
         ({"regex": "("}, "unclosed group"),
         ({"regex": r"(a)\1"}, "backreferences"),
+        ({"regex": r"[^\s\S]"}, "no text fits"),
+        ({"grammar": "start: start"}, "no text fits"),
         ({"grammar": "start: missing"}, "missing"),
         ({"grammar": "root ::= ("}, "cannot read it"),
         ({"grammar": "start: <|nobody|>"}, "nobody"),

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+from make_random_model import make_model
 
 from minivllm.ops import native
 from minivllm.ops.op import OpSpec
 from minivllm.ops.recording import recording
 from minivllm.ops.rms_norm import cpu as rms_norm
+from minivllm.sampling_params import SamplingParams
 from minivllm.worker.graphs import StepGraphs, key_of
+from tests.models.loop import Loop
 
 pytestmark = pytest.mark.skipif(
     native.why_not(OpSpec("cpu", torch.float32)) is not None, reason="only native calls are recorded"
@@ -118,3 +124,21 @@ def test_functions_are_as_they_were_after_a_recording():
         Step()()
     assert native.lib.rms_norm is before
     assert [call.__name__ for call, _ in taken.calls] == ["rms_norm", "rms_norm"]
+
+
+@pytest.mark.parametrize("arch", ["qwen3", "gemma2", "gemma3"])
+def test_a_models_decode_steps_are_replayed_and_give_the_eager_bits(arch: str, tmp_path: Path):
+    model = make_model(tmp_path, arch=arch, num_layers=3, seed=3)
+    params = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True, logprobs=2)
+    loop, eager = Loop(model), Loop(model, enforce_eager=True)
+    served = loop.worker.runner.model
+    num_eager = 0
+
+    def forward(*args: Any) -> torch.Tensor:
+        nonlocal num_eager
+        num_eager += 1
+        return type(served).forward(served, *args)
+
+    served.forward = forward
+    assert loop.run([[3, 4, 5]], params) == eager.run([[3, 4, 5]], params)
+    assert num_eager < 30  # of 60

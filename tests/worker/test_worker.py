@@ -81,6 +81,44 @@ def test_auto_takes_the_length_that_fits(tiny_model: Path):
     assert initialize(tiny_model, max_model_len="auto", num_gpu_blocks_override=5).max_model_len == 5 * 32
 
 
+# Windows beside full attention ------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def mixed_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Layers 2 and 5 see everything, the others 40 tokens."""
+    path = tmp_path_factory.mktemp("mixed")
+    return make_model(path, arch="gemma3", num_layers=6, sliding_window_pattern=3, sliding_window=40, seed=5)
+
+
+def test_groups_give_the_bits_that_full_attention_everywhere_gives(mixed_model: Path):
+    prompts = [[(i * 31 + length) % 500 for i in range(length)] for length in (300, 33, 32, 5, 97, 150)]
+    params = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True, logprobs=3)
+    grouped = Loop(mixed_model, max_num_batched_tokens=48)
+    whole = Loop(mixed_model, max_num_batched_tokens=48, disable_hybrid_kv_cache_manager=True)
+    assert [(each.sliding_window, each.layers) for each in grouped.ready.kv_cache_groups] == [
+        (40, (0, 3)), (40, (1, 4)), (None, (2, 5)),
+    ]  # fmt: skip
+    assert [each.layers for each in whole.ready.kv_cache_groups] == [(0, 1, 2, 3, 4, 5)]
+    expected = whole.run(prompts, params)
+    assert grouped.run(prompts, params) == expected
+    again = grouped.run(prompts, params)
+    assert again == expected
+    assert [answer.num_cached_tokens for answer in again] == [288, 32, 0, 0, 96, 128]
+    tight = Loop(mixed_model, max_num_batched_tokens=48, num_gpu_blocks_override=25, max_model_len=400)
+    assert tight.run(prompts * 2, params) == expected * 2
+    assert tight.num_preemptions > 0
+
+
+def test_the_same_memory_holds_more_where_windows_let_go(mixed_model: Path):
+    num_bytes = 60 << 14  # blocks of two layers take 16 KiB, of six 48
+    options = {"num_gpu_blocks_override": None, "kv_cache_memory_bytes": num_bytes, "max_num_batched_tokens": 48}
+    grouped = initialize(mixed_model, **options)
+    whole = initialize(mixed_model, disable_hybrid_kv_cache_manager=True, **options)
+    assert grouped.kv_cache_bytes == whole.kv_cache_bytes
+    assert grouped.max_model_len > 2 * whole.max_model_len
+
+
 def test_dtype_auto_is_the_checkpoints_own(bf16_model: Path):
     assert initialize(bf16_model).dtype == "bfloat16"
     assert initialize(bf16_model, dtype="float").dtype == "float32"

@@ -92,12 +92,12 @@ def read_lines(text: str) -> list[BatchLine]:
         ConfigError: a line is no request; the message has its number.
     """
     lines, seen = [], set()
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # only there: a JSON string may hold U+2028 and U+0085
         if not line.strip():
             continue
         try:
             fields = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"--input-file, line {number} is not JSON: {error}") from None
         reason = _why_no_request(fields)
         if reason is None and fields["custom_id"] in seen:
@@ -114,8 +114,8 @@ def read_lines(text: str) -> list[BatchLine]:
 def _why_no_request(fields: Any) -> str | None:
     if not isinstance(fields, dict):
         return "it must be an object with custom_id, method, url and body"
-    if not isinstance(fields.get("custom_id"), str):
-        return "custom_id must be a string"
+    if not isinstance(fields.get("custom_id"), str) or not _is_unicode(fields["custom_id"]):
+        return "custom_id must be a string, without halves of surrogate pairs"
     if fields.get("method", "POST") != "POST":
         return "method must be POST"
     if fields.get("url") not in URLS:
@@ -123,6 +123,14 @@ def _why_no_request(fields: Any) -> str | None:
     if not isinstance(fields.get("body"), dict):
         return "body must be an object"
     return "stream does not go together with a batch; leave it out" if fields["body"].get("stream") else None
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 async def _answer_all(args: Namespace, lines: list[BatchLine]) -> list[dict[str, Any]]:
@@ -168,7 +176,9 @@ async def answer_lines(
     from tqdm import tqdm
 
     key = next(iter(keys), None)
-    headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+    headers = {"Content-Type": "application/json"}
+    if key is not None:
+        headers["Authorization"] = f"Bearer {key}"
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     slots = asyncio.Semaphore(concurrency)
     bar = tqdm(total=len(lines), disable=not shows_progress)
@@ -176,7 +186,8 @@ async def answer_lines(
 
         async def answer(line: BatchLine) -> dict[str, Any]:
             async with slots:
-                response = await client.post(line.url, json=line.body, headers=headers)
+                # All in ASCII: what no text can carry is this line's error, as it is over HTTP, not the run's.
+                response = await client.post(line.url, content=json.dumps(line.body), headers=headers)
             bar.update(1)
             body = response.json()
             failed = response.status_code != 200
@@ -207,7 +218,7 @@ def _read(place: str) -> str:
             response = httpx.get(place, follow_redirects=True, timeout=60)
             response.raise_for_status()
             return response.text
-        return Path(place).read_text(encoding="utf-8")
+        return Path(place).read_text(encoding="utf-8-sig")  # a mark at the beginning is no part of the JSON
     except (OSError, ValueError, httpx.HTTPError) as error:
         raise ConfigError(f"--input-file {place} cannot be read: {error}") from error
 

@@ -158,11 +158,15 @@ def _validation_info(error: RequestValidationError) -> ErrorInfo:
 def _location(entry: dict[str, Any]) -> str:
     """The field as the client wrote it: without FastAPI's "body" before it."""
     loc = [str(part) for part in entry.get("loc", ())]
+    if entry.get("type") == "json_invalid":  # then it is a place in the body, no field
+        return loc[0]
     return ".".join(loc[1:] if loc[:1] == ["body"] and len(loc) > 1 else loc)
 
 
 def _validation_line(entry: dict[str, Any]) -> str:
     line = f"  {_location(entry)}: {entry.get('msg', 'is not valid')}"
+    if entry.get("type") == "json_invalid":
+        line += f" at character {entry['loc'][-1]}"
     if "error" in entry.get("ctx", {}):
         line += f" ({entry['ctx']['error']})"
     given = entry.get("input")

@@ -96,6 +96,12 @@ def test_a_wrong_batch_is_refused(api: Api, change: dict, param: str):
     assert api.engine.num_open == 0
 
 
+def test_of_a_batch_the_wrong_conversation_is_named(api: Api):
+    messages = [[{"role": "user", "content": "x"}], [{"role": "clown", "content": "x"}]]
+    error = api.post("/v1/chat/completions/batch", {"messages": messages}).json()["error"]
+    assert error["param"] == "messages[1][0].role" and error["message"].startswith("messages[1][0].role is")
+
+
 def test_the_tokenizers_configuration_is_told_when_opened(engine: FakeEngine, tmp_path: Path):
     assert Api(engine).get("/tokenizer_info").status_code == 404
     info = Api(engine, enable_tokenizer_info_endpoint=True).get("/tokenizer_info").json()

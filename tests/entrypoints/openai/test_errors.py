@@ -127,6 +127,11 @@ def test_a_body_that_is_no_object_is_a_400(api: Api, content: bytes):
     error_of(response)
 
 
+def test_where_a_body_is_no_json_is_a_place_and_no_field(api: Api):
+    error = error_of(api.request("POST", "/v1/completions", content=b'{"prompt": "x"]', headers=JSON))
+    assert error["param"] == "body" and "at character 14" in error["message"]
+
+
 @pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", ""])
 def test_another_content_type_is_a_400(api: Api, content_type: str):
     headers = {"content-type": content_type}

@@ -115,25 +115,35 @@ def test_what_is_not_stored_is_not_found(api: Api):
     assert api.post(f"/v1/responses/{body['id']}/cancel", {}).status_code == 404
 
 
-def test_the_store_drops_the_oldest():
-    def body(name: str):
-        made = _begin(ResponsesRequest(input="x"))
-        made.id = name
-        return made
+def stored_body(name: str, **asked):
+    made = _begin(ResponsesRequest(input="x", **asked))
+    made.id = name
+    return made
 
+
+def test_the_store_drops_the_oldest():
     store = ResponseStore(max_responses=2)
     for name in "abc":
-        store.put(body(name), [])
+        store.put(stored_body(name), [])
     store.get("b")
-    store.put(body("d"), [])
+    store.put(stored_body("d"), [])
     assert store.get("b") and store.get("d")
     for name in "ac":
         with pytest.raises(NotFoundError):
             store.get(name)
     small = ResponseStore(max_bytes=100)
-    small.put(body("a"), [{"content": "x" * 200}])
+    small.put(stored_body("a"), [{"content": "x" * 200}])
     with pytest.raises(NotFoundError):
         small.get("a")
+
+
+def test_what_a_stored_answer_repeats_of_its_request_counts_too():
+    store = ResponseStore(max_bytes=5000)
+    for name in "ab":
+        store.put(stored_body(name, metadata={"a": "x" * 3000}), [])
+    assert store.get("b")
+    with pytest.raises(NotFoundError):
+        store.get("a")
 
 
 @pytest.mark.parametrize(

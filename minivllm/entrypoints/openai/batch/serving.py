@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 from minivllm.entrypoints.openai.batch.protocol import BatchChatRequest
 from minivllm.entrypoints.openai.chat_objects import ServingChatObjects, chat_request
 from minivllm.entrypoints.openai.protocol import Usage, json_response
+from minivllm.exceptions import RequestError
 
 if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.responses import Response
 
-    from minivllm.entrypoints.openai.chat_completion.protocol import ChatCompletion
+    from minivllm.entrypoints.openai.chat_completion.protocol import ChatCompletion, ChatCompletionRequest
 
 
 class ServingBatch:
@@ -28,7 +29,7 @@ class ServingBatch:
         """
         fields = dict(request.model_extra or {})
         asked = [chat_request({**fields, "messages": messages}, {}) for messages in request.messages]
-        tasks = [asyncio.ensure_future(self._chat.whole(one, raw_request)) for one in asked]
+        tasks = [asyncio.ensure_future(self._one(i, one, raw_request)) for i, one in enumerate(asked)]
         try:
             bodies = await asyncio.gather(*tasks)
         finally:
@@ -36,6 +37,16 @@ class ServingBatch:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
         return json_response(_together(bodies))
+
+    async def _one(self, index: int, asked: ChatCompletionRequest, raw_request: Request) -> ChatCompletion:
+        try:
+            return await self._chat.whole(asked, raw_request)
+        except RequestError as error:  # which of the conversations is wrong
+            if error.param is not None and error.param.startswith("messages["):
+                error.param, error.message = (
+                    text.replace("messages[", f"messages[{index}][", 1) for text in (error.param, error.message)
+                )
+            raise
 
 
 def _together(bodies: list[ChatCompletion]) -> ChatCompletion:

@@ -1,6 +1,6 @@
 """Answers that were asked to be kept, in memory: for GET, and for conversations that go on by id.
 
-Bounded in number and in characters; the oldest goes first. It does not outlive its process, nor is it shared.
+Bounded in number and in bytes, as text; the oldest goes first. It does not outlive its process, nor is it shared.
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 from minivllm.entrypoints.openai.responses.protocol import ResponseBody
 from minivllm.exceptions import NotFoundError
@@ -34,7 +36,8 @@ class ResponseStore:
 
     def put(self, body: ResponseBody, messages: list[dict[str, Any]]) -> None:
         self._drop(body.id)
-        num_bytes = len(str(messages))
+        # The body repeats what the request says (metadata, tools, …) and may hold logprobs: it can be the larger part.
+        num_bytes = len(str(messages)) + len(msgspec.json.encode(body))
         self._stored[body.id] = Stored(body, messages, num_bytes)
         self._num_bytes += num_bytes
         while len(self._stored) > self._max_responses or (self._num_bytes > self._max_bytes and self._stored):

@@ -1,0 +1,16 @@
+#include "scaling.h"
+
+#include "../bindings.h"
+
+namespace minivllm {
+
+MINIVLLM_BIND(scaling, m) {
+    m.def("scale", [](int dtype, uintptr_t x, int64_t n, float factor) {
+        scaling_kernels().scale(DType(dtype), ptr<void>(x), n, factor);
+    }, release_gil);
+    m.def("soft_cap", [](int dtype, uintptr_t x, int64_t n, float cap) {
+        scaling_kernels().soft_cap(DType(dtype), ptr<void>(x), n, cap);
+    }, release_gil);
+}
+
+}  // namespace minivllm

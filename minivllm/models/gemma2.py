@@ -1,0 +1,190 @@
+"""Gemma 2 (Gemma Team 2024, arXiv:2408.00118).
+
+Beside Llama: every other layer has a window; a norm after attention and MLP as well as before; GELU in the gate; soft
+caps on scores and logits; embeddings scaled by the root of their size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from minivllm.attention.backend import AttentionBackend, ForwardContext
+from minivllm.config.hf_config import HFConfig
+from minivllm.exceptions import ModelFilesError
+from minivllm.layers.attention import Attention
+from minivllm.layers.embedding import Embedding, LMHead, TiedEmbedding
+from minivllm.layers.linear import GatedLinear, QKVLinear, RowLinear
+from minivllm.layers.norm import GemmaRMSNorm
+from minivllm.layers.rotary import RotaryEmbedding
+from minivllm.layers.weight import Weight, under
+from minivllm.models.decoder import DecoderForCausalLM, Variant
+from minivllm.models.qwen2 import sliding_windows
+from minivllm.ops.op import OpSpec
+from minivllm.ops.scaling import scale, soft_cap
+
+
+class GemmaAttention:
+    """Grouped-query attention with rotary positions."""
+
+    def __init__(
+        self,
+        config: HFConfig,
+        variant: Variant,
+        index: int,
+        backend: AttentionBackend,
+        rotary: RotaryEmbedding,
+        quantization: str | None,
+    ) -> None:
+        where = {"dtype": backend.spec.dtype, "device": backend.spec.device}
+        packed = {**where, "quantization": quantization}
+        heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        size, bias = config.hidden_size, bool(config.attention_bias)
+        self.qkv_proj = QKVLinear(size, heads, kv_heads, head_dim, bias=bias, **packed)
+        self.o_proj = RowLinear(heads * head_dim, size, "o_proj", bias=bias, **packed)
+        self.q_norm = GemmaRMSNorm(head_dim, config.rms_norm_eps, **where) if variant.qk_norm else None
+        self.k_norm = GemmaRMSNorm(head_dim, config.rms_norm_eps, **where) if variant.qk_norm else None
+        self.rotary = rotary
+        self.attention = Attention(
+            index,
+            backend,
+            sliding_window=variant.sliding_windows[index],
+            scale=(config.query_pre_attn_scalar or head_dim) ** -0.5,
+            softcap=config.attn_logit_softcapping or 0.0,
+        )
+
+    def __call__(self, x: torch.Tensor, positions: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
+        q, k, v = self.qkv_proj(x)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        self.rotary(positions, q, k)
+        return self.o_proj(self.attention(q, k, v, ctx))
+
+    def weights(self) -> Iterator[Weight]:
+        yield from self.qkv_proj.weights()
+        yield from self.o_proj.weights()
+        if self.q_norm is not None:
+            yield from under("q_norm", self.q_norm.weights())
+            yield from under("k_norm", self.k_norm.weights())
+
+
+class GemmaMLP:
+    """The gated feed-forward part."""
+
+    def __init__(self, config: HFConfig, *, dtype: torch.dtype, device: str, quantization: str | None) -> None:
+        where = {"dtype": dtype, "device": device, "quantization": quantization}
+        self.gate_up_proj = GatedLinear(
+            config.hidden_size, config.intermediate_size, config.hidden_act, **where
+        )
+        self.down_proj = RowLinear(config.intermediate_size, config.hidden_size, "down_proj", **where)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.gate_up_proj(x))
+
+    def weights(self) -> Iterator[Weight]:
+        yield from self.gate_up_proj.weights()
+        yield from self.down_proj.weights()
+
+
+class GemmaLayer:
+    """x + norm(attention(norm(x))), then x + norm(mlp(norm(x))); additions fused with the norms that follow."""
+
+    def __init__(
+        self,
+        config: HFConfig,
+        variant: Variant,
+        index: int,
+        backend: AttentionBackend,
+        rotary: RotaryEmbedding,
+        quantization: str | None,
+    ) -> None:
+        where = {"dtype": backend.spec.dtype, "device": backend.spec.device}
+        size, eps = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm = GemmaRMSNorm(size, eps, **where)
+        self.self_attn = GemmaAttention(config, variant, index, backend, rotary, quantization)
+        self.post_attention_layernorm = GemmaRMSNorm(size, eps, **where)
+        self.pre_feedforward_layernorm = GemmaRMSNorm(size, eps, **where)
+        self.mlp = GemmaMLP(config, **where, quantization=quantization)
+        self.post_feedforward_layernorm = GemmaRMSNorm(size, eps, **where)
+
+    def __call__(
+        self, x: torch.Tensor | None, residual: torch.Tensor, positions: torch.Tensor, ctx: ForwardContext
+    ) -> torch.Tensor:
+        """x: what is still to be added to the residual stream, None in the first layer; returns the next such.
+
+        `residual` is changed in place.
+        """
+        x = self.input_layernorm(residual) if x is None else self.input_layernorm.add(x, residual)
+        x = self.post_attention_layernorm(self.self_attn(x, positions, ctx))
+        x = self.pre_feedforward_layernorm.add(x, residual)
+        return self.post_feedforward_layernorm(self.mlp(x))
+
+    def weights(self) -> Iterator[Weight]:
+        yield from under("input_layernorm", self.input_layernorm.weights())
+        yield from under("self_attn", self.self_attn.weights())
+        yield from under("post_attention_layernorm", self.post_attention_layernorm.weights())
+        yield from under("pre_feedforward_layernorm", self.pre_feedforward_layernorm.weights())
+        yield from under("mlp", self.mlp.weights())
+        yield from under("post_feedforward_layernorm", self.post_feedforward_layernorm.weights())
+
+
+class Gemma2ForCausalLM(DecoderForCausalLM):
+    DEFAULT_PATTERN = 2  # of so many layers, the last sees everything
+    QK_NORM = False
+
+    def __init__(
+        self, config: HFConfig, backend: AttentionBackend, max_positions: int, quantization: str | None = None
+    ) -> None:
+        variant = self.variant(config)
+        where = {"dtype": backend.spec.dtype, "device": backend.spec.device}
+        sizes = (config.vocab_size, config.hidden_size)
+        self.sliding_windows = variant.sliding_windows
+        self.tied = config.tie_word_embeddings
+        self.lm_head = LMHead(*sizes, **where, quantization=quantization)
+        self.embed_tokens = TiedEmbedding(self.lm_head) if self.tied else Embedding(*sizes, **where)
+        # As the checkpoint was trained: the factor is rounded before it multiplies.
+        self._scale = scale.select(OpSpec(where["device"], where["dtype"]))
+        self.embed_scale = torch.tensor(config.hidden_size**0.5, dtype=backend.spec.dtype).item()
+        full, windowed = self.rotaries(config, max_positions, **where)
+        self.layers = [
+            GemmaLayer(config, variant, index, backend, full if window is None else windowed, quantization)
+            for index, window in enumerate(self.sliding_windows)
+        ]
+        self.norm = GemmaRMSNorm(config.hidden_size, config.rms_norm_eps, **where)
+        self._soft_cap = soft_cap.select(OpSpec(where["device"], torch.float32))
+        self.logit_softcap = config.final_logit_softcapping
+
+    @classmethod
+    def variant(cls, config: HFConfig) -> Variant:
+        if config.sliding_window is None:
+            raise ModelFilesError(f"config.json of {config.architecture} names no sliding_window; add it")
+        windows: list[int | None]
+        if config.layer_types is not None:
+            windows = sliding_windows(config)
+        else:
+            pattern = config.sliding_window_pattern or cls.DEFAULT_PATTERN
+            is_last = [(index + 1) % pattern == 0 for index in range(config.num_hidden_layers)]
+            windows = [None if last else config.sliding_window for last in is_last]
+        return Variant(sliding_windows=windows, qk_norm=cls.QK_NORM)
+
+    @staticmethod
+    def rotaries(
+        config: HFConfig, max_positions: int, *, dtype: torch.dtype, device: str
+    ) -> tuple[RotaryEmbedding, RotaryEmbedding]:
+        """What turns the layers without a window, and those with one."""
+        rotary = RotaryEmbedding(config, max_positions, dtype=dtype, device=device)
+        return rotary, rotary
+
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
+        x, residual = None, self.embed_tokens(input_ids)
+        self._scale(residual, self.embed_scale)
+        for layer in self.layers:
+            x = layer(x, residual, positions, ctx)
+        return self.norm.add(x, residual)
+
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits = super().compute_logits(hidden)
+        if self.logit_softcap is not None:
+            self._soft_cap(logits, self.logit_softcap)
+        return logits
