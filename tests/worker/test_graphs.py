@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -142,3 +144,15 @@ def test_a_models_decode_steps_are_replayed_and_give_the_eager_bits(arch: str, t
     served.forward = forward
     assert loop.run([[3, 4, 5]], params) == eager.run([[3, 4, 5]], params)
     assert num_eager < 30  # of 60
+
+
+def test_recording_brings_in_no_compiler():
+    """Torch's takes more than a second to import, and would do so in the middle of somebody's answer."""
+    code = (
+        "import sys, torch\n"
+        "from minivllm.ops.recording import recording\n"
+        "with recording() as taken: torch.ones(2) + 1\n"
+        "assert taken.unusable, 'nothing was watched'\n"
+        "sys.exit('torch._dynamo' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
