@@ -95,7 +95,8 @@ def test_a_field_nobody_defines_is_named_once_in_the_log_and_in_each_answer(api:
         answer = api.post("/v1/completions", {"prompt": "Hi", "colour": 1, "a b": 2, "stream": True})
         assert answer.status_code == 200
         assert answer.headers["x-ignored-fields"] == "colour"
-    assert len([m for m in caplog.messages if "colour" in m]) == 1
+    # By identity: where an earlier test has configured logging, a record reaches the capture by two ways.
+    assert len({id(record) for record in caplog.records if "colour" in record.getMessage()}) == 1
 
 
 def test_strict_fields_refuse_it_with_the_nearest_name(engine: FakeEngine):
