@@ -288,7 +288,8 @@ class _Maker:
         """The answer ends with an error."""
         info = error_info(error)
         self.body.status = "failed"
-        self.body.error = {"code": "server_error", "message": info.message}
+        code = "server_error" if info.code >= 500 else "invalid_prompt"  # the nearest of those OpenAI has
+        self.body.error = {"code": code, "message": info.message}
         return self._event("failed", response=self.body)
 
 
