@@ -311,3 +311,16 @@ def test_an_answer_that_must_call_cannot_have_another_form_too():
     ):
         response = api.post(CHAT, {**ask, **extra})
         assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+
+
+@pytest.mark.parametrize("include_reasoning", [True, False])
+def test_usage_tells_reasoning_tokens_shown_or_not(include_reasoning: bool):
+    ask = {"include_reasoning": include_reasoning, "n": 2, "temperature": 1}
+    api = with_reasoning("<think>why?</think>Four.")
+    usage = api.chat(**ask)["usage"]
+    assert usage["completion_tokens_details"] == {"reasoning_tokens": 8}
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    *_, before, last = api.stream(CHAT, stream_options=options, **ask)
+    assert last["usage"] == usage
+    assert before["usage"]["completion_tokens_details"] == {"reasoning_tokens": 4}  # of its own choice
+    assert "completion_tokens_details" not in api_with("Four.").chat()["usage"]
