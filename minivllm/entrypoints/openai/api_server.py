@@ -446,7 +446,7 @@ def answer_format(frontend: FrontendConfig, config: EngineConfig) -> AnswerForma
     if name is None and is_box_model(config.model.model):
         name, auto = "hermes", True
     parser = TOOL_PARSERS.get(name) if name is not None else None
-    return AnswerFormat(parser, reasoning_parser_class(config.reasoning), auto)
+    return AnswerFormat(parser, reasoning_parser_class(config.reasoning), auto, frontend.tool_strict_level)
 
 
 def _warn_of_other_template(engine: AsyncLLM, template: str | None) -> None:

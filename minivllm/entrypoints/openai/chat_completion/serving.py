@@ -75,9 +75,9 @@ class ServingChat(ServingBase):
         param = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
         max_tokens = self._max_tokens(asked, None, len(token_ids), param=param)
         if request.use_beam_search:
-            if request.tool_use.must_call:
+            if plan.form is not None:
                 raise RequestError(
-                    "use_beam_search cannot hold an answer to calls; say tool_choice auto or none",
+                    "use_beam_search cannot hold an answer to calls; say tool_choice auto or none, without strict",
                     param="tool_choice",
                 )
             params = request.to_beam_search_params(max_tokens=max_tokens, num_logprobs=request.num_logprobs)
@@ -225,13 +225,15 @@ def _with_plan(params: SamplingParams, plan: AnswerPlan) -> SamplingParams:
         params = params.clone(skip_special_tokens=False)
     if (form := plan.form) is None:
         return params
-    if params.structured_outputs is not None:
+    if params.structured_outputs is None:
+        return params.clone(structured_outputs=form)
+    if plan.use.must_call:
         raise RequestError(
             "an answer that must call a tool cannot have a form of its own as well; drop "
             f"{params.structured_outputs.param}, or tool_choice",
             param=params.structured_outputs.param,
         )
-    return params.clone(structured_outputs=form)
+    return params  # an answer of that form has no room for calls
 
 
 def delta_of(pieces: list[Piece]) -> Delta:
