@@ -111,7 +111,8 @@ class AsyncLLM:
         Closing the generator, or cancelling its consumer, aborts the request.
 
         Raises:
-            RequestError: the request is at fault; the engine has not seen it.
+            RequestError: the request is at fault. The engine has not seen it, or found out as it ran: where its
+                constraints leave no token.
             EngineGenerateError: this request failed in the engine.
             EngineDeadError: the engine is gone.
         """

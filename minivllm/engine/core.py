@@ -113,15 +113,21 @@ class EngineCore:
         try:
             self.scheduler.add_request(request)
         except RequestError as error:
-            self.reject(request.request_id, request.client_index, str(error))
+            self.reject(request.request_id, request.client_index, str(error), param=error.param)
 
     def reject(
-        self, request_id: str, client_index: int, reason: str, how: FinishReason = FinishReason.ERROR
+        self,
+        request_id: str,
+        client_index: int,
+        reason: str,
+        how: FinishReason = FinishReason.ERROR,
+        *,
+        param: str | None = None,
     ) -> None:
-        """Answer a request that never reaches the scheduler."""
+        """Answer a request that never reaches the scheduler. param: its field at fault, if one is."""
         error = reason if how is FinishReason.ERROR else None
         self._untold[client_index].append(
-            EngineCoreOutput(request_id=request_id, finish_reason=how, error=error)
+            EngineCoreOutput(request_id=request_id, finish_reason=how, error=error, error_param=param)
         )
 
     def abort_requests(self, request_ids: Iterable[str]) -> None:

@@ -455,7 +455,7 @@ class Scheduler:
         assert result.request_ids == list(plan.num_scheduled_tokens), "the result is not in the plan's order"
         outputs: OutputsByClient = defaultdict(list)
         if result.failed:
-            self._fail(step, result.failed, outputs)
+            self._fail(step, result, outputs)
         block_size, lost, num_generated = self.kv_cache.block_size, step.lost, 0
         is_plain = not (result.logprobs or result.prompt_logprobs)
         # The only loop over results on this path; add per-request work here, or better in `_report`, which a request
@@ -485,13 +485,15 @@ class Scheduler:
         self._ended_on_arrival.clear()
         return outputs
 
-    def _fail(self, step: Step, failed: dict[str, str], outputs: OutputsByClient) -> None:
+    def _fail(self, step: Step, result: ModelRunnerOutput, outputs: OutputsByClient) -> None:
         """End requests that the worker cannot go on with; the others do."""
         for request in step.requests:
-            if request.request_id in failed and not request.finished:
+            error = result.failed.get(request.request_id)
+            if error is not None and not request.finished:
                 # What this step wrote is in doubt: it is not offered to the cache.
                 self._release(request, request.status)
-                request.finish(FinishReason.ERROR, error=failed[request.request_id])
+                error_param = result.fields_at_fault.get(request.request_id)
+                request.finish(FinishReason.ERROR, error=error, error_param=error_param)
                 self._emit(outputs, request)
 
     def _release(self, request: Request, status: RequestStatus) -> None:
@@ -545,6 +547,7 @@ class Scheduler:
             finish_reason=request.finish_reason,
             stop_reason=request.stop_reason,
             error=request.error,
+            error_param=request.error_param,
         )
         if not request.answered:
             request.answered = True

@@ -386,7 +386,6 @@ def init_app_state(engine: AsyncLLM, args: Namespace, app: FastAPI, stats: StatL
     """Give the app its engine, and build what serves each route."""
     from minivllm.entrypoints.openai.batch.serving import ServingBatch
     from minivllm.entrypoints.openai.chat_completion.serving import ServingChat
-    from minivllm.entrypoints.openai.chat_objects import ServingChatObjects
     from minivllm.entrypoints.openai.completion.serving import ServingCompletion
     from minivllm.entrypoints.openai.messages.serving import ServingMessages
     from minivllm.entrypoints.openai.models.serving import ServedModels
@@ -437,7 +436,7 @@ def init_app_state(engine: AsyncLLM, args: Namespace, app: FastAPI, stats: StatL
     state.serving_completion = ServingCompletion(*common)
     state.serving_chat = ServingChat(*common)
     state.serving_tokenize = ServingTokenize(state.models, renderer)
-    chat = ServingChatObjects(*common)
+    chat = state.serving_chat
     state.serving_batch = ServingBatch(chat)
     state.serving_messages = ServingMessages(chat, state.lifecycle, settings.keep_alive_s)
     # Several servers share no memory: what one had stored, the next request would not find.
@@ -460,7 +459,7 @@ def answer_format(frontend: FrontendConfig, config: EngineConfig) -> AnswerForma
     if name is None and is_box_model(config.model.model):
         name, auto = "hermes", True
     parser = TOOL_PARSERS.get(name) if name is not None else None
-    return AnswerFormat(parser, reasoning_parser_class(config.reasoning), auto)
+    return AnswerFormat(parser, reasoning_parser_class(config.reasoning), auto, frontend.tool_strict_level)
 
 
 def _warn_of_other_template(engine: AsyncLLM, template: str | None) -> None:
