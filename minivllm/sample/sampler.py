@@ -25,7 +25,7 @@ from minivllm.sample.thinking import ThinkingBudget
 from minivllm.sampling_params import SamplingParams
 
 NONFINITE = "the model gave logits that are not finite numbers; the request cannot go on"
-NOTHING_ALLOWED = "what the request allows and forbids (or a logits processor) leaves no token that could be chosen"
+NOTHING_LEFT = "a logits processor leaves no token that could be chosen"
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class SamplerOutput:
     token_ids: np.ndarray  # [M] int64; meaningless where failed
     logprobs: dict[int, LogprobsLists] = field(default_factory=dict)  # one row each, of those who asked
     failed: dict[int, str] = field(default_factory=dict)
+    fields_at_fault: dict[int, str] = field(default_factory=dict)  # of those failed by what they ask for themselves
 
 
 class Sampler:
@@ -83,6 +84,7 @@ class Sampler:
         self._steps = [*self._before_custom, *([custom] if custom is not None else []), *self._after_custom]
         self._num_logprobs: dict[int, int] = {}  # by table row
         self._logprob_token_ids: dict[int, list[int]] = {}  # by table row
+        self._form_fields: dict[int, str] = {}  # by table row: what its user calls `structured_outputs`
         self._columns = _Columns()
 
     # Requests ----------------------------------------------------------------
@@ -95,12 +97,15 @@ class Sampler:
             self._num_logprobs[row] = params.logprobs
         if params.logprob_token_ids is not None:
             self._logprob_token_ids[row] = params.logprob_token_ids
+        if params.structured_outputs is not None:
+            self._form_fields[row] = params.structured_outputs.param
         for step in self._steps:
             step.add_request(row, params, eos_token_ids)
 
     def remove_request(self, row: int) -> None:
         self._num_logprobs.pop(row, None)
         self._logprob_token_ids.pop(row, None)
+        self._form_fields.pop(row, None)
         for step in self._steps:
             step.remove_request(row)
 
@@ -117,16 +122,23 @@ class Sampler:
         values = self._reported(logits, asking) if self._is_raw else None
         if grammar is not None:
             self._apply_bitmask(logits, grammar.columns, grammar.bitmask)
-        changed, why = self._constrain(logits, batch)
+        changed = any([step.apply(logits, batch) for step in self._before_custom])
+        torn: dict[int, list[str]] = {}
         if changed or grammar is not None:
-            failed = dict.fromkeys(self._nonfinite_rows(logits), NOTHING_ALLOWED) | failed
+            torn = {i: self._forbidding(i, batch, grammar) for i in self._nonfinite_rows(logits) if i not in failed}
+            failed |= {i: _contradiction(fields, int(batch.num_output_tokens[i])) for i, fields in torn.items()}
+        why = self._process(logits, batch, failed)
+        for step in self._after_custom:
+            step.apply(logits, batch)
         noise, why_warped = self._warp(logits, batch, columns)
         if why or why_warped:
             failed = dict.fromkeys(range(len(logits)), why or why_warped) | failed
         token_ids, _ = self._choose(logits, *noise)
         if not self._is_raw:
             values = self._reported(logits, asking)
-        return SamplerOutput(token_ids.numpy(), self._logprobs(values, token_ids, batch.rows, asking), failed)
+        at_fault = {i: fields[0] for i, fields in torn.items()}
+        logprobs = self._logprobs(values, token_ids, batch.rows, asking)
+        return SamplerOutput(token_ids.numpy(), logprobs, failed, at_fault)
 
     @property
     def _changes_nothing(self) -> bool:
@@ -174,17 +186,26 @@ class Sampler:
         """The rows of `logits` that no token can be drawn from."""
         return self._nonfinite_rows(logits)
 
-    def _constrain(self, logits: torch.Tensor, batch: SampleBatch) -> tuple[bool, str | None]:
-        """Every change before the temperature, in place; whether there was one, and why the batch cannot go on."""
-        changed = any([step.apply(logits, batch) for step in self._before_custom])
-        why = self._custom.apply(logits, batch) if self._custom is not None else None
-        changed |= any([step.apply(logits, batch) for step in self._after_custom])
-        return changed or self._custom is not None, why
+    def _forbidding(self, i: int, batch: SampleBatch, grammar: GrammarMask | None) -> list[str]:
+        """The fields by which a request forbids tokens now, as its user wrote them. One at least has forbidden all."""
+        fields = [step.field for step in self._before_custom if step.forbids_tokens(i, batch)]
+        if grammar is not None and i in grammar.columns:
+            fields.insert(0, self._form_fields.get(int(batch.rows[i]), "structured_outputs"))
+        return fields
+
+    def _process(self, logits: torch.Tensor, batch: SampleBatch, failed: dict[int, str]) -> str | None:
+        """The operator's processors, in place; adds to `failed` whom they leave nothing. Why nobody can go on."""
+        if self._custom is None:
+            return None
+        why = self._custom.apply(logits, batch)
+        for i in self._nonfinite_rows(logits):
+            failed.setdefault(i, NOTHING_LEFT)
+        return why
 
     def _warp(
         self, logits: torch.Tensor, batch: SampleBatch, columns: _Chosen
     ) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], str | None]:
-        """Divide by temperature and truncate, in place; what is left for the noise to know, and as `_constrain`.
+        """Divide by temperature and truncate, in place; what is left for the noise to know, and as `_process`.
 
         The division is done here, so that a row's bits are the same beside rows that truncate and beside
         none; dividing by 1 changes nothing.
@@ -225,6 +246,15 @@ class Sampler:
             else:
                 found[i] = gather_logprobs(values[at : at + 1], own, self._num_logprobs[row])
         return found
+
+
+def _contradiction(fields: list[str], num_output_tokens: int) -> str:
+    """What to say of constraints that forbid every token."""
+    verb = "leaves" if len(fields) == 1 else "together leave"
+    return (
+        f"{' and '.join(fields)} {verb} no token that could come next, after {num_output_tokens} tokens of output; "
+        "allow more"
+    )
 
 
 class _Chosen:

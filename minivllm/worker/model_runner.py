@@ -206,6 +206,7 @@ class ModelRunner:
             for column in sampled.failed:
                 tokens[column] = []
             result.failed.update({ids[column]: why for column, why in sampled.failed.items()})
+            result.fields_at_fault.update({ids[column]: name for column, name in sampled.fields_at_fault.items()})
         else:
             self.table.append_tokens(rows, sampled.token_ids)
         if is_whole:
