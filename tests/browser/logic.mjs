@@ -76,6 +76,10 @@ const tests = {
   },
 
   "a square shows the busiest of its blocks, and all fit"() {
+    for (const count of [1, 100, 305, 2_000, 16_384]) {
+      const { rows, columns, size, squares } = mapSquares(new Uint8Array(count), 395, 120);
+      assert.ok(rows * size <= 125 && columns * size <= 395.5 && rows * columns >= squares.length, String(count));
+    }
     const states = new Uint8Array(10_922);
     states[5_000] = 2;
     const map = mapSquares(states, 390, 240);

@@ -126,9 +126,10 @@ export function mapSquares(states, width, maxHeight, least = 6) {
   for (let i = 0; i < squares.length; i++) squares[i] = Math.max(...states.subarray(i * each, (i + 1) * each));
   const columnsOf = (side) => Math.max(1, Math.floor(width / side));
   const rowsOf = (side) => Math.ceil(squares.length / columnsOf(side));
+  const sizeOf = (side) => width / columnsOf(side); // a little larger, so that the rows are full
   let side = 18;
-  while (side > least && rowsOf(side) * side > maxHeight) side--;
-  return { squares, each, size: width / columnsOf(side), columns: columnsOf(side), rows: rowsOf(side) };
+  while (side > least && rowsOf(side) * sizeOf(side) > maxHeight) side--;
+  return { squares, each, size: sizeOf(side), columns: columnsOf(side), rows: rowsOf(side) };
 }
 
 /** A round number at or above the largest value, for the top of a chart. */
