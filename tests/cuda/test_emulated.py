@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from minivllm.ops import kv_write
+from minivllm.ops.cuda import block_ranges
 from minivllm.ops.kv_layout import RowLayout
 from minivllm.ops.paged_attention import Options, _attend
 from tests.cuda.emulated import KV_CODES, compiler, library, pointer
@@ -158,3 +159,10 @@ def test_blocks_are_copied_in_every_layer_and_no_other_byte_is_touched():
         pointer(addresses), pointer(addresses), 2, pointer(pairs), len(pairs), ctypes.c_int64(layers.shape[2])
     )
     assert torch.equal(layers, expected)
+
+
+def test_blocks_that_follow_one_another_are_copied_as_one_range():
+    source, target = torch.zeros(9, 48, dtype=torch.uint8), torch.zeros(9, 48, dtype=torch.uint8)
+    ranges = block_ranges(source, target, [(2, 5), (3, 6), (4, 8), (5, 9)])
+    begin, to = source.data_ptr(), target.data_ptr()
+    assert ranges == [(begin + 2 * 48, to + 5 * 48, 96), (begin + 4 * 48, to + 8 * 48, 96)]
