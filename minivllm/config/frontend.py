@@ -63,8 +63,8 @@ class FrontendConfig:
     tool_parser_plugin: str = ""
     """Python file that registers parsers: minivllm.tool_parsers.registry.TOOL_PARSERS.register(NAME)."""
     tool_strict_level: Literal["auto", "function", "parameter"] = "auto"
-    """How far a grammar holds calls that the model makes when it likes: auto, if a function says strict; function, always
-    to the functions there are; parameter, always to their schemas too."""
+    """How far a grammar holds calls that the model makes when it likes: auto, if a function says strict; function,
+    always to the functions there are; parameter, always to their schemas too."""
     exclude_tools_when_tool_choice_none: bool = False
     """Leave tools out of the prompt when tool_choice is none."""
     response_role: str = "assistant"

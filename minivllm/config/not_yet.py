@@ -33,7 +33,7 @@ NOT_YET = frozenset(
     enable_moe_shared_loras enable_nccl_comm_suspend enable_offline_docs enable_per_request_metrics
     enable_prompt_adapter enable_prompt_embeds enable_reasoning
     enable_return_routed_experts enable_scale_out
-    enable_shm_tensor_arena enable_sleep_mode
+    enable_shm_tensor_arena
     enable_tower_connector_lora enable_trace_replay engram_config eplb_config
     expert_placement_strategy fail_on_environ_validation
     fault_tolerance_config fingerprint_mode fingerprint_value fully_sharded_loras gdn_prefill_backend grpc
@@ -57,7 +57,7 @@ NOT_YET = frozenset(
     offload_prefetch_step optimization_level per_request_spec_decode_metrics
     performance_mode pipeline_parallel_size pooler_config preemption_mode prefill_context_parallel_size
     prefill_schedule_interval prefix_cache_retention_interval prefix_match_unit
-    profiler_config prompt_adapters pt_load_map_location quantization_config ray_workers_use_nsight
+    prompt_adapters pt_load_map_location quantization_config ray_workers_use_nsight
     reasoning_config renderer_num_workers replayssm_buffer_len
     return_sampling_mask rope_scaling rope_theta runner safetensors_load_strategy
     safetensors_prefetch_block_size safetensors_prefetch_num_threads scheduler_cls
@@ -89,7 +89,6 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "data_parallel_size": (1,),
     "device": ("cpu", "auto"),
     "enable_lora": (False,),
-    "enable_sleep_mode": (False,),
     "model_impl": ("auto",),
     "nnodes": (1,),
     "pipeline_parallel_size": (1,),

@@ -5,9 +5,9 @@ What this engine cannot do is an error that says so: there is no route that does
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Depends, Query, Request
 from pydantic import BaseModel
 from starlette.responses import JSONResponse, Response
 
@@ -66,18 +66,23 @@ async def is_paused(raw_request: Request) -> Response:
 
 
 @router.post("/sleep")
-async def sleep() -> Response:
-    raise NotImplementedHereError("this engine cannot give its memory back and live on; POST /pause stops its work")
+async def sleep(raw_request: Request, level: int = 1, mode: Literal["abort", "wait", "keep"] = "abort") -> Response:
+    """Give back the KV cache's memory, at level 2 the weights' too. Open requests are aborted, waited for, or kept;
+    those that are kept, and those that come, wait for /wake_up."""
+    await raw_request.app.state.engine.sleep(level, mode)
+    return JSONResponse({"status": "sleeping", "level": level})
 
 
 @router.post("/wake_up")
-async def wake_up() -> Response:
-    raise NotImplementedHereError("this engine never sleeps; POST /resume goes on after /pause")
+async def wake_up(raw_request: Request, tags: Annotated[list[str] | None, Query()] = None) -> Response:
+    """Have memory again: what the tags name (weights, kv_cache), or all of it; requests go on when all is back."""
+    is_awake = await raw_request.app.state.engine.wake_up(tags)
+    return JSONResponse({"status": "awake" if is_awake else "sleeping", "tags": tags})
 
 
 @router.get("/is_sleeping")
-async def is_sleeping() -> Response:
-    return JSONResponse({"is_sleeping": False})
+async def is_sleeping(raw_request: Request) -> Response:
+    return JSONResponse({"is_sleeping": await raw_request.app.state.engine.is_sleeping()})
 
 
 @json_router.post("/collective_rpc")
@@ -97,11 +102,3 @@ async def abort_requests(request: AbortRequest, raw_request: Request) -> Respons
     """End requests by the ids their answers carry; without ids, all."""
     num_aborted = await raw_request.app.state.engine.abort_matching(request.request_ids)
     return JSONResponse({"status": "aborted", "aborted": num_aborted})
-
-
-@router.post("/start_profile")
-@router.post("/stop_profile")
-async def profile() -> Response:
-    raise NotImplementedHereError(
-        "the server has no profiler of its own; record the engine core's process from outside, as with py-spy or perf"
-    )
