@@ -54,6 +54,11 @@ class FrontendConfig:
     """Take chat templates from requests; they are rendered in a process of their own, with little time and memory."""
     default_chat_template_kwargs: dict[str, Any] | None = None
     """Variables for the chat template, a JSON object; a request's chat_template_kwargs win."""
+    lora_modules: list[str] | None = None
+    """LoRA adapters to serve beside the model, each name=path or a JSON object with name, path and base_model_name.
+    Read and checked; none is served yet, so naming one stops the start."""
+    prompt_adapters: list[str] | None = None
+    """Prompt adapters, each name=path. As for LoRA adapters, none is served yet."""
     enable_auto_tool_choice: bool = False
     """Let the model call tools when it likes (tool_choice auto); needs --tool-call-parser."""
     tool_call_parser: str | None = None

@@ -55,8 +55,13 @@ def test_profiling_routes_are_there_with_a_profiler_too(engine: FakeEngine, path
 
 
 @pytest.mark.parametrize("path", ["/v1/load_lora_adapter", "/v1/unload_lora_adapter"])
-def test_adapters_are_refused(api: Api, path: str):
-    assert api.post(path, {"lora_name": "a", "lora_path": "b"}).status_code == 501
+def test_adapters_are_refused_by_name_and_wrong_requests_for_what_is_wrong(api: Api, path: str):
+    error = api.post(path, {"lora_name": "a", "lora_path": "b"}).json()["error"]
+    assert (error["code"], error["param"]) == (400, "lora_name") and "no LoRA adapters" in error["message"]
+    for wrong in ({"lora_path": "b"}, {"lora_name": "", "lora_path": "b"}, {"lora_name": 3, "lora_path": "b"}):
+        error = api.post(path, wrong).json()["error"]
+        assert (error["code"], error["param"]) == (400, "lora_name") and "validation" in error["message"]
+    assert api.request("POST", path, content=b"{}").status_code == 400
 
 
 def test_the_configuration_is_told_without_keys(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch):
@@ -219,9 +224,8 @@ def test_a_paused_engine_takes_no_work_until_it_is_resumed(llm: AsyncLLM):
         return last.outputs[0].finish_reason
 
     async def main() -> None:
-        open_one = asyncio.ensure_future(answer("a-0", 100))
-        while not llm.output_processor.has_unfinished_requests():
-            await asyncio.sleep(0.001)
+        open_one = asyncio.ensure_future(answer("a-0", 200))
+        await until(lambda: open_one.done() or llm.output_processor.has_unfinished_requests())
         await llm.pause(abort=True)
         assert await open_one == "abort"
         waiting = asyncio.ensure_future(answer("b-0", 3))
@@ -229,16 +233,13 @@ def test_a_paused_engine_takes_no_work_until_it_is_resumed(llm: AsyncLLM):
         assert llm.is_paused and not waiting.done() and not llm.output_processor.has_unfinished_requests()
         llm.resume()
         assert await waiting == "length"
-        running = asyncio.ensure_future(answer("c-0", 20))
-        await asyncio.sleep(0)
-        while not llm.output_processor.has_unfinished_requests():
-            await asyncio.sleep(0.001)
+        running = asyncio.ensure_future(answer("c-0", 200))
+        await until(lambda: running.done() or llm.output_processor.has_unfinished_requests())
         await llm.pause(abort=False)
         assert await running == "length"
         llm.resume()
-        both = [asyncio.ensure_future(answer(name, 100)) for name in ("d-0", "d-1", "e")]
-        while llm.output_processor.num_unfinished_requests < 3:
-            await asyncio.sleep(0.001)
+        both = [asyncio.ensure_future(answer(name, 200)) for name in ("d-0", "d-1", "e")]
+        await until(lambda: both[0].done() or llm.output_processor.num_unfinished_requests == 3)
         assert await llm.abort_matching(["d", "nobody"]) == 2
         assert await llm.abort_matching([]) == 1
         assert [await task for task in both] == ["abort"] * 3

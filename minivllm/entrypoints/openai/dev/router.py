@@ -8,12 +8,14 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Query, Request
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from starlette.responses import JSONResponse, Response
 
 from minivllm.entrypoints.openai.dev.serving import collective_rpc, server_info
 from minivllm.entrypoints.openai.utils import JsonRoute, require_json
 from minivllm.exceptions import NotImplementedHereError
+
+MAX_REQUEST_IDS = 16_384
 
 router = APIRouter()
 json_router = APIRouter(route_class=JsonRoute, dependencies=[Depends(require_json)])
@@ -27,7 +29,7 @@ class RpcRequest(BaseModel):
 
 
 class AbortRequest(BaseModel):
-    request_ids: list[str] = []
+    request_ids: list[str] = Field([], max_length=MAX_REQUEST_IDS)
 
 
 @router.post("/reset_prefix_cache")
