@@ -81,6 +81,8 @@ class FrontendConfig:
     times, the last is the outermost."""
     disable_fastapi_docs: bool = False
     """No /docs, /redoc and /openapi.json."""
+    disable_playground: bool = False
+    """No page at /, where one chats with the model and watches the engine."""
     enable_dev_endpoints: bool = False
     """Routes for development: /server_info, /reset_prefix_cache, /pause, /abort_requests, … Not for the public."""
     enable_tokenizer_info_endpoint: bool = False

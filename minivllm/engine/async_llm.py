@@ -12,6 +12,8 @@ from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
 
+import msgspec
+
 from minivllm.config.engine import EngineConfig
 from minivllm.engine.core_client import AsyncMPClient
 from minivllm.engine.front import StatLogger, check_sleep, check_tags, load_tokenizer, submit
@@ -21,7 +23,7 @@ from minivllm.exceptions import EngineDeadError, QueueFullError
 from minivllm.logger import init_logger
 from minivllm.logits_processors import load_logits_processors
 from minivllm.messages.engine import EngineCoreOutputs, EngineCoreRequest
-from minivllm.messages.stats import IterationStats
+from minivllm.messages.stats import EngineSnapshot, IterationStats
 from minivllm.outputs import RequestOutput, SampleLogprobs
 from minivllm.sampling_params import SamplingParams
 
@@ -343,6 +345,12 @@ class AsyncLLM:
         """End the recording; the files it is in."""
         self._start_reading()
         return await self.engine_core.call_utility("stop_profile")
+
+    async def snapshots(self) -> list[EngineSnapshot]:
+        """How each engine core stands now. Any API server may ask."""
+        self._start_reading()
+        answer = await self.engine_core.call_utility("snapshot")
+        return [msgspec.convert(answer, EngineSnapshot)]
 
     # -- pausing
 

@@ -34,6 +34,7 @@ from minivllm.messages.engine import (
     UtilityRequest,
 )
 from minivllm.messages.kv_cache import num_tokens_held
+from minivllm.messages.stats import EngineSnapshot
 from minivllm.messages.worker import ModelRunnerOutput, SchedulerOutput, WorkerReady
 
 logger = init_logger(__name__)
@@ -59,6 +60,7 @@ class EngineCore:
 
     UTILITIES = (
         "reset_prefix_cache", "collective_rpc", "sleep", "wake_up", "is_sleeping", "start_profile", "stop_profile",
+        "snapshot",
     )  # fmt: skip
 
     def __init__(
@@ -279,6 +281,10 @@ class EngineCore:
     def stop_profile(self) -> list[str]:
         """The files written."""
         return [path for files in self.executor.collective_rpc("stop_profile") for path in files]
+
+    def snapshot(self) -> EngineSnapshot:
+        """How the engine stands, between two steps."""
+        return self.scheduler.snapshot()
 
     def shutdown(self) -> None:
         self.executor.shutdown()

@@ -95,6 +95,8 @@ class Authentication:
 def _route_path(scope: Any) -> str:
     """The path that is routed: the request's own, without --root-path. Never a URL built from the Host header."""
     path, root = scope["path"], scope.get("root_path", "").rstrip("/")
+    if path == root:
+        return "/"  # which the page's address without its slash is redirected to
     return path.removeprefix(root) if root and path.startswith(f"{root}/") else path
 
 
