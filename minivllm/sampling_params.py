@@ -191,6 +191,7 @@ class ThinkingTokens(msgspec.Struct):
     start: list[int]  # [] where nothing opens it but the prompt
     end: list[int]
     is_open: bool
+    withheld: list[int] = []  # while it is open: the model's end tokens, where a form has still to follow
 
 
 class SamplingParams(msgspec.Struct, omit_defaults=True, kw_only=True):

@@ -374,6 +374,7 @@ class Answer:
     finish_reason: FinishReason | None = None
     stop_reason: int | None = None
     error: str | None = None
+    error_param: str | None = None
     num_ends: int = 0
     num_cached_tokens: int = 0
     scheduled_time: float | None = None
@@ -401,7 +402,7 @@ class Answer:
         if output.finish_reason is not None:
             self.num_ends += 1
             self.finish_reason, self.stop_reason = output.finish_reason, output.stop_reason
-            self.error = output.error
+            self.error, self.error_param = output.error, output.error_param
 
 
 class Driver:

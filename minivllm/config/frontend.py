@@ -62,6 +62,9 @@ class FrontendConfig:
     name."""
     tool_parser_plugin: str = ""
     """Python file that registers parsers: minivllm.tool_parsers.registry.TOOL_PARSERS.register(NAME)."""
+    tool_strict_level: Literal["auto", "function", "parameter"] = "auto"
+    """How far a grammar holds calls that the model makes when it likes: auto, if a function says strict; function, always
+    to the functions there are; parameter, always to their schemas too."""
     exclude_tools_when_tool_choice_none: bool = False
     """Leave tools out of the prompt when tool_choice is none."""
     response_role: str = "assistant"
@@ -73,6 +76,8 @@ class FrontendConfig:
     times, the last is the outermost."""
     disable_fastapi_docs: bool = False
     """No /docs, /redoc and /openapi.json."""
+    disable_playground: bool = False
+    """No page at /, where one chats with the model and watches the engine."""
     enable_dev_endpoints: bool = False
     """Routes for development: /server_info, /reset_prefix_cache, /pause, /abort_requests, … Not for the public."""
     enable_tokenizer_info_endpoint: bool = False

@@ -64,7 +64,7 @@ NOT_YET = frozenset(
     show_hidden_metrics_for_version skip_mm_profiling sleep_mode_offload_cudagraph
     sleep_preserve_parameter_names sparse_indexer_topk_backend spec_method spec_model spec_tokens
     specialize_active_lora speculative_config speculative_model swa_bounded_replay swap_space
-    task tensor_parallel_size tokens_only tool_server tool_strict_level
+    task tensor_parallel_size tokens_only tool_server
     trust_request_mm_kwargs ubatch_size use_fp64_gumbel use_replayssm
     use_v2_block_manager video_pruning_method video_pruning_rate watermark_config
     weight_transfer_config worker_cls worker_extension_cls

@@ -12,6 +12,8 @@ from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
+import msgspec
+
 from minivllm.config.engine import EngineConfig
 from minivllm.engine.core_client import AsyncMPClient
 from minivllm.engine.front import StatLogger, load_tokenizer, submit
@@ -21,7 +23,7 @@ from minivllm.exceptions import EngineDeadError, QueueFullError
 from minivllm.logger import init_logger
 from minivllm.logits_processors import load_logits_processors
 from minivllm.messages.engine import EngineCoreOutputs, EngineCoreRequest
-from minivllm.messages.stats import IterationStats
+from minivllm.messages.stats import EngineSnapshot, IterationStats
 from minivllm.outputs import RequestOutput, SampleLogprobs
 from minivllm.sampling_params import SamplingParams
 
@@ -109,7 +111,8 @@ class AsyncLLM:
         Closing the generator, or cancelling its consumer, aborts the request.
 
         Raises:
-            RequestError: the request is at fault; the engine has not seen it.
+            RequestError: the request is at fault. The engine has not seen it, or found out as it ran: where its
+                constraints leave no token.
             EngineGenerateError: this request failed in the engine.
             EngineDeadError: the engine is gone.
         """
@@ -292,6 +295,12 @@ class AsyncLLM:
         """Call a method on every worker. Answers that cannot be sent come as their text."""
         self._start_reading()
         return await self.engine_core.call_utility("collective_rpc", method, args)
+
+    async def snapshots(self) -> list[EngineSnapshot]:
+        """How each engine core stands now. Any API server may ask."""
+        self._start_reading()
+        answer = await self.engine_core.call_utility("snapshot")
+        return [msgspec.convert(answer, EngineSnapshot)]
 
     # -- pausing
 

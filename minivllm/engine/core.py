@@ -33,6 +33,7 @@ from minivllm.messages.engine import (
     UtilityRequest,
 )
 from minivllm.messages.kv_cache import num_tokens_held
+from minivllm.messages.stats import EngineSnapshot
 from minivllm.messages.worker import ModelRunnerOutput, SchedulerOutput, WorkerReady
 
 logger = init_logger(__name__)
@@ -56,7 +57,7 @@ class EngineCore:
         ConfigError, ModelFilesError: the model cannot be served as asked.
     """
 
-    UTILITIES = ("reset_prefix_cache", "collective_rpc")
+    UTILITIES = ("reset_prefix_cache", "collective_rpc", "snapshot")
 
     def __init__(
         self,
@@ -112,15 +113,21 @@ class EngineCore:
         try:
             self.scheduler.add_request(request)
         except RequestError as error:
-            self.reject(request.request_id, request.client_index, str(error))
+            self.reject(request.request_id, request.client_index, str(error), param=error.param)
 
     def reject(
-        self, request_id: str, client_index: int, reason: str, how: FinishReason = FinishReason.ERROR
+        self,
+        request_id: str,
+        client_index: int,
+        reason: str,
+        how: FinishReason = FinishReason.ERROR,
+        *,
+        param: str | None = None,
     ) -> None:
-        """Answer a request that never reaches the scheduler."""
+        """Answer a request that never reaches the scheduler. param: its field at fault, if one is."""
         error = reason if how is FinishReason.ERROR else None
         self._untold[client_index].append(
-            EngineCoreOutput(request_id=request_id, finish_reason=how, error=error)
+            EngineCoreOutput(request_id=request_id, finish_reason=how, error=error, error_param=param)
         )
 
     def abort_requests(self, request_ids: Iterable[str]) -> None:
@@ -214,6 +221,10 @@ class EngineCore:
         """Call a method on every worker; an answer that cannot be sent is given as its text."""
         answers = self.executor.collective_rpc(method, tuple(args))
         return [answer if _is_sendable(answer) else str(answer) for answer in answers]
+
+    def snapshot(self) -> EngineSnapshot:
+        """How the engine stands, between two steps."""
+        return self.scheduler.snapshot()
 
     def shutdown(self) -> None:
         self.executor.shutdown()

@@ -325,11 +325,14 @@ def _routers(frontend: FrontendConfig) -> list[APIRouter]:
     from minivllm.entrypoints.openai.messages.router import router as messages_router
     from minivllm.entrypoints.openai.metrics.router import router as metrics_router
     from minivllm.entrypoints.openai.models.router import router as models_router
+    from minivllm.entrypoints.openai.playground.router import router as playground_router
     from minivllm.entrypoints.openai.responses.router import router as responses_router
     from minivllm.entrypoints.openai.tokenize import router as tokenize
 
     routers = [health_router, metrics_router, models_router, tokenize.router, completion_router, chat_router]
     routers += [batch_router, responses_router, messages_router, invocations_router, lora_router]
+    if not frontend.disable_playground:
+        routers.append(playground_router)
     if frontend.enable_tokenizer_info_endpoint:
         routers.append(tokenize.info_router)
     if frontend.enable_dev_endpoints or envs.get("VLLM_SERVER_DEV_MODE") not in (None, "0"):
@@ -349,8 +352,7 @@ def _add_middleware(app: FastAPI, frontend: FrontendConfig, *, counts_requests: 
     app.add_middleware(ours.BodyLimit)
     app.add_middleware(ours.Admission, lifecycle=app.state.lifecycle)
     if keys := api_keys(frontend):
-        open_paths = ours.OPEN_PATHS - {"/metrics"} if frontend.protect_metrics else ours.OPEN_PATHS
-        app.add_middleware(ours.Authentication, keys=keys, open_paths=open_paths)
+        app.add_middleware(ours.Authentication, keys=keys, open_paths=_open_paths(frontend))
     for import_path in frontend.middleware:
         middleware = ours.load_middleware(import_path)
         if isinstance(middleware, type):
@@ -371,14 +373,23 @@ def _add_middleware(app: FastAPI, frontend: FrontendConfig, *, counts_requests: 
     )
 
 
+def _open_paths(frontend: FrontendConfig) -> frozenset[str]:
+    """What needs no key: probes and scrapers have none, and a browser gets the page before its user can give one."""
+    from minivllm.entrypoints.openai.middleware import OPEN_PATHS
+    from minivllm.entrypoints.openai.playground.files import OPEN_PATHS as PAGE_PATHS
+
+    closed = {"/metrics"} if frontend.protect_metrics else set()
+    return OPEN_PATHS - closed | (frozenset() if frontend.disable_playground else PAGE_PATHS)
+
+
 def init_app_state(engine: AsyncLLM, args: Namespace, app: FastAPI, stats: StatLoggers | None = None) -> None:
     """Give the app its engine, and build what serves each route."""
     from minivllm.entrypoints.openai.batch.serving import ServingBatch
     from minivllm.entrypoints.openai.chat_completion.serving import ServingChat
-    from minivllm.entrypoints.openai.chat_objects import ServingChatObjects
     from minivllm.entrypoints.openai.completion.serving import ServingCompletion
     from minivllm.entrypoints.openai.messages.serving import ServingMessages
     from minivllm.entrypoints.openai.models.serving import ServedModels
+    from minivllm.entrypoints.openai.playground.feed import EngineFeed
     from minivllm.entrypoints.openai.render import Renderer, TemplateSettings
     from minivllm.entrypoints.openai.responses.serving import ServingResponses
     from minivllm.entrypoints.openai.serving_base import ServingSettings
@@ -389,6 +400,7 @@ def init_app_state(engine: AsyncLLM, args: Namespace, app: FastAPI, stats: StatL
     frontend, ready, state = frontend_config(args), engine.ready, app.state
     names = engine.config.model.served_model_name or [args.model]
     state.engine = engine
+    state.engine_feed = EngineFeed(engine, state.lifecycle)
     state.models = ServedModels(names, root=args.model, max_model_len=ready.max_model_len)
     several = frontend.api_server_count > 1
     if stats is not None and not engine.config.observability.disable_log_stats:
@@ -424,7 +436,7 @@ def init_app_state(engine: AsyncLLM, args: Namespace, app: FastAPI, stats: StatL
     state.serving_completion = ServingCompletion(*common)
     state.serving_chat = ServingChat(*common)
     state.serving_tokenize = ServingTokenize(state.models, renderer)
-    chat = ServingChatObjects(*common)
+    chat = state.serving_chat
     state.serving_batch = ServingBatch(chat)
     state.serving_messages = ServingMessages(chat, state.lifecycle, settings.keep_alive_s)
     # Several servers share no memory: what one had stored, the next request would not find.
@@ -447,7 +459,7 @@ def answer_format(frontend: FrontendConfig, config: EngineConfig) -> AnswerForma
     if name is None and is_box_model(config.model.model):
         name, auto = "hermes", True
     parser = TOOL_PARSERS.get(name) if name is not None else None
-    return AnswerFormat(parser, reasoning_parser_class(config.reasoning), auto)
+    return AnswerFormat(parser, reasoning_parser_class(config.reasoning), auto, frontend.tool_strict_level)
 
 
 def _warn_of_other_template(engine: AsyncLLM, template: str | None) -> None:
@@ -505,6 +517,7 @@ def _announce(engine: AsyncLLM, app: FastAPI, url: str, frontend: FrontendConfig
         f"  minivllm {__version__} serves {name} ({ready.dtype}, context {ready.max_model_len} tokens)",
         f"  kv cache {ready.kv_cache_size_tokens} tokens = {ready.kv_cache_max_concurrency:.1f} x the context",
         f"  listen   {url}   docs: {url}/docs   metrics: {url}/metrics",
+        *([] if frontend.disable_playground or frontend.uds else [f"  look     {url}/   chat with it, and watch the engine"]),
         f"  try      {curl}",
         "",
     ]
