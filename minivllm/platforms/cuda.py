@@ -79,6 +79,9 @@ class CudaPlatform(Platform):
     def process_memory_bytes(self) -> int:
         return torch.cuda.memory_allocated()
 
+    def give_back(self, tensor: torch.Tensor) -> None:
+        raise NotImplementedError("sleeping is refused on a GPU: what is captured reads memory that must stay there")
+
     def prepare(self, cpu: CpuConfig) -> None:
         torch.set_num_threads(cpu.cpu_threads or 1)  # what is left for the host is small
         # float32 is float32: what a user wants less of, --dtype says.

@@ -76,6 +76,11 @@ class Platform(ABC):
         """What this process holds now."""
 
     @abstractmethod
+    def give_back(self, tensor: torch.Tensor) -> None:
+        """Let the system have the memory under a tensor until it is written to again. Its place stays, what it holds is
+        lost."""
+
+    @abstractmethod
     def prepare(self, cpu: CpuConfig) -> None:
         """Set up the process once, before anything is computed.
 
@@ -111,7 +116,10 @@ class Platform(ABC):
             )
 
 
-def detect(config: DeviceConfig = DeviceConfig()) -> Platform:
+_AUTO = DeviceConfig()
+
+
+def detect(config: DeviceConfig = _AUTO) -> Platform:
     """The platform to run on: as asked, or a GPU where one can be used, else the CPU.
 
     Raises:

@@ -1,7 +1,7 @@
 """Runs one step: follows the scheduler's plan, runs the model, samples. One class for the CPU and for GPUs.
 
-On a CPU a step's inputs are made where the model reads them, and its tokens are known when it ends. A GPU has memory and
-a pace of its own: inputs are copied (`buffers.py`), decodes padded to the sizes of captured graphs (`graphs.py`), and
+On a CPU a step's inputs are made where the model reads them, and its tokens are known when it ends. A GPU has memory
+and a pace of its own: inputs are copied (`buffers.py`), decodes padded to the sizes of captured graphs (`graphs.py`), and
 tokens stay there until they are asked for (`device_sampling.py`); nothing in a step waits for the device.
 Owns the state of requests between steps and the KV cache's tensors. Does not know how a plan came about, nor
 how its result is sent.
@@ -27,7 +27,7 @@ from minivllm.messages.worker import (
 )
 from minivllm.models.decoder import DecoderForCausalLM
 from minivllm.platforms.platform import Platform
-from minivllm.sample.sampler import Drawn, DrawInputs, Sampler, SamplerOutput
+from minivllm.sample.sampler import DrawInputs, Drawn, Sampler, SamplerOutput
 from minivllm.sample.step import GrammarMask, SampleBatch
 from minivllm.worker.buffers import Staging
 from minivllm.worker.device_sampling import DeviceDraw, DeviceSampling, Handle
