@@ -21,10 +21,11 @@ from minivllm.messages.worker import (
     SchedulerOutput,
 )
 from minivllm.models.decoder import DecoderForCausalLM
-from minivllm.sample.sampler import Sampler, SamplerOutput
+from minivllm.sample.sampler import NONFINITE, Sampler, SamplerOutput
 from minivllm.sample.step import GrammarMask, SampleBatch
 from minivllm.worker.graphs import StepGraphs, key_of
 from minivllm.worker.input_batch import InputBatch, InputBuffers
+from minivllm.worker.prompt_embeds import PromptVectors
 from minivllm.worker.prompt_logprobs import PromptLogprobs
 from minivllm.worker.request_state import RequestTable
 
@@ -54,6 +55,7 @@ class ModelRunner:
         )
         self._group_of_layer = group_of_layer
         self.prompt_logprobs = PromptLogprobs(model.compute_logits, sampler)
+        self.prompt_vectors = PromptVectors(backend.spec.dtype)
         self._graphs = None if enforce_eager else StepGraphs()
         self._batch: InputBatch | None = None
         self._hidden: torch.Tensor | None = None
@@ -69,10 +71,11 @@ class ModelRunner:
         batch = self.buffers.prepare(plan.num_scheduled_tokens, self.table)
         metadata = [self.backend.build_metadata(step) for step in batch.steps]
         ctx = ForwardContext([metadata[group] for group in self._group_of_layer], self.kv_caches)
-        if self._graphs is not None and batch.is_decode:
+        given = self.prompt_vectors.of_step(batch)
+        if self._graphs is not None and batch.is_decode and given is None:
             self._logits = self._decode(batch, metadata, ctx)
         else:
-            self._hidden = self.model.forward(batch.input_ids, batch.positions, ctx)
+            self._hidden = self.model.forward(batch.input_ids, batch.positions, ctx, given)
         self._batch = batch
 
     def _decode(self, batch: InputBatch, metadata: list[Any], ctx: ForwardContext) -> torch.Tensor:
@@ -115,6 +118,7 @@ class ModelRunner:
         if row is not None:
             self.sampler.remove_request(row)
             self.prompt_logprobs.remove_request(row)
+            self.prompt_vectors.remove_request(row)
 
     def _remember(self, request: NewRequestData) -> None:
         self._forget(request.request_id)
@@ -122,6 +126,7 @@ class ModelRunner:
         params = request.sampling_params
         self.sampler.add_request(row, params, request.seed, request.eos_token_ids)
         self.prompt_logprobs.add_request(row, params)
+        self.prompt_vectors.add_request(row, request.prompt_embeds)
 
     def _continue(self, known: CachedRequestData) -> None:
         rows = self.table.rows(known.request_ids)
@@ -145,6 +150,7 @@ class ModelRunner:
                 num_tokens=self.table.num_tokens[rows],
                 num_prompt_tokens=self.table.num_prompt_tokens[rows],
                 token_ids=self.table.token_ids,
+                has_vectors=self._has_vectors(rows),
             ),
             self._mask_of(grammar, rows),
         )
@@ -154,6 +160,7 @@ class ModelRunner:
             self._append_sound(rows, sampled)
             for column in sampled.failed:
                 tokens[column] = []
+            self._blame_vectors(rows, sampled)
             result.failed.update({ids[column]: why for column, why in sampled.failed.items()})
             result.fields_at_fault.update({ids[column]: name for column, name in sampled.fields_at_fault.items()})
         else:
@@ -166,6 +173,19 @@ class ModelRunner:
         result.logprobs.update(
             {ids[c]: lists for c, lists in sampled.logprobs.items() if c not in sampled.failed}
         )
+
+    def _has_vectors(self, rows: np.ndarray) -> np.ndarray | None:
+        """Whose prompts are vectors, [len(rows)] bool; None where nobody's are."""
+        if self.prompt_vectors.is_idle:
+            return None
+        return np.array([self.prompt_vectors.has(row) for row in rows.tolist()])
+
+    def _blame_vectors(self, rows: np.ndarray, sampled: SamplerOutput) -> None:
+        """Logits that are no numbers, behind vectors that no token has: these are at fault."""
+        for column, why in sampled.failed.items():
+            if why == NONFINITE and self.prompt_vectors.has(int(rows[column])):
+                sampled.failed[column] = f"with these prompt_embeds {NONFINITE}"
+                sampled.fields_at_fault[column] = "prompt_embeds"
 
     def _mask_of(self, grammar: GrammarOutput | None, rows: np.ndarray) -> GrammarMask | None:
         """The masks of the requests in these rows of the table.
