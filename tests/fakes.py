@@ -157,6 +157,15 @@ class FakeWorker:
             self._check_readable(request_id, self.states[request_id].num_computed + num_new)
         return self._sample(plan)
 
+    def sleep(self, level: int) -> None:
+        """The cache's content is gone, and with it what block tables mean."""
+        self.kv.clear()
+        for state in self.states.values():
+            state.tables = None
+
+    def wake_up(self) -> None:
+        pass
+
     def _apply(self, plan: SchedulerOutput) -> None:
         for request_id in plan.finished_req_ids:
             assert request_id in self.states, f"{request_id} finished and was never known"

@@ -326,6 +326,12 @@ class Processor:
                 raise RequestError(
                     "allowed_token_ids is empty; name at least one token", param="allowed_token_ids"
                 )
+            if len(params.allowed_token_ids) > self.vocab_size:
+                raise RequestError(
+                    f"allowed_token_ids holds {len(params.allowed_token_ids)} ids, of a vocabulary of "
+                    f"{self.vocab_size}; name each once",
+                    param="allowed_token_ids",
+                )
             self._check_in_vocabulary("allowed_token_ids", params.allowed_token_ids)
         if params.logit_bias:
             self._check_in_vocabulary("logit_bias", params.logit_bias)

@@ -130,6 +130,15 @@ def _read_choice(tools: list[dict[str, Any]], choice: Any) -> tuple[Any, str | N
     return "named", name
 
 
+def as_prompted(tool: dict[str, Any]) -> dict[str, Any]:
+    """A tool as a chat template is to show it: its fields in the order in which models were shown them, whatever order
+    a client sent, and without a `strict` that asks for nothing."""
+    function = tool["function"]
+    ordered = {name: function[name] for name in ("name", "description", "parameters") if name in function}
+    ordered |= {name: value for name, value in function.items() if (name, value) != ("strict", False)}
+    return {"type": "function", **tool, "function": ordered}
+
+
 def is_strict(tool: dict[str, Any]) -> bool:
     return tool["function"].get("strict") is True
 

@@ -23,6 +23,7 @@ from minivllm.messages.stats import SchedulerStats
 from minivllm.sampling_params import SamplingParams
 
 ENGINE_CORE_DEAD = b"ENGINE_CORE_DEAD"  # a frame of its own on the output socket; the cause follows as a second frame
+SLEEPING_PARTS = ("weights", "kv_cache")  # what can be given back, and what `wake_up` may be asked for
 
 
 class RequestType(Enum):

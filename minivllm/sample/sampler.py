@@ -29,6 +29,23 @@ NOTHING_LEFT = "a logits processor leaves no token that could be chosen"
 
 
 @dataclass(frozen=True)
+class DrawInputs:
+    """What temperature and noise need to know of each row of logits."""
+
+    temperature: torch.Tensor  # [M] float32, 0 for the likeliest
+    seeds: torch.Tensor  # [M] int64
+    positions: torch.Tensor  # [M] int64: tokens known
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A token for each row, and which rows none can be drawn from."""
+
+    token_ids: torch.Tensor  # [M] int64
+    broken: torch.Tensor  # [M] uint8
+
+
+@dataclass(frozen=True)
 class SamplerOutput:
     """Columns as in the batch."""
 
@@ -98,10 +115,9 @@ class Sampler:
         self, logits: torch.Tensor, batch: SampleBatch, grammar: GrammarMask | None = None
     ) -> SamplerOutput:
         """One token for each row of `logits` ([M, vocab_size] float32, which is changed)."""
-        columns, asking = self._columns.of(batch.rows), self._asking(batch)
-        is_free = grammar is None and not columns.truncates and self._changes_nothing
-        if is_free and (self._is_raw or not asking):
-            return self._draw(logits, batch, columns, asking)
+        if grammar is None and self.only_draws(batch.rows):
+            return self.accept(self.draw(logits, self.draw_inputs(batch.rows, batch.num_tokens)), logits, batch.rows)
+        columns, asking = self._columns.of(batch.rows), self._asking(batch.rows)
         failed = dict.fromkeys(self._nonfinite_rows(logits), NONFINITE)
         values = self._reported(logits, asking) if self._is_raw else None
         if grammar is not None:
@@ -121,23 +137,37 @@ class Sampler:
         if not self._is_raw:
             values = self._reported(logits, asking)
         at_fault = {i: fields[0] for i, fields in torn.items()}
-        return SamplerOutput(token_ids.numpy(), self._logprobs(values, token_ids, batch, asking), failed, at_fault)
+        logprobs = self._logprobs(values, token_ids, batch.rows, asking)
+        return SamplerOutput(token_ids.numpy(), logprobs, failed, at_fault)
 
     @property
     def _changes_nothing(self) -> bool:
         """Whether no request asks for a change of its logits before the temperature."""
         return self._custom is None and all(step.is_idle for step in self._steps)
 
-    def _draw(
-        self, logits: torch.Tensor, batch: SampleBatch, columns: _Chosen, asking: list[int]
-    ) -> SamplerOutput:
-        """Temperature and noise alone, in one pass: the same division, so the same bits as step by step."""
-        values = self._reported(logits, asking)
-        token_ids, broken = self._choose(
-            logits, columns.temperature, columns.seeds, torch.from_numpy(batch.num_tokens)
-        )
-        failed = dict.fromkeys(np.flatnonzero(broken.numpy()).tolist(), NONFINITE)
-        return SamplerOutput(token_ids.numpy(), self._logprobs(values, token_ids, batch, asking), failed)
+    # Temperature and noise alone, in one pass: the same division, so the same bits as step by step.
+
+    def only_draws(self, rows: np.ndarray) -> bool:
+        """Whether the requests in these rows ask for nothing but temperature and noise, a grammar aside."""
+        if not self._changes_nothing or self._columns.truncates[rows].any():
+            return False
+        return self._is_raw or not self._asking(rows)
+
+    def draw_inputs(self, rows: np.ndarray, num_tokens: np.ndarray) -> DrawInputs:
+        """num_tokens: [M] int64, known of each request; read when a token is drawn, not here."""
+        columns = self._columns.of(rows)
+        return DrawInputs(columns.temperature, columns.seeds, torch.from_numpy(num_tokens))
+
+    def draw(self, logits: torch.Tensor, inputs: DrawInputs) -> Drawn:
+        """For requests that `only_draws`; logits stay as they are."""
+        return Drawn(*self._choose(logits, inputs.temperature, inputs.seeds, inputs.positions))
+
+    def accept(self, drawn: Drawn, logits: torch.Tensor, rows: np.ndarray) -> SamplerOutput:
+        """What was drawn, with the logprobs asked for."""
+        asking = self._asking(rows)
+        failed = dict.fromkeys(np.flatnonzero(drawn.broken.numpy()).tolist(), NONFINITE)
+        logprobs = self._logprobs(self._reported(logits, asking), drawn.token_ids, rows, asking)
+        return SamplerOutput(drawn.token_ids.numpy(), logprobs, failed)
 
     def logprobs_of(
         self, logits: torch.Tensor, token_ids: torch.Tensor, num_logprobs: int, also: torch.Tensor | None = None
@@ -191,11 +221,11 @@ class Sampler:
 
     # Logprobs ----------------------------------------------------------------
 
-    def _asking(self, batch: SampleBatch) -> list[int]:
+    def _asking(self, rows: np.ndarray) -> list[int]:
         """Columns of the requests that want logprobs."""
         if not self._num_logprobs:
             return []
-        return [i for i, row in enumerate(batch.rows.tolist()) if row in self._num_logprobs]
+        return [i for i, row in enumerate(rows.tolist()) if row in self._num_logprobs]
 
     def _reported(self, logits: torch.Tensor, asking: list[int]) -> torch.Tensor | None:
         """What logprobs are read from, [len(asking), vocab_size]: a copy."""
@@ -205,12 +235,12 @@ class Sampler:
         return self._log_softmax(chosen) if self._is_logprobs else chosen
 
     def _logprobs(
-        self, values: torch.Tensor | None, token_ids: torch.Tensor, batch: SampleBatch, asking: list[int]
+        self, values: torch.Tensor | None, token_ids: torch.Tensor, rows: np.ndarray, asking: list[int]
     ) -> dict[int, LogprobsLists]:
         """Gathered request by request: how ties fall must not depend on what a neighbour asked for."""
         found = {}
         for at, i in enumerate(asking):
-            row, own = int(batch.rows[i]), token_ids[i : i + 1]
+            row, own = int(rows[i]), token_ids[i : i + 1]
             if row in self._logprob_token_ids:
                 found[i] = logprobs_of_tokens(values[at : at + 1], own, self._logprob_token_ids[row])
             else:

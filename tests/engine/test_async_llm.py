@@ -262,7 +262,7 @@ def test_a_core_that_is_terminated_says_so():
     [
         ("tests.engine.engines:PoisonedExecutor", "ValueError: the model met its poison"),
         ("tests.engine.engines:DyingWorkerExecutor", "worker 0 was killed by SIGKILL"),
-        ("tests.engine.engines:UnencodableExecutor", "the outputs thread of the engine core failed"),
+        ("tests.engine.engines:UnencodableExecutor", "the engine core failed: TypeError"),
     ],
 )
 def test_a_failure_in_a_step_gives_its_cause(executor, cause):

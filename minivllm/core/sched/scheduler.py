@@ -375,6 +375,19 @@ class Scheduler:
 
     def _preempt(self, victim: Request, step: Step) -> None:
         assert self.running, f"{victim.request_id} was alone and did not fit the KV cache"
+        self._requeue(victim)
+        step.preempted.append(victim.request_id)
+
+    def preempt_all(self) -> None:
+        """Take the blocks of every running request: each waits, and goes on by computing again what it had.
+
+        To be called when no plan is in flight.
+        """
+        assert not self._in_flight
+        while self.running:
+            self._requeue(self.running.pop())
+
+    def _requeue(self, victim: Request) -> None:
         logger.debug("preempted %s: %d tokens to recompute", victim.request_id, victim.num_computed_tokens)
         self.kv_cache.free(victim)
         for planned in self._in_flight:
@@ -383,7 +396,6 @@ class Scheduler:
         victim.status = RequestStatus.PREEMPTED
         victim.num_preemptions += 1
         self.waiting.add(victim)
-        step.preempted.append(victim.request_id)
         self._num_preemptions += 1
 
     def _admit_waiting(self, step: Step) -> None:

@@ -16,7 +16,7 @@ from minivllm.structured_output.grammar import to_grammar
 from minivllm.tool_parsers.pieces import Answer
 from minivllm.tool_parsers.registry import TOOL_PARSERS
 from tests.entrypoints.openai.conftest import Api
-from tests.entrypoints.openai.fakes import FakeEngine
+from tests.entrypoints.openai.fakes import ByteTokenizer, FakeEngine
 
 CHAT = "/v1/chat/completions"
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
@@ -75,6 +75,29 @@ def test_calls_are_parsed_and_end_with_their_own_reason():
     assert (second["type"], second["function"]) == ("function", {"name": "now", "arguments": "{}"})
     assert first["id"] != second["id"] and first["id"].startswith("chatcmpl-tool-")
     assert "incomplete" not in first
+
+
+def test_a_tool_stands_in_the_prompt_in_one_order_whatever_the_client_and_the_route():
+    """Node's client sends the parameters first, and clients of responses always say `strict`."""
+    shown = []
+
+    class Seeing(ByteTokenizer):
+        def render_chat_template(self, messages: list[dict], **kwargs: Any) -> str:
+            shown.append(json.dumps(kwargs["tools"]))
+            return super().render_chat_template(messages, **kwargs)
+
+    api = Api(FakeEngine(tokenizer=Seeing()), enable_auto_tool_choice=True, tool_call_parser="hermes")
+    parts = {"parameters": PARAMETERS, "description": "d", "name": "f"}
+    api.chat(tools=[{"function": parts, "type": "function"}])
+    assert shown == [json.dumps([{"type": "function", "function": dict(reversed(parts.items()))}])]
+    api.chat(tools=[{"type": "function", "function": dict(reversed(parts.items()))}])
+    api.post("/v1/responses", {"input": "q", "tools": [{**parts, "type": "function", "strict": False}]})
+    tool = {"input_schema": PARAMETERS, "description": "d", "name": "f"}
+    ask = {"model": "fake", "max_tokens": 9, "messages": [{"role": "user", "content": "q"}]}
+    assert api.post("/v1/messages", {**ask, "tools": [tool]}).status_code == 200
+    assert len(shown) == 4 and len(set(shown)) == 1
+    api.chat(tools=[{"type": "function", "function": {**parts, "strict": True}}])
+    assert '"strict": true' in shown[-1]
 
 
 def test_a_message_of_calls_alone_has_no_content():
