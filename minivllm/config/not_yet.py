@@ -31,7 +31,7 @@ NOT_YET = frozenset(
     enable_logging_iteration_details enable_lora enable_mamba_cache_stochastic_rounding
     enable_mamba_shared_prefix_checkpoint enable_mfu_metrics enable_mixed_moe_lora_format enable_mm_embeds
     enable_moe_shared_loras enable_nccl_comm_suspend enable_offline_docs enable_per_request_metrics
-    enable_prompt_adapter enable_prompt_embeds enable_reasoning
+    enable_prompt_adapter enable_reasoning
     enable_return_routed_experts enable_scale_out
     enable_shm_tensor_arena
     enable_tower_connector_lora enable_trace_replay engram_config eplb_config

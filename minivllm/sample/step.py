@@ -23,10 +23,16 @@ class SampleBatch:
     num_tokens: np.ndarray  # [M] int64: tokens known, so the absolute position of the one to come
     num_prompt_tokens: np.ndarray  # [M] int64
     token_ids: np.ndarray  # [num table rows, max_model_len] int32: all known tokens, by table row
+    # [M] bool: whose prompt is vectors, so that its token ids mean nothing; None: nobody's.
+    has_vectors: np.ndarray | None = None
 
     @property
     def num_output_tokens(self) -> np.ndarray:
         return self.num_tokens - self.num_prompt_tokens
+
+    def first_token(self, i: int) -> int:
+        """The position of column i's first token that is one."""
+        return int(self.num_prompt_tokens[i]) if self.has_vectors is not None and self.has_vectors[i] else 0
 
 
 @dataclass(frozen=True)

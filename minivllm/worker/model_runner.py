@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from minivllm.attention.backend import AttentionBackend, ForwardContext
+from minivllm.layers.embedding import GivenEmbeddings
 from minivllm.messages.worker import (
     CachedRequestData,
     GrammarOutput,
@@ -27,19 +28,20 @@ from minivllm.messages.worker import (
 )
 from minivllm.models.decoder import DecoderForCausalLM
 from minivllm.platforms.platform import Platform
-from minivllm.sample.sampler import DrawInputs, Drawn, Sampler, SamplerOutput
+from minivllm.sample.sampler import NONFINITE, DrawInputs, Drawn, Sampler, SamplerOutput
 from minivllm.sample.step import GrammarMask, SampleBatch
 from minivllm.worker.buffers import Staging
 from minivllm.worker.device_sampling import DeviceDraw, DeviceSampling, Handle
 from minivllm.worker.graphs import CapturedGraphs, StepGraphs, key_of, padded_size
 from minivllm.worker.input_batch import InputBatch, InputBuffers
+from minivllm.worker.prompt_embeds import PromptVectors
 from minivllm.worker.prompt_logprobs import PromptLogprobs
 from minivllm.worker.request_state import RequestTable
 
 
 @dataclass(frozen=True)
 class _Decode:
-    """A step of one token a request, all of which are sampled. It serves for as long as its batch stays the same object."""
+    """A step of one token a request, all of which are sampled. It serves as long as its batch stays the same object."""
 
     batch: InputBatch
     ctx: ForwardContext
@@ -88,6 +90,7 @@ class ModelRunner:
             )
         self._group_of_layer = group_of_layer
         self.prompt_logprobs = PromptLogprobs(lambda hidden: model.compute_logits(hidden).cpu(), sampler)
+        self.prompt_vectors = PromptVectors(backend.spec.dtype)
         self._graphs: StepGraphs | CapturedGraphs | None = None
         if is_captured:
             self._graphs = CapturedGraphs(platform.graphs)
@@ -106,10 +109,11 @@ class ModelRunner:
         if not plan.num_scheduled_tokens:
             return
         self._batch = batch = self._prepare(plan.num_scheduled_tokens)
-        if self._graphs is not None and batch.is_decode:
+        given = self.prompt_vectors.of_step(batch)
+        if self._graphs is not None and batch.is_decode and given is None:
             self._run_decode(batch)
         else:
-            self._run(batch)
+            self._run(batch, given)
 
     def _prepare(self, num_scheduled_tokens: dict[str, int]) -> InputBatch:
         if self._sampling is None:
@@ -122,8 +126,9 @@ class ModelRunner:
             return batch
 
     @torch.inference_mode()
-    def _run(self, batch: InputBatch) -> None:
-        self._hidden = self.model.forward(batch.input_ids, batch.positions, self._context(self._metadata(batch)))
+    def _run(self, batch: InputBatch, given: GivenEmbeddings | None) -> None:
+        ctx = self._context(self._metadata(batch))
+        self._hidden = self.model.forward(batch.input_ids, batch.positions, ctx, given)
 
     def _run_decode(self, batch: InputBatch) -> None:
         draws = self._sampling is not None or self.sampler.only_draws(batch.rows)
@@ -243,6 +248,7 @@ class ModelRunner:
         if row is not None:
             self.sampler.remove_request(row)
             self.prompt_logprobs.remove_request(row)
+            self.prompt_vectors.remove_request(row)
             if self._sampling is not None:
                 self._sampling.forget(row)
 
@@ -252,6 +258,7 @@ class ModelRunner:
         params = request.sampling_params
         self.sampler.add_request(row, params, request.seed, request.eos_token_ids)
         self.prompt_logprobs.add_request(row, params)
+        self.prompt_vectors.add_request(row, request.prompt_embeds)
 
     def _continue(self, known: CachedRequestData) -> None:
         rows = self.table.rows(known.request_ids)
@@ -289,6 +296,7 @@ class ModelRunner:
             num_tokens=self.table.num_tokens[rows],
             num_prompt_tokens=self.table.num_prompt_tokens[rows],
             token_ids=self.table.token_ids,
+            has_vectors=self._has_vectors(rows),
         )
 
     def _accept(
@@ -298,8 +306,7 @@ class ModelRunner:
         self._append(rows, sampled)
         return self._report(batch, sampled, result)
 
-    @staticmethod
-    def _report(batch: InputBatch, sampled: SamplerOutput, result: ModelRunnerOutput) -> ModelRunnerOutput:
+    def _report(self, batch: InputBatch, sampled: SamplerOutput, result: ModelRunnerOutput) -> ModelRunnerOutput:
         """Add to `result` what was sampled for the batch's samples."""
         is_whole = len(batch.samples) == len(batch.request_ids)
         ids = batch.request_ids if is_whole else [batch.request_ids[i] for i in batch.samples.tolist()]
@@ -307,10 +314,9 @@ class ModelRunner:
         if sampled.failed:
             for column in sampled.failed:
                 tokens[column] = []
+            self._blame_vectors(batch.rows[batch.samples], sampled)
             result.failed.update({ids[column]: why for column, why in sampled.failed.items()})
-            result.fields_at_fault.update(
-                {ids[column]: name for column, name in sampled.fields_at_fault.items()}
-            )
+            result.fields_at_fault.update({ids[column]: name for column, name in sampled.fields_at_fault.items()})
         if is_whole:
             result.sampled_token_ids = tokens
         else:
@@ -321,6 +327,19 @@ class ModelRunner:
                 {ids[c]: lists for c, lists in sampled.logprobs.items() if c not in sampled.failed}
             )
         return result
+
+    def _has_vectors(self, rows: np.ndarray) -> np.ndarray | None:
+        """Whose prompts are vectors, [len(rows)] bool; None where nobody's are."""
+        if self.prompt_vectors.is_idle:
+            return None
+        return np.array([self.prompt_vectors.has(row) for row in rows.tolist()])
+
+    def _blame_vectors(self, rows: np.ndarray, sampled: SamplerOutput) -> None:
+        """Logits that are no numbers, behind vectors that no token has: these are at fault."""
+        for column, why in sampled.failed.items():
+            if why == NONFINITE and self.prompt_vectors.has(int(rows[column])):
+                sampled.failed[column] = f"with these prompt_embeds {NONFINITE}"
+                sampled.fields_at_fault[column] = "prompt_embeds"
 
     def _mask_of(self, grammar: GrammarOutput | None, rows: np.ndarray) -> GrammarMask | None:
         """The masks of the requests in these rows of the table.
