@@ -402,6 +402,7 @@ def init_app_state(engine: AsyncLLM, args: Namespace, app: FastAPI, stats: StatL
     from minivllm.entrypoints.openai.tokenize.serving import ServingTokenize
     from minivllm.metrics.logging import LoggingStatLogger
     from minivllm.metrics.prometheus import PrometheusStatLogger
+    from minivllm.metrics.serving import SleepMetrics, ToolCallMetrics
 
     frontend, ready, state = frontend_config(args), engine.ready, app.state
     names = engine.config.model.served_model_name or [args.model]
@@ -424,6 +425,8 @@ def init_app_state(engine: AsyncLLM, args: Namespace, app: FastAPI, stats: StatL
     renderer = state.renderer = Renderer(
         engine.tokenizer, max_model_len=ready.max_model_len, templates=templates
     )
+    counts = not engine.config.observability.disable_log_stats
+    state.sleep_metrics = SleepMetrics(state.registry)
     endpoint = engine.config.observability.otlp_traces_endpoint
     state.tracer = None if endpoint is None else RequestTracer(endpoint, names[0])
     settings = ServingSettings(
@@ -437,6 +440,7 @@ def init_app_state(engine: AsyncLLM, args: Namespace, app: FastAPI, stats: StatL
         keep_alive_s=frontend.sse_keep_alive_interval,
         request_log=_request_log(frontend),
         tracer=state.tracer,
+        tool_metrics=ToolCallMetrics(state.registry, names[0]) if counts else None,
     )
     common = (engine, state.models, renderer, state.lifecycle, settings)
     state.serving_completion = ServingCompletion(*common)
