@@ -299,7 +299,7 @@ def build_app(args: Namespace) -> FastAPI:
 
     frontend = frontend_config(args)
     docs = {"openapi_url": None, "docs_url": None, "redoc_url": None} if frontend.disable_fastapi_docs else {}
-    app = FastAPI(title="minivllm", version=__version__, root_path=frontend.root_path or "", **docs)
+    app = FastAPI(title="minivllm", version=__version__, **docs)
     state = app.state
     state.lifecycle = Lifecycle()
     state.ignored_fields = IgnoredFields(strict=frontend.strict_fields)
@@ -376,6 +376,8 @@ def _add_middleware(app: FastAPI, frontend: FrontendConfig, *, counts_requests: 
         allow_headers=frontend.allowed_headers,
         expose_headers=["X-Request-Id", "X-Ignored-Fields"],
     )
+    if frontend.root_path:
+        app.add_middleware(ours.RootPath, path=frontend.root_path)
 
 
 def _open_paths(frontend: FrontendConfig) -> frozenset[str]:

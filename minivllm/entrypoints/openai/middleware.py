@@ -1,6 +1,6 @@
 """What every request passes before its route. Plain ASGI: bodies are counted, streamed chunks not touched.
 
-    CORS ─▶ RequestId ─▶ HttpMetrics ─▶ Failures ─▶ --middleware ─▶ Authentication ─▶ Admission ─▶ BodyLimit ─▶ routes
+    RootPath ─▶ CORS ─▶ RequestId ─▶ HttpMetrics ─▶ Failures ─▶ --middleware ─▶ Authentication ─▶ Admission ─▶ BodyLimit ─▶ routes
 """
 
 from __future__ import annotations
@@ -25,6 +25,19 @@ MAX_BODY_BYTES = 64 << 20
 MAX_ID_CHARS = 256
 # What probes and scrapers call, without a key; --protect-metrics closes the last.
 OPEN_PATHS = frozenset({"/health", "/ping", "/metrics"})
+
+
+class RootPath:
+    """Tells the app the prefix that a proxy has in front of its paths, kept or stripped. Outermost: keys depend on it."""
+
+    def __init__(self, app: Any, path: str) -> None:
+        self.app = app
+        self._path = path
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] in ("http", "websocket"):
+            scope["root_path"] = self._path
+        await self.app(scope, receive, send)
 
 
 class RequestId:
