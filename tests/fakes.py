@@ -148,6 +148,15 @@ class FakeWorker:
             self._check_readable(request_id, self.states[request_id].num_computed + num_new)
         return self._sample(plan)
 
+    def sleep(self, level: int) -> None:
+        """The cache's content is gone, and with it what block tables mean."""
+        self.kv.clear()
+        for state in self.states.values():
+            state.tables = None
+
+    def wake_up(self) -> None:
+        pass
+
     def _apply(self, plan: SchedulerOutput) -> None:
         for request_id in plan.finished_req_ids:
             assert request_id in self.states, f"{request_id} finished and was never known"
@@ -374,6 +383,7 @@ class Answer:
     finish_reason: FinishReason | None = None
     stop_reason: int | None = None
     error: str | None = None
+    error_param: str | None = None
     num_ends: int = 0
     num_cached_tokens: int = 0
     scheduled_time: float | None = None
@@ -401,7 +411,7 @@ class Answer:
         if output.finish_reason is not None:
             self.num_ends += 1
             self.finish_reason, self.stop_reason = output.finish_reason, output.stop_reason
-            self.error = output.error
+            self.error, self.error_param = output.error, output.error_param
 
 
 class Driver:

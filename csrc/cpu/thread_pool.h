@@ -16,8 +16,8 @@ int num_threads();            // the calling thread included; by default the CPU
 // which is the system's; with none given, so are all.
 void set_num_threads(int n, const std::vector<int>& processors = {});
 
-// Runs fn(ctx, i) once for each i in [0, count), count <= num_threads(), each on a thread of its own; returns
-// when all are done. fn must not throw.
+// Runs fn(ctx, i) once for each i in [0, count), count <= num_threads(), on as many threads as are there to take one;
+// returns when all are done. fn must not throw.
 void run_on_threads(int count, void (*fn)(void* ctx, int index), void* ctx);
 
 // This thread's scratch memory: at least `bytes`, 64-byte aligned, contents undefined. It stays valid until the

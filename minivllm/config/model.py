@@ -47,6 +47,8 @@ class ModelConfig:
     """Token ids in, token ids out: no tokenizer is loaded and prompts must be token ids."""
     served_model_name: list[str] | None = None
     """Names under which the API serves the model; the first is reported. Default: the model argument."""
+    enable_sleep_mode: bool = False
+    """Let POST /sleep (or LLM.sleep) give memory back while the engine lives on."""
     enforce_eager: bool = False
     """Call every kernel of a step from Python, instead of replaying the calls of decode steps that were met before.
     The answers are the same."""

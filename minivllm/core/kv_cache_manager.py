@@ -89,6 +89,7 @@ class KVCacheManager:
         self._nothing_found: list[list[KVCacheBlock]] = [[] for _ in groups]
         self._holdings: dict[str, _Holding] = {}
         self._prefix_stats = PrefixCacheStats()
+        self.prefix_totals = PrefixCacheStats()  # since the start
 
     def find_cached_prefix(self, request: Request) -> CachedPrefix:
         """The longest leading run of blocks already in the cache, in all groups as far as each needs it.
@@ -153,8 +154,9 @@ class KVCacheManager:
             tables.append(_BlockTable(blocks, num_passed))
         self._holdings[request.request_id] = _Holding(tables, self._room(tables), prefix.num_blocks)
         if request.num_preemptions == 0:  # a recompute is no news about the cache
-            self._prefix_stats.queries += request.num_tokens
-            self._prefix_stats.hits += prefix.num_blocks * self.block_size
+            for stats in (self._prefix_stats, self.prefix_totals):
+                stats.queries += request.num_tokens
+                stats.hits += prefix.num_blocks * self.block_size
         return [[block.block_id for block in table.blocks] for table in tables]
 
     def extend(self, request: Request, num_tokens: int) -> BlockIds | None:

@@ -34,6 +34,7 @@ from minivllm.config.model_files import (
 from minivllm.config.not_yet import NOT_YET, asks_for_nothing, refusal
 from minivllm.config.observability import ObservabilityConfig
 from minivllm.config.parallel import ParallelConfig
+from minivllm.config.profiler import read_profiler_config
 from minivllm.config.reasoning import ReasoningConfig
 from minivllm.config.scheduler import SchedulerConfig, Usage, step_limits
 from minivllm.config.structured_outputs import StructuredOutputsConfig, read_structured_outputs_config
@@ -122,6 +123,7 @@ class EngineArgs(_Flat):
         _check_hash(parts["cache"])
         read_cpu_bind(values["cpu_bind"])
         _check_kv_events(parts["observability"], parts["cache"])
+        read_profiler_config(parts["observability"].profiler_config)
         _check_traces(parts["observability"], usage)
         _check_executor(parts["parallel"])
         reasoning_parser_class(parts["reasoning"])

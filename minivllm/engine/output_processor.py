@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from minivllm.engine.detokenizer import IncrementalDetokenizer
 from minivllm.engine.logprobs import LogprobsProcessor
 from minivllm.engine.parallel_sampling import ParentRequest
-from minivllm.exceptions import EngineGenerateError, RequestError
+from minivllm.exceptions import EngineGenerateError, MinivllmError, RequestError
 from minivllm.messages.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 from minivllm.messages.stats import FinishedRequestStats, IterationStats
 from minivllm.outputs import CompletionOutput, PromptLogprobs, RequestMetrics, RequestOutput, SampleLogprobs
@@ -272,7 +272,7 @@ class OutputProcessor:
                 if output.finish_reason is None:  # a stop string ended it; the core cannot know
                     done.requests_to_abort.append(state.request_id)
                 self._finish(state, finish_reason, now, stats)
-            self._deliver(state, finish_reason, stop_reason, output.error, done)
+            self._deliver(state, finish_reason, stop_reason, output, done)
         return done
 
     @staticmethod
@@ -299,12 +299,13 @@ class OutputProcessor:
         state: RequestState,
         finish_reason: FinishReason | None,
         stop_reason: int | str | None,
-        error: str | None,
+        output: EngineCoreOutput,
         done: ProcessedOutputs,
     ) -> None:
         if finish_reason is FinishReason.ERROR and state.collector is not None:
-            state.collector.put(EngineGenerateError(error or "the request failed in the engine"))
+            state.collector.put(_error_of(output))
             return
+        error = output.error
         if state.parent is not None:
             error = state.parent.first_error(error)
         made = state.make_output(finish_reason, stop_reason)
@@ -382,6 +383,13 @@ class OutputProcessor:
         state.metrics.finished_time = time.monotonic()
         if stats is not None:
             stats.finished_requests.append(_finished_stats(state, finish_reason, now))
+
+
+def _error_of(output: EngineCoreOutput) -> MinivllmError:
+    """What ended a request: its own fault, which only running it has shown, or ours."""
+    if output.error_param is not None:
+        return RequestError(output.error, param=output.error_param)
+    return EngineGenerateError(output.error or "the request failed in the engine")
 
 
 def _is_ended_by_stop_token(request: EngineCoreRequest) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import math
 import os
 import time
 from array import array
@@ -62,6 +61,7 @@ Prompt = str | list[int] | TextPrompt | TokensPrompt
 
 _PROMPT_KEYS = {"prompt", "prompt_token_ids", "cache_salt"}
 _MAX_BAD_WORDS_TOKENS = 1024  # of all bad words together
+_MAX_BIAS = 1e30  # float32 holds it, divided by the lowest temperature and times the highest penalty, too
 _MAX_CACHE_SALT = 128  # characters
 _NOT_IN_CACHE_SALT = set("@/\\\0")
 _MAX_FANNED_OUT_TOKENS = 1 << 22  # prompt tokens of the n requests together: each holds its own list in the core
@@ -286,14 +286,13 @@ class Processor:
                 raise RequestError(
                     "allowed_token_ids is empty; name at least one token", param="allowed_token_ids"
                 )
-            self._check_in_vocabulary("allowed_token_ids", params.allowed_token_ids)
-            ends = {*self.eos_token_ids, *self.extra_stop_token_ids, *params.stop_token_ids}
-            if params.min_tokens and ends.issuperset(params.allowed_token_ids):
+            if len(params.allowed_token_ids) > self.vocab_size:
                 raise RequestError(
-                    f"allowed_token_ids={params.allowed_token_ids} only holds tokens that end the answer, which "
-                    f"min_tokens={params.min_tokens} forbids; allow another token, or leave min_tokens 0",
+                    f"allowed_token_ids holds {len(params.allowed_token_ids)} ids, of a vocabulary of "
+                    f"{self.vocab_size}; name each once",
                     param="allowed_token_ids",
                 )
+            self._check_in_vocabulary("allowed_token_ids", params.allowed_token_ids)
         if params.logit_bias:
             self._check_in_vocabulary("logit_bias", params.logit_bias)
             self._check_biases(params.logit_bias)
@@ -310,6 +309,17 @@ class Processor:
                 "thinks; start the server with --reasoning-parser, or leave it out",
                 param="thinking_token_budget",
             )
+        if (
+            params.thinking_token_budget is not None
+            and params.structured_outputs is not None
+            and self._structured.enable_in_reasoning
+        ):
+            raise RequestError(
+                f"thinking_token_budget={params.thinking_token_budget} ends thinking, which is a part of what "
+                f"{params.structured_outputs.param} asks for (enable_in_reasoning of --structured-outputs-config); "
+                "leave one of them out",
+                param="thinking_token_budget",
+            )
         if params.bad_words and self.tokenizer is None:
             raise RequestError(
                 "bad_words need a tokenizer; use logit_bias, or drop --skip-tokenizer-init", param="bad_words"
@@ -319,6 +329,28 @@ class Processor:
                 "stop strings need a tokenizer; use stop_token_ids, or drop --skip-tokenizer-init",
                 param="stop",
             )
+
+    def _check_leaves_a_token(self, params: SamplingParams) -> None:
+        """Contradictions that need no model: every first token is forbidden. params: as the core runs them.
+
+        Those with a grammar show when its mask is made, see `Sampler`.
+        """
+        allowed = params.allowed_token_ids
+        candidates = range(self.vocab_size) if allowed is None else set(allowed)
+        forbidden = {
+            "bad_words": {words[0] for words in params.bad_words_token_ids if len(words) == 1},
+            "min_tokens": {*self.eos_token_ids, *params.stop_token_ids} if params.min_tokens else set(),
+        }
+        all_forbidden = set().union(*forbidden.values())
+        if len(all_forbidden) < len(candidates) or not all_forbidden.issuperset(candidates):
+            return
+        names = [name for name, ids in forbidden.items() if not ids.isdisjoint(candidates)]
+        raise RequestError(
+            f"{' and '.join(names)} forbid{'s' if len(names) == 1 else ''} every token "
+            f"{'there is' if allowed is None else 'of allowed_token_ids'}"
+            f"{' (an answer must not end before min_tokens)' if 'min_tokens' in names else ''}; allow another token",
+            param=names[0] if allowed is None else "allowed_token_ids",
+        )
 
     @staticmethod
     def _check_prompt_rows(params: SamplingParams, num_prompt_tokens: int) -> None:
@@ -351,9 +383,10 @@ class Processor:
     @staticmethod
     def _check_biases(logit_bias: dict[int, float]) -> None:
         for token, bias in logit_bias.items():
-            if not isinstance(bias, (int, float)) or isinstance(bias, bool) or not math.isfinite(bias):
+            if not isinstance(bias, (int, float)) or isinstance(bias, bool) or not abs(bias) <= _MAX_BIAS:
                 raise RequestError(
-                    f"logit_bias of token {token} must be a finite number, got {bias!r}", param="logit_bias"
+                    f"logit_bias of token {token} must be a number from -{_MAX_BIAS:g} to {_MAX_BIAS:g}, got {bias!r}",
+                    param="logit_bias",
                 )
 
     def _complete(self, params: SamplingParams, prompt_token_ids: list[int]) -> SamplingParams:
@@ -374,7 +407,9 @@ class Processor:
             changes["detokenize"] = False
         changes["bad_words_token_ids"] = self._bad_words(params.bad_words)
         changes["thinking"] = self._thinking(params, prompt_token_ids)
-        return params.clone(**changes)
+        completed = params.clone(**changes)
+        self._check_leaves_a_token(completed)
+        return completed
 
     def _thinking(self, params: SamplingParams, prompt_token_ids: list[int]) -> ThinkingTokens | None:
         """Where the answer thinks, if something begins or is forced where that ends."""
@@ -382,7 +417,13 @@ class Processor:
         if self._marks is None or not (waits or params.thinking_token_budget is not None):
             return None
         marks = self._marks
-        return ThinkingTokens(list(marks.start), list(marks.end), marks.is_open_after(prompt_token_ids))
+        ends = [] if params.ignore_eos or not waits else [*self.eos_token_ids, *self.extra_stop_token_ids]
+        return ThinkingTokens(
+            list(marks.start),
+            list(marks.end),
+            marks.is_open_after(prompt_token_ids),
+            withheld=[token for token in ends if token < self.vocab_size],
+        )
 
     @cached_property
     def _marks(self) -> ReasoningMarks | None:
@@ -450,6 +491,7 @@ class Processor:
                 param="prompt",
             )
         self._check_params(params)
+        self._check_leaves_a_token(params)
         self._check_prompt_rows(params, len(prompt))
         self._check_grammar(request, params)
         return request

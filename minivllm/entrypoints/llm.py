@@ -68,6 +68,7 @@ class LLM:
         self._chat_template = read_template(chat_template)
         self._ids = itertools.count()
         self._turn = threading.Lock()
+        self._sleeps = False
         self.llm_engine = LLMEngine.from_engine_args(engine_args)
 
     def generate(
@@ -102,6 +103,8 @@ class LLM:
         checked = [self._check(*item, index) for index, item in enumerate(zip(prompts, params, priorities))]
         ids = [str(next(self._ids)) for _ in prompts]
         with self._turn:
+            if self._sleeps:
+                raise RequestError("the engine sleeps; call wake_up() first")
             try:
                 for item in zip(ids, checked, params, priorities):
                     self.llm_engine.add_request(*item)
@@ -218,6 +221,28 @@ class LLM:
     def reset_prefix_cache(self) -> bool:
         """Forget every cached KV block."""
         return self.llm_engine.reset_prefix_cache()
+
+    def sleep(self, level: int = 1) -> None:
+        """Give back the KV cache's memory, at level 2 the weights' too, until `wake_up`; needs enable_sleep_mode."""
+        with self._turn:
+            self.llm_engine.sleep(level)
+            self._sleeps = True
+
+    def wake_up(self, tags: Sequence[str] | None = None) -> None:
+        """Have memory again: "weights" (read again if they were given back), "kv_cache", or by default all of it."""
+        with self._turn:
+            self._sleeps = not self.llm_engine.wake_up(tags)
+
+    def start_profile(self, profile_prefix: str = "") -> None:
+        """Record the steps to come into the directory of profiler_config."""
+        with self._turn:
+            if not self.llm_engine.start_profile(profile_prefix):
+                raise RequestError("a profile is being recorded; stop_profile ends it")
+
+    def stop_profile(self) -> list[str]:
+        """End the recording; the files it is in."""
+        with self._turn:
+            return self.llm_engine.stop_profile()
 
     def shutdown(self) -> None:
         """End the engine; a second call does nothing."""

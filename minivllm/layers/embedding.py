@@ -33,7 +33,7 @@ class LMHead:
 
     def weights(self) -> Iterator[Weight]:
         shape = (self.packed.out_features, self.packed.in_features)
-        yield Weight("weight", shape, self.packed.load_rows, self.packed.nbytes)
+        yield Weight("weight", shape, self.packed.load_rows, self.packed.nbytes, self.packed.tensors)
 
 
 class Embedding:

@@ -65,7 +65,7 @@ class MergedLinear:
             self.packed.load_rows(begin + start, rows)
 
         num_bytes = self.packed.nbytes * num_rows // self.packed.out_features
-        return Weight(f"{name}.weight", (num_rows, self.in_features), load_rows, num_bytes)
+        return Weight(f"{name}.weight", (num_rows, self.in_features), load_rows, num_bytes, self.packed.tensors)
 
 
 class QKVLinear(MergedLinear):

@@ -23,6 +23,7 @@ from minivllm.messages.stats import SchedulerStats
 from minivllm.sampling_params import SamplingParams
 
 ENGINE_CORE_DEAD = b"ENGINE_CORE_DEAD"  # a frame of its own on the output socket; the cause follows as a second frame
+SLEEPING_PARTS = ("weights", "kv_cache")  # what can be given back, and what `wake_up` may be asked for
 
 
 class RequestType(Enum):
@@ -88,6 +89,7 @@ class EngineCoreOutput(msgspec.Struct, array_like=True, omit_defaults=True, gc=F
     error: str | None = None  # with FinishReason.ERROR
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache; set on the first output
     scheduled_time: float | None = None  # core's monotonic clock, first time in a step; set on the first output
+    error_param: str | None = None  # the request's field, where its own fault ended it; None where ours did
 
 
 class UtilityRequest(msgspec.Struct, array_like=True):

@@ -61,6 +61,7 @@ class ModelRunnerOutput(msgspec.Struct, array_like=True, gc=False):
     logprobs: dict[str, LogprobsLists] = {}  # only of requests that asked
     prompt_logprobs: dict[str, LogprobsLists] = {}  # of the prompt positions this step computed
     failed: dict[str, str] = {}  # request id -> why this one request cannot go on (a non-finite row, …)
+    fields_at_fault: dict[str, str] = {}  # of those failed because their own fields contradict each other: one of these
 
 
 class WorkerReady(msgspec.Struct, array_like=True):

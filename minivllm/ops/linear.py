@@ -35,6 +35,11 @@ class DenseLinear:
         """Bytes the packed weight takes."""
         return self._weight.nbytes
 
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """What the packed weight lies in."""
+        return (self._weight,)
+
     def load_rows(self, start: int, weight: torch.Tensor) -> None:
         """Convert `weight` ([n, in_features], any float dtype) to rows start..start+n of the matrix."""
         check_rows(self, start, weight)
@@ -115,6 +120,11 @@ class PackedLinear:
     def nbytes(self) -> int:
         """Bytes the packed weight takes: the matrix's, padded to whole panels."""
         return self._format.nbytes
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """What the packed weight lies in."""
+        return (self._packed,)
 
     def load_rows(self, start: int, weight: torch.Tensor) -> None:
         """Convert `weight` ([n, in_features], any float dtype) and pack it in place as rows start..start+n.

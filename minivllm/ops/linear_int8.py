@@ -46,6 +46,10 @@ class DenseInt8Linear(DenseLinear):
     def nbytes(self) -> int:
         return self._weight.nbytes + self._scales.nbytes
 
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return (self._weight, self._scales)
+
     def load_rows(self, start: int, weight: torch.Tensor) -> None:
         check_rows(self, start, weight)
         rows = slice(start, start + weight.shape[0])

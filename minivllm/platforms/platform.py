@@ -42,6 +42,11 @@ class Platform(ABC):
         """What this process holds now."""
 
     @abstractmethod
+    def give_back(self, tensor: torch.Tensor) -> None:
+        """Let the system have the memory under a tensor until it is written to again. Its place stays, what it holds is
+        lost."""
+
+    @abstractmethod
     def prepare(self, cpu: CpuConfig) -> None:
         """Set up the process once, before anything is computed.
 

@@ -43,6 +43,8 @@ class LogitsStep(ABC, Generic[T]):
     Every row is changed by its own request alone, by arithmetic that does not depend on the others.
     """
 
+    field = ""  # of SamplingParams that asks for it
+
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
         self._users: dict[int, T] = {}  # by table row
@@ -67,6 +69,15 @@ class LogitsStep(ABC, Generic[T]):
             self.apply_one(logits[i], user, i, batch)
             changed = True
         return changed
+
+    def forbids_tokens(self, i: int, batch: SampleBatch) -> bool:
+        """Whether column i of a batch may not choose some tokens because of this step."""
+        user = self._users.get(int(batch.rows[i]))
+        return user is not None and self.forbids(user, i, batch)
+
+    def forbids(self, user: T, i: int, batch: SampleBatch) -> bool:
+        """`forbids_tokens`, of a request that asks for this step. Those that forbid say so."""
+        return False
 
     def _present(self, batch: SampleBatch) -> Iterator[tuple[int, T]]:
         if self._users:

@@ -24,11 +24,13 @@ _TIMES_MET = 3  # before a step is worth recording: batches of a size that passe
 _MOST_BYTES = 96 << 20  # kept by all recordings
 _MOST_KEYS = 4096  # remembered as met
 
+Step = Callable[[], tuple[torch.Tensor, ...]]
+
 
 @dataclasses.dataclass
 class _Graph:
     recording: Recording
-    output: torch.Tensor  # where every replay leaves it
+    outputs: tuple[torch.Tensor, ...]  # where every replay leaves them
     is_trusted: bool = False
 
 
@@ -42,8 +44,8 @@ class StepGraphs:
         self._met: Counter[Hashable] = Counter()
         self._refused = False
 
-    def run(self, key: Hashable | None, step: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """What `step()` gives. The tensor may be one that the next call writes to.
+    def run(self, key: Hashable | None, step: Step) -> tuple[torch.Tensor, ...]:
+        """What `step()` gives. The tensors may be ones that the next call writes to.
 
         key: of everything `step` reads but weights and the cache, see `key_of`; None for a step not to be recorded.
         """
@@ -56,35 +58,36 @@ class StepGraphs:
         graph.recording.replay()
         if not graph.is_trusted:
             return self._check(graph, step)
-        return graph.output
+        return graph.outputs
 
-    def _meet(self, key: Hashable, step: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def _meet(self, key: Hashable, step: Step) -> tuple[torch.Tensor, ...]:
         if len(self._met) >= _MOST_KEYS:
             self._met.clear()
         self._met[key] += 1
         if self._met[key] <= _TIMES_MET:
             return step()
         with recording() as taken:
-            output = step()
+            outputs = step()
         if taken.unusable is not None:
             self._refuse(taken.unusable)
         elif taken.nbytes > self._most_bytes // 2:
             self._met[key] = -(1 << 30)  # too large ever to be kept
         else:
-            self._graphs[key] = _Graph(taken, output)
+            self._graphs[key] = _Graph(taken, outputs)
             self._num_bytes += taken.nbytes
             while self._num_bytes > self._most_bytes:
                 self._num_bytes -= self._graphs.popitem(last=False)[1].recording.nbytes
-        return output
+        return outputs
 
-    def _check(self, graph: _Graph, step: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """The eager step's output, and whether the replay before it gave the same bits."""
-        replayed = graph.output.clone()
-        output = step()
-        graph.is_trusted = torch.equal(replayed.view(torch.uint8), output.view(torch.uint8))
+    def _check(self, graph: _Graph, step: Step) -> tuple[torch.Tensor, ...]:
+        """The eager step's outputs, and whether the replay before it gave the same bits."""
+        replayed = [output.clone() for output in graph.outputs]
+        outputs = step()
+        pairs = zip(replayed, outputs, strict=True)
+        graph.is_trusted = all(torch.equal(ours.view(torch.uint8), its.view(torch.uint8)) for ours, its in pairs)
         if not graph.is_trusted:
             self._refuse("a replayed step gave other bits than the step itself")
-        return output
+        return outputs
 
     def _refuse(self, why: str) -> None:
         logger.debug("steps are not replayed: %s", why)

@@ -1,6 +1,7 @@
 """A step's tensors: which tokens run, at which positions, and where their keys and values go.
 
 Owns the buffers, made once for the largest step; `prepare` fills their beginning. Knows nothing of the model.
+A step that is the last one a token further, as most are, only moves the numbers in place on.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from minivllm.worker.request_state import RequestTable
 
 @dataclass(frozen=True)
 class InputBatch:
-    """One step, in the plan's batch order. Its tensors are views of buffers that the next step overwrites."""
+    """One step, in the plan's batch order. Its tensors, `begins` and `ends` are views of buffers: the next step overwrites
+    them, and if nothing else changes it is the same object."""
 
     request_ids: list[str]
     rows: np.ndarray  # [num_reqs] int64 in the request table
@@ -49,16 +51,50 @@ class InputBuffers:
         self._query_start_loc = np.zeros(max_num_reqs + 1, np.int32)
         self._seq_lens = np.zeros(max_num_reqs, np.int32)
         self._block_table = np.zeros((num_groups, max_num_reqs, max_blocks), np.int32)
+        self._begins = np.zeros(max_num_reqs, np.int64)
+        self._ends = np.zeros(max_num_reqs, np.int64)
         self._counting = np.arange(max_num_tokens)
+        self._last: InputBatch | None = None
+        self._version = 0  # of the table, when `_last` was made
+        self._num_moves = 0  # how many tokens `_last` can move on before somebody's block is full
 
     def prepare(self, num_scheduled_tokens: dict[str, int], table: RequestTable) -> InputBatch:
         """The inputs of a step that computes so many tokens of each request, from where each one stands."""
         request_ids = list(num_scheduled_tokens)
+        if self._moves_on(request_ids, num_scheduled_tokens, table):
+            self._move_on(table)
+        else:
+            self._last = self._prepare(request_ids, num_scheduled_tokens, table)
+            self._version = table.version
+            self._num_moves = _num_moves(self._last, table)
+        return self._last
+
+    def _moves_on(self, request_ids: list[str], num_scheduled_tokens: dict[str, int], table: RequestTable) -> bool:
+        """Whether this step is the last one, a token further: of the same requests, in the blocks that they had."""
+        last = self._last
+        if not self._num_moves or self._version != table.version or request_ids != last.request_ids:
+            return False
+        if sum(num_scheduled_tokens.values()) != len(request_ids):
+            return False
+        is_next = table.num_computed_tokens[last.rows] == last.ends
+        is_known = table.num_tokens[last.rows] == last.ends + 1
+        return bool((is_next & is_known).all())
+
+    def _move_on(self, table: RequestTable) -> None:
+        self._num_moves -= 1
+        num_reqs = len(self._last.rows)
+        for numbers in (self._positions, self._begins, self._ends, self._seq_lens):
+            numbers[:num_reqs] += 1
+        self._slot_mapping[:, :num_reqs] += 1
+        self._input_ids[:num_reqs] = table.token_ids[self._last.rows, self._last.begins]
+
+    def _prepare(self, request_ids: list[str], num_scheduled_tokens: dict[str, int], table: RequestTable) -> InputBatch:
         num_reqs = len(request_ids)
         rows = table.rows(request_ids)
         counts = np.fromiter(num_scheduled_tokens.values(), np.int64, num_reqs)
-        begins = table.num_computed_tokens[rows]
-        ends = begins + counts
+        begins, ends = self._begins[:num_reqs], self._ends[:num_reqs]
+        begins[:] = table.num_computed_tokens[rows]
+        np.add(begins, counts, out=ends)
         stops = np.cumsum(counts)
         first_rows = stops - counts
         num_tokens = int(stops[-1])
@@ -95,3 +131,11 @@ class InputBuffers:
             positions=torch.from_numpy(positions),
             steps=steps,
         )
+
+
+def _num_moves(batch: InputBatch, table: RequestTable) -> int:
+    """How far each request of a decode can go on in its block, none filling it: then what they share may be more."""
+    if not batch.is_decode:
+        return 0
+    block_size = table.blocks[0].block_size
+    return max(0, block_size - 2 - int(((batch.ends - 1) % block_size).max()))

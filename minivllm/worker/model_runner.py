@@ -7,6 +7,8 @@ how its result is sent.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,12 +23,22 @@ from minivllm.messages.worker import (
     SchedulerOutput,
 )
 from minivllm.models.decoder import DecoderForCausalLM
-from minivllm.sample.sampler import Sampler, SamplerOutput
+from minivllm.sample.sampler import DrawInputs, Drawn, Sampler, SamplerOutput
 from minivllm.sample.step import GrammarMask, SampleBatch
 from minivllm.worker.graphs import StepGraphs, key_of
 from minivllm.worker.input_batch import InputBatch, InputBuffers
 from minivllm.worker.prompt_logprobs import PromptLogprobs
 from minivllm.worker.request_state import RequestTable
+
+
+@dataclass(frozen=True)
+class _Decode:
+    """A step of one token a request, all of which are sampled. It serves for as long as its batch stays the same object."""
+
+    batch: InputBatch
+    ctx: ForwardContext
+    draw: DrawInputs | None  # None: sampling is more than that, and not part of the step
+    key: Hashable | None  # see worker/graphs.py
 
 
 class ModelRunner:
@@ -58,46 +70,66 @@ class ModelRunner:
         self._batch: InputBatch | None = None
         self._hidden: torch.Tensor | None = None
         self._logits: torch.Tensor | None = None  # of a decode step, computed with the rest of it
+        self._drawn: Drawn | None = None  # and tokens, which are good if no grammar comes
+        self._decode: _Decode | None = None  # the last one
 
-    @torch.inference_mode()
     def execute_model(self, plan: SchedulerOutput) -> None:
         """Take in the plan and run the model on its tokens; `sample_tokens` follows."""
         self._follow(plan)
-        self._batch = self._hidden = self._logits = None
+        self._batch = self._hidden = self._logits = self._drawn = None
         if not plan.num_scheduled_tokens:
             return
-        batch = self.buffers.prepare(plan.num_scheduled_tokens, self.table)
-        metadata = [self.backend.build_metadata(step) for step in batch.steps]
-        ctx = ForwardContext([metadata[group] for group in self._group_of_layer], self.kv_caches)
+        self._batch = batch = self.buffers.prepare(plan.num_scheduled_tokens, self.table)
         if self._graphs is not None and batch.is_decode:
-            self._logits = self._decode(batch, metadata, ctx)
+            self._run_decode(batch)
         else:
-            self._hidden = self.model.forward(batch.input_ids, batch.positions, ctx)
-        self._batch = batch
-
-    def _decode(self, batch: InputBatch, metadata: list[Any], ctx: ForwardContext) -> torch.Tensor:
-        """Logits of a step of one token a request, all of which are sampled. metadata: one a KV cache group."""
-
-        def step() -> torch.Tensor:
-            return self.model.compute_logits(self.model.forward(batch.input_ids, batch.positions, ctx))
-
-        return self._graphs.run(key_of(batch.input_ids, batch.positions, metadata), step)
+            self._run(batch)
 
     @torch.inference_mode()
+    def _run(self, batch: InputBatch) -> None:
+        self._hidden = self.model.forward(batch.input_ids, batch.positions, self._context(self._metadata(batch)))
+
+    def _run_decode(self, batch: InputBatch) -> None:
+        draws = self.sampler.only_draws(batch.rows)
+        known = self._decode
+        if known is None or known.batch is not batch or (known.draw is not None) != draws:
+            known = self._decode = self._describe(batch, draws)
+        self._logits, *drawn = self._graphs.run(known.key, self._step)
+        self._drawn = Drawn(*drawn) if drawn else None
+
+    def _describe(self, batch: InputBatch, draws: bool) -> _Decode:
+        metadata = self._metadata(batch)
+        draw = self.sampler.draw_inputs(batch.rows, batch.ends) if draws else None
+        key = key_of(batch.input_ids, batch.positions, metadata, draw)
+        return _Decode(batch, self._context(metadata), draw, key)
+
+    @torch.inference_mode()
+    def _step(self) -> tuple[torch.Tensor, ...]:
+        """What a decode step computes: logits and, if they can be, tokens and which rows are broken."""
+        batch, draw = self._decode.batch, self._decode.draw
+        logits = self.model.compute_logits(self.model.forward(batch.input_ids, batch.positions, self._decode.ctx))
+        if draw is None:
+            return (logits,)
+        drawn = self.sampler.draw(logits, draw)
+        return logits, drawn.token_ids, drawn.broken
+
+    def _metadata(self, batch: InputBatch) -> list[Any]:
+        """One a KV cache group."""
+        return [self.backend.build_metadata(step) for step in batch.steps]
+
+    def _context(self, metadata: list[Any]) -> ForwardContext:
+        return ForwardContext([metadata[group] for group in self._group_of_layer], self.kv_caches)
+
     def sample_tokens(self, grammar: GrammarOutput | None = None) -> ModelRunnerOutput:
         """One token for each request whose last known token was in the step, and the logprobs asked for."""
-        batch, hidden, logits = self._batch, self._hidden, self._logits
-        self._batch = self._hidden = self._logits = None
+        batch, hidden, logits, drawn = self._batch, self._hidden, self._logits, self._drawn
+        self._batch = self._hidden = self._logits = self._drawn = None
         if batch is None:
             return ModelRunnerOutput()
-        result = ModelRunnerOutput(batch.request_ids, [[] for _ in batch.request_ids])
-        if logits is None:
-            self.prompt_logprobs.add_to(result, batch, hidden, self.table)
-            if len(batch.samples):
-                logits = self.model.compute_logits(hidden[batch.sampled_rows])
-        if logits is not None:
-            self._sample(batch, logits, grammar, result)
-        return result
+        if drawn is not None and grammar is None:
+            sampled = self.sampler.accept(drawn, logits, batch.rows)
+            return self._accept(batch, batch.rows, sampled, ModelRunnerOutput(batch.request_ids))
+        return self._sample(batch, hidden, logits, grammar)
 
     # Plan --------------------------------------------------------------------
 
@@ -134,9 +166,21 @@ class ModelRunner:
 
     # Results -----------------------------------------------------------------
 
+    @torch.inference_mode()
     def _sample(
-        self, batch: InputBatch, logits: torch.Tensor, grammar: GrammarOutput | None, result: ModelRunnerOutput
-    ) -> None:
+        self,
+        batch: InputBatch,
+        hidden: torch.Tensor | None,
+        logits: torch.Tensor | None,
+        grammar: GrammarOutput | None,
+    ) -> ModelRunnerOutput:
+        """From the logits, or from hidden states that give them."""
+        result = ModelRunnerOutput(batch.request_ids, [[] for _ in batch.request_ids])
+        if logits is None:
+            self.prompt_logprobs.add_to(result, batch, hidden, self.table)
+            if not len(batch.samples):
+                return result
+            logits = self.model.compute_logits(hidden[batch.sampled_rows])
         rows = batch.rows[batch.samples]
         sampled = self.sampler(
             logits,
@@ -148,23 +192,33 @@ class ModelRunner:
             ),
             self._mask_of(grammar, rows),
         )
-        ids = [batch.request_ids[i] for i in batch.samples.tolist()]
+        return self._accept(batch, rows, sampled, result)
+
+    def _accept(
+        self, batch: InputBatch, rows: np.ndarray, sampled: SamplerOutput, result: ModelRunnerOutput
+    ) -> ModelRunnerOutput:
+        """Remember the tokens, and report them. rows: of the table, those that got one."""
+        is_whole = len(rows) == len(batch.request_ids)
+        ids = batch.request_ids if is_whole else [batch.request_ids[i] for i in batch.samples.tolist()]
         tokens = sampled.token_ids.reshape(-1, 1).tolist()
         if sampled.failed:
             self._append_sound(rows, sampled)
             for column in sampled.failed:
                 tokens[column] = []
             result.failed.update({ids[column]: why for column, why in sampled.failed.items()})
+            result.fields_at_fault.update({ids[column]: name for column, name in sampled.fields_at_fault.items()})
         else:
             self.table.append_tokens(rows, sampled.token_ids)
-        if len(ids) == len(batch.request_ids):
+        if is_whole:
             result.sampled_token_ids = tokens
         else:
             for i, own in zip(batch.samples.tolist(), tokens):
                 result.sampled_token_ids[i] = own
-        result.logprobs.update(
-            {ids[c]: lists for c, lists in sampled.logprobs.items() if c not in sampled.failed}
-        )
+        if sampled.logprobs:
+            result.logprobs.update(
+                {ids[c]: lists for c, lists in sampled.logprobs.items() if c not in sampled.failed}
+            )
+        return result
 
     def _mask_of(self, grammar: GrammarOutput | None, rows: np.ndarray) -> GrammarMask | None:
         """The masks of the requests in these rows of the table.

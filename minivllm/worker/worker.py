@@ -13,6 +13,7 @@ import torch
 from minivllm.attention.backend import AttentionBackend, AttentionSpec
 from minivllm.attention.registry import select_backend
 from minivllm.config.engine import EngineConfig
+from minivllm.config.profiler import read_profiler_config
 from minivllm.config.scheduler import step_limits
 from minivllm.exceptions import ConfigError
 from minivllm.logger import init_logger
@@ -27,6 +28,7 @@ from minivllm.sample.custom import CustomProcessors
 from minivllm.sample.sampler import Sampler
 from minivllm.worker import kv_layout, memory
 from minivllm.worker.model_runner import ModelRunner
+from minivllm.worker.profiler import WorkerProfiler
 
 logger = init_logger(__name__)
 
@@ -46,6 +48,10 @@ class Worker:
         self.config = config
         self.platform = detect()
         self.runner: ModelRunner | None = None
+        self._load: Callable[[], None] | None = None  # the weights, into the places they have
+        self._has_weights = False
+        profiler = read_profiler_config(config.observability.profiler_config)
+        self._profiler = WorkerProfiler(profiler) if profiler.is_on else None
 
     @torch.inference_mode()
     def initialize(self, on_progress: Callable[[str], None]) -> WorkerReady:
@@ -69,10 +75,15 @@ class Worker:
         size, (max_num_batched_tokens, max_num_seqs) = self._size_cache_and_step(model, backend, max_model_len)
 
         on_progress("loading weights")
-        if plan is None:
-            loader.load_dummy(model, dtype, config.model.seed, config.hf_config.initializer_range)
-        else:
-            loader.load_weights(plan, dtype, show_progress=config.load.use_tqdm_on_load)
+
+        def load() -> None:
+            if plan is None:
+                loader.load_dummy(model, dtype, config.model.seed, config.hf_config.initializer_range)
+            else:
+                loader.load_weights(plan, dtype, show_progress=config.load.use_tqdm_on_load)
+
+        load()
+        self._load, self._has_weights = load, True
 
         on_progress("laying out the KV cache")
         # Untouched pages take no memory: they are the system's until a block is written.
@@ -105,15 +116,54 @@ class Worker:
 
     def execute_model(self, plan: SchedulerOutput) -> None:
         """Run the model on a plan's tokens."""
+        if self._profiler is not None:
+            self._profiler.before_step()
         self._initialized().execute_model(plan)
 
     def sample_tokens(self, grammar: GrammarOutput | None) -> ModelRunnerOutput:
         """Sample from the last `execute_model`; `grammar` says where not freely."""
-        return self._initialized().sample_tokens(grammar)
+        result = self._initialized().sample_tokens(grammar)
+        if self._profiler is not None:
+            self._profiler.after_step()
+        return result
+
+    def start_profile(self, prefix: str, delay: int | None, most: int | None) -> bool:
+        """Record the steps to come; see WorkerProfiler."""
+        assert self._profiler is not None, "asked for only where --profiler-config says where to write"
+        return self._profiler.start(prefix, delay, most)
+
+    def stop_profile(self) -> list[str]:
+        """The files of the recording."""
+        assert self._profiler is not None
+        return self._profiler.stop()
+
+    def sleep(self, level: int) -> None:
+        """Give back the KV cache's memory, at level 2 that of the weights too. No step may follow before `wake_up`."""
+        runner = self._initialized()
+        before = self.platform.process_memory_bytes()
+        tensors = list(runner.kv_caches)
+        if level >= 2:
+            self._has_weights = False
+            tensors += [tensor for weight in runner.model.weights() for tensor in weight.tensors]
+        for tensor in tensors:
+            self.platform.give_back(tensor)
+        after = self.platform.process_memory_bytes()
+        logger.info("asleep at level %d: %s of memory, before %s", level, memory.gib(after), memory.gib(before))
+
+    @torch.inference_mode()
+    def wake_up(self) -> None:
+        """Read the weights again if they were given back. The cache's memory comes as it is written.
+
+        Raises:
+            ModelFilesError: the checkpoint is not what it was; may be called again.
+        """
+        if not self._has_weights:
+            self._load()
+            self._has_weights = True
 
     def shutdown(self) -> None:
         """Let go of the model and the cache. May be called again."""
-        self.runner = None
+        self.runner = self._load = None
 
     def _initialized(self) -> ModelRunner:
         assert self.runner is not None, "initialize comes first, and nothing after shutdown"

@@ -18,6 +18,7 @@ from minivllm.core.kv_cache_utils import (
     root_hash,
 )
 from minivllm.core.request import Request
+from minivllm.messages.stats import BLOCK_CACHED, BLOCK_EMPTY, BLOCK_HELD, BLOCK_SHARED
 from tests.core.requests import make_request
 
 BLOCK = 4
@@ -202,6 +203,20 @@ def test_usage_counts_held_blocks_only():
     pool.cache(blocks[0], b"x")
     pool.free(blocks)
     assert pool.usage == 0
+
+
+def test_a_picture_of_the_pool_tells_free_cached_held_and_shared_blocks_apart():
+    pool = BlockPool(5)
+    cached, held, shared = pool.allocate(3)
+    for block in (cached, shared):
+        pool.cache(block, bytes([block.block_id]))
+    pool.free([cached])
+    pool.touch([shared])
+    expected = [BLOCK_CACHED, BLOCK_HELD, BLOCK_SHARED, BLOCK_EMPTY, BLOCK_EMPTY]
+    assert pool.states(limit=8) == (1, bytes(expected))
+    assert pool.states(limit=3) == (2, bytes(expected[::2]))  # of a large pool, every second block
+    with_null = BlockPool(3, has_null=True)
+    assert with_null.states(limit=8) == (1, bytes([BLOCK_EMPTY] * 2))  # the null block is nobody's
 
 
 # Block tables

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
+from minivllm.config.reasoning import ReasoningConfig
+from minivllm.config.structured_outputs import StructuredOutputsConfig
 from minivllm.engine.parallel_sampling import child_seed
 from minivllm.engine.processor import Processor, default_sampling_params
 from minivllm.exceptions import RequestError
@@ -54,6 +58,8 @@ def process(prompt, processor_=None, **params):
         ([1], {"allowed_token_ids": [7], "stop_token_ids": [7], "min_tokens": 2}, "allowed_token_ids"),
         ([1], {"logit_bias": {VOCAB_SIZE: 1.0}}, "logit_bias"),
         ([1], {"logit_bias": {1: float("nan")}}, "logit_bias"),
+        ([1], {"logit_bias": {1: -1e31}}, "logit_bias"),
+        ([1], {"stop_token_ids": list(range(VOCAB_SIZE)), "min_tokens": 1}, "min_tokens"),
         ([1], {"stop": ["x"]}, "stop"),
         ([1], {"bad_words": ["x"]}, "bad_words"),
         ([1], {"logprob_token_ids": [VOCAB_SIZE]}, "logprob_token_ids"),
@@ -65,6 +71,33 @@ def test_what_does_not_fit_the_model_is_refused_by_name(prompt, params, param):
     with pytest.raises(RequestError) as refused:
         process(prompt, **params)
     assert refused.value.param == param
+
+
+def test_bad_words_and_what_is_allowed_may_leave_something():
+    tokenizer = byte_level()
+    config = make_config()
+    object.__setattr__(config.hf_config, "vocab_size", tokenizer.vocab_size)
+    some = Processor(config, READY, tokenizer)
+    [q, z] = tokenizer.encode("qz", add_special_tokens=False)
+    assert process([1], some, bad_words=["q"], allowed_token_ids=[q, z]).sampling_params.allowed_token_ids == [q, z]
+    with pytest.raises(RequestError, match="bad_words forbids every token of allowed_token_ids") as refused:
+        process([1], some, bad_words=["q", "z"], allowed_token_ids=[z, q, z])
+    assert refused.value.param == "allowed_token_ids"
+    with pytest.raises(RequestError, match="bad_words and min_tokens forbid every token of allowed_token_ids"):
+        process([1], some, bad_words=["q"], allowed_token_ids=[q, z], stop_token_ids=[z], min_tokens=1)
+
+
+def test_a_budget_for_thinking_needs_a_form_that_begins_behind_it():
+    config = dataclasses.replace(
+        make_config(),
+        reasoning=ReasoningConfig(reasoning_parser="qwen3"),
+        structured_outputs=StructuredOutputsConfig(structured_outputs_config={"enable_in_reasoning": True}),
+    )
+    with pytest.raises(RequestError, match="enable_in_reasoning") as refused:
+        process(
+            [1], Processor(config, READY, byte_level()), thinking_token_budget=3, structured_outputs={"regex": "a"}
+        )
+    assert refused.value.param == "thinking_token_budget"
 
 
 @pytest.mark.parametrize("half", ["\ud800", "ok \udfff"])

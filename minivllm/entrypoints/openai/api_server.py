@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from minivllm import envs
 from minivllm.config.frontend import FrontendConfig
+from minivllm.config.profiler import read_profiler_config
 from minivllm.entrypoints.openai.listen import (
     create_server_socket,
     create_unix_socket,
@@ -306,15 +307,15 @@ def build_app(args: Namespace) -> FastAPI:
     state.log_error_stack = frontend.log_error_stack
     state.registry = make_registry(multiprocess=frontend.api_server_count > 1)
     state.frontend = frontend
-    for router in _routers(frontend):
+    for router in _routers(frontend, profiles=getattr(args, "profiler_config", None) is not None):
         app.include_router(router)
     install_error_handlers(app)
     _add_middleware(app, frontend, counts_requests=not getattr(args, "disable_log_stats", False))
     return app
 
 
-def _routers(frontend: FrontendConfig) -> list[APIRouter]:
-    """Every endpoint there is, and those that the operator opens."""
+def _routers(frontend: FrontendConfig, *, profiles: bool) -> list[APIRouter]:
+    """Every endpoint there is, and those that the operator opens. profiles: --profiler-config is given."""
     from minivllm.entrypoints.openai.batch.router import router as batch_router
     from minivllm.entrypoints.openai.chat_completion.router import router as chat_router
     from minivllm.entrypoints.openai.completion.router import router as completion_router
@@ -325,14 +326,21 @@ def _routers(frontend: FrontendConfig) -> list[APIRouter]:
     from minivllm.entrypoints.openai.messages.router import router as messages_router
     from minivllm.entrypoints.openai.metrics.router import router as metrics_router
     from minivllm.entrypoints.openai.models.router import router as models_router
+    from minivllm.entrypoints.openai.playground.router import router as playground_router
+    from minivllm.entrypoints.openai.profile.router import router as profile_router
     from minivllm.entrypoints.openai.responses.router import router as responses_router
     from minivllm.entrypoints.openai.tokenize import router as tokenize
 
     routers = [health_router, metrics_router, models_router, tokenize.router, completion_router, chat_router]
     routers += [batch_router, responses_router, messages_router, invocations_router, lora_router]
+    is_dev = frontend.enable_dev_endpoints or envs.get("VLLM_SERVER_DEV_MODE") not in (None, "0")
+    if is_dev or profiles:
+        routers.append(profile_router)
+    if not frontend.disable_playground:
+        routers.append(playground_router)
     if frontend.enable_tokenizer_info_endpoint:
         routers.append(tokenize.info_router)
-    if frontend.enable_dev_endpoints or envs.get("VLLM_SERVER_DEV_MODE") not in (None, "0"):
+    if is_dev:
         logger.warning("the development endpoints are open: /server_info, /abort_requests, /collective_rpc, …")
         routers += [dev.router, dev.json_router]
     return routers
@@ -349,8 +357,7 @@ def _add_middleware(app: FastAPI, frontend: FrontendConfig, *, counts_requests: 
     app.add_middleware(ours.BodyLimit)
     app.add_middleware(ours.Admission, lifecycle=app.state.lifecycle)
     if keys := api_keys(frontend):
-        open_paths = ours.OPEN_PATHS - {"/metrics"} if frontend.protect_metrics else ours.OPEN_PATHS
-        app.add_middleware(ours.Authentication, keys=keys, open_paths=open_paths)
+        app.add_middleware(ours.Authentication, keys=keys, open_paths=_open_paths(frontend))
     for import_path in frontend.middleware:
         middleware = ours.load_middleware(import_path)
         if isinstance(middleware, type):
@@ -371,14 +378,24 @@ def _add_middleware(app: FastAPI, frontend: FrontendConfig, *, counts_requests: 
     )
 
 
+def _open_paths(frontend: FrontendConfig) -> frozenset[str]:
+    """What needs no key: probes and scrapers have none, and a browser gets the page before its user can give one."""
+    from minivllm.entrypoints.openai.middleware import OPEN_PATHS
+    from minivllm.entrypoints.openai.playground.files import OPEN_PATHS as PAGE_PATHS
+
+    closed = {"/metrics"} if frontend.protect_metrics else set()
+    return OPEN_PATHS - closed | (frozenset() if frontend.disable_playground else PAGE_PATHS)
+
+
 def init_app_state(engine: AsyncLLM, args: Namespace, app: FastAPI, stats: StatLoggers | None = None) -> None:
     """Give the app its engine, and build what serves each route."""
     from minivllm.entrypoints.openai.batch.serving import ServingBatch
     from minivllm.entrypoints.openai.chat_completion.serving import ServingChat
-    from minivllm.entrypoints.openai.chat_objects import ServingChatObjects
     from minivllm.entrypoints.openai.completion.serving import ServingCompletion
     from minivllm.entrypoints.openai.messages.serving import ServingMessages
     from minivllm.entrypoints.openai.models.serving import ServedModels
+    from minivllm.entrypoints.openai.playground.feed import EngineFeed
+    from minivllm.entrypoints.openai.profile.serving import ServingProfile
     from minivllm.entrypoints.openai.render import Renderer, TemplateSettings
     from minivllm.entrypoints.openai.responses.serving import ServingResponses
     from minivllm.entrypoints.openai.serving_base import ServingSettings
@@ -389,6 +406,7 @@ def init_app_state(engine: AsyncLLM, args: Namespace, app: FastAPI, stats: StatL
     frontend, ready, state = frontend_config(args), engine.ready, app.state
     names = engine.config.model.served_model_name or [args.model]
     state.engine = engine
+    state.engine_feed = EngineFeed(engine, state.lifecycle)
     state.models = ServedModels(names, root=args.model, max_model_len=ready.max_model_len)
     several = frontend.api_server_count > 1
     if stats is not None and not engine.config.observability.disable_log_stats:
@@ -423,8 +441,11 @@ def init_app_state(engine: AsyncLLM, args: Namespace, app: FastAPI, stats: StatL
     common = (engine, state.models, renderer, state.lifecycle, settings)
     state.serving_completion = ServingCompletion(*common)
     state.serving_chat = ServingChat(*common)
+    state.serving_profile = ServingProfile(
+        engine, read_profiler_config(engine.config.observability.profiler_config)
+    )
     state.serving_tokenize = ServingTokenize(state.models, renderer)
-    chat = ServingChatObjects(*common)
+    chat = state.serving_chat
     state.serving_batch = ServingBatch(chat)
     state.serving_messages = ServingMessages(chat, state.lifecycle, settings.keep_alive_s)
     # Several servers share no memory: what one had stored, the next request would not find.
@@ -447,7 +468,7 @@ def answer_format(frontend: FrontendConfig, config: EngineConfig) -> AnswerForma
     if name is None and is_box_model(config.model.model):
         name, auto = "hermes", True
     parser = TOOL_PARSERS.get(name) if name is not None else None
-    return AnswerFormat(parser, reasoning_parser_class(config.reasoning), auto)
+    return AnswerFormat(parser, reasoning_parser_class(config.reasoning), auto, frontend.tool_strict_level)
 
 
 def _warn_of_other_template(engine: AsyncLLM, template: str | None) -> None:
@@ -505,6 +526,7 @@ def _announce(engine: AsyncLLM, app: FastAPI, url: str, frontend: FrontendConfig
         f"  minivllm {__version__} serves {name} ({ready.dtype}, context {ready.max_model_len} tokens)",
         f"  kv cache {ready.kv_cache_size_tokens} tokens = {ready.kv_cache_max_concurrency:.1f} x the context",
         f"  listen   {url}   docs: {url}/docs   metrics: {url}/metrics",
+        *([] if frontend.disable_playground or frontend.uds else [f"  look     {url}/   chat with it, and watch the engine"]),
         f"  try      {curl}",
         "",
     ]

@@ -73,7 +73,7 @@ class Authentication:
         elif scope["type"] == "http" and not self._admits(scope):
             headers = {"WWW-Authenticate": "Bearer"}
             refusal = HTTPException(401, "this server needs a key; send the header Authorization: Bearer <key>")
-            await error_response(refusal, headers, path=scope["path"])(scope, receive, send)
+            await error_response(refusal, headers, scope=scope)(scope, receive, send)
         else:
             await self.app(scope, receive, send)
 
@@ -95,6 +95,8 @@ class Authentication:
 def _route_path(scope: Any) -> str:
     """The path that is routed: the request's own, without --root-path. Never a URL built from the Host header."""
     path, root = scope["path"], scope.get("root_path", "").rstrip("/")
+    if path == root:
+        return "/"  # which the page's address without its slash is redirected to
     return path.removeprefix(root) if root and path.startswith(f"{root}/") else path
 
 
@@ -111,7 +113,7 @@ class BodyLimit:
         announced = Headers(scope=scope).get("content-length", "")
         if announced.isdecimal() and int(announced[:20]) > MAX_BODY_BYTES:
             refusal = _too_large()
-            await error_response(refusal, dict(refusal.headers), path=scope["path"])(scope, receive, send)
+            await error_response(refusal, dict(refusal.headers), scope=scope)(scope, receive, send)
             return
         num_bytes = 0
 
@@ -143,7 +145,7 @@ class Admission:
         if scope["type"] != "http" or scope["method"] != "POST":
             await self.app(scope, receive, send)
         elif self._lifecycle.draining:
-            refusal = error_response(ServerClosingError(), {"Connection": "close"}, path=scope["path"])
+            refusal = error_response(ServerClosingError(), {"Connection": "close"}, scope=scope)
             await refusal(scope, receive, send)
         else:
             with self._lifecycle.open_request():

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from minivllm.entrypoints.chat_utils import ContentFormat, parse_messages, text_of
 from minivllm.entrypoints.openai.sampling_fields import check_unicode
+from minivllm.entrypoints.tool_use import as_prompted
 from minivllm.exceptions import RequestError
 from minivllm.tokenizer.chat_template import content_format
 
@@ -137,7 +138,7 @@ class Renderer:
             max_chars=self._max_model_len * MAX_CHARS_PER_TOKEN,
             add_generation_prompt=conversation.add_generation_prompt,
             continue_final_message=conversation.continue_final_message,
-            tools=conversation.tools,
+            tools=conversation.tools and [as_prompted(tool) for tool in conversation.tools],
             documents=conversation.documents,
             **{**self._templates.template_kwargs, **conversation.template_kwargs},
         )

@@ -26,7 +26,7 @@ def test_every_flag_is_in_the_table(name: str):
 
 def test_every_route_is_in_the_table(engine: FakeEngine):
     app = Api(engine, enable_dev_endpoints=True, enable_tokenizer_info_endpoint=True).app
-    paths = {route.path.rstrip("/").replace(":path", "") for route in flat(app.routes) if hasattr(route, "methods")}
+    paths = {route.path.rstrip("/").replace(":path", "") or "/" for route in flat(app.routes) if hasattr(route, "methods")}
     shown = {re.sub(r"{\w+}", "{id}", path) for path in paths}
     shown -= {"/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json"}  # FastAPI's own
     shown -= {"/v1/responses/{id}/cancel"}  # "…/cancel" there
