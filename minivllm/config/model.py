@@ -45,6 +45,9 @@ class ModelConfig:
     """Classes that change the logits of every batch, as module:Class (see docs/sampling.md)."""
     skip_tokenizer_init: bool = False
     """Token ids in, token ids out: no tokenizer is loaded and prompts must be token ids."""
+    enable_prompt_embeds: bool = False
+    """Take prompts as vectors in place of their tokens' embeddings: prompt_embeds of /v1/completions and of LLM
+    (see docs/prompt_embeds.md)."""
     served_model_name: list[str] | None = None
     """Names under which the API serves the model; the first is reported. Default: the model argument."""
     enable_sleep_mode: bool = False

@@ -19,7 +19,7 @@ NOT_YET = frozenset(
     data_parallel_rank data_parallel_rpc_port data_parallel_size data_parallel_size_local
     data_parallel_start_rank data_parallel_supervisor_port dbo_decode_token_threshold
     dbo_prefill_token_threshold dcp_comm_backend dcp_kv_cache_interleave_size dcp_q_replicate
-    decode_context_parallel_size default_mm_loras device device_ids
+    decode_context_parallel_size default_mm_loras device_ids
     device_memory_utilization diffusion_config disable_cascade_attn
     disable_chunked_mm_input disable_custom_all_reduce disable_log_requests
     disable_nccl_for_dp_synchronization disable_sliding_window distributed_timeout_seconds
@@ -31,7 +31,7 @@ NOT_YET = frozenset(
     enable_logging_iteration_details enable_lora enable_mamba_cache_stochastic_rounding
     enable_mamba_shared_prefix_checkpoint enable_mfu_metrics enable_mixed_moe_lora_format enable_mm_embeds
     enable_moe_shared_loras enable_nccl_comm_suspend enable_offline_docs enable_per_request_metrics
-    enable_prompt_adapter enable_prompt_embeds enable_reasoning
+    enable_prompt_adapter enable_reasoning
     enable_return_routed_experts enable_scale_out
     enable_shm_tensor_arena
     enable_tower_connector_lora enable_trace_replay engram_config eplb_config
@@ -87,7 +87,6 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "config_format": ("auto", "hf"),
     "cpu_offload_gb": (0,),
     "data_parallel_size": (1,),
-    "device": ("cpu", "auto"),
     "enable_lora": (False,),
     "model_impl": ("auto",),
     "nnodes": (1,),

@@ -81,7 +81,7 @@ class LLM:
     ) -> list[RequestOutput]:
         """Complete each prompt; outputs come in the prompts' order.
 
-        prompts: a text, token ids, a dict (see TextPrompt, TokensPrompt), or a list of any of these.
+        prompts: a text, token ids, a dict (see TextPrompt, TokensPrompt, EmbedsPrompt), or a list of any of these.
         sampling_params: one for all, one for each, or None for the model's defaults.
         priority: one for each prompt, lower first; read under scheduling_policy="priority" only.
 
@@ -171,6 +171,8 @@ class LLM:
         if concurrency_limit is not None and concurrency_limit < 1:
             raise RequestError(f"concurrency_limit must be at least 1, got {concurrency_limit}")
         checked = [self._check(prompt, SamplingParams(), 0, index) for index, prompt in enumerate(prompts)]
+        if any("prompt_embeds" in each for each in checked):
+            raise RequestError("beam search needs prompts of tokens, not prompt_embeds", param="prompt_embeds")
         searches = [BeamSearch(each["prompt_token_ids"], params, self.llm_engine.processor) for each in checked]
         extras = [{k: v for k, v in each.items() if k == "cache_salt"} for each in checked]
         at_once = concurrency_limit or len(searches) or 1
@@ -284,7 +286,9 @@ class LLM:
             request, text = self.llm_engine.processor.process_inputs("check", prompt, params, priority)
         except RequestError as error:
             raise type(error)(f"prompt {index}: {error}", param=error.param) from error
-        checked = {"prompt": text, "prompt_token_ids": request.prompt_token_ids}
+        checked: Prompt = {"prompt": text, "prompt_token_ids": request.prompt_token_ids}
+        if request.prompt_embeds is not None:
+            checked = {"prompt_embeds": request.prompt_embeds}
         salt = parse_prompt(prompt).cache_salt
         return checked if salt is None else {**checked, "cache_salt": salt}
 
@@ -324,7 +328,7 @@ class _Progress:
         self._bar.close()
 
     def add(self, output: RequestOutput) -> None:
-        self._num_input_tokens += len(output.prompt_token_ids)
+        self._num_input_tokens += output.num_prompt_tokens
         self._num_output_tokens += sum(len(answer.token_ids) for answer in output.outputs)
         if self._bar.disable:
             return

@@ -51,6 +51,10 @@ class Impl(NamedTuple):
         return getattr(importlib.import_module(f"minivllm.ops.{module}"), name)
 
 
+class NoImplementation(ValueError):
+    """Nothing serves a spec."""
+
+
 class Op:
     """A named list of implementations, most preferred first."""
 
@@ -63,7 +67,7 @@ class Op:
         """The first implementation that serves `spec`.
 
         Raises:
-            ValueError: nothing fits; the message holds every implementation's reason.
+            NoImplementation: nothing fits; the message holds every implementation's reason.
         """
         reasons = []
         for impl in self.implementations:
@@ -72,7 +76,7 @@ class Op:
                 self._log_choice(impl.name, reasons)
                 return impl.load()
             reasons.append(f"{impl.name} ({reason})")
-        raise ValueError(f"no implementation of {self.name} fits {spec}: {', '.join(reasons)}")
+        raise NoImplementation(f"no implementation of {self.name} fits {spec}: {', '.join(reasons)}")
 
     def _log_choice(self, name: str, passed_over: list[str]) -> None:
         if name not in self._logged:

@@ -192,6 +192,11 @@ class Scheduler:
             )
         if num_prompt_tokens == 0:
             raise RequestError("the prompt is empty; give at least one token", param="prompt")
+        embeds = request.prompt_embeds
+        if embeds is not None and embeds.num_tokens != num_prompt_tokens:
+            raise RequestError(
+                f"{embeds.num_tokens} embeddings do not stand for {num_prompt_tokens} tokens", param="prompt_embeds"
+            )
         if num_prompt_tokens >= self.max_model_len:
             raise RequestError(
                 f"the prompt is {num_prompt_tokens} tokens and leaves no room for output within "
