@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from minivllm.ops import native
+from minivllm.ops import gpu, native
 from minivllm.ops.activation import reference as silu_mul
 from minivllm.ops.checks import require
 from minivllm.ops.op import Impl, Op
@@ -246,6 +246,7 @@ reference = DenseLinear
 
 IMPLEMENTATIONS = [
     Impl(PackedLinear, why_not=native.why_not),
+    Impl("triton.linear:TritonLinear", why_not=gpu.why_not),
     Impl(DenseLinear),
 ]
 linear = Op("linear", IMPLEMENTATIONS)

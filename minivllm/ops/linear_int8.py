@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from minivllm.ops import native
+from minivllm.ops import gpu, native
 from minivllm.ops.linear import DenseLinear, PackedLinear, check_input, check_rows
 from minivllm.ops.op import Impl, Op, OpSpec
 
@@ -75,14 +75,23 @@ class PackedInt8Linear(PackedLinear):
         return native.lib.Int8LinearFormat(*sizes)
 
 
-def native_why_not(spec: OpSpec) -> str | None:
+def _overflow(spec: OpSpec) -> str | None:
     if spec.sizes.get("in_features", 0) > MOST_IN_FEATURES:
         return f"{spec.sizes['in_features']} products could overflow an int32; {MOST_IN_FEATURES} cannot"
-    return native.why_not(spec)
+    return None
+
+
+def native_why_not(spec: OpSpec) -> str | None:
+    return _overflow(spec) or native.why_not(spec)
+
+
+def triton_why_not(spec: OpSpec) -> str | None:
+    return _overflow(spec) or gpu.why_not(spec)
 
 
 IMPLEMENTATIONS = [
     Impl(PackedInt8Linear, why_not=native_why_not),
+    Impl("triton.linear:TritonInt8Linear", why_not=triton_why_not),
     Impl(DenseInt8Linear),
 ]
 int8_linear = Op("int8_linear", IMPLEMENTATIONS)
