@@ -86,12 +86,13 @@ class RequestState:
         self.request_id = request.request_id
         self.external_id = external_id
         self.prompt = prompt
-        self.prompt_token_ids = request.prompt_token_ids
+        self.num_prompt_tokens = len(request.prompt_token_ids)
+        self.prompt_token_ids = None if request.prompt_embeds is not None else request.prompt_token_ids
         self.params = params
         self.parent = parent
         self.index = index
         self.collector = collector
-        self.detokenizer = IncrementalDetokenizer(tokenizer, request.prompt_token_ids, params)
+        self.detokenizer = IncrementalDetokenizer(tokenizer, self.prompt_token_ids or [], params)
         self.logprobs = LogprobsProcessor(tokenizer, params)
         self.stream_interval = max(stream_interval, params.stream_interval or 1)
         self.num_sent_tokens = 0
@@ -143,6 +144,7 @@ class RequestState:
             request_id=self.external_id,
             prompt=self.prompt,
             prompt_token_ids=self.prompt_token_ids,
+            num_prompt_tokens=self.num_prompt_tokens,
             outputs=answers,
             finished=finished if self.parent is None else self.parent.finished,
             prompt_logprobs=prompt_logprobs,
@@ -197,7 +199,7 @@ class OutputProcessor:
     def num_prompt_tokens_without_answer(self) -> int:
         """Prompt tokens of open requests that have no token yet. Looks at every open request."""
         return sum(
-            len(state.prompt_token_ids)
+            state.num_prompt_tokens
             for state in self._states.values()
             if state.metrics.first_token_time is None
         )
@@ -369,7 +371,7 @@ class OutputProcessor:
         if stats is not None:
             stats.num_generation_tokens += len(output.new_token_ids)
             if is_first:
-                stats.num_prompt_tokens += len(state.prompt_token_ids)
+                stats.num_prompt_tokens += state.num_prompt_tokens
                 stats.num_cached_tokens += state.num_cached_tokens
                 stats.time_to_first_tokens_s.append(now - metrics.arrival_time)
             else:
@@ -408,7 +410,7 @@ def _finished_stats(state: RequestState, finish_reason: FinishReason, now: float
     first = state.metrics.first_token_time if state.metrics.first_token_time is not None else now
     return FinishedRequestStats(
         finish_reason=str(finish_reason),
-        num_prompt_tokens=len(state.prompt_token_ids),
+        num_prompt_tokens=state.num_prompt_tokens,
         num_generation_tokens=len(state.detokenizer.token_ids),
         num_cached_tokens=state.num_cached_tokens,
         max_tokens_param=state.params.max_tokens,

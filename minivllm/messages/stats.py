@@ -21,6 +21,7 @@ class SchedulerStats(msgspec.Struct, array_like=True, omit_defaults=True):
     prefix_cache: PrefixCacheStats = msgspec.field(default_factory=PrefixCacheStats)
     num_preemptions: int = 0
     num_scheduled_tokens: int = 0
+    sleep_level: int = 0  # 0: awake
 
 
 # What a KV block is at a moment, as one byte of `EngineSnapshot.blocks`.

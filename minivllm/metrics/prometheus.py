@@ -188,8 +188,10 @@ class PrometheusStatLogger:
             "vllm:engine_sleep_state", "1 for the state the engine is in.", (*LABELS, "sleep_state"),
             registry=self._registry, multiprocess_mode="mostrecent",
         )  # fmt: skip
-        for state in ("awake", "weights_offloaded", "discard_all"):
-            sleep.labels(**self._labels, sleep_state=state).set(state == "awake")
+        # By sleep level. At the first the weights stay where they are; vLLM's name for it is kept.
+        states = ("awake", "weights_offloaded", "discard_all")
+        self._sleep_states = [sleep.labels(**self._labels, sleep_state=state) for state in states]
+        self._set_sleep_level(0)
         self._kv_usage = self._make(
             Gauge, "kv_cache_usage_perc", "Share of the KV cache in use; 1 is all of it."
         )
@@ -326,7 +328,12 @@ class PrometheusStatLogger:
     def log(self, now: float) -> None:
         """Nothing to say: it is scraped."""
 
+    def _set_sleep_level(self, level: int) -> None:
+        for of_level, gauge in enumerate(self._sleep_states):
+            gauge.set(of_level == level)
+
     def _record_scheduler(self, stats: SchedulerStats) -> None:
+        self._set_sleep_level(stats.sleep_level)
         self._num_running.set(stats.num_running_reqs)
         self._num_waiting.set(stats.num_waiting_reqs)
         self._num_waiting_for_capacity.set(stats.num_waiting_reqs)

@@ -7,6 +7,7 @@ of a token is a function of the request's seed and the token's position (`ops/sa
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +24,8 @@ from minivllm.sample.penalties import Penalties
 from minivllm.sample.step import GrammarMask, LogitsStep, SampleBatch
 from minivllm.sample.thinking import ThinkingBudget
 from minivllm.sampling_params import SamplingParams
+
+T = TypeVar("T")
 
 NONFINITE = "the model gave logits that are not finite numbers; the request cannot go on"
 NOTHING_LEFT = "a logits processor leaves no token that could be chosen"
@@ -54,6 +57,25 @@ class SamplerOutput:
     failed: dict[int, str] = field(default_factory=dict)
     fields_at_fault: dict[int, str] = field(default_factory=dict)  # of those failed by what they ask for themselves
 
+    def with_rows(self, columns: np.ndarray, others: SamplerOutput | None) -> SamplerOutput:
+        """The same, with these columns as `others` has them, in its order."""
+        if others is None:
+            return self
+        token_ids = self.token_ids.copy()
+        token_ids[columns] = others.token_ids
+        at = columns.tolist()
+
+        def merged(own: dict[int, T], its: dict[int, T]) -> dict[int, T]:
+            kept = {column: value for column, value in own.items() if column not in at}
+            return kept | {at[column]: value for column, value in its.items()}
+
+        return SamplerOutput(
+            token_ids,
+            merged(self.logprobs, others.logprobs),
+            merged(self.failed, others.failed),
+            merged(self.fields_at_fault, others.fields_at_fault),
+        )
+
 
 class Sampler:
     def __init__(
@@ -64,6 +86,7 @@ class Sampler:
         device: str = "cpu",
         custom: CustomProcessors | None = None,
     ) -> None:
+        self.vocab_size = vocab_size
         spec = OpSpec(device, torch.float32, {"vocab_size": vocab_size})
         self._log_softmax = log_softmax.select(spec)
         self._nonfinite_rows = nonfinite_rows.select(spec)
@@ -153,6 +176,17 @@ class Sampler:
             return False
         return self._is_raw or not self._asking(rows)
 
+    def draws_alone(self, rows: np.ndarray) -> np.ndarray:
+        """[M] bool: whose tokens need temperature, truncation and noise alone, a grammar aside; each one for itself."""
+        if self._custom is not None:
+            return np.zeros(len(rows), bool)
+        asking = set(self._num_logprobs).union(*(step.rows for step in self._steps))
+        return np.array([row not in asking for row in rows.tolist()], bool)
+
+    def columns(self, rows: np.ndarray) -> _Chosen:
+        """What the requests in these rows ask of temperature, truncation and noise."""
+        return self._columns.of(rows)
+
     def draw_inputs(self, rows: np.ndarray, num_tokens: np.ndarray) -> DrawInputs:
         """num_tokens: [M] int64, known of each request; read when a token is drawn, not here."""
         columns = self._columns.of(rows)
@@ -170,7 +204,11 @@ class Sampler:
         return SamplerOutput(drawn.token_ids.numpy(), logprobs, failed)
 
     def logprobs_of(
-        self, logits: torch.Tensor, token_ids: torch.Tensor, num_logprobs: int, also: torch.Tensor | None = None
+        self,
+        logits: torch.Tensor,
+        token_ids: torch.Tensor,
+        num_logprobs: int,
+        also: torch.Tensor | None = None,
     ) -> LogprobsLists:
         """Logprobs of given tokens under unprocessed logits: those of a prompt, whatever the logprobs mode.
 

@@ -301,8 +301,7 @@ class TritonLinear(_Multiplies, DenseLinear):
         gated: bool = False,
         device: str = "cuda",
     ) -> None:
-        super().__init__(out_features, in_features, dtype, gated=gated)
-        self._weight = torch.empty(out_features, in_features, dtype=dtype, device=device)
+        super().__init__(out_features, in_features, dtype, gated=gated, device=device)
 
     def _operands(self, x: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return (x if x.stride(1) == 1 else x.contiguous()), self._weight, None, None
