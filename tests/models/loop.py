@@ -33,7 +33,7 @@ def engine_config(model: Path, **options: Any) -> EngineConfig:
     hf_config = HFConfig.from_dict(json.loads((model / "config.json").read_text()))
     parts = {
         "cache": (CacheConfig, {"block_size": BLOCK_SIZE}),
-        "device": (DeviceConfig, {}),
+        "device": (DeviceConfig, {"device": "cpu"}),
         "scheduler": (SchedulerConfig, {}),
         "load": (LoadConfig, {"use_tqdm_on_load": False}),
         "model": (ModelConfig, {"model": str(model), "max_model_len": "auto"}),

@@ -565,6 +565,7 @@ class Scheduler:
             stop_reason=request.stop_reason,
             error=request.error,
             error_param=request.error_param,
+            num_preemptions=request.num_preemptions,
         )
         if not request.answered:
             request.answered = True

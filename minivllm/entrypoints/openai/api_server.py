@@ -299,7 +299,7 @@ def build_app(args: Namespace) -> FastAPI:
 
     frontend = frontend_config(args)
     docs = {"openapi_url": None, "docs_url": None, "redoc_url": None} if frontend.disable_fastapi_docs else {}
-    app = FastAPI(title="minivllm", version=__version__, root_path=frontend.root_path or "", **docs)
+    app = FastAPI(title="minivllm", version=__version__, **docs)
     state = app.state
     state.lifecycle = Lifecycle()
     state.ignored_fields = IgnoredFields(strict=frontend.strict_fields)
@@ -376,6 +376,8 @@ def _add_middleware(app: FastAPI, frontend: FrontendConfig, *, counts_requests: 
         allow_headers=frontend.allowed_headers,
         expose_headers=["X-Request-Id", "X-Ignored-Fields"],
     )
+    if frontend.root_path:
+        app.add_middleware(ours.RootPath, path=frontend.root_path)
 
 
 def _open_paths(frontend: FrontendConfig) -> frozenset[str]:
@@ -402,6 +404,7 @@ def init_app_state(engine: AsyncLLM, args: Namespace, app: FastAPI, stats: StatL
     from minivllm.entrypoints.openai.tokenize.serving import ServingTokenize
     from minivllm.metrics.logging import LoggingStatLogger
     from minivllm.metrics.prometheus import PrometheusStatLogger
+    from minivllm.metrics.serving import SleepMetrics, ToolCallMetrics
 
     frontend, ready, state = frontend_config(args), engine.ready, app.state
     names = engine.config.model.served_model_name or [args.model]
@@ -424,6 +427,8 @@ def init_app_state(engine: AsyncLLM, args: Namespace, app: FastAPI, stats: StatL
     renderer = state.renderer = Renderer(
         engine.tokenizer, max_model_len=ready.max_model_len, templates=templates
     )
+    counts = not engine.config.observability.disable_log_stats
+    state.sleep_metrics = SleepMetrics(state.registry)
     endpoint = engine.config.observability.otlp_traces_endpoint
     state.tracer = None if endpoint is None else RequestTracer(endpoint, names[0])
     settings = ServingSettings(
@@ -437,6 +442,7 @@ def init_app_state(engine: AsyncLLM, args: Namespace, app: FastAPI, stats: StatL
         keep_alive_s=frontend.sse_keep_alive_interval,
         request_log=_request_log(frontend),
         tracer=state.tracer,
+        tool_metrics=ToolCallMetrics(state.registry, names[0]) if counts else None,
     )
     common = (engine, state.models, renderer, state.lifecycle, settings)
     state.serving_completion = ServingCompletion(*common)

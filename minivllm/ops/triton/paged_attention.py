@@ -211,7 +211,7 @@ def _attend_kernel(
     TOKENS: tl.constexpr = ROWS // GROUP
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     kv_head, segment = tl.program_id(1), tl.program_id(2)
-    req, last = 0, num_reqs - 1
+    req, last = tl.program_id(0) * 0, num_reqs - 1  # a tensor, in the interpreter too
     while req < last:
         middle = (req + last + 1) // 2
         is_before = tl.load(query_start_loc + middle) // TOKENS + middle <= tile
