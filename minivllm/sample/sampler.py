@@ -162,6 +162,11 @@ class Sampler:
         """For requests that `only_draws`; logits stay as they are."""
         return Drawn(*self._choose(logits, inputs.temperature, inputs.seeds, inputs.positions))
 
+    @property
+    def asks_for_logprobs(self) -> bool:
+        """Whether any known request does."""
+        return bool(self._num_logprobs)
+
     def accept(self, drawn: Drawn, logits: torch.Tensor, rows: np.ndarray) -> SamplerOutput:
         """What was drawn, with the logprobs asked for."""
         asking = self._asking(rows)

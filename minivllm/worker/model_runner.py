@@ -127,8 +127,7 @@ class ModelRunner:
         if batch is None:
             return ModelRunnerOutput()
         if drawn is not None and grammar is None:
-            sampled = self.sampler.accept(drawn, logits, batch.rows)
-            return self._accept(batch, batch.rows, sampled, ModelRunnerOutput(batch.request_ids))
+            return self._accept_drawn(batch, logits, drawn)
         return self._sample(batch, hidden, logits, grammar)
 
     # Plan --------------------------------------------------------------------
@@ -158,6 +157,8 @@ class ModelRunner:
     def _continue(self, known: CachedRequestData) -> None:
         rows = self.table.rows(known.request_ids)
         self.table.num_computed_tokens[rows] = known.num_computed_tokens
+        if not any(known.new_block_ids) and not any(known.resumed):
+            return
         for row, block_ids, resumed in zip(rows.tolist(), known.new_block_ids, known.resumed):
             if resumed:
                 self.table.replace_blocks(row, block_ids)
@@ -219,6 +220,14 @@ class ModelRunner:
                 {ids[c]: lists for c, lists in sampled.logprobs.items() if c not in sampled.failed}
             )
         return result
+
+    def _accept_drawn(self, batch: InputBatch, logits: torch.Tensor, drawn: Drawn) -> ModelRunnerOutput:
+        """As `_accept`, for all requests of a decode step."""
+        asks = self.sampler.asks_for_logprobs
+        if not asks and self.buffers.books.append_drawn(drawn.token_ids.numpy(), drawn.broken.numpy()):
+            return ModelRunnerOutput(batch.request_ids, [[token] for token in drawn.token_ids.tolist()])
+        sampled = self.sampler.accept(drawn, logits, batch.rows)
+        return self._accept(batch, batch.rows, sampled, ModelRunnerOutput(batch.request_ids))
 
     def _mask_of(self, grammar: GrammarOutput | None, rows: np.ndarray) -> GrammarMask | None:
         """The masks of the requests in these rows of the table.
