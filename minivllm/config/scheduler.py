@@ -9,7 +9,6 @@ from minivllm.exceptions import ConfigError
 
 Usage = Literal["serve", "offline"]
 # max_num_batched_tokens, max_num_seqs on a CPU; vLLM's.
-_MIXED_DEFAULTS: dict[Usage, int] = {"serve": 64, "offline": 0}  # benchmarks/LOG.md says why
 _STEP_DEFAULTS: dict[Usage, tuple[int, int]] = {"serve": (2048, 128), "offline": (4096, 256)}
 
 
@@ -29,10 +28,9 @@ class SchedulerConfig:
     long_prefill_token_threshold: int = 0
     """Tokens of one prompt in one step, at most, unless its request is alone; 0 sets no such limit. (While others
     wait, long prompts take at most half of a step anyway.)"""
-    max_num_mixed_prefill_tokens: int | None = None
+    max_num_mixed_prefill_tokens: int = 0
     """Prompt tokens computed in one step, at most, while others decode; a sixteenth of all that wait, if that is more; 0 sets
-    no such limit. Fewer make streams smoother, and prompts that come among them wait longer. Default on a CPU: 64
-    serving, no limit offline."""
+    no such limit. With one, no long prompt holds up streams for a whole step, and it waits longer itself."""
     watermark: float = 0.0
     """Share of the KV blocks that admitting a request must leave free for those that run."""
     scheduler_reserve_full_isl: bool = True
@@ -51,12 +49,6 @@ class SchedulerConfig:
     def max_plans_in_flight(self) -> int:
         """Steps planned before the first one's result is in, at most."""
         return 2 if self.async_scheduling else 1
-
-
-def mixed_prefill_tokens(scheduler: SchedulerConfig, usage: Usage) -> int:
-    """Prompt tokens beside decodes in one step, 0 for no limit."""
-    given = scheduler.max_num_mixed_prefill_tokens
-    return _MIXED_DEFAULTS[usage] if given is None else given
 
 
 def step_limits(scheduler: SchedulerConfig, usage: Usage, max_model_len: int) -> tuple[int, int]:

@@ -234,7 +234,7 @@ def _check_ranges(values: dict[str, Any]) -> None:
     if threshold < 0:
         raise ConfigError(f"long_prefill_token_threshold={threshold} must be at least 0; 0 sets no limit")
     mixed = values["max_num_mixed_prefill_tokens"]
-    if mixed is not None and mixed < 0:
+    if mixed < 0:
         raise ConfigError(f"max_num_mixed_prefill_tokens={mixed} must be at least 0; 0 sets no limit")
     if values["max_logprobs"] < -1:
         raise ConfigError(f"max_logprobs={values['max_logprobs']} must be at least 0, or -1 for the whole vocabulary")

@@ -16,7 +16,6 @@ from typing import Any
 
 from minivllm.config.engine import EngineConfig
 from minivllm.config.kv_events import read_kv_events_config
-from minivllm.config.scheduler import mixed_prefill_tokens
 from minivllm.core.sched.scheduler import Scheduler
 from minivllm.engine.kv_events import KVEventPublisher
 from minivllm.engine.structured import LazyGrammars
@@ -95,7 +94,7 @@ class EngineCore:
                 policy=config.scheduler.scheduling_policy,
                 max_num_active_seqs=config.scheduler.max_num_active_seqs,
                 long_prefill_token_threshold=config.scheduler.long_prefill_token_threshold,
-                max_num_mixed_prefill_tokens=mixed_prefill_tokens(config.scheduler, config.usage),
+                max_num_mixed_prefill_tokens=config.scheduler.max_num_mixed_prefill_tokens,
                 watermark=config.scheduler.watermark,
                 reserve_full_isl=config.scheduler.scheduler_reserve_full_isl,
                 grammars=self._grammars,

@@ -69,6 +69,8 @@ class DecodeBooks:
             at(step.input_ids),
         )  # fmt: skip
         self._rest_of_append = (at(step.rows), *tokens)
+        self._drawn: tuple[np.ndarray, np.ndarray] | None = None
+        self._append: tuple[int, ...] = ()
 
     def move_on(self) -> bool:
         """As `move_on_reference`."""
@@ -80,7 +82,10 @@ class DecodeBooks:
         """As `append_drawn_reference`."""
         if unavailable is not None:
             return append_drawn_reference(drawn, broken, self._step.rows, self._table)
-        return lib.append_drawn(len(drawn), _address(drawn), _address(broken), *self._rest_of_append)
+        if self._drawn is None or self._drawn[0] is not drawn or self._drawn[1] is not broken:
+            self._drawn = drawn, broken
+            self._append = len(drawn), _address(drawn), _address(broken), *self._rest_of_append
+        return lib.append_drawn(*self._append)
 
 
 def _address(array: np.ndarray) -> int:

@@ -31,11 +31,7 @@ class InputBatch:
     input_ids: torch.Tensor  # [num_tokens] int64
     positions: torch.Tensor  # [num_tokens] int64
     steps: list[StepInputs]  # one a KV cache group; they differ in where keys and values lie
-
-    @property
-    def is_decode(self) -> bool:
-        """One token of each request, and each gets the next."""
-        return len(self.input_ids) == len(self.rows) == len(self.samples)
+    is_decode: bool  # one token of each request, and each gets the next
 
     @property
     def sampled_rows(self) -> torch.Tensor:
@@ -123,16 +119,18 @@ class InputBuffers:
                     slot_mapping=torch.from_numpy(slot_mapping[:num_tokens]),
                 )
             )
+        samples = np.flatnonzero(ends == table.num_tokens[rows])
         return InputBatch(
             request_ids=request_ids,
             rows=rows,
             begins=begins,
             ends=ends,
             first_rows=first_rows,
-            samples=np.flatnonzero(ends == table.num_tokens[rows]),
+            samples=samples,
             input_ids=torch.from_numpy(self._input_ids[:num_tokens]),
             positions=torch.from_numpy(positions),
             steps=steps,
+            is_decode=num_tokens == num_reqs == len(samples),
         )
 
 

@@ -23,7 +23,7 @@ from minivllm.messages.worker import (
     SchedulerOutput,
 )
 from minivllm.models.decoder import DecoderForCausalLM
-from minivllm.sample.sampler import Drawn, DrawInputs, Sampler, SamplerOutput
+from minivllm.sample.sampler import DrawBuffers, Drawn, DrawInputs, Sampler, SamplerOutput
 from minivllm.sample.step import GrammarMask, SampleBatch
 from minivllm.worker.graphs import StepGraphs, key_of
 from minivllm.worker.input_batch import InputBatch, InputBuffers
@@ -39,6 +39,18 @@ class _Decode:
     ctx: ForwardContext
     draw: DrawInputs | None  # None: sampling is more than that, and not part of the step
     key: Hashable | None  # see worker/graphs.py
+
+
+@dataclass(frozen=True)
+class _Decoded:
+    """What came of it. A replay gives the same tensors as the one before, so this serves for as long."""
+
+    outputs: tuple[torch.Tensor, ...]
+    drawn: Drawn | None  # good if no grammar comes
+
+    @property
+    def logits(self) -> torch.Tensor:
+        return self.outputs[0]
 
 
 class ModelRunner:
@@ -64,19 +76,19 @@ class ModelRunner:
         self.buffers = InputBuffers(
             max_num_batched_tokens, max_num_seqs, -(-max_model_len // block_size), num_groups=num_groups
         )
+        self._draw_buffers = DrawBuffers(max_num_seqs)
         self._group_of_layer = group_of_layer
         self.prompt_logprobs = PromptLogprobs(model.compute_logits, sampler)
         self._graphs = None if enforce_eager else StepGraphs()
         self._batch: InputBatch | None = None
         self._hidden: torch.Tensor | None = None
-        self._logits: torch.Tensor | None = None  # of a decode step, computed with the rest of it
-        self._drawn: Drawn | None = None  # and tokens, which are good if no grammar comes
         self._decode: _Decode | None = None  # the last one
+        self._decoded: _Decoded | None = None
 
     def execute_model(self, plan: SchedulerOutput) -> None:
         """Take in the plan and run the model on its tokens; `sample_tokens` follows."""
         self._follow(plan)
-        self._batch = self._hidden = self._logits = self._drawn = None
+        self._batch = self._hidden = None
         if not plan.num_scheduled_tokens:
             return
         self._batch = batch = self.buffers.prepare(plan.num_scheduled_tokens, self.table)
@@ -90,16 +102,17 @@ class ModelRunner:
         self._hidden = self.model.forward(batch.input_ids, batch.positions, self._context(self._metadata(batch)))
 
     def _run_decode(self, batch: InputBatch) -> None:
-        draws = self.sampler.only_draws(batch.rows)
-        known = self._decode
-        if known is None or known.batch is not batch or (known.draw is not None) != draws:
-            known = self._decode = self._describe(batch, draws)
-        self._logits, *drawn = self._graphs.run(known.key, self._step)
-        self._drawn = Drawn(*drawn) if drawn else None
+        if self._decode is None or self._decode.batch is not batch:
+            self._decode = self._describe(batch)
+        outputs = self._graphs.run(self._decode.key, self._step)
+        if self._decoded is None or self._decoded.outputs is not outputs:
+            drawn = Drawn(outputs[1].numpy(), outputs[2].numpy()) if self._decode.draw is not None else None
+            self._decoded = _Decoded(outputs, drawn)
 
-    def _describe(self, batch: InputBatch, draws: bool) -> _Decode:
+    def _describe(self, batch: InputBatch) -> _Decode:
         metadata = self._metadata(batch)
-        draw = self.sampler.draw_inputs(batch.rows, batch.ends) if draws else None
+        only_draws = self.sampler.only_draws(batch.rows)
+        draw = self.sampler.draw_inputs(batch.rows, batch.ends, self._draw_buffers) if only_draws else None
         key = key_of(batch.input_ids, batch.positions, metadata, draw)
         return _Decode(batch, self._context(metadata), draw, key)
 
@@ -110,8 +123,7 @@ class ModelRunner:
         logits = self.model.compute_logits(self.model.forward(batch.input_ids, batch.positions, self._decode.ctx))
         if draw is None:
             return (logits,)
-        drawn = self.sampler.draw(logits, draw)
-        return logits, drawn.token_ids, drawn.broken
+        return logits, *self.sampler.draw(logits, draw)
 
     def _metadata(self, batch: InputBatch) -> list[Any]:
         """One a KV cache group."""
@@ -122,13 +134,15 @@ class ModelRunner:
 
     def sample_tokens(self, grammar: GrammarOutput | None = None) -> ModelRunnerOutput:
         """One token for each request whose last known token was in the step, and the logprobs asked for."""
-        batch, hidden, logits, drawn = self._batch, self._hidden, self._logits, self._drawn
-        self._batch = self._hidden = self._logits = self._drawn = None
+        batch, hidden = self._batch, self._hidden
+        self._batch = self._hidden = None
         if batch is None:
             return ModelRunnerOutput()
-        if drawn is not None and grammar is None:
-            return self._accept_drawn(batch, logits, drawn)
-        return self._sample(batch, hidden, logits, grammar)
+        if hidden is not None:
+            return self._sample(batch, hidden, None, grammar)
+        if self._decoded.drawn is not None and grammar is None:
+            return self._accept_drawn(batch, self._decoded.logits, self._decoded.drawn)
+        return self._sample(batch, None, self._decoded.logits, grammar)
 
     # Plan --------------------------------------------------------------------
 
@@ -224,7 +238,7 @@ class ModelRunner:
     def _accept_drawn(self, batch: InputBatch, logits: torch.Tensor, drawn: Drawn) -> ModelRunnerOutput:
         """As `_accept`, for all requests of a decode step."""
         asks = self.sampler.asks_for_logprobs
-        if not asks and self.buffers.books.append_drawn(drawn.token_ids.numpy(), drawn.broken.numpy()):
+        if not asks and self.buffers.books.append_drawn(drawn.token_ids, drawn.broken):
             return ModelRunnerOutput(batch.request_ids, [[token] for token in drawn.token_ids.tolist()])
         sampled = self.sampler.accept(drawn, logits, batch.rows)
         return self._accept(batch, batch.rows, sampled, ModelRunnerOutput(batch.request_ids))
