@@ -7,8 +7,7 @@ namespace minivllm {
 // Returns whether every request is where a step a token further finds it; if so, moves the inputs there.
 static bool move_on(int64_t num_reqs, uintptr_t rows_at, uintptr_t computed_at, uintptr_t known_at, uintptr_t tokens_at,
                     int64_t max_len, uintptr_t begins_at, uintptr_t ends_at, uintptr_t positions_at,
-                    uintptr_t seq_lens_at, uintptr_t slots_at, int64_t num_groups, int64_t slots_stride,
-                    uintptr_t input_ids_at) {
+                    uintptr_t seq_lens_at, uintptr_t slots_at, uintptr_t input_ids_at) {
     const auto* rows = ptr<const int64_t>(rows_at);
     const auto *computed = ptr<const int64_t>(computed_at), *known = ptr<const int64_t>(known_at);
     const auto* tokens = ptr<const int32_t>(tokens_at);
@@ -21,7 +20,7 @@ static bool move_on(int64_t num_reqs, uintptr_t rows_at, uintptr_t computed_at, 
         begins[i] = positions[i] = ends[i];
         seq_lens[i] = int32_t(++ends[i]);
         input_ids[i] = tokens[rows[i] * max_len + begins[i]];
-        for (int64_t g = 0; g < num_groups; ++g) ++slots[g * slots_stride + i];
+        ++slots[i];
     }
     return true;
 }

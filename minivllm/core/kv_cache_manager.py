@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from minivllm.core.attention_groups import AttentionGroups
 from minivllm.core.block_pool import BlockPool
-from minivllm.core.kv_cache_utils import KVCacheBlock
+from minivllm.core.kv_cache_utils import KVCacheBlock, extra_keys
 from minivllm.core.request import Request
 from minivllm.messages.kv_cache import ONE_FULL_GROUP, KVCacheGroup, has_null_block
 from minivllm.messages.kv_events import BlockRemoved, BlockStored, KVCacheEvent
@@ -205,11 +205,14 @@ class KVCacheManager:
 
     def _stored(self, request: Request, group: int, run: range) -> BlockStored:
         size, hashes = self.block_size, request.block_hashes
+        keys = [extra_keys(request, index * size, (index + 1) * size) or None for index in run]
         return BlockStored(
             block_hashes=hashes[run.start : run.stop],
             parent_block_hash=hashes[run.start - 1] if run.start else None,
             token_ids=request.all_token_ids[run.start * size : run.stop * size],
             block_size=size,
+            lora_name=None if request.lora is None else request.lora.name,
+            extra_keys=keys if any(keys) else None,
             group_idx=group if len(self.groups) > 1 else None,
         )
 

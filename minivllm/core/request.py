@@ -33,7 +33,8 @@ class Request:
     """
 
     __slots__ = (
-        "request_id", "client_index", "sampling_params", "seed", "cache_salt", "priority", "arrival_time", "order",
+        "request_id", "client_index", "sampling_params", "seed", "cache_salt", "lora", "prompt_embeds", "priority",
+        "arrival_time", "order",
         "prompt_token_ids", "prior_output_token_ids", "all_token_ids", "num_prompt_tokens", "block_hashes",
         "status", "num_computed_tokens", "num_confirmed_tokens", "num_schedulable_tokens", "max_num_tokens",
         "placeholders_end", "known_to_worker", "num_preemptions",
@@ -53,6 +54,8 @@ class Request:
         self.sampling_params = params
         self.seed = message.seed
         self.cache_salt = message.cache_salt
+        self.lora = message.lora
+        self.prompt_embeds = message.prompt_embeds
         self.priority = message.priority
         self.arrival_time = message.arrival_time
         self.order: tuple = ()  # its place among all requests; set by the scheduler's policy, see request_queue

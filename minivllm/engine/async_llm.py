@@ -10,13 +10,13 @@ import asyncio
 import threading
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
 
 import msgspec
 
 from minivllm.config.engine import EngineConfig
 from minivllm.engine.core_client import AsyncMPClient
-from minivllm.engine.front import StatLogger, load_tokenizer, submit
+from minivllm.engine.front import StatLogger, check_sleep, check_tags, load_tokenizer, submit
 from minivllm.engine.output_processor import OutputProcessor, RequestOutputCollector
 from minivllm.engine.processor import Processor, Prompt, default_sampling_params
 from minivllm.exceptions import EngineDeadError, QueueFullError
@@ -295,6 +295,56 @@ class AsyncLLM:
         """Call a method on every worker. Answers that cannot be sent come as their text."""
         self._start_reading()
         return await self.engine_core.call_utility("collective_rpc", method, args)
+
+    # -- sleeping
+
+    async def sleep(self, level: int = 1, mode: Literal["abort", "wait", "keep"] = "abort") -> None:
+        """Give memory back: at level 1 the KV cache's, at level 2 the weights' too, which `wake_up` reads again.
+
+        Open requests are aborted, waited for (those of this client), or kept: they wait like requests that come, and go
+        on when the engine is awake.
+
+        Raises:
+            RequestError: the level is not 1 or 2, or the engine was started without enable_sleep_mode.
+            EngineDeadError: the engine is gone.
+        """
+        check_sleep(self.config, level)
+        self._start_reading()
+        if mode != "wait" or self.is_paused:
+            await self.engine_core.call_utility("sleep", level, mode == "abort")
+            return
+        await self.pause(abort=False)
+        try:
+            await self.engine_core.call_utility("sleep", level, False)
+        finally:
+            self.resume()  # from here on the core holds what comes
+
+    async def wake_up(self, tags: Sequence[str] | None = None) -> bool:
+        """Have memory again: "weights", "kv_cache", or all of it. Whether requests go on, as they do when all is back.
+
+        Raises:
+            RequestError: a tag is neither. EngineError: the weights cannot be read; may be called again.
+        """
+        parts = check_tags(tags)
+        self._start_reading()
+        return await self.engine_core.call_utility("wake_up", parts)
+
+    async def is_sleeping(self) -> bool:
+        self._start_reading()
+        return await self.engine_core.call_utility("is_sleeping")
+
+    # -- profiling
+
+    async def start_profile(self, prefix: str = "", delay: int | None = None, most: int | None = None) -> bool:
+        """Record the workers' steps, `delay` from now and `most` of them (None: as --profiler-config says), into its
+        directory. False if they are being recorded."""
+        self._start_reading()
+        return await self.engine_core.call_utility("start_profile", prefix, delay, most)
+
+    async def stop_profile(self) -> list[str]:
+        """End the recording; the files it is in."""
+        self._start_reading()
+        return await self.engine_core.call_utility("stop_profile")
 
     async def snapshots(self) -> list[EngineSnapshot]:
         """How each engine core stands now. Any API server may ask."""

@@ -87,18 +87,20 @@ class RequestState:
         self.request_id = request.request_id
         self.external_id = external_id
         self.prompt = prompt
-        self.prompt_token_ids = request.prompt_token_ids
+        self.num_prompt_tokens = len(request.prompt_token_ids)
+        self.prompt_token_ids = None if request.prompt_embeds is not None else request.prompt_token_ids
         self.params = params
         self.parent = parent
         self.index = index
         self.collector = collector
-        self.detokenizer = IncrementalDetokenizer(tokenizer, request.prompt_token_ids, params)
+        self.detokenizer = IncrementalDetokenizer(tokenizer, self.prompt_token_ids or [], params)
         self.logprobs = LogprobsProcessor(tokenizer, params)
         self.stream_interval = max(stream_interval, params.stream_interval or 1)
         self.num_sent_tokens = 0
         self.num_unscored_tokens = 0  # leading ones whose logprobs nobody handed over
         self.sent_prompt_logprobs = False
         self.num_cached_tokens = 0
+        self.num_preemptions = 0
         self.metrics = RequestMetrics(arrival_time=request.arrival_time)
         self.scheduled_time: float | None = None
         self.last_token_time = 0.0
@@ -144,6 +146,7 @@ class RequestState:
             request_id=self.external_id,
             prompt=self.prompt,
             prompt_token_ids=self.prompt_token_ids,
+            num_prompt_tokens=self.num_prompt_tokens,
             outputs=answers,
             finished=finished if self.parent is None else self.parent.finished,
             prompt_logprobs=prompt_logprobs,
@@ -198,7 +201,7 @@ class OutputProcessor:
     def num_prompt_tokens_without_answer(self) -> int:
         """Prompt tokens of open requests that have no token yet. Looks at every open request."""
         return sum(
-            len(state.prompt_token_ids)
+            state.num_prompt_tokens
             for state in self._states.values()
             if state.metrics.first_token_time is None
         )
@@ -284,6 +287,8 @@ class OutputProcessor:
         if output.scheduled_time is not None:
             state.scheduled_time = output.scheduled_time
             state.num_cached_tokens = output.num_cached_tokens
+        if output.num_preemptions:
+            state.num_preemptions = output.num_preemptions
         stop = state.detokenizer.update(
             output.new_token_ids,
             ended_by_stop_token=output.finish_reason is FinishReason.STOP and state.is_stopped_by(output),
@@ -370,7 +375,7 @@ class OutputProcessor:
         if stats is not None:
             stats.num_generation_tokens += len(output.new_token_ids)
             if is_first:
-                stats.num_prompt_tokens += len(state.prompt_token_ids)
+                stats.num_prompt_tokens += state.num_prompt_tokens
                 stats.num_cached_tokens += state.num_cached_tokens
                 stats.time_to_first_tokens_s.append(now - metrics.arrival_time)
             else:
@@ -409,7 +414,7 @@ def _finished_stats(state: RequestState, finish_reason: FinishReason, now: float
     first = state.metrics.first_token_time if state.metrics.first_token_time is not None else now
     return FinishedRequestStats(
         finish_reason=str(finish_reason),
-        num_prompt_tokens=len(state.prompt_token_ids),
+        num_prompt_tokens=state.num_prompt_tokens,
         num_generation_tokens=len(state.detokenizer.token_ids),
         num_cached_tokens=state.num_cached_tokens,
         max_tokens_param=state.params.max_tokens,
@@ -418,4 +423,5 @@ def _finished_stats(state: RequestState, finish_reason: FinishReason, now: float
         queue_s=max(scheduled - arrival, 0.0),
         prefill_s=max(first - scheduled, 0.0),
         decode_s=max(state.last_token_time - first, 0.0) if state.last_token_time else 0.0,
+        num_preemptions=state.num_preemptions,
     )

@@ -27,7 +27,7 @@ def check_taken(model: ModelConfig) -> None:
 
 
 def read_prompt_embeds(given: Any, hidden_size: int, max_model_len: int) -> PromptEmbeds:
-    """given: a torch tensor, a numpy array or a `SavedTensor`, [num_tokens, hidden_size] or [1, num_tokens, hidden_size].
+    """given: a torch tensor, a numpy array or a `SavedTensor`, [num_tokens, hidden_size], perhaps with a 1 before it.
 
     Raises:
         RequestError: it is none of these, does not fit the model, or holds what is no finite number.

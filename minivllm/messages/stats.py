@@ -21,6 +21,7 @@ class SchedulerStats(msgspec.Struct, array_like=True, omit_defaults=True):
     prefix_cache: PrefixCacheStats = msgspec.field(default_factory=PrefixCacheStats)
     num_preemptions: int = 0
     num_scheduled_tokens: int = 0
+    sleep_level: int = 0  # 0: awake
 
 
 # What a KV block is at a moment, as one byte of `EngineSnapshot.blocks`.
@@ -57,6 +58,7 @@ class FinishedRequestStats(msgspec.Struct):
     queue_s: float
     prefill_s: float
     decode_s: float
+    num_preemptions: int = 0
 
     @property
     def inference_s(self) -> float:

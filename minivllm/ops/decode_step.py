@@ -30,7 +30,7 @@ class StepColumns:
     ends: np.ndarray  # int64: and after it
     positions: np.ndarray  # int64
     seq_lens: np.ndarray  # int32
-    slots: np.ndarray  # [num_groups, num_reqs] int64, rows may lie apart
+    slots: list[np.ndarray]  # int64, one a KV cache group
     input_ids: np.ndarray  # int64
 
 
@@ -39,7 +39,7 @@ def move_on_reference(step: StepColumns, table: TableColumns) -> bool:
     rows, is_next = step.rows, table.num_computed_tokens[step.rows] == step.ends
     if not (is_next & (table.num_tokens[rows] == step.ends + 1)).all():
         return False
-    for numbers in (step.begins, step.ends, step.positions, step.seq_lens, step.slots):
+    for numbers in (step.begins, step.ends, step.positions, step.seq_lens, *step.slots):
         numbers += 1
     step.input_ids[:] = table.token_ids[rows, step.begins]
     return True
@@ -65,8 +65,7 @@ class DecodeBooks:
         tokens = (at(table.num_tokens), at(table.token_ids), table.token_ids.shape[1])
         self._rest_of_move = (
             num_reqs, at(step.rows), at(table.num_computed_tokens), *tokens, at(step.begins), at(step.ends),
-            at(step.positions), at(step.seq_lens), at(step.slots), len(step.slots), step.slots.strides[0] // 8,
-            at(step.input_ids),
+            at(step.positions), at(step.seq_lens), at(step.slots[0]), at(step.input_ids),
         )  # fmt: skip
         self._rest_of_append = (at(step.rows), *tokens)
         self._drawn: tuple[np.ndarray, np.ndarray] | None = None
@@ -76,7 +75,11 @@ class DecodeBooks:
         """As `move_on_reference`."""
         if unavailable is not None:
             return move_on_reference(self._step, self._table)
-        return lib.move_on(*self._rest_of_move)
+        has_moved = lib.move_on(*self._rest_of_move)
+        if has_moved:
+            for slots in self._step.slots[1:]:
+                slots += 1
+        return has_moved
 
     def append_drawn(self, drawn: np.ndarray, broken: np.ndarray) -> bool:
         """As `append_drawn_reference`."""

@@ -46,6 +46,10 @@ class DenseInt8Linear(DenseLinear):
     def nbytes(self) -> int:
         return self._weight.nbytes + self._scales.nbytes
 
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return (self._weight, self._scales)
+
     def load_rows(self, start: int, weight: torch.Tensor) -> None:
         check_rows(self, start, weight)
         rows = slice(start, start + weight.shape[0])
@@ -81,8 +85,13 @@ def native_why_not(spec: OpSpec) -> str | None:
     return native.why_not(spec)
 
 
+def reference_why_not(spec: OpSpec) -> str | None:
+    """It multiplies in float64, which a GPU would be asked to do for every token."""
+    return None if spec.device == "cpu" else f"--quantization int8 is not served on {spec.device} yet"
+
+
 IMPLEMENTATIONS = [
     Impl(PackedInt8Linear, why_not=native_why_not),
-    Impl(DenseInt8Linear),
+    Impl(DenseInt8Linear, why_not=reference_why_not),
 ]
 int8_linear = Op("int8_linear", IMPLEMENTATIONS)

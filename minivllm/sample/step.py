@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -23,10 +23,16 @@ class SampleBatch:
     num_tokens: np.ndarray  # [M] int64: tokens known, so the absolute position of the one to come
     num_prompt_tokens: np.ndarray  # [M] int64
     token_ids: np.ndarray  # [num table rows, max_model_len] int32: all known tokens, by table row
+    # [M] bool: whose prompt is vectors, so that its token ids mean nothing; None: nobody's.
+    has_vectors: np.ndarray | None = None
 
     @property
     def num_output_tokens(self) -> np.ndarray:
         return self.num_tokens - self.num_prompt_tokens
+
+    def first_token(self, i: int) -> int:
+        """The position of column i's first token that is one."""
+        return int(self.num_prompt_tokens[i]) if self.has_vectors is not None and self.has_vectors[i] else 0
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,11 @@ class LogitsStep(ABC, Generic[T]):
     def is_idle(self) -> bool:
         """Whether no known request asks for this."""
         return not self._users
+
+    @property
+    def rows(self) -> Collection[int]:
+        """Of the worker's tables, those of the requests that ask for this."""
+        return self._users.keys()
 
     def apply(self, logits: torch.Tensor, batch: SampleBatch) -> bool:
         """Change the logits ([M, vocab_size] float32) in place; whether anything was done."""

@@ -1,8 +1,8 @@
 """One tensor out of the bytes that torch.save wrote, without torch, and without unpickling: nothing in them is run.
 
 Such a file is a zip archive: `data.pkl` describes the tensor in a few pickle instructions, `data/<key>` is its storage.
-Only the instructions with which torch describes a dense tensor are followed, here, by hand; the names in them are compared
-and never looked up. Everything is bounded by the size of the file.
+Only the instructions with which torch describes a dense tensor are followed, here, by hand; the names in them are
+compared and never looked up. Everything is bounded by the size of the file.
 """
 
 from __future__ import annotations

@@ -75,6 +75,10 @@ class RequestTable:
         """As long as no request is added."""
         return TableColumns(self.num_computed_tokens, self.num_tokens, self.token_ids)
 
+    def advance(self, rows: np.ndarray) -> None:
+        """One more token for each row, whose id is not known yet; see `append_tokens`."""
+        self.num_tokens[rows[self.num_tokens[rows] < self.token_ids.shape[1]]] += 1
+
     def rows(self, request_ids: list[str]) -> np.ndarray:
         """[len(request_ids)] int64. An unknown id raises KeyError."""
         return np.fromiter(

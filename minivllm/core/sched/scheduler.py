@@ -198,6 +198,11 @@ class Scheduler:
             )
         if num_prompt_tokens == 0:
             raise RequestError("the prompt is empty; give at least one token", param="prompt")
+        embeds = request.prompt_embeds
+        if embeds is not None and embeds.num_tokens != num_prompt_tokens:
+            raise RequestError(
+                f"{embeds.num_tokens} embeddings do not stand for {num_prompt_tokens} tokens", param="prompt_embeds"
+            )
         if num_prompt_tokens >= self.max_model_len:
             raise RequestError(
                 f"the prompt is {num_prompt_tokens} tokens and leaves no room for output within "
@@ -381,6 +386,19 @@ class Scheduler:
 
     def _preempt(self, victim: Request, step: Step) -> None:
         assert self.running, f"{victim.request_id} was alone and did not fit the KV cache"
+        self._requeue(victim)
+        step.preempted.append(victim.request_id)
+
+    def preempt_all(self) -> None:
+        """Take the blocks of every running request: each waits, and goes on by computing again what it had.
+
+        To be called when no plan is in flight.
+        """
+        assert not self._in_flight
+        while self.running:
+            self._requeue(self.running.pop())
+
+    def _requeue(self, victim: Request) -> None:
         logger.debug("preempted %s: %d tokens to recompute", victim.request_id, victim.num_computed_tokens)
         self.kv_cache.free(victim)
         for planned in self._in_flight:
@@ -389,7 +407,6 @@ class Scheduler:
         victim.status = RequestStatus.PREEMPTED
         victim.num_preemptions += 1
         self.waiting.add(victim)
-        step.preempted.append(victim.request_id)
         self._num_preemptions += 1
 
     def _admit_waiting(self, step: Step) -> None:
@@ -559,6 +576,7 @@ class Scheduler:
             stop_reason=request.stop_reason,
             error=request.error,
             error_param=request.error_param,
+            num_preemptions=request.num_preemptions,
         )
         if not request.answered:
             request.answered = True

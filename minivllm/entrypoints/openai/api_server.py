@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from minivllm import envs
 from minivllm.config.frontend import FrontendConfig
+from minivllm.config.profiler import read_profiler_config
 from minivllm.entrypoints.openai.listen import (
     create_server_socket,
     create_unix_socket,
@@ -298,7 +299,7 @@ def build_app(args: Namespace) -> FastAPI:
 
     frontend = frontend_config(args)
     docs = {"openapi_url": None, "docs_url": None, "redoc_url": None} if frontend.disable_fastapi_docs else {}
-    app = FastAPI(title="minivllm", version=__version__, root_path=frontend.root_path or "", **docs)
+    app = FastAPI(title="minivllm", version=__version__, **docs)
     state = app.state
     state.lifecycle = Lifecycle()
     state.ignored_fields = IgnoredFields(strict=frontend.strict_fields)
@@ -306,15 +307,15 @@ def build_app(args: Namespace) -> FastAPI:
     state.log_error_stack = frontend.log_error_stack
     state.registry = make_registry(multiprocess=frontend.api_server_count > 1)
     state.frontend = frontend
-    for router in _routers(frontend):
+    for router in _routers(frontend, profiles=getattr(args, "profiler_config", None) is not None):
         app.include_router(router)
     install_error_handlers(app)
     _add_middleware(app, frontend, counts_requests=not getattr(args, "disable_log_stats", False))
     return app
 
 
-def _routers(frontend: FrontendConfig) -> list[APIRouter]:
-    """Every endpoint there is, and those that the operator opens."""
+def _routers(frontend: FrontendConfig, *, profiles: bool) -> list[APIRouter]:
+    """Every endpoint there is, and those that the operator opens. profiles: --profiler-config is given."""
     from minivllm.entrypoints.openai.batch.router import router as batch_router
     from minivllm.entrypoints.openai.chat_completion.router import router as chat_router
     from minivllm.entrypoints.openai.completion.router import router as completion_router
@@ -326,16 +327,20 @@ def _routers(frontend: FrontendConfig) -> list[APIRouter]:
     from minivllm.entrypoints.openai.metrics.router import router as metrics_router
     from minivllm.entrypoints.openai.models.router import router as models_router
     from minivllm.entrypoints.openai.playground.router import router as playground_router
+    from minivllm.entrypoints.openai.profile.router import router as profile_router
     from minivllm.entrypoints.openai.responses.router import router as responses_router
     from minivllm.entrypoints.openai.tokenize import router as tokenize
 
     routers = [health_router, metrics_router, models_router, tokenize.router, completion_router, chat_router]
     routers += [batch_router, responses_router, messages_router, invocations_router, lora_router]
+    is_dev = frontend.enable_dev_endpoints or envs.get("VLLM_SERVER_DEV_MODE") not in (None, "0")
+    if is_dev or profiles:
+        routers.append(profile_router)
     if not frontend.disable_playground:
         routers.append(playground_router)
     if frontend.enable_tokenizer_info_endpoint:
         routers.append(tokenize.info_router)
-    if frontend.enable_dev_endpoints or envs.get("VLLM_SERVER_DEV_MODE") not in (None, "0"):
+    if is_dev:
         logger.warning("the development endpoints are open: /server_info, /abort_requests, /collective_rpc, …")
         routers += [dev.router, dev.json_router]
     return routers
@@ -371,6 +376,8 @@ def _add_middleware(app: FastAPI, frontend: FrontendConfig, *, counts_requests: 
         allow_headers=frontend.allowed_headers,
         expose_headers=["X-Request-Id", "X-Ignored-Fields"],
     )
+    if frontend.root_path:
+        app.add_middleware(ours.RootPath, path=frontend.root_path)
 
 
 def _open_paths(frontend: FrontendConfig) -> frozenset[str]:
@@ -390,12 +397,14 @@ def init_app_state(engine: AsyncLLM, args: Namespace, app: FastAPI, stats: StatL
     from minivllm.entrypoints.openai.messages.serving import ServingMessages
     from minivllm.entrypoints.openai.models.serving import ServedModels
     from minivllm.entrypoints.openai.playground.feed import EngineFeed
+    from minivllm.entrypoints.openai.profile.serving import ServingProfile
     from minivllm.entrypoints.openai.render import Renderer, TemplateSettings
     from minivllm.entrypoints.openai.responses.serving import ServingResponses
     from minivllm.entrypoints.openai.serving_base import ServingSettings
     from minivllm.entrypoints.openai.tokenize.serving import ServingTokenize
     from minivllm.metrics.logging import LoggingStatLogger
     from minivllm.metrics.prometheus import PrometheusStatLogger
+    from minivllm.metrics.serving import SleepMetrics, ToolCallMetrics
 
     frontend, ready, state = frontend_config(args), engine.ready, app.state
     names = engine.config.model.served_model_name or [args.model]
@@ -418,6 +427,8 @@ def init_app_state(engine: AsyncLLM, args: Namespace, app: FastAPI, stats: StatL
     renderer = state.renderer = Renderer(
         engine.tokenizer, max_model_len=ready.max_model_len, templates=templates
     )
+    counts = not engine.config.observability.disable_log_stats
+    state.sleep_metrics = SleepMetrics(state.registry)
     endpoint = engine.config.observability.otlp_traces_endpoint
     state.tracer = None if endpoint is None else RequestTracer(endpoint, names[0])
     settings = ServingSettings(
@@ -431,10 +442,14 @@ def init_app_state(engine: AsyncLLM, args: Namespace, app: FastAPI, stats: StatL
         keep_alive_s=frontend.sse_keep_alive_interval,
         request_log=_request_log(frontend),
         tracer=state.tracer,
+        tool_metrics=ToolCallMetrics(state.registry, names[0]) if counts else None,
     )
     common = (engine, state.models, renderer, state.lifecycle, settings)
     state.serving_completion = ServingCompletion(*common)
     state.serving_chat = ServingChat(*common)
+    state.serving_profile = ServingProfile(
+        engine, read_profiler_config(engine.config.observability.profiler_config)
+    )
     state.serving_tokenize = ServingTokenize(state.models, renderer)
     chat = state.serving_chat
     state.serving_batch = ServingBatch(chat)
