@@ -225,8 +225,13 @@ class EngineCore:
             logger.exception("utility %s failed", request.method)
             return UtilityOutput(request.call_id, failure=f"{type(error).__name__}: {error}")
 
-    def reset_prefix_cache(self) -> bool:
-        """Forget every cached block; False while a request still holds one."""
+    def reset_prefix_cache(self, running_too: bool = False) -> bool:
+        """Forget every cached block; False while a request still holds one.
+
+        running_too: take the blocks of running requests as well, which compute again what they had.
+        """
+        if running_too:
+            self._preempt_all()
         done = self.scheduler.reset_prefix_cache()
         self._publish_kv_events()
         return done
@@ -245,15 +250,18 @@ class EngineCore:
         """
         if abort:
             self.abort_requests(list(self.scheduler.requests))
-        while self._in_flight:
-            for client_index, outputs in self._account_for_oldest(lambda: None).items():
-                self._untold[client_index] += outputs
-        self.scheduler.preempt_all()
-        assert self.reset_prefix_cache()
+        assert self.reset_prefix_cache(running_too=True)
         self.executor.collective_rpc("sleep", (level,))
         self._sleep_level = max(level, self._sleep_level)
         self._asleep = set(SLEEPING_PARTS)
         self._tell_statistics()
+
+    def _preempt_all(self) -> None:
+        """What is in flight is accounted for first; its outputs are told with the next step's."""
+        while self._in_flight:
+            for client_index, outputs in self._account_for_oldest(lambda: None).items():
+                self._untold[client_index] += outputs
+        self.scheduler.preempt_all()
 
     def wake_up(self, parts: Sequence[str]) -> bool:
         """Have these of SLEEPING_PARTS again; whether all are back, and requests go on."""
