@@ -99,6 +99,7 @@ class RequestState:
         self.num_unscored_tokens = 0  # leading ones whose logprobs nobody handed over
         self.sent_prompt_logprobs = False
         self.num_cached_tokens = 0
+        self.num_preemptions = 0
         self.metrics = RequestMetrics(arrival_time=request.arrival_time)
         self.scheduled_time: float | None = None
         self.last_token_time = 0.0
@@ -285,6 +286,8 @@ class OutputProcessor:
         if output.scheduled_time is not None:
             state.scheduled_time = output.scheduled_time
             state.num_cached_tokens = output.num_cached_tokens
+        if output.num_preemptions:
+            state.num_preemptions = output.num_preemptions
         stop = state.detokenizer.update(
             output.new_token_ids,
             ended_by_stop_token=output.finish_reason is FinishReason.STOP and state.is_stopped_by(output),
@@ -419,4 +422,5 @@ def _finished_stats(state: RequestState, finish_reason: FinishReason, now: float
         queue_s=max(scheduled - arrival, 0.0),
         prefill_s=max(first - scheduled, 0.0),
         decode_s=max(state.last_token_time - first, 0.0) if state.last_token_time else 0.0,
+        num_preemptions=state.num_preemptions,
     )

@@ -185,7 +185,7 @@ export class Chat extends Asker {
 
   #bubble(name, kind) {
     const box = element("article", `message ${kind}`);
-    box.append(element("h3", kind === "user" ? "unseen" : "", name));
+    box.append(element("h2", kind === "user" ? "unseen" : "", name));
     this.log.append(box);
     return box;
   }
