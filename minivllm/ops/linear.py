@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from minivllm.ops import native
+from minivllm.ops import gpu, native
 from minivllm.ops.activation import reference as silu_mul
 from minivllm.ops.checks import require
 from minivllm.ops.op import Impl, Op, OpSpec
@@ -276,3 +276,10 @@ IMPLEMENTATIONS = [
     Impl(DenseLinear),
 ]
 linear = Op("linear", IMPLEMENTATIONS)
+
+# The same for --batch-invariant: cuBLAS chooses its kernel, and so the order of sums, by the number of rows.
+INVARIANT_IMPLEMENTATIONS = [
+    Impl(PackedLinear, why_not=native.why_not),
+    Impl("triton.linear:TritonLinear", why_not=gpu.why_not),
+]
+invariant_linear = Op("invariant_linear", INVARIANT_IMPLEMENTATIONS)

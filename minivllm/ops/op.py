@@ -26,7 +26,6 @@ class OpSpec:
     device: str
     dtype: torch.dtype
     sizes: dict[str, int] = field(default_factory=dict, hash=False)
-    batch_invariant: bool = False  # a row's bits may not depend on the others, on devices where that has a price
 
 
 def always(spec: OpSpec) -> str | None:

@@ -18,6 +18,7 @@ from minivllm.config.engine import EngineConfig
 from minivllm.config.profiler import read_profiler_config
 from minivllm.config.scheduler import step_limits
 from minivllm.exceptions import ConfigError
+from minivllm.layers.linear import BATCH_INVARIANT
 from minivllm.logger import init_logger
 from minivllm.logits_processors import load_logits_processors
 from minivllm.messages.kv_cache import KVCacheGroup, KVCacheSpec
@@ -98,7 +99,9 @@ class Worker:
         self._load, self._has_weights = load, True
         if not platform.is_host:
             on_progress("measuring the largest step")
-            step_bytes = self._measure_step(model, backend, max_num_batched_tokens, max_num_seqs)
+            step_bytes = self._measure_step(
+                model, backend, max_num_batched_tokens, max_num_seqs, size.max_model_len
+            )
             size, (max_num_batched_tokens, max_num_seqs) = self._size_cache_and_step(
                 model, backend, max_model_len, free_bytes, step_bytes
             )
@@ -231,8 +234,11 @@ class Worker:
     def _build_model(self, backend: AttentionBackend, max_model_len: int) -> DecoderForCausalLM:
         """The model without its weights: pages that nobody has touched."""
         model_class = load_class(self.config.model_class)
+        quantization = self.config.model.quantization  # int8 sums are exact, so batch invariant
+        if quantization is None and self.config.device.batch_invariant:
+            quantization = BATCH_INVARIANT
         try:
-            return model_class(self.config.hf_config, backend, max_model_len, self.config.model.quantization)
+            return model_class(self.config.hf_config, backend, max_model_len, quantization)
         except NoImplementation as error:
             raise ConfigError(f"this model cannot run on {self.platform.name}: {error}") from error
 
@@ -243,7 +249,12 @@ class Worker:
         return loader.make_plan(model, loader.check_files(Path(self.config.model.model)))
 
     def _measure_step(
-        self, model: DecoderForCausalLM, backend: AttentionBackend, num_tokens: int, num_seqs: int
+        self,
+        model: DecoderForCausalLM,
+        backend: AttentionBackend,
+        num_tokens: int,
+        num_seqs: int,
+        max_model_len: int,
     ) -> int:
         """Bytes of the largest step as it runs, and what captured decodes keep beside it."""
 
@@ -251,10 +262,10 @@ class Worker:
             largest_step.run(model, backend, num_tokens, num_seqs)
 
         step()  # kernels are compiled and libraries make their workspaces: that stays, and is not the step's
-        measured = self.platform.peak_bytes_of(step)
+        num_rows = min(num_seqs, num_tokens)
+        measured = self.platform.peak_bytes_of(step) + backend.scratch_bytes(num_rows, max_model_len)
         if self.platform.graphs is None or self.config.model.enforce_eager:
             return measured
-        num_rows = min(num_seqs, num_tokens)
         captured = memory.step_bytes(self.config.hf_config, num_rows, num_rows, backend.spec.dtype.itemsize)
         return measured + captured + self.platform.graphs.reserved_bytes
 

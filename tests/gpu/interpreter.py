@@ -1,7 +1,7 @@
 """Triton's interpreter, so that kernels run on a CPU, with what it gets wrong put right.
 
-It keeps bfloat16 and float8 as whole numbers, which it would multiply as such, truncates where cards round to nearest, and
-makes a number of a truth value that meets a tensor of them.
+It keeps bfloat16 and float8 as whole numbers, which it would multiply as such, truncates where cards round to
+nearest, and makes a number of a truth value that meets a tensor of them.
 Import this before any kernel: whether a kernel is interpreted is decided where it is defined.
 """
 
@@ -45,7 +45,8 @@ def _cast(self, src, dst_type, *rest):
         return TensorHandle(wide.data.astype(_get_np_dtype(dst_type)), dst_type.scalar)
     whole, dtype, stored = kept
     numbers = torch.from_numpy(np.ascontiguousarray(wide.data, dtype=np.float32)).to(dtype)
-    return TensorHandle(numbers.view(getattr(torch, np.dtype(whole).name)).numpy().view(stored).reshape(wide.data.shape), dst_type.scalar)
+    bits = numbers.view(getattr(torch, np.dtype(whole).name)).numpy().view(stored)
+    return TensorHandle(bits.reshape(wide.data.shape), dst_type.scalar)
 
 
 def _check_truth(self):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from minivllm.config.cache import CacheConfig
+from minivllm.config.device import DeviceConfig
 from minivllm.config.engine import EngineConfig
 from minivllm.config.hf_config import HFConfig
 from minivllm.config.load import LoadConfig
@@ -32,6 +33,7 @@ def engine_config(model: Path, **options: Any) -> EngineConfig:
     hf_config = HFConfig.from_dict(json.loads((model / "config.json").read_text()))
     parts = {
         "cache": (CacheConfig, {"block_size": BLOCK_SIZE}),
+        "device": (DeviceConfig, {"device": "cpu"}),
         "scheduler": (SchedulerConfig, {}),
         "load": (LoadConfig, {"use_tqdm_on_load": False}),
         "model": (ModelConfig, {"model": str(model), "max_model_len": "auto"}),

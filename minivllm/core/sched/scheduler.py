@@ -132,6 +132,7 @@ class Scheduler:
         self._compiling: list[Request] = []  # their grammars are not ready; they wait outside the queue
         self._ended_on_arrival: list[Request] = []
         self._finished_req_ids: list[str] = []  # the worker must forget these
+        self._preempted_between: list[Request] = []  # since the last plan; the next one tells the worker
         self._some_ended = False  # and may still stand in `running`
         self._cut_prompts = False  # in the last step: prompts that run may want more
         self._num_steps = 0
@@ -396,7 +397,9 @@ class Scheduler:
         """
         assert not self._in_flight
         while self.running:
-            self._requeue(self.running.pop())
+            victim = self.running.pop()
+            self._requeue(victim)
+            self._preempted_between.append(victim)
 
     def _requeue(self, victim: Request) -> None:
         logger.debug("preempted %s: %d tokens to recompute", victim.request_id, victim.num_computed_tokens)
@@ -441,6 +444,8 @@ class Scheduler:
 
     def _describe(self, step: Step) -> SchedulerOutput:
         finished_req_ids, self._finished_req_ids = self._finished_req_ids, []
+        between, self._preempted_between = self._preempted_between, []
+        step.preempted += [r.request_id for r in between if self.requests.get(r.request_id) is r]
         plan = step.describe(finished_req_ids)
         self._in_flight.append(step)
         self._num_steps += 1

@@ -1,6 +1,7 @@
 """What every request passes before its route. Plain ASGI: bodies are counted, streamed chunks not touched.
 
-    RootPath ─▶ CORS ─▶ RequestId ─▶ HttpMetrics ─▶ Failures ─▶ --middleware ─▶ Authentication ─▶ Admission ─▶ BodyLimit ─▶ routes
+    RootPath ─▶ CORS ─▶ RequestId ─▶ HttpMetrics ─▶ Failures ─▶ --middleware ─▶ Authentication ─▶ Admission
+        ─▶ BodyLimit ─▶ routes
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ OPEN_PATHS = frozenset({"/health", "/ping", "/metrics"})
 
 
 class RootPath:
-    """Tells the app the prefix that a proxy has in front of its paths, kept or stripped. Outermost: keys depend on it."""
+    """Tells the app the prefix that a proxy has before its paths, kept or stripped. Outermost: keys depend on it."""
 
     def __init__(self, app: Any, path: str) -> None:
         self.app = app

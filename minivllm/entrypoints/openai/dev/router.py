@@ -36,10 +36,10 @@ class AbortRequest(BaseModel):
 async def reset_prefix_cache(
     raw_request: Request, reset_running_requests: bool = False, reset_external: bool = False
 ) -> Response:
-    """{"success": false} while a request still holds cached blocks. There is no external cache to reset."""
-    if reset_running_requests:
-        raise NotImplementedHereError("reset_running_requests is not supported; POST /pause first, then reset")
-    return JSONResponse({"success": await raw_request.app.state.engine.reset_prefix_cache()})
+    """{"success": false} while a request still holds cached blocks, unless those are reset too: they compute again what
+    they had. There is no external cache to reset."""
+    done = await raw_request.app.state.engine.reset_prefix_cache(reset_running_requests)
+    return JSONResponse({"success": done})
 
 
 @router.post("/pause")
