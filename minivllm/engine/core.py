@@ -16,6 +16,7 @@ from typing import Any
 
 from minivllm.config.engine import EngineConfig
 from minivllm.config.kv_events import read_kv_events_config
+from minivllm.config.structured_outputs import read_structured_outputs_config
 from minivllm.core.sched.scheduler import Scheduler
 from minivllm.engine.kv_events import KVEventPublisher
 from minivllm.engine.structured import LazyGrammars
@@ -80,8 +81,12 @@ class EngineCore:
                 f"{executor_class.__name__} does not; leave it out"
             )
         self._grammars = None if config.model.skip_tokenizer_init else LazyGrammars(config)
+        options = read_structured_outputs_config(config.structured_outputs.structured_outputs_config)
         try:
             worker = self.executor.initialize()
+            if options.preload and self._grammars is not None:
+                on_progress("reading the vocabulary for structured outputs")
+                self._grammars.preload()
             self.scheduler = Scheduler(
                 max_num_batched_tokens=worker.max_num_batched_tokens,
                 max_num_seqs=worker.max_num_seqs,
@@ -98,6 +103,7 @@ class EngineCore:
                 policy=config.scheduler.scheduling_policy,
                 max_num_active_seqs=config.scheduler.max_num_active_seqs,
                 long_prefill_token_threshold=config.scheduler.long_prefill_token_threshold,
+                max_num_mixed_prefill_tokens=config.scheduler.max_num_mixed_prefill_tokens,
                 watermark=config.scheduler.watermark,
                 reserve_full_isl=config.scheduler.scheduler_reserve_full_isl,
                 grammars=self._grammars,
