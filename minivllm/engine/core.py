@@ -103,6 +103,7 @@ class EngineCore:
                 policy=config.scheduler.scheduling_policy,
                 max_num_active_seqs=config.scheduler.max_num_active_seqs,
                 long_prefill_token_threshold=config.scheduler.long_prefill_token_threshold,
+                max_num_mixed_prefill_tokens=config.scheduler.max_num_mixed_prefill_tokens,
                 watermark=config.scheduler.watermark,
                 reserve_full_isl=config.scheduler.scheduler_reserve_full_isl,
                 grammars=self._grammars,
