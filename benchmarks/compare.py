@@ -29,7 +29,13 @@ from peers import Peer, Server, free_port
 from roofline import Roofline, measure, table
 
 CELLS = ("start", "W1", "W2", "W3", "W4", "W5", "T1", "T64")
-OFFLINE = {"ours": "minivllm", "ours-int8": "minivllm", "vllm": "vllm", "transformers": "transformers"}
+OFFLINE = {
+    "ours": "minivllm",
+    "ours-int8": "minivllm",
+    "vllm": "vllm",
+    "transformers": "transformers",
+    "openvino": "openvino",
+}
 INT8 = ["--quantization", "int8", "--kv-cache-dtype", "int8"]
 
 
@@ -43,6 +49,8 @@ def find_peers(args: argparse.Namespace, model: Path, streams: int) -> dict[str,
         gguf = (args.gguf_dir or model.parent) / f"{model.name}-{kind}.gguf"
         if args.llama_server and gguf.exists():
             found[f"llama-{kind}"] = peers.llama(args.llama_server, gguf, streams, f"llama-{kind}")
+    if args.openvino_python and args.openvino_dir:
+        found["openvino"] = peers.openvino(args.openvino_python)
     return {name: found[name] for name in args.peers if name in found}
 
 
@@ -115,6 +123,8 @@ class Comparison:
 
     def _offline(self, cell: str, peer: Peer, model: Path) -> Row:
         script = str(Path(__file__).with_name("offline.py"))
+        if peer.name == "openvino":
+            model = self._args.openvino_dir
         command = [*peer.offline, script, "--engine", OFFLINE[peer.name], "--model", str(model), "--work", cell]
         command += ["--repeat", str(self._args.repeat)]
         if peer.name == "ours-int8":
@@ -133,12 +143,14 @@ def main() -> None:
     parser.add_argument("--model", type=Path)
     parser.add_argument("--tiny", type=Path)
     parser.add_argument("--only", choices=CELLS, nargs="+", default=CELLS)
-    names = ("ours", "vllm", "llama-bf16", "llama-q8_0", "ours-int8", "transformers")
+    names = ("ours", "vllm", "llama-bf16", "llama-q8_0", "ours-int8", "transformers", "openvino")
     parser.add_argument("--peers", nargs="+", choices=names, default=names)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--vllm-python", default=os.environ.get("VLLM_PYTHON"))
     parser.add_argument("--llama-server", default=os.environ.get("LLAMA_SERVER"))
     parser.add_argument("--gguf-dir", type=Path)
+    parser.add_argument("--openvino-python", default=os.environ.get("OPENVINO_PYTHON"))
+    parser.add_argument("--openvino-dir", type=Path, help="the model as `optimum-cli export openvino` made it")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # whatever ends us, the server that runs ends too
     roof = measure(0.2)

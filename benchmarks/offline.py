@@ -1,6 +1,6 @@
 """One batch, without a server, in whichever engine the Python that runs this has. compare.py starts it.
 
-    python benchmarks/offline.py --engine minivllm|vllm|transformers --model DIR --work W2 [--repeat 3]
+    python benchmarks/offline.py --engine minivllm|vllm|transformers|openvino --model DIR --work W2 [--repeat 3]
 
 One line of JSON: seconds of each run and output tokens a second of the median. W1 one of 128 in, 128 out; W2 64 ×
 (256/128); W3 one of 4096 in, 16 out; W4 32 × (1024 shared + 64 own in / 64 out), the cache cold for the shared part.
@@ -74,7 +74,27 @@ def transformers(engine: str, model: str, extra: dict) -> Run:
     return run
 
 
-ENGINES = {"minivllm": llm, "vllm": llm, "transformers": transformers}
+def openvino(engine: str, model: str, extra: dict) -> Run:
+    """OpenVINO GenAI's continuous batching. model: a directory that `optimum-cli export openvino` made."""
+    import numpy as np
+    import openvino
+    import openvino_genai
+
+    scheduler = openvino_genai.SchedulerConfig()
+    scheduler.cache_size, scheduler.enable_prefix_caching = 8, True  # GB
+    precision = {"INFERENCE_PRECISION_HINT": "bf16", "KV_CACHE_PRECISION": "bf16"}
+    pipeline = openvino_genai.ContinuousBatchingPipeline(model, scheduler, "CPU", precision)
+
+    def run(prompts: list[list[int]], num_out: int) -> None:
+        config = openvino_genai.GenerationConfig(max_new_tokens=num_out, ignore_eos=True, do_sample=False)
+        tensors = [openvino.Tensor(np.array([prompt], np.int64)) for prompt in prompts]
+        results = pipeline.generate(tensors, [config] * len(tensors))
+        assert all(len(result.m_generation_ids[0]) == num_out for result in results)
+
+    return run
+
+
+ENGINES = {"minivllm": llm, "vllm": llm, "transformers": transformers, "openvino": openvino}
 
 
 def main() -> None:

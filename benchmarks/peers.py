@@ -1,7 +1,8 @@
 """How each engine is started for a comparison: ours, and the peers somebody installed and names.
 
 Knows the commands and nothing of loads. A peer is there when its variable (or compare.py's option) names it:
-VLLM_PYTHON the Python of an environment with vLLM, LLAMA_SERVER the llama-server binary. GGUF files are looked for
+VLLM_PYTHON the Python of an environment with vLLM, LLAMA_SERVER the llama-server binary, OPENVINO_PYTHON the Python of
+one with OpenVINO GenAI (offline only; it wants the model in its own format, --openvino-dir). GGUF files are looked for
 beside the model: <model>-bf16.gguf, <model>-q8_0.gguf, or in --gguf-dir under the model's name.
 """
 
@@ -73,6 +74,10 @@ def llama(binary: str, gguf: Path, streams: int, name: str) -> Peer:
 
 def transformers() -> Peer:
     return Peer("transformers", None, [sys.executable])
+
+
+def openvino(python: str) -> Peer:
+    return Peer("openvino", None, [python], {"PYTHONPATH": ""})
 
 
 def free_port() -> int:

@@ -3,7 +3,8 @@
     python benchmarks/step_overhead.py --model DIR [--batch 1 64] [--steps 300] [--profile]
 
 The core runs in this process; every call of the native extension is timed, the rest of the step is overhead: Python,
-torch and numpy. Processor time of the main thread is counted, so that a disturbed machine disturbs little. Encoding and
+torch and numpy. Decode steps are replayed in one such call; what is in it is shown by making its calls again, one by
+one, in wall time. Processor time of the main thread is counted, so that a disturbed machine disturbs little. Encoding and
 decoding of the step's message, which other threads do, stand beside it.
 """
 
@@ -61,9 +62,11 @@ def build_core(model: str, clock: Clock, extra: dict[str, Any]) -> Any:
     """Every function of the extension is timed from here on, as it is found where the ops look for it."""
     from minivllm.engine.core import EngineCore
     from minivllm.ops.recording import native_functions
+    from minivllm.utils.native import lib
 
     for owner, name, _ in list(native_functions()):
         clock.wrap(owner, name, f"kernel {name}")
+    clock.wrap(lib.Tape, "replay", "kernels of a recorded step")
 
     options = {"kv_cache_memory_bytes": 1 << 30, "max_model_len": 2048, "enable_prefix_caching": False} | extra
     config = EngineArgs(model=model, **options).create_engine_config("offline")
@@ -91,7 +94,7 @@ def measure(core: Any, clock: Clock, batch: int, steps: int, temperature: float,
     profiler = cProfile.Profile()
     decode = Decoder(EngineCoreOutputs)
     totals, kernels = [], []
-    spent: defaultdict[str, int] = defaultdict(int)
+    spent: defaultdict[str, list[int]] = defaultdict(list)
     gc.collect()
     gc.freeze()
     for _ in range(steps):
@@ -105,13 +108,13 @@ def measure(core: Any, clock: Clock, batch: int, steps: int, temperature: float,
             profiler.disable()
         kernels.append(sum(ns for name, ns in clock.spent.items() if name.startswith("kernel")))
         for name, ns in clock.spent.items():
-            spent[name] += ns
+            spent[name].append(ns)
         begin = now()
         data = encode(outputs[0])
-        spent["(beside) encode"] += now() - begin
+        spent["(beside) encode"].append(now() - begin)
         begin = now()
         decode(data)
-        spent["(beside) decode"] += now() - begin
+        spent["(beside) decode"].append(now() - begin)
     gc.unfreeze()
     outside = statistics.median(t - k for t, k in zip(totals, kernels)) / 1e3
     total, kernel = statistics.median(totals) / 1e3, statistics.median(kernels) / 1e3
@@ -119,13 +122,28 @@ def measure(core: Any, clock: Clock, batch: int, steps: int, temperature: float,
         f"batch {batch}, temperature {temperature}: step {total:.0f} µs = kernels {kernel:.0f} + outside {outside:.0f} "
         f"({outside / batch:.1f} a request)"
     )
-    for name, ns in sorted(spent.items(), key=lambda item: -item[1]):
-        print(f"    {ns / steps / 1e3:9.1f}  {name}")
+    usual = {name: statistics.median(ns) / 1e3 for name, ns in spent.items() if len(ns) > steps // 2}
+    for name, us in sorted(usual.items(), key=lambda item: -item[1]):
+        print(f"    {us:9.1f}  {name}")
+    show_recorded(core.executor.worker.runner)
     if profile:
         pstats.Stats(profiler).sort_stats("tottime").print_stats(35)
     core.abort_all()
     while core.has_requests():
         core.step()
+
+
+def show_recorded(runner: Any, repeat: int = 50) -> None:
+    """What the calls of the last step take, if it was recorded: made again, they write what is there already."""
+    graphs = runner._graphs._graphs if runner._graphs is not None else {}
+    if not graphs:
+        return
+    tape = next(reversed(graphs.values())).recording.tape
+    took = [statistics.median(each) / 1e3 for each in zip(*(tape.timed_replay() for _ in range(repeat)))]
+    print(f"    its {len(took)} recorded calls: {sum(took):.0f} µs of wall time")
+    for name in sorted(set(tape.names), key=lambda n: -sum(us for us, other in zip(took, tape.names) if other == n)):
+        own = [us for us, other in zip(took, tape.names) if other == name]
+        print(f"    {sum(own):9.1f}  {name}: {len(own)} × {statistics.mean(own):.1f}, the largest {max(own):.1f}")
 
 
 def main() -> None:

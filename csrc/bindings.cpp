@@ -4,7 +4,7 @@
 // cpu/<op>_bind.cpp:
 //
 //     MINIVLLM_BIND(my_op, m) {
-//         m.def("my_op", [](uintptr_t x, int64_t n) { my_op_kernels().run(ptr<float>(x), n); }, release_gil);
+//         def_op(m, "my_op", [](uintptr_t x, int64_t n) { my_op_kernels().run(ptr<float>(x), n); });
 //     }
 //
 // Nothing here or in CMakeLists.txt changes. Functions take addresses, shapes and strides as integers and
@@ -61,5 +61,13 @@ NB_MODULE(_native, m) {
     m.def("set_num_threads", &set_num_threads, nb::arg("n"), nb::arg("processors") = std::vector<int>(), release_gil,
           "The threads but the calling one are bound to `processors`, one each from the second on; [] binds none.");
     m.def("advise_huge_pages", &advise_huge_pages, nb::arg("address"), nb::arg("bytes"));
+    nb::class_<Tape>(m, "Tape")
+        .def(nb::init<>())
+        .def("start", &Tape::start)
+        .def("stop", &Tape::stop)
+        .def("__len__", &Tape::size)
+        .def_prop_ro("names", &Tape::names)
+        .def("replay", &Tape::replay, release_gil)
+        .def("timed_replay", &Tape::timed_replay, release_gil);
     BindRegistrar::bind_all(m);
 }

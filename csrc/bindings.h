@@ -1,4 +1,4 @@
-// What every <op>_bind.cpp includes: nanobind, pointers from integers, registration.
+// What every <op>_bind.cpp includes: nanobind, pointers from integers, registration, calls that can be recorded.
 #pragma once
 
 #include <nanobind/nanobind.h>
@@ -6,6 +6,10 @@
 #include <nanobind/stl/vector.h>
 
 #include <cstdint>
+#include <tuple>
+#include <type_traits>
+
+#include "tape.h"
 
 namespace nb = nanobind;
 
@@ -28,6 +32,37 @@ private:
     static void bind_##op(nb::module_& m)
 
 inline constexpr nb::call_guard<nb::gil_scoped_release> release_gil{};
+
+template <class F>
+struct Recordable : Recordable<decltype(&F::operator())> {};  // of a lambda
+
+template <class Owner, class... Args>
+struct Recordable<void (Owner::*)(Args...) const> : Recordable<void (*)(Args...)> {};
+
+template <class... Args>
+struct Recordable<void (*)(Args...)> {
+    template <class F>
+    static auto wrap(const char* name, F f) {
+        return [name, f](Args... args) {
+            if (Tape* tape = Tape::recording())
+                tape->add(name, [f, copies = std::tuple<std::decay_t<Args>...>(args...)] { std::apply(f, copies); });
+            f(args...);
+        };
+    }
+};
+
+// `f`, a function or lambda without a result, whose calls go onto the tape that this thread records, arguments by value.
+// All ops are registered so; what is not makes a recording unusable, and minivllm/ops/recording.py says so.
+template <class F>
+auto recordable(const char* name, F f) {
+    return Recordable<F>::wrap(name, f);
+}
+
+// Registers a function that can be recorded and runs without Python's lock.
+template <class F>
+void def_op(nb::module_& m, const char* name, F f) {
+    m.def(name, recordable(name, f), release_gil);
+}
 
 // An address that came from `Tensor.data_ptr()`; 0 is a null pointer.
 template <class T>

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from minivllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
     from minivllm.engine.async_llm import AsyncLLM
     from minivllm.engine.llm_engine import LLMEngine
-    from minivllm.engine.processor import TextPrompt, TokensPrompt
+    from minivllm.engine.processor import EmbedsPrompt, TextPrompt, TokensPrompt
     from minivllm.entrypoints.llm import LLM
     from minivllm.logits_processors import LogitsProcessor
     from minivllm.models.registry import ModelRegistry
@@ -30,6 +30,7 @@ _MODULE_OF = {
     "AsyncEngineArgs": "minivllm.engine.arg_utils",
     "RequestOutput": "minivllm.outputs",
     "CompletionOutput": "minivllm.outputs",
+    "EmbedsPrompt": "minivllm.engine.processor",
     "TextPrompt": "minivllm.engine.processor",
     "TokensPrompt": "minivllm.engine.processor",
     "ModelRegistry": "minivllm.models.registry",
@@ -45,6 +46,7 @@ __all__ = [
     "BeamSearchOutput",
     "BeamSearchParams",
     "CompletionOutput",
+    "EmbedsPrompt",
     "EngineArgs",
     "LLMEngine",
     "LogitsProcessor",

@@ -8,6 +8,7 @@
     │   ├── NotFoundError      the request names something that is not here          HTTP 404
     │   │   └── ModelNotFoundError … a model that is not served
     │   ├── NotImplementedHereError a route of vLLM whose work this engine cannot do  HTTP 501
+    │   ├── ConflictError      what is asked for goes against what is underway       HTTP 409
     │   └── QueueFullError     as many wait as may; the request can be sent again    HTTP 503
     └── EngineError            the engine failed, not the client                     HTTP 500
         ├── EngineGenerateError one request failed inside the engine                 HTTP 500
@@ -65,6 +66,12 @@ class NotImplementedHereError(RequestError):
     """A route that vLLM has, whose work this engine cannot do."""
 
     status = 501
+
+
+class ConflictError(RequestError):
+    """The engine is in no state for this now."""
+
+    status = 409
 
 
 class QueueFullError(RequestError):

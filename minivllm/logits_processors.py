@@ -33,7 +33,8 @@ class MoveDirectionality(Enum):
 class AddedRequest(NamedTuple):
     """A request that joins the batch, perhaps with output already (it was preempted, or resent).
 
-    output_token_ids grows as the request does: keep it, and it is up to date in every `apply`.
+    output_token_ids grows as the request does: keep it, and it is up to date in every `apply`. A prompt given as
+    embeddings has no tokens: [].
     """
 
     index: int

@@ -108,7 +108,7 @@ class RequestOutput:
 
     request_id: str
     prompt: str | None
-    prompt_token_ids: list[int]
+    prompt_token_ids: list[int] | None  # None of a prompt given as embeddings
     outputs: list[CompletionOutput]
     finished: bool
     prompt_logprobs: PromptLogprobs | None = None
@@ -117,6 +117,11 @@ class RequestOutput:
     metrics: RequestMetrics | None = None
     num_cached_tokens: int | None = None
     error: str | None = field(default=None)  # set when finish_reason is "error"
+    num_prompt_tokens: int = -1  # or embeddings; not given: the number of prompt_token_ids
+
+    def __post_init__(self) -> None:
+        if self.num_prompt_tokens < 0:
+            self.num_prompt_tokens = len(self.prompt_token_ids or ())
 
     def add(self, newer: RequestOutput) -> None:
         """Merge a newer DELTA output into this one, for a consumer slower than the engine."""

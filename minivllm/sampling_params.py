@@ -16,8 +16,11 @@ MAX_N = 16384
 MAX_STOP_STRINGS = 4
 MAX_BAD_WORDS = 128
 MAX_LOGPROB_TOKEN_IDS = 128
+MAX_STOP_TOKEN_IDS = 4096
+MAX_BIASED_TOKENS = 16_384
+MAX_EXTRA_VALUES = 4096  # in extra_args, at all levels
 MAX_PATTERN_SIZE = 1024  # a step of the scheduler compares so many patterns at most
-MAX_EXTRA_DEPTH = 16
+MAX_EXTRA_DEPTH = 16  # of extra_args
 GREEDY_BELOW = 1e-5  # a temperature below this is greedy
 LEAST_TEMPERATURE = 1e-2  # below it the exponentials overflow; raised to it, as vLLM does
 LEAST_REPETITION_PENALTY = 1e-3  # logits are divided by it, and must stay finite
@@ -191,6 +194,7 @@ class ThinkingTokens(msgspec.Struct):
     start: list[int]  # [] where nothing opens it but the prompt
     end: list[int]
     is_open: bool
+    withheld: list[int] = []  # while it is open: the model's end tokens, where a form has still to follow
 
 
 class SamplingParams(msgspec.Struct, omit_defaults=True, kw_only=True):
@@ -298,6 +302,7 @@ class SamplingParams(msgspec.Struct, omit_defaults=True, kw_only=True):
         if self.thinking_token_budget is not None:
             _check_int("thinking_token_budget", self.thinking_token_budget, 0, 2**31 - 1)
         self._verify_stop()
+        self._verify_logit_bias()
         self._verify_bad_words()
         self._verify_logprob_token_ids()
         self._verify_prompt_logprob_token_ids()
@@ -327,8 +332,19 @@ class SamplingParams(msgspec.Struct, omit_defaults=True, kw_only=True):
             check_encodable("stop", text)
         if self.stop and not self.detokenize:
             raise RequestError("stop strings need detokenize=True; use stop_token_ids instead", param="stop")
+        if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+            raise RequestError(
+                f"stop_token_ids holds {len(self.stop_token_ids)} ids; at most {MAX_STOP_TOKEN_IDS} fit",
+                param="stop_token_ids",
+            )
         for token in self.stop_token_ids:
             _check_int("stop_token_ids", token, 0, 2**31 - 1)
+
+    def _verify_logit_bias(self) -> None:
+        if self.logit_bias is not None and len(self.logit_bias) > MAX_BIASED_TOKENS:
+            raise RequestError(
+                f"logit_bias holds {len(self.logit_bias)} tokens; at most {MAX_BIASED_TOKENS} fit", param="logit_bias"
+            )
 
     def _verify_bad_words(self) -> None:
         if len(self.bad_words) > MAX_BAD_WORDS:
@@ -448,7 +464,11 @@ def _check_extra_args(given: Any) -> None:
     if not isinstance(given, dict):
         raise RequestError(f"extra_args must be a dict, got {type(given).__name__}", param="extra_args")
     level: list[Any] = [given]
+    num_values = 0
     for _ in range(MAX_EXTRA_DEPTH):
+        num_values += len(level)
+        if num_values > MAX_EXTRA_VALUES:
+            raise RequestError(f"extra_args hold more than {MAX_EXTRA_VALUES} values", param="extra_args")
         for value in level:
             _check_extra_value(value)
         level = [

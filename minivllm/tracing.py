@@ -111,7 +111,7 @@ class RequestTracer:
 def _of_output(output: RequestOutput, num_tokens: dict[int, int]) -> dict[str, Any]:
     """Token counts, and times in seconds, of a request's last output."""
     attributes: dict[str, Any] = {
-        "gen_ai.usage.prompt_tokens": len(output.prompt_token_ids),
+        "gen_ai.usage.prompt_tokens": output.num_prompt_tokens,
         "gen_ai.usage.completion_tokens": sum(num_tokens.values()),
         "gen_ai.usage.num_sequences": len(num_tokens),
     }

@@ -31,17 +31,26 @@ from minivllm.sampling_params import SamplingParams
 # --- the model -------------------------------------------------------------------------------------------------
 
 
-def extend_chain(chain: int, token_id: int) -> int:
-    """The "KV" of a position: it depends on every token up to there, and on nothing else."""
+def extend_chain(chain: int, token_id: Any) -> int:
+    """The "KV" of a position: it depends on every token (or vector) up to there, and on nothing else."""
     return hash((chain, token_id))
 
 
-def chain_of(token_ids: list[int]) -> list[int]:
+def chain_of(token_ids: list[Any]) -> list[int]:
     chains, chain = [], 0
     for token_id in token_ids:
         chain = extend_chain(chain, token_id)
         chains.append(chain)
     return chains
+
+
+def _words(request: EngineCoreRequest | NewRequestData) -> list[Any]:
+    """What the model reads at each position: a token, or the vector given in its place."""
+    tokens, embeds = request.prompt_token_ids + request.prior_output_token_ids, request.prompt_embeds
+    if embeds is None:
+        return tokens
+    vectors = [bytes(embeds.rows(i, i + 1)) for i in range(embeds.num_tokens)]
+    return [*vectors, *tokens[len(vectors) :]]
 
 
 def sample(chain: int, seed: int, masked: set[int], vocab_size: int) -> int:
@@ -89,7 +98,7 @@ class _State:
     def from_message(cls, new: NewRequestData) -> _State:
         tokens = new.prompt_token_ids + new.prior_output_token_ids
         return cls(
-            tokens, chain_of(tokens), len(new.prompt_token_ids), new.sampling_params, new.seed,
+            tokens, chain_of(_words(new)), len(new.prompt_token_ids), new.sampling_params, new.seed,
             new.eos_token_ids, [list(ids) for ids in new.block_ids], new.num_computed_tokens,
         )  # fmt: skip
 
@@ -147,6 +156,13 @@ class FakeWorker:
         for request_id, num_new in plan.num_scheduled_tokens.items():
             self._check_readable(request_id, self.states[request_id].num_computed + num_new)
         return self._sample(plan)
+
+    def sleep(self, level: int) -> None:
+        """The cache's content is gone; the next plan says whose blocks were."""
+        self.kv.clear()
+
+    def wake_up(self) -> None:
+        pass
 
     def _apply(self, plan: SchedulerOutput) -> None:
         for request_id in plan.finished_req_ids:
@@ -374,6 +390,7 @@ class Answer:
     finish_reason: FinishReason | None = None
     stop_reason: int | None = None
     error: str | None = None
+    error_param: str | None = None
     num_ends: int = 0
     num_cached_tokens: int = 0
     scheduled_time: float | None = None
@@ -401,7 +418,7 @@ class Answer:
         if output.finish_reason is not None:
             self.num_ends += 1
             self.finish_reason, self.stop_reason = output.finish_reason, output.stop_reason
-            self.error = output.error
+            self.error, self.error_param = output.error, output.error_param
 
 
 class Driver:
@@ -486,7 +503,7 @@ def answer_alone(request: EngineCoreRequest, *, max_model_len: int, vocab_size: 
     tokens = request.prompt_token_ids + request.prior_output_token_ids
     eos = [] if params.ignore_eos else request.eos_token_ids
     num_prior = len(request.prior_output_token_ids)
-    chains = chain_of(tokens)
+    chains = chain_of(_words(request))
     if params.prompt_logprobs is not None:
         answer.prompt_logprobs = [
             (tokens[p], -(chains[p] % 1000) / 100) for p in range(1, len(request.prompt_token_ids))

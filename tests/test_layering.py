@@ -125,8 +125,9 @@ def test_every_import_follows_the_table():
     assert _violations() == []
 
 
-def test_the_extension_has_one_door():
+def test_each_extension_has_one_door():
     assert [_name(path) for path in _modules() if "_native" in _imports(path)] == ["utils.native"]
+    assert [_name(path) for path in _modules() if "_cuda" in _imports(path)] == ["ops.cuda"]
 
 
 def test_the_table_has_no_cycle():

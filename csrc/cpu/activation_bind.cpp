@@ -5,14 +5,14 @@
 namespace minivllm {
 
 MINIVLLM_BIND(activation, m) {
-    m.def("silu_mul", [](int dtype, uintptr_t out, uintptr_t gate_up, int64_t row_stride, int64_t rows, int64_t width) {
+    def_op(m, "silu_mul", [](int dtype, uintptr_t out, uintptr_t gate_up, int64_t row_stride, int64_t rows, int64_t width) {
         activation_kernels().silu_mul(DType(dtype), ptr<void>(out), ptr<const void>(gate_up), row_stride, rows, width);
-    }, release_gil);
-    m.def("gelu_tanh_mul", [](int dtype, uintptr_t out, uintptr_t gate_up, int64_t row_stride, int64_t rows,
+    });
+    def_op(m, "gelu_tanh_mul", [](int dtype, uintptr_t out, uintptr_t gate_up, int64_t row_stride, int64_t rows,
                               int64_t width) {
         activation_kernels().gelu_tanh_mul(DType(dtype), ptr<void>(out), ptr<const void>(gate_up), row_stride, rows,
                                            width);
-    }, release_gil);
+    });
 }
 
 }  // namespace minivllm

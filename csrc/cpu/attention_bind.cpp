@@ -106,6 +106,6 @@ static void paged_attention(uintptr_t out, uintptr_t q, uintptr_t kv_cache, std:
     attention_kernels().run(a);
 }
 
-MINIVLLM_BIND(paged_attention, m) { m.def("paged_attention", &paged_attention, release_gil); }
+MINIVLLM_BIND(paged_attention, m) { def_op(m, "paged_attention", &paged_attention); }
 
 }  // namespace minivllm

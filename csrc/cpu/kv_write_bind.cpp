@@ -34,6 +34,6 @@ static void kv_write(uintptr_t cache, uintptr_t k, uintptr_t v, uintptr_t slot_m
                             v_strides[1] * size, k_scale, v_scale});
 }
 
-MINIVLLM_BIND(kv_write, m) { m.def("kv_write", &kv_write, release_gil); }
+MINIVLLM_BIND(kv_write, m) { def_op(m, "kv_write", &kv_write); }
 
 }  // namespace minivllm

@@ -24,8 +24,12 @@ void bind_linear_format(nb::module_& m, const char* name) {
              nb::arg("in_features"), nb::arg("interleaved"))
         .def_ro("nbytes", &Format::nbytes)
         .def("load_rows", &Format::load_rows, release_gil)
-        .def("gather_rows", &Format::gather_rows, release_gil)
-        .def("multiply",
+        .def("gather_rows", recordable("gather_rows", [](const Format& format, uintptr_t out, uintptr_t packed,
+                                                         uintptr_t ids, int64_t num_ids) {
+                 format.gather_rows(out, packed, ids, num_ids);
+             }),
+             release_gil)
+        .def("multiply", recordable("multiply",
              [](const Format& format, uintptr_t out, int out_dtype, int64_t out_stride, int epilogue, uintptr_t x,
                 int64_t x_stride, int64_t m, uintptr_t packed, uintptr_t bias, int bias_dtype, uintptr_t addend,
                 int64_t addend_stride) {
@@ -33,7 +37,7 @@ void bind_linear_format(nb::module_& m, const char* name) {
                                   ptr<const void>(packed), ptr<const void>(bias), DType(bias_dtype),
                                   ptr<const float>(addend), addend_stride, Epilogue(epilogue), ptr<void>(out),
                                   DType(out_dtype), out_stride});
-             },
+             }),
              release_gil);
 }
 

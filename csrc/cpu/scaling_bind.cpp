@@ -5,12 +5,12 @@
 namespace minivllm {
 
 MINIVLLM_BIND(scaling, m) {
-    m.def("scale", [](int dtype, uintptr_t x, int64_t n, float factor) {
+    def_op(m, "scale", [](int dtype, uintptr_t x, int64_t n, float factor) {
         scaling_kernels().scale(DType(dtype), ptr<void>(x), n, factor);
-    }, release_gil);
-    m.def("soft_cap", [](int dtype, uintptr_t x, int64_t n, float cap) {
+    });
+    def_op(m, "soft_cap", [](int dtype, uintptr_t x, int64_t n, float cap) {
         scaling_kernels().soft_cap(DType(dtype), ptr<void>(x), n, cap);
-    }, release_gil);
+    });
 }
 
 }  // namespace minivllm

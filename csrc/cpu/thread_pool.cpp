@@ -2,6 +2,9 @@
 
 #include <pthread.h>
 #include <sched.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include <algorithm>
 #include <condition_variable>
@@ -76,7 +79,7 @@ class Pool {
 public:
     Pool(int num_threads, const std::vector<int>& processors) : num_threads_(num_threads) {
         for (int i = 1; i < num_threads; ++i) {
-            workers_.emplace_back([this, i] { work(i); });
+            workers_.emplace_back([this] { work(); });
             if (!processors.empty()) bind(workers_.back(), processors[size_t(i) % processors.size()]);
         }
     }
@@ -89,18 +92,20 @@ public:
 
     int num_threads() const { return num_threads_; }
 
+    // The caller takes index 0, and then whatever no worker has begun: it waits for work, never for a thread to wake.
     void run(int count, void (*fn)(void*, int), void* ctx) {
         std::lock_guard<std::mutex> turn(turn_);
         fn_ = fn;
         ctx_ = ctx;
-        count_ = count;
         done_.set(0);
+        unclaimed_.store(uint64_t(count) << 32 | 1, std::memory_order_release);
         epoch_.add(1);
         inside_kernel = true;
-        fn(ctx, 0);
+        uint64_t num_own = 0;
+        for (int index = 0; index >= 0; index = claim(), ++num_own) fn(ctx, index);
         inside_kernel = false;
-        const uint64_t all = uint64_t(num_threads_ - 1);
-        done_.wait([all](uint64_t v) { return v == all; });
+        const uint64_t num_others = uint64_t(count) - num_own;
+        done_.wait([num_others](uint64_t v) { return v == num_others; });
     }
 
 private:
@@ -116,24 +121,33 @@ private:
 #endif
     }
 
-    void work(int index) {
+    void work() {
         inside_kernel = true;
         for (uint64_t seen = 0;;) {
             seen = epoch_.wait([seen](uint64_t v) { return v != seen; });
             if (stopping_) return;
-            if (index < count_) fn_(ctx_, index);
-            done_.add(1);
+            // A job lasts until what was claimed of it is done, so what was claimed belongs to `fn_` and `ctx_`.
+            for (int index; (index = claim()) >= 0; done_.add(1)) fn_(ctx_, index);
         }
+    }
+
+    // The next index of the job that nobody has; -1 if there is none.
+    int claim() {
+        uint64_t seen = unclaimed_.load(std::memory_order_acquire);
+        do {
+            if (uint32_t(seen) >= seen >> 32) return -1;
+        } while (!unclaimed_.compare_exchange_weak(seen, seen + 1, std::memory_order_acq_rel));
+        return int(uint32_t(seen));
     }
 
     const int num_threads_;
     std::vector<std::thread> workers_;
     std::mutex turn_;
-    Gate epoch_, done_;  // a job's number; how many workers have finished it
+    Gate epoch_, done_;  // a job's number; how many of its indices workers have finished
+    std::atomic<uint64_t> unclaimed_{0};  // of the job: how many indices, and in the lower half the next one
     std::atomic<bool> stopping_{false};
     void (*fn_)(void*, int) = nullptr;
     void* ctx_ = nullptr;
-    int count_ = 0;
 };
 
 // CPUs' worth of time the control group allows, or a large number: the least over the group and its ancestors.
@@ -194,6 +208,17 @@ std::shared_ptr<Pool> pool() {
     return *pool_slot;
 }
 
+constexpr size_t kPage = 4096, kHugePage = 2 << 20;
+
+// Memory of whole pages, huge ones where it is large: a block of rows in pages of 4 KiB would crowd some sets of the cache.
+void* allocate_pages(size_t bytes, size_t page) {
+    void* data = std::aligned_alloc(page, bytes);
+#if defined(__linux__)
+    if (data != nullptr && page == kHugePage) madvise(data, bytes, MADV_HUGEPAGE);  // a wish
+#endif
+    return data;
+}
+
 struct Scratch {
     void* data = nullptr;
     size_t bytes = 0;
@@ -242,8 +267,9 @@ void* thread_scratch(int slot, size_t bytes) {
     Scratch& s = scratch[slot];
     if (s.bytes < bytes) {
         std::free(s.data);
-        const size_t rounded = (bytes + 4095) / 4096 * 4096;
-        s.data = std::aligned_alloc(4096, rounded);
+        const size_t page = bytes >= kHugePage / 8 ? kHugePage : kPage;
+        const size_t rounded = (bytes + page - 1) / page * page;
+        s.data = allocate_pages(rounded, page);
         s.bytes = s.data == nullptr ? 0 : rounded;
         if (s.data == nullptr) throw std::bad_alloc();
     }

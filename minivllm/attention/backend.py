@@ -25,6 +25,7 @@ class AttentionSpec:
     dtype: torch.dtype  # of queries, keys and values as the layers make them
     device: str
     kv_cache_dtype: str = "auto"  # what the cache stores, as the backend names it; auto: the same
+    batch_invariant: bool = False  # a row's bits may not depend on the others; on a CPU they never do
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class StepInputs:
     seq_lens: torch.Tensor  # [num_reqs] int32: tokens a request has after this step
     block_table: torch.Tensor  # [num_reqs, max_blocks] int32
     slot_mapping: torch.Tensor  # [num_tokens] int64: block_id * block_size + offset
+    max_query_len: int | None = None  # bounds that the host knows, so that nobody need ask the device
+    max_seq_len: int | None = None
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,10 @@ class AttentionBackend(ABC):
 
         Memory that is not written yet is not taken yet.
         """
+
+    def scratch_bytes(self, num_reqs: int, max_seq_len: int) -> int:
+        """What a decode of so many requests of such a length takes beside the cache, on a device of its own."""
+        return 0
 
     @abstractmethod
     def build_metadata(self, step: StepInputs) -> Any:

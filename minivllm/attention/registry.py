@@ -10,7 +10,10 @@ from minivllm.logger import init_logger
 
 logger = init_logger(__name__)
 
-_BACKENDS = ["minivllm.attention.backends.cpu_native:CpuNativeBackend"]
+_BACKENDS = [
+    "minivllm.attention.backends.cpu_native:CpuNativeBackend",
+    "minivllm.attention.backends.triton:TritonBackend",
+]
 
 
 def select_backend(spec: AttentionSpec) -> AttentionBackend:

@@ -54,6 +54,11 @@ class FrontendConfig:
     """Take chat templates from requests; they are rendered in a process of their own, with little time and memory."""
     default_chat_template_kwargs: dict[str, Any] | None = None
     """Variables for the chat template, a JSON object; a request's chat_template_kwargs win."""
+    lora_modules: list[str] | None = None
+    """LoRA adapters to serve beside the model, each name=path or a JSON object with name, path and base_model_name.
+    Read and checked; none is served yet, so naming one stops the start."""
+    prompt_adapters: list[str] | None = None
+    """Prompt adapters, each name=path. As for LoRA adapters, none is served yet."""
     enable_auto_tool_choice: bool = False
     """Let the model call tools when it likes (tool_choice auto); needs --tool-call-parser."""
     tool_call_parser: str | None = None
@@ -62,6 +67,9 @@ class FrontendConfig:
     name."""
     tool_parser_plugin: str = ""
     """Python file that registers parsers: minivllm.tool_parsers.registry.TOOL_PARSERS.register(NAME)."""
+    tool_strict_level: Literal["auto", "function", "parameter"] = "auto"
+    """How far a grammar holds calls that the model makes when it likes: auto, if a function says strict; function,
+    always to the functions there are; parameter, always to their schemas too."""
     exclude_tools_when_tool_choice_none: bool = False
     """Leave tools out of the prompt when tool_choice is none."""
     response_role: str = "assistant"
@@ -73,6 +81,8 @@ class FrontendConfig:
     times, the last is the outermost."""
     disable_fastapi_docs: bool = False
     """No /docs, /redoc and /openapi.json."""
+    disable_playground: bool = False
+    """No page at /, where one chats with the model and watches the engine."""
     enable_dev_endpoints: bool = False
     """Routes for development: /server_info, /reset_prefix_cache, /pause, /abort_requests, … Not for the public."""
     enable_tokenizer_info_endpoint: bool = False

@@ -45,8 +45,13 @@ class ModelConfig:
     """Classes that change the logits of every batch, as module:Class (see docs/sampling.md)."""
     skip_tokenizer_init: bool = False
     """Token ids in, token ids out: no tokenizer is loaded and prompts must be token ids."""
+    enable_prompt_embeds: bool = False
+    """Take prompts as vectors in place of their tokens' embeddings: prompt_embeds of /v1/completions and of LLM
+    (see docs/prompt_embeds.md)."""
     served_model_name: list[str] | None = None
     """Names under which the API serves the model; the first is reported. Default: the model argument."""
+    enable_sleep_mode: bool = False
+    """Let POST /sleep (or LLM.sleep) give memory back while the engine lives on."""
     enforce_eager: bool = False
     """Call every kernel of a step from Python, instead of replaying the calls of decode steps that were met before.
     The answers are the same."""

@@ -19,7 +19,7 @@ NOT_YET = frozenset(
     data_parallel_rank data_parallel_rpc_port data_parallel_size data_parallel_size_local
     data_parallel_start_rank data_parallel_supervisor_port dbo_decode_token_threshold
     dbo_prefill_token_threshold dcp_comm_backend dcp_kv_cache_interleave_size dcp_q_replicate
-    decode_context_parallel_size default_mm_loras device device_ids
+    decode_context_parallel_size default_mm_loras device_ids
     device_memory_utilization diffusion_config disable_cascade_attn
     disable_chunked_mm_input disable_custom_all_reduce disable_log_requests
     disable_nccl_for_dp_synchronization disable_sliding_window distributed_timeout_seconds
@@ -31,9 +31,9 @@ NOT_YET = frozenset(
     enable_logging_iteration_details enable_lora enable_mamba_cache_stochastic_rounding
     enable_mamba_shared_prefix_checkpoint enable_mfu_metrics enable_mixed_moe_lora_format enable_mm_embeds
     enable_moe_shared_loras enable_nccl_comm_suspend enable_offline_docs enable_per_request_metrics
-    enable_prompt_adapter enable_prompt_embeds enable_reasoning
+    enable_prompt_adapter enable_reasoning
     enable_return_routed_experts enable_scale_out
-    enable_shm_tensor_arena enable_sleep_mode
+    enable_shm_tensor_arena
     enable_tower_connector_lora enable_trace_replay engram_config eplb_config
     expert_placement_strategy fail_on_environ_validation
     fault_tolerance_config fingerprint_mode fingerprint_value fully_sharded_loras gdn_prefill_backend grpc
@@ -43,7 +43,7 @@ NOT_YET = frozenset(
     kv_cache_dtype_skip_layers kv_cache_metrics kv_cache_metrics_sample kv_offloading_backend
     kv_offloading_size kv_sharing_fast_prefill kv_transfer_config language_model_only limit_mm_per_prompt
     linear_backend logging_config
-    long_prefill_token_threshold_adaptive lora_dtype lora_modules lora_target_modules mamba_backend
+    long_prefill_token_threshold_adaptive lora_dtype lora_target_modules mamba_backend
     mamba_block_size mamba_cache_dtype mamba_cache_mode mamba_cache_philox_rounds mamba_ssm_cache_dtype
     mamba_ssu_algorithm master_addr master_port max_cpu_loras max_cudagraph_capture_size
     max_lora_cls_labels max_lora_rank max_loras
@@ -57,14 +57,14 @@ NOT_YET = frozenset(
     offload_prefetch_step optimization_level per_request_spec_decode_metrics
     performance_mode pipeline_parallel_size pooler_config preemption_mode prefill_context_parallel_size
     prefill_schedule_interval prefix_cache_retention_interval prefix_match_unit
-    profiler_config prompt_adapters pt_load_map_location quantization_config ray_workers_use_nsight
+    pt_load_map_location quantization_config ray_workers_use_nsight
     reasoning_config renderer_num_workers replayssm_buffer_len
     return_sampling_mask rope_scaling rope_theta runner safetensors_load_strategy
     safetensors_prefetch_block_size safetensors_prefetch_num_threads scheduler_cls
     show_hidden_metrics_for_version skip_mm_profiling sleep_mode_offload_cudagraph
     sleep_preserve_parameter_names sparse_indexer_topk_backend spec_method spec_model spec_tokens
     specialize_active_lora speculative_config speculative_model swa_bounded_replay swap_space
-    task tensor_parallel_size tokens_only tool_server tool_strict_level
+    task tensor_parallel_size tokens_only tool_server
     trust_request_mm_kwargs ubatch_size use_fp64_gumbel use_replayssm
     use_v2_block_manager video_pruning_method video_pruning_rate watermark_config
     weight_transfer_config worker_cls worker_extension_cls
@@ -87,9 +87,7 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "config_format": ("auto", "hf"),
     "cpu_offload_gb": (0,),
     "data_parallel_size": (1,),
-    "device": ("cpu", "auto"),
     "enable_lora": (False,),
-    "enable_sleep_mode": (False,),
     "model_impl": ("auto",),
     "nnodes": (1,),
     "pipeline_parallel_size": (1,),
@@ -117,7 +115,6 @@ _INSTEAD = {
     "logging_config": "use --log-config-file and --log-level instead",
     "max_seq_len_to_capture": "leave it out; it has no use any more, in vLLM either",
     "num_scheduler_steps": "leave it out; it has no use any more, in vLLM either",
-    "prompt_adapters": "leave it out; vLLM has removed them, too",
     "rope_scaling": "use --hf-overrides with rope_parameters instead",
     "rope_theta": "use --hf-overrides with rope_theta instead",
     "swap_space": "leave it out; a preempted request is computed again",

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 from minivllm.core.kv_cache_utils import FreeKVCacheBlockQueue, KVCacheBlock
 from minivllm.messages.kv_cache import NULL_BLOCK
 from minivllm.messages.kv_events import AllBlocksCleared, BlockRemoved, KVCacheEvent
+from minivllm.messages.stats import BLOCK_CACHED, BLOCK_EMPTY, BLOCK_HELD, BLOCK_SHARED
 
 
 class BlockPool:
@@ -43,6 +44,11 @@ class BlockPool:
         return self._free.num_free_blocks
 
     @property
+    def num_blocks(self) -> int:
+        """How many may be held."""
+        return len(self._usable)
+
+    @property
     def num_held_blocks(self) -> int:
         return len(self._usable) - self._free.num_free_blocks
 
@@ -50,6 +56,22 @@ class BlockPool:
     def usage(self) -> float:
         """Share of blocks held, 0 to 1. What is only cached counts as free."""
         return self.num_held_blocks / len(self._usable)
+
+    def states(self, limit: int) -> tuple[int, bytes]:
+        """A picture of the pool: a byte a block (messages/stats.py), of every stride-th usable block. Returns the stride and the bytes.
+
+        limit: bytes at most, so that a picture of a large pool costs no more than one of a small pool.
+        """
+        stride = max(1, -(-len(self._usable) // limit))
+        # One expression, not a function a block: half the time.
+        return stride, bytes(
+            [
+                (BLOCK_HELD if block.ref_cnt == 1 else BLOCK_SHARED)
+                if block.ref_cnt
+                else (BLOCK_EMPTY if block.block_hash is None else BLOCK_CACHED)
+                for block in self._usable[::stride]
+            ]
+        )
 
     def get_cached_block(self, block_hash: bytes) -> KVCacheBlock | None:
         """The block with this content, held or not."""

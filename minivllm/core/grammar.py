@@ -22,6 +22,10 @@ class GrammarState(Protocol):
         """Why the request cannot go on."""
 
     @property
+    def error_param(self) -> str | None:
+        """The request's field whose fault that is; None if it is ours."""
+
+    @property
     def is_constraining(self) -> bool:
         """The next token must be one of its mask."""
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from minivllm.core.attention_groups import AttentionGroups
 from minivllm.core.block_pool import BlockPool
-from minivllm.core.kv_cache_utils import KVCacheBlock
+from minivllm.core.kv_cache_utils import KVCacheBlock, extra_keys
 from minivllm.core.request import Request
 from minivllm.messages.kv_cache import ONE_FULL_GROUP, KVCacheGroup, has_null_block
 from minivllm.messages.kv_events import BlockRemoved, BlockStored, KVCacheEvent
@@ -89,6 +89,7 @@ class KVCacheManager:
         self._nothing_found: list[list[KVCacheBlock]] = [[] for _ in groups]
         self._holdings: dict[str, _Holding] = {}
         self._prefix_stats = PrefixCacheStats()
+        self.prefix_totals = PrefixCacheStats()  # since the start
 
     def find_cached_prefix(self, request: Request) -> CachedPrefix:
         """The longest leading run of blocks already in the cache, in all groups as far as each needs it.
@@ -153,8 +154,9 @@ class KVCacheManager:
             tables.append(_BlockTable(blocks, num_passed))
         self._holdings[request.request_id] = _Holding(tables, self._room(tables), prefix.num_blocks)
         if request.num_preemptions == 0:  # a recompute is no news about the cache
-            self._prefix_stats.queries += request.num_tokens
-            self._prefix_stats.hits += prefix.num_blocks * self.block_size
+            for stats in (self._prefix_stats, self.prefix_totals):
+                stats.queries += request.num_tokens
+                stats.hits += prefix.num_blocks * self.block_size
         return [[block.block_id for block in table.blocks] for table in tables]
 
     def extend(self, request: Request, num_tokens: int) -> BlockIds | None:
@@ -203,11 +205,14 @@ class KVCacheManager:
 
     def _stored(self, request: Request, group: int, run: range) -> BlockStored:
         size, hashes = self.block_size, request.block_hashes
+        keys = [extra_keys(request, index * size, (index + 1) * size) or None for index in run]
         return BlockStored(
             block_hashes=hashes[run.start : run.stop],
             parent_block_hash=hashes[run.start - 1] if run.start else None,
             token_ids=request.all_token_ids[run.start * size : run.stop * size],
             block_size=size,
+            lora_name=None if request.lora is None else request.lora.name,
+            extra_keys=keys if any(keys) else None,
             group_idx=group if len(self.groups) > 1 else None,
         )
 

@@ -10,7 +10,7 @@ from itertools import islice
 from minivllm.core.request import Request
 
 
-def _sha256(data: bytes) -> bytes:
+def _sha256(data: bytes | memoryview) -> bytes:
     return hashlib.sha256(data).digest()
 
 
@@ -64,19 +64,32 @@ def make_block_hasher(
         hashes, token_ids = request.block_hashes, request.all_token_ids
         start = len(hashes) * block_size
         while start + block_size <= len(token_ids):
-            parent, extra_keys = (hashes[-1], b"") if hashes else (root, _extra_keys(request))
-            hashes.append(hash_block(parent, token_ids[start : start + block_size], extra_keys, digest))
+            keys = extra_keys(request, start, start + block_size)
+            written = ascii(keys).encode() if keys else b""  # quoted, so that no two lists of keys are written alike
+            parent = hashes[-1] if hashes else root
+            hashes.append(hash_block(parent, token_ids[start : start + block_size], written, digest))
             start += block_size
         request.num_tokens_to_next_hash = start + block_size
 
     return extend_block_hashes
 
 
-def _extra_keys(request: Request) -> bytes:
-    """What separates equal tokens. Only the first block carries it: the chain passes it on."""
-    if request.cache_salt is None:
-        return b""
-    return b"salt:" + request.cache_salt.encode("utf-8", "surrogatepass")
+def extra_keys(request: Request, start: int, stop: int) -> tuple[tuple[str, ...], ...]:
+    """What separates equal tokens, of a block of the positions from start up to stop; each key has its kind first.
+
+    The salt stands in the first block, and the chain passes it on. A prompt given as embeddings has no tokens: the
+    zeros in their place mean what the vectors are, whose digest is SHA-256 whatever the chain's is, since the client
+    chooses their bytes and this part of a name has no secret in it.
+    """
+    keys = []
+    if request.lora is not None:
+        keys.append(("lora", request.lora.name, request.lora.load_id))
+    if request.cache_salt is not None and start == 0:
+        keys.append(("cache_salt", request.cache_salt))
+    embeds = request.prompt_embeds
+    if embeds is not None and start < request.num_prompt_tokens:
+        keys.append(("prompt_embeds", embeds.dtype, _sha256(embeds.rows(start, stop)).hex()))
+    return tuple(keys)
 
 
 class KVCacheBlock:

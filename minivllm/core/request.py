@@ -33,11 +33,12 @@ class Request:
     """
 
     __slots__ = (
-        "request_id", "client_index", "sampling_params", "seed", "cache_salt", "priority", "arrival_time", "order",
+        "request_id", "client_index", "sampling_params", "seed", "cache_salt", "lora", "prompt_embeds", "priority",
+        "arrival_time", "order",
         "prompt_token_ids", "prior_output_token_ids", "all_token_ids", "num_prompt_tokens", "block_hashes",
         "status", "num_computed_tokens", "num_confirmed_tokens", "num_schedulable_tokens", "max_num_tokens",
         "placeholders_end", "known_to_worker", "num_preemptions",
-        "finish_reason", "stop_reason", "error",
+        "finish_reason", "stop_reason", "error", "error_param",
         "scheduled_time", "num_cached_tokens", "num_prompt_logprobs_sent", "answered",
         "_eos_token_ids", "_stop_token_ids", "_end_token_ids", "_min_output_tokens", "_repetition", "_block_hasher",
         "num_tokens_to_next_hash", "grammar",
@@ -53,6 +54,8 @@ class Request:
         self.sampling_params = params
         self.seed = message.seed
         self.cache_salt = message.cache_salt
+        self.lora = message.lora
+        self.prompt_embeds = message.prompt_embeds
         self.priority = message.priority
         self.arrival_time = message.arrival_time
         self.order: tuple = ()  # its place among all requests; set by the scheduler's policy, see request_queue
@@ -75,6 +78,7 @@ class Request:
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
         self.error: str | None = None
+        self.error_param: str | None = None  # the field whose fault it was; None: not the request's own
 
         self.scheduled_time: float | None = None
         self.num_cached_tokens = 0  # prompt tokens found in the prefix cache when first admitted
@@ -148,13 +152,19 @@ class Request:
         self.num_confirmed_tokens = 0
 
     def finish(
-        self, reason: FinishReason, *, stop_reason: int | str | None = None, error: str | None = None
+        self,
+        reason: FinishReason,
+        *,
+        stop_reason: int | str | None = None,
+        error: str | None = None,
+        error_param: str | None = None,
     ) -> None:
         assert self.status is not RequestStatus.FINISHED, f"{self.request_id} ended twice"
         self.status = RequestStatus.FINISHED
         self.finish_reason = reason
         self.stop_reason = stop_reason
         self.error = error
+        self.error_param = error_param
 
     def finish_if_stopped(self) -> bool:
         """End it if its last output token ends it: end of sequence, then stop tokens, length, repetition.
@@ -189,7 +199,7 @@ class Request:
     def finish_if_grammar_ends(self) -> bool:
         """End it if its grammar is complete, or failed. To be called once that is ready."""
         if self.grammar.error is not None:
-            self.finish(FinishReason.ERROR, error=self.grammar.error)
+            self.finish(FinishReason.ERROR, error=self.grammar.error, error_param=self.grammar.error_param)
         elif self.grammar.is_complete:
             self.finish(FinishReason.STOP)
         return self.finished

@@ -18,6 +18,7 @@ import msgspec
 
 from minivllm.config.cache import KV_TILE, CacheConfig
 from minivllm.config.cpu import CpuConfig, read_cpu_bind
+from minivllm.config.device import DeviceConfig
 from minivllm.config.docs import field_docs, summary
 from minivllm.config.engine import EngineConfig
 from minivllm.config.hf_config import HFConfig, read_architecture, read_token_ids
@@ -34,6 +35,7 @@ from minivllm.config.model_files import (
 from minivllm.config.not_yet import NOT_YET, asks_for_nothing, refusal
 from minivllm.config.observability import ObservabilityConfig
 from minivllm.config.parallel import ParallelConfig
+from minivllm.config.profiler import read_profiler_config
 from minivllm.config.reasoning import ReasoningConfig
 from minivllm.config.scheduler import SchedulerConfig, Usage, step_limits
 from minivllm.config.structured_outputs import StructuredOutputsConfig, read_structured_outputs_config
@@ -62,6 +64,7 @@ PARTS = {
     "reasoning": ReasoningConfig,
     "structured_outputs": StructuredOutputsConfig,
     "cpu": CpuConfig,
+    "device": DeviceConfig,
 }
 _DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 _AT_LEAST_ONE = (
@@ -122,6 +125,7 @@ class EngineArgs(_Flat):
         _check_hash(parts["cache"])
         read_cpu_bind(values["cpu_bind"])
         _check_kv_events(parts["observability"], parts["cache"])
+        read_profiler_config(parts["observability"].profiler_config)
         _check_traces(parts["observability"], usage)
         _check_executor(parts["parallel"])
         reasoning_parser_class(parts["reasoning"])
@@ -147,6 +151,7 @@ class EngineArgs(_Flat):
             reasoning=parts["reasoning"],
             structured_outputs=parts["structured_outputs"],
             cpu=parts["cpu"],
+            device=parts["device"],
             model_class=ModelRegistry.target(hf_config.architecture),
             generation_config=_read_generation_config(directory, model),
             usage=usage,
@@ -220,7 +225,8 @@ def _check_ranges(values: dict[str, Any]) -> None:
         if isinstance(value, int) and value < 1:
             raise ConfigError(f"{name}={value} must be at least 1")
     block_size = values["block_size"]
-    if block_size is not None and block_size % KV_TILE:
+    # Where a GPU is asked for, the worker checks: only it knows the kernels.
+    if block_size is not None and block_size % KV_TILE and values["device"] != "cuda":
         raise ConfigError(
             f"block_size={block_size} must be a multiple of {KV_TILE}: attention reads the cache in tiles of "
             f"{KV_TILE} tokens; {-(-block_size // KV_TILE) * KV_TILE} is the next"

@@ -10,18 +10,20 @@ import asyncio
 import threading
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
+
+import msgspec
 
 from minivllm.config.engine import EngineConfig
 from minivllm.engine.core_client import AsyncMPClient
-from minivllm.engine.front import StatLogger, load_tokenizer, submit
+from minivllm.engine.front import StatLogger, check_sleep, check_tags, load_tokenizer, submit
 from minivllm.engine.output_processor import OutputProcessor, RequestOutputCollector
 from minivllm.engine.processor import Processor, Prompt, default_sampling_params
 from minivllm.exceptions import EngineDeadError, QueueFullError
 from minivllm.logger import init_logger
 from minivllm.logits_processors import load_logits_processors
 from minivllm.messages.engine import EngineCoreOutputs, EngineCoreRequest
-from minivllm.messages.stats import IterationStats
+from minivllm.messages.stats import EngineSnapshot, IterationStats
 from minivllm.outputs import RequestOutput, SampleLogprobs
 from minivllm.sampling_params import SamplingParams
 
@@ -109,7 +111,8 @@ class AsyncLLM:
         Closing the generator, or cancelling its consumer, aborts the request.
 
         Raises:
-            RequestError: the request is at fault; the engine has not seen it.
+            RequestError: the request is at fault. The engine has not seen it, or found out as it ran: where its
+                constraints leave no token.
             EngineGenerateError: this request failed in the engine.
             EngineDeadError: the engine is gone.
         """
@@ -283,15 +286,74 @@ class AsyncLLM:
             await self._dead.wait()
         return self.dead_error
 
-    async def reset_prefix_cache(self) -> bool:
-        """Forget every cached KV block; False while a running request holds one."""
+    async def reset_prefix_cache(self, reset_running_requests: bool = False) -> bool:
+        """Forget every cached KV block; False while a running request holds one.
+
+        reset_running_requests: take theirs too; they compute again what they had, and their answers are the same.
+        """
         self._start_reading()
-        return await self.engine_core.call_utility("reset_prefix_cache")
+        return await self.engine_core.call_utility("reset_prefix_cache", reset_running_requests)
 
     async def collective_rpc(self, method: str, *args: Any) -> list[Any]:
         """Call a method on every worker. Answers that cannot be sent come as their text."""
         self._start_reading()
         return await self.engine_core.call_utility("collective_rpc", method, args)
+
+    # -- sleeping
+
+    async def sleep(self, level: int = 1, mode: Literal["abort", "wait", "keep"] = "abort") -> None:
+        """Give memory back: at level 1 the KV cache's, at level 2 the weights' too, which `wake_up` reads again.
+
+        Open requests are aborted, waited for (those of this client), or kept: they wait like requests that come, and go
+        on when the engine is awake.
+
+        Raises:
+            RequestError: the level is not 1 or 2, or the engine was started without enable_sleep_mode.
+            EngineDeadError: the engine is gone.
+        """
+        check_sleep(self.config, level)
+        self._start_reading()
+        if mode != "wait" or self.is_paused:
+            await self.engine_core.call_utility("sleep", level, mode == "abort")
+            return
+        await self.pause(abort=False)
+        try:
+            await self.engine_core.call_utility("sleep", level, False)
+        finally:
+            self.resume()  # from here on the core holds what comes
+
+    async def wake_up(self, tags: Sequence[str] | None = None) -> bool:
+        """Have memory again: "weights", "kv_cache", or all of it. Whether requests go on, as they do when all is back.
+
+        Raises:
+            RequestError: a tag is neither. EngineError: the weights cannot be read; may be called again.
+        """
+        parts = check_tags(tags)
+        self._start_reading()
+        return await self.engine_core.call_utility("wake_up", parts)
+
+    async def is_sleeping(self) -> bool:
+        self._start_reading()
+        return await self.engine_core.call_utility("is_sleeping")
+
+    # -- profiling
+
+    async def start_profile(self, prefix: str = "", delay: int | None = None, most: int | None = None) -> bool:
+        """Record the workers' steps, `delay` from now and `most` of them (None: as --profiler-config says), into its
+        directory. False if they are being recorded."""
+        self._start_reading()
+        return await self.engine_core.call_utility("start_profile", prefix, delay, most)
+
+    async def stop_profile(self) -> list[str]:
+        """End the recording; the files it is in."""
+        self._start_reading()
+        return await self.engine_core.call_utility("stop_profile")
+
+    async def snapshots(self) -> list[EngineSnapshot]:
+        """How each engine core stands now. Any API server may ask."""
+        self._start_reading()
+        answer = await self.engine_core.call_utility("snapshot")
+        return [msgspec.convert(answer, EngineSnapshot)]
 
     # -- pausing
 

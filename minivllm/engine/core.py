@@ -24,6 +24,7 @@ from minivllm.executor.abstract import get_executor_class
 from minivllm.logger import init_logger
 from minivllm.messages.codec import encode
 from minivllm.messages.engine import (
+    SLEEPING_PARTS,
     EngineCoreOutput,
     EngineCoreOutputs,
     EngineCoreReady,
@@ -33,6 +34,7 @@ from minivllm.messages.engine import (
     UtilityRequest,
 )
 from minivllm.messages.kv_cache import num_tokens_held
+from minivllm.messages.stats import EngineSnapshot
 from minivllm.messages.worker import ModelRunnerOutput, SchedulerOutput, WorkerReady
 
 logger = init_logger(__name__)
@@ -56,7 +58,10 @@ class EngineCore:
         ConfigError, ModelFilesError: the model cannot be served as asked.
     """
 
-    UTILITIES = ("reset_prefix_cache", "collective_rpc")
+    UTILITIES = (
+        "reset_prefix_cache", "collective_rpc", "sleep", "wake_up", "is_sleeping", "start_profile", "stop_profile",
+        "snapshot",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -106,21 +111,29 @@ class EngineCore:
         self._untold: defaultdict[int, list[EngineCoreOutput]] = defaultdict(
             list
         )  # by client; for the next step
+        self._sleep_level = 0
+        self._asleep: set[str] = set()  # those of SLEEPING_PARTS that are not back; until then requests wait
 
     def add_request(self, request: EngineCoreRequest) -> None:
         """Take a request. One the scheduler refuses is answered with an error by the next step."""
         try:
             self.scheduler.add_request(request)
         except RequestError as error:
-            self.reject(request.request_id, request.client_index, str(error))
+            self.reject(request.request_id, request.client_index, str(error), param=error.param)
 
     def reject(
-        self, request_id: str, client_index: int, reason: str, how: FinishReason = FinishReason.ERROR
+        self,
+        request_id: str,
+        client_index: int,
+        reason: str,
+        how: FinishReason = FinishReason.ERROR,
+        *,
+        param: str | None = None,
     ) -> None:
-        """Answer a request that never reaches the scheduler."""
+        """Answer a request that never reaches the scheduler. param: its field at fault, if one is."""
         error = reason if how is FinishReason.ERROR else None
         self._untold[client_index].append(
-            EngineCoreOutput(request_id=request_id, finish_reason=how, error=error)
+            EngineCoreOutput(request_id=request_id, finish_reason=how, error=error, error_param=param)
         )
 
     def abort_requests(self, request_ids: Iterable[str]) -> None:
@@ -135,7 +148,9 @@ class EngineCore:
 
     def has_requests(self) -> bool:
         """Whether a step has anything to do."""
-        return bool(self._untold or self._in_flight) or self.scheduler.has_requests()
+        if self._untold or self._in_flight:
+            return True
+        return not self._asleep and self.scheduler.has_requests()
 
     def step(self, apply_late_aborts: Callable[[], None] = lambda: None) -> dict[int, EngineCoreOutputs]:
         """Schedule, run, and account for one batch; what each client should hear, by client_index.
@@ -144,7 +159,7 @@ class EngineCore:
         apply_late_aborts: called after the batch ran and before its results are accounted for.
         """
         outputs: dict[int, list[EngineCoreOutput]] = {}
-        while self.scheduler.has_requests() and self._takes_another_plan():
+        while not self._asleep and self.scheduler.has_requests() and self._takes_another_plan():
             plan = self.scheduler.schedule(time.monotonic())
             self._in_flight.append(_InFlight(plan, self.executor.execute_model(plan)))
             if not self.scheduler.lacks_tokens(plan):
@@ -152,18 +167,23 @@ class EngineCore:
             if not plan.num_scheduled_tokens:  # only news for the worker, or all wait for what is in flight
                 break
         if self._in_flight:
-            oldest = self._in_flight.popleft()
-            plan = oldest.plan
-            oldest.forward.result()
-            result = oldest.sampled.result()
-            apply_late_aborts()
-            outputs = self.scheduler.update_from_output(plan, result)
-            if self._in_flight and self._in_flight[0].sampled is None:
-                self._sample(self._in_flight[0])  # the tokens that its masks lacked are known now
-            if not plan.num_scheduled_tokens and not self._in_flight and self.scheduler.has_unfinished_requests():
-                time.sleep(_IDLE_SLEEP_S)
+            outputs = self._account_for_oldest(apply_late_aborts)
         self._publish_kv_events()
         return self._address(outputs)
+
+    def _account_for_oldest(self, apply_late_aborts: Callable[[], None]) -> dict[int, list[EngineCoreOutput]]:
+        """Wait for the oldest plan in flight; what it brought, by client_index."""
+        oldest = self._in_flight.popleft()
+        plan = oldest.plan
+        oldest.forward.result()
+        result = oldest.sampled.result()
+        apply_late_aborts()
+        outputs = self.scheduler.update_from_output(plan, result)
+        if self._in_flight and self._in_flight[0].sampled is None:
+            self._sample(self._in_flight[0])  # the tokens that its masks lacked are known now
+        if not plan.num_scheduled_tokens and not self._in_flight and self.scheduler.has_unfinished_requests():
+            time.sleep(_IDLE_SLEEP_S)
+        return outputs
 
     def _takes_another_plan(self) -> bool:
         """There is room, and the last plan is not one whose masks still have to be made."""
@@ -189,7 +209,8 @@ class EngineCore:
             for client in clients
         }
         if self.log_stats:
-            messages[0].scheduler_stats = self.scheduler.make_stats()
+            stats = messages[0].scheduler_stats = self.scheduler.make_stats()
+            stats.sleep_level = self._sleep_level
         return messages
 
     def call_utility(self, request: UtilityRequest) -> UtilityOutput:
@@ -204,8 +225,13 @@ class EngineCore:
             logger.exception("utility %s failed", request.method)
             return UtilityOutput(request.call_id, failure=f"{type(error).__name__}: {error}")
 
-    def reset_prefix_cache(self) -> bool:
-        """Forget every cached block; False while a request still holds one."""
+    def reset_prefix_cache(self, running_too: bool = False) -> bool:
+        """Forget every cached block; False while a request still holds one.
+
+        running_too: take the blocks of running requests as well, which compute again what they had.
+        """
+        if running_too:
+            self._preempt_all()
         done = self.scheduler.reset_prefix_cache()
         self._publish_kv_events()
         return done
@@ -214,6 +240,59 @@ class EngineCore:
         """Call a method on every worker; an answer that cannot be sent is given as its text."""
         answers = self.executor.collective_rpc(method, tuple(args))
         return [answer if _is_sendable(answer) else str(answer) for answer in answers]
+
+    # Sleep
+
+    def sleep(self, level: int, abort: bool) -> None:
+        """Give back the KV cache's memory, at level 2 the weights' too.
+
+        Open requests are aborted, or wait like those that come, and go on after `wake_up` from the tokens they have.
+        """
+        if abort:
+            self.abort_requests(list(self.scheduler.requests))
+        assert self.reset_prefix_cache(running_too=True)
+        self.executor.collective_rpc("sleep", (level,))
+        self._sleep_level = max(level, self._sleep_level)
+        self._asleep = set(SLEEPING_PARTS)
+        self._tell_statistics()
+
+    def _preempt_all(self) -> None:
+        """What is in flight is accounted for first; its outputs are told with the next step's."""
+        while self._in_flight:
+            for client_index, outputs in self._account_for_oldest(lambda: None).items():
+                self._untold[client_index] += outputs
+        self.scheduler.preempt_all()
+
+    def wake_up(self, parts: Sequence[str]) -> bool:
+        """Have these of SLEEPING_PARTS again; whether all are back, and requests go on."""
+        if "weights" in parts and "weights" in self._asleep:
+            self.executor.collective_rpc("wake_up")
+        self._asleep.difference_update(parts)
+        if not self._asleep:
+            self._sleep_level = 0
+            self._tell_statistics()
+        return not self._asleep
+
+    def _tell_statistics(self) -> None:
+        """Have a step, which asks nothing of the workers but sends them."""
+        self._untold[0] += []
+
+    def is_sleeping(self) -> bool:
+        return bool(self._asleep)
+
+    # Profile
+
+    def start_profile(self, prefix: str, delay: int | None, most: int | None) -> bool:
+        """Record what the workers do; False while they do."""
+        return all(self.executor.collective_rpc("start_profile", (prefix, delay, most)))
+
+    def stop_profile(self) -> list[str]:
+        """The files written."""
+        return [path for files in self.executor.collective_rpc("stop_profile") for path in files]
+
+    def snapshot(self) -> EngineSnapshot:
+        """How the engine stands, between two steps."""
+        return self.scheduler.snapshot()
 
     def shutdown(self) -> None:
         self.executor.shutdown()

@@ -1,8 +1,7 @@
-"""The engine core's process: three threads around an `EngineCore`, and every way this process can end.
+"""The engine core's process: two threads around an `EngineCore`, and every way this process can end.
 
     input thread    decodes what the client sends, into the queue
-    main thread     the busy loop: drain the queue (sleeping on it when idle), step, hand over outputs
-    output thread   encodes and sends outputs
+    main thread     the busy loop: drain the queue (sleeping on it when idle), step, encode and send the outputs
 
 Owns the core's ends of the two sockets and the conversation in `messages/engine.py`. It ends by a SHUTDOWN
 message or SIGTERM (exit code 0), by an error in a step (1, after telling the client why), by a failed start
@@ -152,10 +151,8 @@ class _CoreProcess:
         self._output_sockets = [self._connect(zmq.PUSH, output_address, i) for i in range(num_clients)]
         self._input_socket = self._input_sockets[0]
         self._input_thread: threading.Thread | None = None
-        self._output_thread: threading.Thread | None = None
         self._inputs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._late_aborts: deque[list[str]] = deque()
-        self._outputs: queue.SimpleQueue[tuple[int, EngineCoreOutputs] | None] = queue.SimpleQueue()
         self._drain_deadline: float | None = None  # set once we have been told to end
 
     def _connect(self, kind: int, address: str, client_index: int) -> zmq.Socket:
@@ -178,7 +175,6 @@ class _CoreProcess:
             with self._end.held():
                 for socket in self._input_sockets:
                     socket.send(encode(core.ready))
-                self._output_thread = self._start_thread(self._send_outputs, "outputs")
                 self._input_thread = self._start_thread(self._receive_inputs, "inputs")
             self._busy_loop()
         except _Terminated:
@@ -187,9 +183,6 @@ class _CoreProcess:
             logger.exception("the engine core failed in a step")
             cause = f"the engine core failed: {_one_line(error)}"
         finally:
-            self._outputs.put(None)
-            if self._output_thread is not None:
-                self._output_thread.join()
             if cause is not None:
                 for socket in self._output_sockets:
                     socket.send_multipart([ENGINE_CORE_DEAD, cause.encode()])
@@ -331,7 +324,11 @@ class _CoreProcess:
             if not core.has_requests():
                 continue
             for client_index, outputs in core.step(self._apply_late_aborts).items():
-                self._outputs.put((client_index, outputs))
+                self._send(client_index, outputs)
+
+    def _send(self, client_index: int, outputs: EngineCoreOutputs) -> None:
+        """Never blocks: the socket's queue has no limit. (A thread of its own would wait for Python's lock, and we for it.)"""
+        self._output_sockets[client_index].send(encode(outputs), copy=False)
 
     def _drain_inputs(self) -> None:
         """Handle all that has arrived; without anything else to do, sleep until something arrives."""
@@ -357,7 +354,7 @@ class _CoreProcess:
     def _call_utility(self, request: UtilityRequest) -> None:
         answer = self._core.call_utility(request)
         outputs = EngineCoreOutputs(timestamp=time.monotonic(), utility_output=answer)
-        self._outputs.put((request.client_index, outputs))
+        self._send(request.client_index, outputs)
 
     def _begin_drain(self, seconds: float) -> None:
         self._drain_deadline = time.monotonic() + seconds
@@ -368,7 +365,7 @@ class _CoreProcess:
     def _abort_the_rest(self) -> None:
         """Answer what is still open when the time to finish is over."""
         for client_index, outputs in self._core.abort_all().items():
-            self._outputs.put((client_index, outputs))
+            self._send(client_index, outputs)
 
     def _fail(self, cause: str) -> None:
         """From any thread: make the busy loop raise."""
@@ -377,13 +374,6 @@ class _CoreProcess:
             raise EngineError(cause)
 
         self._inputs.put(fail)
-
-    # -- output thread
-
-    def _send_outputs(self) -> None:
-        while (message := self._outputs.get()) is not None:
-            client_index, outputs = message
-            self._output_sockets[client_index].send(encode(outputs), copy=False)
 
 
 class _StartFailed(Exception):

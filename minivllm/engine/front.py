@@ -5,12 +5,14 @@ Holds no state.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from minivllm.config.engine import EngineConfig
 from minivllm.engine.output_processor import OutputProcessor, RequestOutputCollector
 from minivllm.engine.parallel_sampling import ParentRequest
-from minivllm.messages.engine import EngineCoreRequest
+from minivllm.exceptions import RequestError
+from minivllm.messages.engine import SLEEPING_PARTS, EngineCoreRequest
 from minivllm.messages.stats import IterationStats, SchedulerStats
 from minivllm.outputs import SampleLogprobs
 from minivllm.tokenizer.tokenizer import Tokenizer
@@ -51,6 +53,26 @@ def load_tokenizer(config: EngineConfig) -> Tokenizer | None:
     )
     give_back_memory()  # reading a vocabulary of 150,000 entries leaves 100 MB of it
     return tokenizer
+
+
+def check_sleep(config: EngineConfig, level: int) -> None:
+    """Raises RequestError unless the engine can sleep at this level."""
+    if not config.model.enable_sleep_mode:
+        raise RequestError("this engine does not sleep; start it with --enable-sleep-mode")
+    if level not in (1, 2):
+        raise RequestError(f"level={level} must be 1 (the KV cache) or 2 (the weights too)", param="level")
+
+
+def check_tags(tags: Sequence[str] | None) -> list[str]:
+    """What is to wake up.
+
+    Raises:
+        RequestError: a tag names nothing that sleeps.
+    """
+    for tag in tags or ():
+        if tag not in SLEEPING_PARTS:
+            raise RequestError(f"tags: {tag[:60]!r} is not one of {', '.join(SLEEPING_PARTS)}", param="tags")
+    return list(tags or SLEEPING_PARTS)
 
 
 def submit(

@@ -6,14 +6,16 @@ when asked.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from minivllm.config.engine import EngineConfig
+from minivllm.config.profiler import read_profiler_config
 from minivllm.engine.core_client import InprocClient, SyncMPClient
-from minivllm.engine.front import StatLogger, load_tokenizer, submit
+from minivllm.engine.front import StatLogger, check_sleep, check_tags, load_tokenizer, submit
 from minivllm.engine.output_processor import OutputProcessor
 from minivllm.engine.processor import Processor, Prompt, default_sampling_params
+from minivllm.exceptions import RequestError
 from minivllm.logits_processors import load_logits_processors
 from minivllm.messages.engine import EngineCoreRequest
 from minivllm.messages.stats import IterationStats
@@ -126,6 +128,40 @@ class LLMEngine:
     def reset_prefix_cache(self) -> bool:
         """Forget every cached KV block. To be called when no request is open."""
         return self.engine_core.call_utility("reset_prefix_cache")
+
+    def sleep(self, level: int = 1) -> None:
+        """Give memory back; see AsyncLLM.sleep. Open requests are kept.
+
+        Raises:
+            RequestError: the level is not 1 or 2, or the engine was made without enable_sleep_mode.
+        """
+        check_sleep(self.config, level)
+        self.engine_core.call_utility("sleep", level, False)
+
+    def wake_up(self, tags: Sequence[str] | None = None) -> bool:
+        """Have memory again; whether all is back.
+
+        Raises:
+            RequestError: a tag is wrong. EngineError: the weights cannot be read; may be called again.
+        """
+        return self.engine_core.call_utility("wake_up", check_tags(tags))
+
+    def is_sleeping(self) -> bool:
+        return self.engine_core.call_utility("is_sleeping")
+
+    def start_profile(self, prefix: str = "") -> bool:
+        """Record steps into the directory of profiler_config; False if they are being recorded.
+
+        Raises:
+            RequestError: there is none.
+        """
+        if not read_profiler_config(self.config.observability.profiler_config).is_on:
+            raise RequestError("profiler_config names no torch_profiler_dir to write to")
+        return self.engine_core.call_utility("start_profile", prefix, None, None)
+
+    def stop_profile(self) -> list[str]:
+        """End the recording; the files it is in."""
+        return self.engine_core.call_utility("stop_profile")
 
     def shutdown(self, timeout_s: float = 0) -> None:
         """End the engine; idempotent."""

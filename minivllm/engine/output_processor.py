@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from minivllm.engine.detokenizer import IncrementalDetokenizer
 from minivllm.engine.logprobs import LogprobsProcessor
 from minivllm.engine.parallel_sampling import ParentRequest
-from minivllm.exceptions import EngineGenerateError, RequestError
+from minivllm.exceptions import EngineGenerateError, MinivllmError, RequestError
 from minivllm.messages.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
 from minivllm.messages.stats import FinishedRequestStats, IterationStats
 from minivllm.outputs import CompletionOutput, PromptLogprobs, RequestMetrics, RequestOutput, SampleLogprobs
@@ -86,18 +86,20 @@ class RequestState:
         self.request_id = request.request_id
         self.external_id = external_id
         self.prompt = prompt
-        self.prompt_token_ids = request.prompt_token_ids
+        self.num_prompt_tokens = len(request.prompt_token_ids)
+        self.prompt_token_ids = None if request.prompt_embeds is not None else request.prompt_token_ids
         self.params = params
         self.parent = parent
         self.index = index
         self.collector = collector
-        self.detokenizer = IncrementalDetokenizer(tokenizer, request.prompt_token_ids, params)
+        self.detokenizer = IncrementalDetokenizer(tokenizer, self.prompt_token_ids or [], params)
         self.logprobs = LogprobsProcessor(tokenizer, params)
         self.stream_interval = max(stream_interval, params.stream_interval or 1)
         self.num_sent_tokens = 0
         self.num_unscored_tokens = 0  # leading ones whose logprobs nobody handed over
         self.sent_prompt_logprobs = False
         self.num_cached_tokens = 0
+        self.num_preemptions = 0
         self.metrics = RequestMetrics(arrival_time=request.arrival_time)
         self.scheduled_time: float | None = None
         self.last_token_time = 0.0
@@ -143,6 +145,7 @@ class RequestState:
             request_id=self.external_id,
             prompt=self.prompt,
             prompt_token_ids=self.prompt_token_ids,
+            num_prompt_tokens=self.num_prompt_tokens,
             outputs=answers,
             finished=finished if self.parent is None else self.parent.finished,
             prompt_logprobs=prompt_logprobs,
@@ -197,7 +200,7 @@ class OutputProcessor:
     def num_prompt_tokens_without_answer(self) -> int:
         """Prompt tokens of open requests that have no token yet. Looks at every open request."""
         return sum(
-            len(state.prompt_token_ids)
+            state.num_prompt_tokens
             for state in self._states.values()
             if state.metrics.first_token_time is None
         )
@@ -272,7 +275,7 @@ class OutputProcessor:
                 if output.finish_reason is None:  # a stop string ended it; the core cannot know
                     done.requests_to_abort.append(state.request_id)
                 self._finish(state, finish_reason, now, stats)
-            self._deliver(state, finish_reason, stop_reason, output.error, done)
+            self._deliver(state, finish_reason, stop_reason, output, done)
         return done
 
     @staticmethod
@@ -283,6 +286,8 @@ class OutputProcessor:
         if output.scheduled_time is not None:
             state.scheduled_time = output.scheduled_time
             state.num_cached_tokens = output.num_cached_tokens
+        if output.num_preemptions:
+            state.num_preemptions = output.num_preemptions
         stop = state.detokenizer.update(
             output.new_token_ids,
             ended_by_stop_token=output.finish_reason is FinishReason.STOP and state.is_stopped_by(output),
@@ -299,12 +304,13 @@ class OutputProcessor:
         state: RequestState,
         finish_reason: FinishReason | None,
         stop_reason: int | str | None,
-        error: str | None,
+        output: EngineCoreOutput,
         done: ProcessedOutputs,
     ) -> None:
         if finish_reason is FinishReason.ERROR and state.collector is not None:
-            state.collector.put(EngineGenerateError(error or "the request failed in the engine"))
+            state.collector.put(_error_of(output))
             return
+        error = output.error
         if state.parent is not None:
             error = state.parent.first_error(error)
         made = state.make_output(finish_reason, stop_reason)
@@ -368,7 +374,7 @@ class OutputProcessor:
         if stats is not None:
             stats.num_generation_tokens += len(output.new_token_ids)
             if is_first:
-                stats.num_prompt_tokens += len(state.prompt_token_ids)
+                stats.num_prompt_tokens += state.num_prompt_tokens
                 stats.num_cached_tokens += state.num_cached_tokens
                 stats.time_to_first_tokens_s.append(now - metrics.arrival_time)
             else:
@@ -382,6 +388,13 @@ class OutputProcessor:
         state.metrics.finished_time = time.monotonic()
         if stats is not None:
             stats.finished_requests.append(_finished_stats(state, finish_reason, now))
+
+
+def _error_of(output: EngineCoreOutput) -> MinivllmError:
+    """What ended a request: its own fault, which only running it has shown, or ours."""
+    if output.error_param is not None:
+        return RequestError(output.error, param=output.error_param)
+    return EngineGenerateError(output.error or "the request failed in the engine")
 
 
 def _is_ended_by_stop_token(request: EngineCoreRequest) -> bool:
@@ -400,7 +413,7 @@ def _finished_stats(state: RequestState, finish_reason: FinishReason, now: float
     first = state.metrics.first_token_time if state.metrics.first_token_time is not None else now
     return FinishedRequestStats(
         finish_reason=str(finish_reason),
-        num_prompt_tokens=len(state.prompt_token_ids),
+        num_prompt_tokens=state.num_prompt_tokens,
         num_generation_tokens=len(state.detokenizer.token_ids),
         num_cached_tokens=state.num_cached_tokens,
         max_tokens_param=state.params.max_tokens,
@@ -409,4 +422,5 @@ def _finished_stats(state: RequestState, finish_reason: FinishReason, now: float
         queue_s=max(scheduled - arrival, 0.0),
         prefill_s=max(first - scheduled, 0.0),
         decode_s=max(state.last_token_time - first, 0.0) if state.last_token_time else 0.0,
+        num_preemptions=state.num_preemptions,
     )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import math
 import os
 import time
 from array import array
@@ -21,10 +20,11 @@ from minivllm.config.engine import EngineConfig
 from minivllm.config.structured_outputs import read_structured_outputs_config
 from minivllm.engine.end_tokens import end_tokens
 from minivllm.engine.parallel_sampling import child_seed
+from minivllm.engine.prompt_embeds import check_prompt_embeds, check_taken, read_prompt_embeds
 from minivllm.engine.structured import make_checker
 from minivllm.exceptions import RequestError, UnsupportedError
 from minivllm.logits_processors import load_logits_processors
-from minivllm.messages.engine import EngineCoreReady, EngineCoreRequest
+from minivllm.messages.engine import EngineCoreReady, EngineCoreRequest, PromptEmbeds
 from minivllm.reasoning.registry import reasoning_parser_class
 from minivllm.sampling_params import SamplingParams, StructuredOutputsParams, ThinkingTokens, check_encodable
 from minivllm.tokenizer.tokenizer import Tokenizer
@@ -58,12 +58,24 @@ class TokensPrompt(_TokensPrompt, total=False):
     cache_salt: str
 
 
-Prompt = str | list[int] | TextPrompt | TokensPrompt
+class _EmbedsPrompt(TypedDict):
+    prompt_embeds: Any
 
-_PROMPT_KEYS = {"prompt", "prompt_token_ids", "cache_salt"}
+
+class EmbedsPrompt(_EmbedsPrompt, total=False):
+    """A prompt as vectors in place of embeddings: a tensor or an array, [num_tokens, hidden_size]."""
+
+    cache_salt: str
+
+
+Prompt = str | list[int] | TextPrompt | TokensPrompt | EmbedsPrompt
+
+_PROMPT_KEYS = {"prompt", "prompt_token_ids", "prompt_embeds", "cache_salt"}
 _MAX_BAD_WORDS_TOKENS = 1024  # of all bad words together
+_MAX_BIAS = 1e30  # float32 holds it, divided by the lowest temperature and times the highest penalty, too
 _MAX_CACHE_SALT = 128  # characters
 _NOT_IN_CACHE_SALT = set("@/\\\0")
+_MAX_FANNED_OUT_BYTES = 1 << 30  # likewise, of vectors
 _MAX_FANNED_OUT_TOKENS = 1 << 22  # prompt tokens of the n requests together: each holds its own list in the core
 # generation_config.json's names -> SamplingParams' names
 _DEFAULTS = {
@@ -93,11 +105,12 @@ def _check_priority(priority: int) -> None:
 
 @dataclass(frozen=True)
 class ParsedPrompt:
-    """A prompt taken apart: exactly one of text and token_ids may be missing."""
+    """A prompt taken apart: one of text and token_ids may be missing, or both are, and embeds is given."""
 
     text: str | None
     token_ids: list[int] | None
     cache_salt: str | None = None
+    embeds: Any = None  # as it was given
 
 
 def parse_prompt(prompt: Prompt) -> ParsedPrompt:
@@ -123,14 +136,17 @@ def parse_prompt(prompt: Prompt) -> ParsedPrompt:
         raise RequestError(f"prompt must be a string, not {type(text).__name__}", param="prompt")
     if token_ids is not None and not isinstance(token_ids, (list, tuple)):
         raise RequestError("prompt_token_ids must be a list of token ids", param="prompt")
-    if text is None and token_ids is None:
-        raise RequestError('a prompt dict needs "prompt" or "prompt_token_ids"', param="prompt")
+    embeds = prompt.get("prompt_embeds")
+    if text is None and token_ids is None and embeds is None:
+        raise RequestError('a prompt dict needs "prompt", "prompt_token_ids" or "prompt_embeds"', param="prompt")
+    if embeds is not None and not (text is None and token_ids is None):
+        raise RequestError("prompt_embeds stand in place of a prompt; leave one of them out", param="prompt_embeds")
     if salt is not None and not _is_cache_salt(salt):
         raise RequestError(
             f"cache_salt must be a string of 1 to {_MAX_CACHE_SALT} characters without @, /, \\ and NUL",
             param="cache_salt",
         )
-    return ParsedPrompt(text, None if token_ids is None else list(token_ids), salt)
+    return ParsedPrompt(text, None if token_ids is None else list(token_ids), salt, embeds)
 
 
 def _is_cache_salt(salt: Any) -> bool:
@@ -167,7 +183,9 @@ class Processor:
         """
         check_encodable("request_id", request_id)
         parsed = parse_prompt(prompt)
-        token_ids = self._token_ids(parsed, params)
+        embeds = self._embeds(parsed, params)
+        # Zeros stand where there are no tokens.
+        token_ids = self._token_ids(parsed, params) if embeds is None else [0] * embeds.num_tokens
         self._check_params(params)
         self._check_prompt_rows(params, len(token_ids))
         if params.n * len(token_ids) > _MAX_FANNED_OUT_TOKENS:
@@ -176,17 +194,24 @@ class Processor:
                 "prompt tokens together; lower n or send several requests",
                 param="n",
             )
+        if embeds is not None and params.n * len(embeds.data) > _MAX_FANNED_OUT_BYTES:
+            raise RequestError(
+                f"n={params.n} answers to prompt_embeds of {len(embeds.data)} bytes are more than "
+                f"{_MAX_FANNED_OUT_BYTES} bytes together; lower n or send several requests",
+                param="n",
+            )
         _check_priority(priority)
         request = EngineCoreRequest(
             request_id=f"{request_id}-{os.urandom(4).hex()}",
             prompt_token_ids=token_ids,
-            sampling_params=self._complete(params, token_ids),
+            sampling_params=self._complete(params, token_ids, known=embeds is None),
             seed=self._seed_of(params),
             eos_token_ids=self.eos_token_ids,
             arrival_time=time.monotonic(),
             priority=priority,
             cache_salt=parsed.cache_salt,
             grammar=self._grammar(params),
+            prompt_embeds=embeds,
         )
         return request, parsed.text
 
@@ -222,6 +247,21 @@ class Processor:
         """End what was started to check requests. Another request starts it again."""
         if "_grammars" in vars(self):
             self._grammars.close()
+
+    def _embeds(self, parsed: ParsedPrompt, params: SamplingParams) -> PromptEmbeds | None:
+        if parsed.embeds is None:
+            return None
+        self._check_embeds_go_with(params)
+        return read_prompt_embeds(parsed.embeds, self._config.hf_config.hidden_size, self.max_model_len)
+
+    def _check_embeds_go_with(self, params: SamplingParams) -> None:
+        """Raises RequestError: they are not served, or `params` ask for something of the prompt's tokens."""
+        check_taken(self._config.model)
+        for name in ("prompt_logprobs", "prompt_logprob_token_ids", "truncate_prompt_tokens"):
+            if getattr(params, name) is not None:
+                raise RequestError(
+                    f"{name} needs a prompt of tokens, and prompt_embeds have none; leave one of them out", param=name
+                )
 
     def _token_ids(self, parsed: ParsedPrompt, params: SamplingParams) -> list[int]:
         token_ids = parsed.token_ids
@@ -286,14 +326,13 @@ class Processor:
                 raise RequestError(
                     "allowed_token_ids is empty; name at least one token", param="allowed_token_ids"
                 )
-            self._check_in_vocabulary("allowed_token_ids", params.allowed_token_ids)
-            ends = {*self.eos_token_ids, *self.extra_stop_token_ids, *params.stop_token_ids}
-            if params.min_tokens and ends.issuperset(params.allowed_token_ids):
+            if len(params.allowed_token_ids) > self.vocab_size:
                 raise RequestError(
-                    f"allowed_token_ids={params.allowed_token_ids} only holds tokens that end the answer, which "
-                    f"min_tokens={params.min_tokens} forbids; allow another token, or leave min_tokens 0",
+                    f"allowed_token_ids holds {len(params.allowed_token_ids)} ids, of a vocabulary of "
+                    f"{self.vocab_size}; name each once",
                     param="allowed_token_ids",
                 )
+            self._check_in_vocabulary("allowed_token_ids", params.allowed_token_ids)
         if params.logit_bias:
             self._check_in_vocabulary("logit_bias", params.logit_bias)
             self._check_biases(params.logit_bias)
@@ -310,6 +349,17 @@ class Processor:
                 "thinks; start the server with --reasoning-parser, or leave it out",
                 param="thinking_token_budget",
             )
+        if (
+            params.thinking_token_budget is not None
+            and params.structured_outputs is not None
+            and self._structured.enable_in_reasoning
+        ):
+            raise RequestError(
+                f"thinking_token_budget={params.thinking_token_budget} ends thinking, which is a part of what "
+                f"{params.structured_outputs.param} asks for (enable_in_reasoning of --structured-outputs-config); "
+                "leave one of them out",
+                param="thinking_token_budget",
+            )
         if params.bad_words and self.tokenizer is None:
             raise RequestError(
                 "bad_words need a tokenizer; use logit_bias, or drop --skip-tokenizer-init", param="bad_words"
@@ -319,6 +369,28 @@ class Processor:
                 "stop strings need a tokenizer; use stop_token_ids, or drop --skip-tokenizer-init",
                 param="stop",
             )
+
+    def _check_leaves_a_token(self, params: SamplingParams) -> None:
+        """Contradictions that need no model: every first token is forbidden. params: as the core runs them.
+
+        Those with a grammar show when its mask is made, see `Sampler`.
+        """
+        allowed = params.allowed_token_ids
+        candidates = range(self.vocab_size) if allowed is None else set(allowed)
+        forbidden = {
+            "bad_words": {words[0] for words in params.bad_words_token_ids if len(words) == 1},
+            "min_tokens": {*self.eos_token_ids, *params.stop_token_ids} if params.min_tokens else set(),
+        }
+        all_forbidden = set().union(*forbidden.values())
+        if len(all_forbidden) < len(candidates) or not all_forbidden.issuperset(candidates):
+            return
+        names = [name for name, ids in forbidden.items() if not ids.isdisjoint(candidates)]
+        raise RequestError(
+            f"{' and '.join(names)} forbid{'s' if len(names) == 1 else ''} every token "
+            f"{'there is' if allowed is None else 'of allowed_token_ids'}"
+            f"{' (an answer must not end before min_tokens)' if 'min_tokens' in names else ''}; allow another token",
+            param=names[0] if allowed is None else "allowed_token_ids",
+        )
 
     @staticmethod
     def _check_prompt_rows(params: SamplingParams, num_prompt_tokens: int) -> None:
@@ -351,13 +423,17 @@ class Processor:
     @staticmethod
     def _check_biases(logit_bias: dict[int, float]) -> None:
         for token, bias in logit_bias.items():
-            if not isinstance(bias, (int, float)) or isinstance(bias, bool) or not math.isfinite(bias):
+            if not isinstance(bias, (int, float)) or isinstance(bias, bool) or not abs(bias) <= _MAX_BIAS:
                 raise RequestError(
-                    f"logit_bias of token {token} must be a finite number, got {bias!r}", param="logit_bias"
+                    f"logit_bias of token {token} must be a number from -{_MAX_BIAS:g} to {_MAX_BIAS:g}, got {bias!r}",
+                    param="logit_bias",
                 )
 
-    def _complete(self, params: SamplingParams, prompt_token_ids: list[int]) -> SamplingParams:
-        """The parameters as the core runs them. The answer ends where the context does, as in vLLM."""
+    def _complete(self, params: SamplingParams, prompt_token_ids: list[int], *, known: bool = True) -> SamplingParams:
+        """The parameters as the core runs them. The answer ends where the context does, as in vLLM.
+
+        known: whether the ids are the prompt's, and not in the place of embeddings.
+        """
         num_prompt_tokens = len(prompt_token_ids)
         room = self.max_model_len - num_prompt_tokens
         max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
@@ -373,8 +449,10 @@ class Processor:
         if self.tokenizer is None:
             changes["detokenize"] = False
         changes["bad_words_token_ids"] = self._bad_words(params.bad_words)
-        changes["thinking"] = self._thinking(params, prompt_token_ids)
-        return params.clone(**changes)
+        changes["thinking"] = self._thinking(params, prompt_token_ids if known else [])
+        completed = params.clone(**changes)
+        self._check_leaves_a_token(completed)
+        return completed
 
     def _thinking(self, params: SamplingParams, prompt_token_ids: list[int]) -> ThinkingTokens | None:
         """Where the answer thinks, if something begins or is forced where that ends."""
@@ -382,7 +460,13 @@ class Processor:
         if self._marks is None or not (waits or params.thinking_token_budget is not None):
             return None
         marks = self._marks
-        return ThinkingTokens(list(marks.start), list(marks.end), marks.is_open_after(prompt_token_ids))
+        ends = [] if params.ignore_eos or not waits else [*self.eos_token_ids, *self.extra_stop_token_ids]
+        return ThinkingTokens(
+            list(marks.start),
+            list(marks.end),
+            marks.is_open_after(prompt_token_ids),
+            withheld=[token for token in ends if token < self.vocab_size],
+        )
 
     @cached_property
     def _marks(self) -> ReasoningMarks | None:
@@ -440,6 +524,16 @@ class Processor:
                 param="n",
             )
         prompt, prior = request.prompt_token_ids, request.prior_output_token_ids
+        if request.lora is not None:
+            raise UnsupportedError("a request with an adapter (lora) cannot be run here", param="lora")
+        if request.prompt_embeds is not None:
+            self._check_embeds_go_with(params)
+            check_prompt_embeds(request.prompt_embeds, self._config.hf_config.hidden_size)
+            num_vectors = request.prompt_embeds.num_tokens
+            if prompt != [0] * num_vectors:
+                raise RequestError(
+                    f"prompt_token_ids must hold {num_vectors} zeros, one for each of prompt_embeds", param="prompt"
+                )
         self._check_token_ids(prompt)
         if prior:
             self._check_token_ids(prior)
@@ -450,6 +544,7 @@ class Processor:
                 param="prompt",
             )
         self._check_params(params)
+        self._check_leaves_a_token(params)
         self._check_prompt_rows(params, len(prompt))
         self._check_grammar(request, params)
         return request

@@ -6,10 +6,13 @@ each answer's text.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from typing import Literal
 
-from minivllm.entrypoints.tool_use import NO_TOOLS, ToolUse, form_of_calls
-from minivllm.exceptions import RequestError
+from minivllm.entrypoints.tool_use import NO_TOOLS, ToolUse, form_of_calls, form_of_free_calls
+from minivllm.exceptions import ConfigError, RequestError
+from minivllm.logger import init_logger
 from minivllm.reasoning.abstract import ReasoningParser
 from minivllm.sampling_params import StructuredOutputsParams
 from minivllm.tool_parsers.abstract import ToolParser
@@ -17,14 +20,39 @@ from minivllm.tool_parsers.forced import ArgumentsToolParser, JsonListToolParser
 from minivllm.tool_parsers.pieces import CallEnd, CallStart, Content, Piece, Reasoning
 from minivllm.tool_parsers.registry import TOOL_PARSERS
 
+logger = init_logger(__name__)
+
+StrictLevel = Literal["auto", "function", "parameter"]
+
 
 @dataclass(frozen=True)
 class AnswerFormat:
-    """Of the server: which parsers its model's answers need. auto: whether a model may call tools when it likes."""
+    """Of the server: which parsers its model's answers need. auto: whether a model may call tools when it likes.
+
+    strict_level: how far a grammar holds the calls that it makes when it likes: "auto", if a function says `strict`;
+    "function", always to the functions there are; "parameter", always to their schemas too.
+
+    Raises (on construction):
+        ConfigError: the level needs a grammar that the tool parser has not.
+    """
 
     tool_parser: type[ToolParser] | None = None
     reasoning_parser: type[ReasoningParser] | None = None
     auto_tool_choice: bool = False
+    strict_level: StrictLevel = "auto"
+
+    def __post_init__(self) -> None:
+        if self.strict_level != "auto" and not self.has_triggered_grammar:
+            raise ConfigError(
+                f"--tool-strict-level {self.strict_level} needs a --tool-call-parser whose calls begin with a mark and "
+                "hold JSON (hermes, mistral, deepseek_v3, granite, phi4_mini_json)"
+            )
+
+    @property
+    def has_triggered_grammar(self) -> bool:
+        """A grammar can hold a call that the model begins by itself."""
+        written = self.tool_parser.call_format if self.tool_parser is not None else None
+        return written is not None and bool(written.trigger)
 
     def plan(self, use: ToolUse = NO_TOOLS, *, include_reasoning: bool = True) -> AnswerPlan:
         """How answers to one request are read.
@@ -57,10 +85,23 @@ class AnswerPlan:
 
     @property
     def form(self) -> StructuredOutputsParams | None:
-        """The form that answers must have, for the engine: calls, where they must be; None: any."""
+        """The form that answers must have, for the engine: calls, where they must be, or strict ones where they may;
+        None: any."""
+        if self.use.choice == "auto":
+            return self._form_of_free_calls()
         if not self.use.must_call:
             return None
         return form_of_calls(self.use, self.format.tool_parser.call_format if self.calls_its_own_way else None)
+
+    def _form_of_free_calls(self) -> StructuredOutputsParams | None:
+        level = self.format.strict_level
+        if level == "auto" and not self.use.asks_for_strict:
+            return None
+        parser = self.format.tool_parser
+        if not self.format.has_triggered_grammar:
+            _note_not_strict(parser.__name__)
+            return None
+        return form_of_free_calls(self.use, parser.call_format, all_strict=level == "parameter")
 
     @property
     def calls_its_own_way(self) -> bool:
@@ -92,6 +133,16 @@ class AnswerPlan:
         return JsonListToolParser(self.use.tools)
 
 
+@functools.cache
+def _note_not_strict(parser: str) -> None:
+    """Say so in the log, once."""
+    logger.warning(
+        "function.strict is not enforced with tool_choice auto: %s reads calls that no grammar can begin by itself; "
+        "it is with tool_choice required or a function's name",
+        parser,
+    )
+
+
 class AnswerParser:
     """One answer's text, fed as it comes."""
 
@@ -107,6 +158,11 @@ class AnswerParser:
         self._use = use
         self._include_reasoning = include_reasoning
         self.num_complete_calls = 0
+        self.num_cut_calls = 0
+
+    @property
+    def reads_calls(self) -> bool:
+        return self._tools is not None
 
     def feed(self, text: str) -> list[Piece]:
         """More of the text; what it adds to the answer."""
@@ -152,5 +208,6 @@ class AnswerParser:
                     piece = piece._replace(id=self._tools.make_id())
                 elif isinstance(piece, CallEnd):
                     self.num_complete_calls += piece.complete
+                    self.num_cut_calls += not piece.complete
             kept.append(piece)
         return kept

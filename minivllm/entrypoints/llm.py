@@ -68,6 +68,7 @@ class LLM:
         self._chat_template = read_template(chat_template)
         self._ids = itertools.count()
         self._turn = threading.Lock()
+        self._sleeps = False
         self.llm_engine = LLMEngine.from_engine_args(engine_args)
 
     def generate(
@@ -80,7 +81,7 @@ class LLM:
     ) -> list[RequestOutput]:
         """Complete each prompt; outputs come in the prompts' order.
 
-        prompts: a text, token ids, a dict (see TextPrompt, TokensPrompt), or a list of any of these.
+        prompts: a text, token ids, a dict (see TextPrompt, TokensPrompt, EmbedsPrompt), or a list of any of these.
         sampling_params: one for all, one for each, or None for the model's defaults.
         priority: one for each prompt, lower first; read under scheduling_policy="priority" only.
 
@@ -102,6 +103,8 @@ class LLM:
         checked = [self._check(*item, index) for index, item in enumerate(zip(prompts, params, priorities))]
         ids = [str(next(self._ids)) for _ in prompts]
         with self._turn:
+            if self._sleeps:
+                raise RequestError("the engine sleeps; call wake_up() first")
             try:
                 for item in zip(ids, checked, params, priorities):
                     self.llm_engine.add_request(*item)
@@ -131,9 +134,10 @@ class LLM:
         tokenizer = self._tokenizer()
         conversations = [messages] if is_conversation(messages) else messages
         template = read_template(chat_template) or self._chat_template
+        in_use = template or tokenizer.template_for(tools) or ""
         form = chat_template_content_format
         if form == "auto":
-            form = content_format(template or tokenizer.template_for(tools) or "")
+            form = content_format(in_use)
         options = {
             "chat_template": template,
             "add_generation_prompt": add_generation_prompt,
@@ -143,7 +147,7 @@ class LLM:
         }
         prompts = []
         for conversation in conversations:
-            text = tokenizer.render_chat_template(parse_messages(conversation, form), **options)
+            text = tokenizer.render_chat_template(parse_messages(conversation, form, template=in_use), **options)
             prompts.append({"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)})
         return self.generate(prompts, sampling_params, use_tqdm, priority=priority)
 
@@ -167,6 +171,8 @@ class LLM:
         if concurrency_limit is not None and concurrency_limit < 1:
             raise RequestError(f"concurrency_limit must be at least 1, got {concurrency_limit}")
         checked = [self._check(prompt, SamplingParams(), 0, index) for index, prompt in enumerate(prompts)]
+        if any("prompt_embeds" in each for each in checked):
+            raise RequestError("beam search needs prompts of tokens, not prompt_embeds", param="prompt_embeds")
         searches = [BeamSearch(each["prompt_token_ids"], params, self.llm_engine.processor) for each in checked]
         extras = [{k: v for k, v in each.items() if k == "cache_salt"} for each in checked]
         at_once = concurrency_limit or len(searches) or 1
@@ -219,6 +225,28 @@ class LLM:
         """Forget every cached KV block."""
         return self.llm_engine.reset_prefix_cache()
 
+    def sleep(self, level: int = 1) -> None:
+        """Give back the KV cache's memory, at level 2 the weights' too, until `wake_up`; needs enable_sleep_mode."""
+        with self._turn:
+            self.llm_engine.sleep(level)
+            self._sleeps = True
+
+    def wake_up(self, tags: Sequence[str] | None = None) -> None:
+        """Have memory again: "weights" (read again if they were given back), "kv_cache", or by default all of it."""
+        with self._turn:
+            self._sleeps = not self.llm_engine.wake_up(tags)
+
+    def start_profile(self, profile_prefix: str = "") -> None:
+        """Record the steps to come into the directory of profiler_config."""
+        with self._turn:
+            if not self.llm_engine.start_profile(profile_prefix):
+                raise RequestError("a profile is being recorded; stop_profile ends it")
+
+    def stop_profile(self) -> list[str]:
+        """End the recording; the files it is in."""
+        with self._turn:
+            return self.llm_engine.stop_profile()
+
     def shutdown(self) -> None:
         """End the engine; a second call does nothing."""
         if "llm_engine" in self.__dict__:  # not when the start failed
@@ -258,7 +286,9 @@ class LLM:
             request, text = self.llm_engine.processor.process_inputs("check", prompt, params, priority)
         except RequestError as error:
             raise type(error)(f"prompt {index}: {error}", param=error.param) from error
-        checked = {"prompt": text, "prompt_token_ids": request.prompt_token_ids}
+        checked: Prompt = {"prompt": text, "prompt_token_ids": request.prompt_token_ids}
+        if request.prompt_embeds is not None:
+            checked = {"prompt_embeds": request.prompt_embeds}
         salt = parse_prompt(prompt).cache_salt
         return checked if salt is None else {**checked, "cache_salt": salt}
 
@@ -298,7 +328,7 @@ class _Progress:
         self._bar.close()
 
     def add(self, output: RequestOutput) -> None:
-        self._num_input_tokens += len(output.prompt_token_ids)
+        self._num_input_tokens += output.num_prompt_tokens
         self._num_output_tokens += sum(len(answer.token_ids) for answer in output.outputs)
         if self._bar.disable:
             return

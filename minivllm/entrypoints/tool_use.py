@@ -33,6 +33,11 @@ class ToolUse:
         return self.choice in ("required", "named")
 
     @property
+    def asks_for_strict(self) -> bool:
+        """A function says `strict`: its arguments are to match its schema also where nobody forces a call."""
+        return any(is_strict(tool) for tool in self.tools)
+
+    @property
     def callable(self) -> list[dict[str, Any]]:
         """The functions that may be called."""
         if self.choice == "named":
@@ -125,6 +130,19 @@ def _read_choice(tools: list[dict[str, Any]], choice: Any) -> tuple[Any, str | N
     return "named", name
 
 
+def as_prompted(tool: dict[str, Any]) -> dict[str, Any]:
+    """A tool as a chat template is to show it: its fields in the order in which models were shown them, whatever order
+    a client sent, and without a `strict` that asks for nothing."""
+    function = tool["function"]
+    ordered = {name: function[name] for name in ("name", "description", "parameters") if name in function}
+    ordered |= {name: value for name, value in function.items() if (name, value) != ("strict", False)}
+    return {"type": "function", **tool, "function": ordered}
+
+
+def is_strict(tool: dict[str, Any]) -> bool:
+    return tool["function"].get("strict") is True
+
+
 def form_of_calls(use: ToolUse, written: CallFormat | None) -> StructuredOutputsParams:
     """The form of an answer that must call: as the model writes calls, or, where that is not known, as JSON.
 
@@ -133,24 +151,54 @@ def form_of_calls(use: ToolUse, written: CallFormat | None) -> StructuredOutputs
     if written is None and use.choice == "named":
         return StructuredOutputsParams(json=_arguments_schema(use.callable[0]), param="tools")
     written = written or JSON_LIST
-    calls = {
+    tags = [_tag(written, tool, _arguments_schema(tool)) for tool in use.callable]
+    calls = _one_or_more(written, tags, only_one=use.choice == "named" or not use.parallel)
+    first, last = ([{"type": "const_string", "value": text}] if text else [] for text in (written.first, written.last))
+    return _form({"type": "sequence", "elements": [*first, calls, *last]})
+
+
+def form_of_free_calls(use: ToolUse, written: CallFormat, *, all_strict: bool) -> StructuredOutputsParams:
+    """The form of an answer that may call: any text, but what begins as a call is one, of a function there is. Its
+    arguments match its schema if it is strict, or all are; else they are some object."""
+    tags = [
+        _tag(written, tool, _arguments_schema(tool) if all_strict or is_strict(tool) else {"type": "object"})
+        for tool in use.tools
+    ]
+    if written.first:  # all calls stand together, and may come again
+        calls = _one_or_more(written, tags, only_one=not use.parallel)
+        tags = [{"type": "tag", "begin": written.first, "content": calls, "end": written.last}]
+    return _form(
+        {
+            "type": "triggered_tags",
+            "triggers": [written.trigger],
+            "tags": tags,
+            "at_least_one": False,
+            "stop_after_first": not use.parallel,
+        }
+    )
+
+
+def _tag(written: CallFormat, tool: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "type": "tag",
+        "begin": written.begin + written.spelt(tool["function"]["name"]) + written.middle,
+        "content": {"type": "json_schema", "json_schema": arguments},
+        "end": written.end,
+    }
+
+
+def _one_or_more(written: CallFormat, tags: list[dict[str, Any]], *, only_one: bool) -> dict[str, Any]:
+    return {
         "type": "tags_with_separator",
-        "tags": [
-            {
-                "type": "tag",
-                "begin": written.begin + written.spelt(tool["function"]["name"]) + written.middle,
-                "content": {"type": "json_schema", "json_schema": _arguments_schema(tool)},
-                "end": written.end,
-            }
-            for tool in use.callable
-        ],
+        "tags": tags,
         "separator": written.separator,
         "at_least_one": True,
-        "stop_after_first": use.choice == "named" or not use.parallel,
+        "stop_after_first": only_one,
     }
-    first, last = ([{"type": "const_string", "value": text}] if text else [] for text in (written.first, written.last))
-    form = {"type": "sequence", "elements": [*first, calls, *last]}
-    return StructuredOutputsParams(structural_tag={"type": "structural_tag", "format": form}, param="tools")
+
+
+def _form(format: dict[str, Any]) -> StructuredOutputsParams:
+    return StructuredOutputsParams(structural_tag={"type": "structural_tag", "format": format}, param="tools")
 
 
 def _arguments_schema(tool: dict[str, Any]) -> dict[str, Any]:

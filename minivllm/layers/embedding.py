@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 
@@ -10,6 +11,19 @@ from minivllm.layers.linear import linear_class
 from minivllm.layers.weight import Weight, weight_of
 from minivllm.ops.embedding import embedding
 from minivllm.ops.op import OpSpec
+
+
+@dataclass(frozen=True)
+class GivenEmbeddings:
+    """Vectors that some of a step's rows have in place of their tokens' embeddings."""
+
+    rows: torch.Tensor  # [K] int64, of the step
+    values: torch.Tensor  # [K, hidden_size], in the model's dtype
+
+    def put_into(self, embeddings: torch.Tensor) -> None:
+        """embeddings: [T, hidden_size], changed in place."""
+        device = embeddings.device  # these were made by the host
+        embeddings[self.rows.to(device)] = self.values.to(device)
 
 
 class LMHead:
@@ -33,7 +47,7 @@ class LMHead:
 
     def weights(self) -> Iterator[Weight]:
         shape = (self.packed.out_features, self.packed.in_features)
-        yield Weight("weight", shape, self.packed.load_rows, self.packed.nbytes)
+        yield Weight("weight", shape, self.packed.load_rows, self.packed.nbytes, self.packed.tensors)
 
 
 class Embedding:

@@ -18,6 +18,8 @@ class Weight:
     """(start, rows): take rows start, start + 1, … of the tensor, of any float dtype."""
     num_bytes: int = 0
     """In memory, once loaded; 0 for a number that is kept elsewhere."""
+    tensors: tuple[torch.Tensor, ...] = ()
+    """What it is part of; several weights may lie in one."""
 
 
 def weight_of(name: str, tensor: torch.Tensor) -> Weight:
@@ -26,7 +28,7 @@ def weight_of(name: str, tensor: torch.Tensor) -> Weight:
     def load_rows(start: int, rows: torch.Tensor) -> None:
         tensor[start : start + rows.shape[0]] = rows
 
-    return Weight(name, tuple(tensor.shape), load_rows, tensor.nbytes)
+    return Weight(name, tuple(tensor.shape), load_rows, tensor.nbytes, (tensor,))
 
 
 def under(prefix: str, weights: Iterable[Weight]) -> Iterable[Weight]:

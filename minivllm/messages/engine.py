@@ -23,6 +23,7 @@ from minivllm.messages.stats import SchedulerStats
 from minivllm.sampling_params import SamplingParams
 
 ENGINE_CORE_DEAD = b"ENGINE_CORE_DEAD"  # a frame of its own on the output socket; the cause follows as a second frame
+SLEEPING_PARTS = ("weights", "kv_cache")  # what can be given back, and what `wake_up` may be asked for
 
 
 class RequestType(Enum):
@@ -47,6 +48,37 @@ class FinishReason(IntEnum):
         return self.name.lower()
 
 
+# Bytes of one number, by the dtypes that embeddings may have.
+EMBEDDING_DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+class PromptEmbeds(msgspec.Struct, array_like=True, gc=False):
+    """A prompt as vectors, which stand where the embeddings of its tokens would: a row a position."""
+
+    dtype: str  # one of EMBEDDING_DTYPES
+    hidden_size: int
+    data: bytes  # the rows, one after another, little endian
+
+    @property
+    def row_bytes(self) -> int:
+        return self.hidden_size * EMBEDDING_DTYPES[self.dtype]
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.data) // self.row_bytes
+
+    def rows(self, start: int, stop: int) -> memoryview:
+        """The bytes of the rows from start up to stop, as far as there are any."""
+        return memoryview(self.data)[start * self.row_bytes : stop * self.row_bytes]
+
+
+class LoRAIdentity(msgspec.Struct, array_like=True, gc=False):
+    """Which adapter computed a KV block: its name, and which load of it, since a name may be given to another."""
+
+    name: str
+    load_id: str  # another for every load
+
+
 class EngineCoreRequest(msgspec.Struct, array_like=True, omit_defaults=True, gc=False):
     """A request as the core knows it: its state is its tokens.
 
@@ -65,6 +97,8 @@ class EngineCoreRequest(msgspec.Struct, array_like=True, omit_defaults=True, gc=
     priority: int = 0
     cache_salt: str | None = None
     grammar: str | None = None  # what the output must match, as llguidance reads it; made by the processor
+    prompt_embeds: PromptEmbeds | None = None  # then prompt_token_ids holds as many zeros, which mean nothing
+    lora: LoRAIdentity | None = None  # so far nothing sets it
 
 
 class LogprobsLists(msgspec.Struct, array_like=True, gc=False):
@@ -88,6 +122,8 @@ class EngineCoreOutput(msgspec.Struct, array_like=True, omit_defaults=True, gc=F
     error: str | None = None  # with FinishReason.ERROR
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache; set on the first output
     scheduled_time: float | None = None  # core's monotonic clock, first time in a step; set on the first output
+    error_param: str | None = None  # the request's field, where its own fault ended it; None where ours did
+    num_preemptions: int = 0  # of the request so far
 
 
 class UtilityRequest(msgspec.Struct, array_like=True):

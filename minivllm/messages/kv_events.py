@@ -16,12 +16,12 @@ class BlockStored(msgspec.Struct, array_like=True, omit_defaults=True, gc=False,
 
     block_hashes: list[bytes]
     parent_block_hash: bytes | None  # of the block before the first; None: a prompt begins here
-    token_ids: list[int]  # of these blocks
+    token_ids: list[int]  # of these blocks; zeros where the prompt was given as embeddings
     block_size: int
     lora_id: int | None = None
     medium: str | None = None
     lora_name: str | None = None
-    extra_keys: list[tuple[Any, ...] | None] | None = None
+    extra_keys: list[tuple[Any, ...] | None] | None = None  # of each block: what keeps it from equal tokens, kind first
     group_idx: int | None = None  # of a model with several KV cache groups: each holds a block of its own
 
 

@@ -21,6 +21,28 @@ class SchedulerStats(msgspec.Struct, array_like=True, omit_defaults=True):
     prefix_cache: PrefixCacheStats = msgspec.field(default_factory=PrefixCacheStats)
     num_preemptions: int = 0
     num_scheduled_tokens: int = 0
+    sleep_level: int = 0  # 0: awake
+
+
+# What a KV block is at a moment, as one byte of `EngineSnapshot.blocks`.
+BLOCK_EMPTY = 0  # free, and without content that could be found
+BLOCK_CACHED = 1  # free, and found again until it is reused
+BLOCK_HELD = 2  # in use by one request
+BLOCK_SHARED = 3  # in use by several
+
+
+class EngineSnapshot(msgspec.Struct):
+    """An engine core at a moment, for who asks for it: no text, no ids. Counters count since its start."""
+
+    num_running_reqs: int
+    num_waiting_reqs: int
+    kv_cache_usage: float
+    num_prompt_tokens: int  # of admitted requests
+    num_cached_tokens: int  # of these, found in the prefix cache
+    num_generation_tokens: int
+    num_blocks: int
+    block_stride: int  # of a large pool, `blocks` has every so many-th
+    blocks: bytes  # one of the four above each, in the order of block ids
 
 
 class FinishedRequestStats(msgspec.Struct):
@@ -36,6 +58,7 @@ class FinishedRequestStats(msgspec.Struct):
     queue_s: float
     prefill_s: float
     decode_s: float
+    num_preemptions: int = 0
 
     @property
     def inference_s(self) -> float:

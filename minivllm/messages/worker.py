@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from minivllm.messages.engine import LogprobsLists
+from minivllm.messages.engine import LogprobsLists, PromptEmbeds
 from minivllm.messages.kv_cache import ONE_FULL_GROUP, KVCacheGroup
 from minivllm.sampling_params import SamplingParams
 
@@ -20,6 +20,7 @@ class NewRequestData(msgspec.Struct, array_like=True, gc=False):
     eos_token_ids: list[int]
     block_ids: list[list[int]]  # one list a KV cache group
     num_computed_tokens: int
+    prompt_embeds: PromptEmbeds | None = None  # in place of the embeddings of prompt_token_ids
 
 
 class CachedRequestData(msgspec.Struct, array_like=True, gc=False):
@@ -61,6 +62,7 @@ class ModelRunnerOutput(msgspec.Struct, array_like=True, gc=False):
     logprobs: dict[str, LogprobsLists] = {}  # only of requests that asked
     prompt_logprobs: dict[str, LogprobsLists] = {}  # of the prompt positions this step computed
     failed: dict[str, str] = {}  # request id -> why this one request cannot go on (a non-finite row, …)
+    fields_at_fault: dict[str, str] = {}  # of those failed because their own fields contradict each other: one of these
 
 
 class WorkerReady(msgspec.Struct, array_like=True):

@@ -14,7 +14,7 @@ import torch
 from minivllm.attention.backend import AttentionBackend, ForwardContext
 from minivllm.config.hf_config import HFConfig
 from minivllm.layers.attention import Attention
-from minivllm.layers.embedding import Embedding, LMHead, TiedEmbedding
+from minivllm.layers.embedding import Embedding, GivenEmbeddings, LMHead, TiedEmbedding
 from minivllm.layers.linear import GatedLinear, QKVLinear, RowLinear
 from minivllm.layers.norm import RMSNorm
 from minivllm.layers.rotary import RotaryEmbedding
@@ -156,9 +156,22 @@ class DecoderForCausalLM(ABC):
     def variant(config: HFConfig) -> Variant:
         """What sets this architecture apart."""
 
-    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
+    def embed(self, input_ids: torch.Tensor, given: GivenEmbeddings | None) -> torch.Tensor:
+        """What the first layer reads, [T, hidden_size]. given: what stands in place of the embeddings of some rows."""
+        embeddings = self.embed_tokens(input_ids)
+        if given is not None:
+            given.put_into(embeddings)
+        return embeddings
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        ctx: ForwardContext,
+        given: GivenEmbeddings | None = None,
+    ) -> torch.Tensor:
         """input_ids, positions: [T] int64, the step's tokens of all requests. Returns [T, hidden_size]."""
-        residual = self.embed_tokens(input_ids)
+        residual = self.embed(input_ids, given)
         for layer in self.layers:
             layer(residual, positions, ctx)
         return self.norm(residual)

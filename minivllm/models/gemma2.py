@@ -14,7 +14,7 @@ from minivllm.attention.backend import AttentionBackend, ForwardContext
 from minivllm.config.hf_config import HFConfig
 from minivllm.exceptions import ModelFilesError
 from minivllm.layers.attention import Attention
-from minivllm.layers.embedding import Embedding, LMHead, TiedEmbedding
+from minivllm.layers.embedding import Embedding, GivenEmbeddings, LMHead, TiedEmbedding
 from minivllm.layers.linear import GatedLinear, QKVLinear, RowLinear
 from minivllm.layers.norm import GemmaRMSNorm
 from minivllm.layers.rotary import RotaryEmbedding
@@ -176,9 +176,22 @@ class Gemma2ForCausalLM(DecoderForCausalLM):
         rotary = RotaryEmbedding(config, max_positions, dtype=dtype, device=device)
         return rotary, rotary
 
-    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
-        x, residual = None, self.embed_tokens(input_ids)
-        self._scale(residual, self.embed_scale)
+    def embed(self, input_ids: torch.Tensor, given: GivenEmbeddings | None) -> torch.Tensor:
+        """Given ones are taken as they are: the scale belongs to the table, as transformers 5 has it."""
+        embeddings = super().embed(input_ids, None)
+        self._scale(embeddings, self.embed_scale)
+        if given is not None:
+            given.put_into(embeddings)
+        return embeddings
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        ctx: ForwardContext,
+        given: GivenEmbeddings | None = None,
+    ) -> torch.Tensor:
+        x, residual = None, self.embed(input_ids, given)
         for layer in self.layers:
             x = layer(x, residual, positions, ctx)
         return self.norm.add(x, residual)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional
 
-from minivllm.ops import native
+from minivllm.ops import gpu, native
 from minivllm.ops.op import Impl, Op
 
 
@@ -56,5 +56,15 @@ def _run(kernel: Callable[..., None], gate_up: torch.Tensor) -> torch.Tensor:
     return out
 
 
-silu_mul = Op("silu_mul", [Impl(cpu, why_not=native.why_not), Impl(reference)])
-gelu_tanh_mul = Op("gelu_tanh_mul", [Impl(gelu_tanh_cpu, why_not=native.why_not), Impl(gelu_tanh_reference)])
+SILU_MUL_IMPLEMENTATIONS = [
+    Impl(cpu, why_not=native.why_not),
+    Impl("triton.activation:silu_mul", why_not=gpu.why_not),
+    Impl(reference),
+]
+silu_mul = Op("silu_mul", SILU_MUL_IMPLEMENTATIONS)
+GELU_TANH_MUL_IMPLEMENTATIONS = [
+    Impl(gelu_tanh_cpu, why_not=native.why_not),
+    Impl("triton.activation:gelu_tanh_mul", why_not=gpu.why_not),
+    Impl(gelu_tanh_reference),
+]
+gelu_tanh_mul = Op("gelu_tanh_mul", GELU_TANH_MUL_IMPLEMENTATIONS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from minivllm.ops import native
+from minivllm.ops import gpu, native
 from minivllm.ops.checks import require
 from minivllm.ops.op import Impl, Op, OpSpec
 
@@ -43,5 +43,9 @@ def cpu_why_not(spec: OpSpec) -> str | None:
     return native.why_not(spec)
 
 
-IMPLEMENTATIONS = [Impl(cpu, cpu_why_not), Impl(reference)]
+IMPLEMENTATIONS = [
+    Impl(cpu, cpu_why_not),
+    Impl("triton.bitmask:apply_bitmask", gpu.float32_why_not),
+    Impl(reference),
+]
 apply_bitmask = Op("apply_bitmask", IMPLEMENTATIONS)

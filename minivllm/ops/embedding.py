@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
+from minivllm.ops import gpu
 from minivllm.ops.op import Impl, Op
 
 
@@ -13,5 +14,5 @@ def reference(ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return functional.embedding(ids, weight)
 
 
-IMPLEMENTATIONS = [Impl(reference)]
+IMPLEMENTATIONS = [Impl("triton.embedding:embedding", gpu.why_not), Impl(reference)]
 embedding = Op("embedding", IMPLEMENTATIONS)

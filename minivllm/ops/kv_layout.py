@@ -1,6 +1,7 @@
 """Where keys and values lie in the paged cache, and how its types store them.
 
-The torch side of `csrc/cpu/kv_layout.h`: sizes for everyone, reading and writing for the references. Owns no tensor.
+The torch side of `csrc/cpu/kv_layout.h`, and of what GPUs read: sizes for everyone, reading and writing for the
+references. Owns no tensor.
 """
 
 from __future__ import annotations
@@ -50,6 +51,11 @@ class KvLayout:
     block_size: int  # tokens
 
     @property
+    def tile(self) -> int:
+        """Tokens whose elements lie together."""
+        return KV_TILE
+
+    @property
     def code(self) -> int:
         return KV_TYPES[self.dtype][0]
 
@@ -63,11 +69,11 @@ class KvLayout:
 
     @property
     def tile_bytes(self) -> int:
-        return self._data_bytes + (4 * KV_TILE if self.dtype == "int8" else 0)
+        return self._data_bytes + (4 * self.tile if self.dtype == "int8" else 0)
 
     @property
     def _data_bytes(self) -> int:
-        return KV_TILE * self.head_dim * self.element_type.itemsize
+        return self.tile * self.head_dim * self.element_type.itemsize
 
     @property
     def block_bytes(self) -> int:
@@ -75,7 +81,7 @@ class KvLayout:
         return torch.Size(self.shape(1)).numel()
 
     def shape(self, num_blocks: int) -> tuple[int, ...]:
-        return (num_blocks, 2, self.num_kv_heads, self.block_size // KV_TILE, self.tile_bytes)
+        return (num_blocks, 2, self.num_kv_heads, self.block_size // self.tile, self.tile_bytes)
 
     # For the references --------------------------------------------------------
 
@@ -87,38 +93,38 @@ class KvLayout:
         scale: what fp8 codes count in.
         """
         blocks, tokens = slots // self.block_size, slots % self.block_size
+        tiles, offsets = tokens // self.tile, tokens % self.tile
         stored, scales = self._encode(rows, scale)
-        heads = torch.arange(self.num_kv_heads)
-        where = self._order(half)[tokens % KV_TILE]  # [n, head_dim]
+        heads = torch.arange(self.num_kv_heads, device=cache.device)
+        where = self._order(half).to(cache.device)[offsets]  # [n, head_dim]
         self._elements(cache, half)[
-            blocks[:, None, None], heads[None, :, None], (tokens // KV_TILE)[:, None, None], where[:, None, :]
+            blocks[:, None, None], heads[None, :, None], tiles[:, None, None], where[:, None, :]
         ] = stored
         if scales is not None:
-            tiles, offsets = tokens // KV_TILE, tokens % KV_TILE
             self._scales(cache, half)[blocks[:, None], heads, tiles[:, None], offsets[:, None]] = scales
 
     def read(self, cache: torch.Tensor, half: int, scale: float) -> torch.Tensor:
         """Keys or values of blocks [n, 2, …]: [n, num_kv_heads, block_size, head_dim] float32."""
-        codes = self._elements(cache, half)[..., self._order(half)]  # [n, heads, tiles, 32, head_dim]
+        order = self._order(half).to(cache.device)
+        codes = self._elements(cache, half)[..., order]  # [n, heads, tiles, 32, head_dim]
         if self.dtype == "fp8_e4m3":
             values = codes.view(torch.float8_e4m3fn).float() * scale
         elif self.dtype == "int8":
-            magnitude = (codes & 0x7F).float()
-            values = torch.where(codes >= 0x80, -magnitude, magnitude) * self._scales(cache, half)[..., None]
+            values = self._int8_values(codes) * self._scales(cache, half)[..., None]
         else:
             values = codes.float()
         return values.flatten(2, 3)
 
     def _elements(self, cache: torch.Tensor, half: int) -> torch.Tensor:
-        """[num_blocks, num_kv_heads, tiles, 32 * head_dim], a view."""
+        """[num_blocks, num_kv_heads, tiles, tile * head_dim], a view."""
         return cache[:, half, :, :, : self._data_bytes].view(self.element_type)
 
     def _scales(self, cache: torch.Tensor, half: int) -> torch.Tensor:
-        """[num_blocks, num_kv_heads, tiles, 32] float32, a view."""
+        """[num_blocks, num_kv_heads, tiles, tile] float32, a view."""
         return cache[:, half, :, :, self._data_bytes :].view(torch.float32)
 
     def _order(self, half: int) -> torch.Tensor:
-        """[32, head_dim]: where in a tile the element of a token and a dimension lies."""
+        """[tile, head_dim]: where in a tile the element of a token and a dimension lies."""
         dim, lies = self.head_dim, torch.arange(KV_TILE * self.head_dim)
         if self.dtype in ("float32", "float16"):
             return lies.view(KV_TILE, dim) if half else lies.view(dim, KV_TILE).T
@@ -142,4 +148,38 @@ class KvLayout:
         scales = torch.where(rows.isfinite().all(-1), scales, torch.nan)
         codes = (rows / scales[..., None]).round()
         codes = torch.where(scales[..., None] > 0, codes, 0)
-        return torch.where(codes < 0, 128 - codes, codes).to(torch.uint8), scales
+        return self._int8_codes(codes), scales
+
+    def _int8_codes(self, numbers: torch.Tensor) -> torch.Tensor:
+        """Whole numbers in [-127, 127] as bytes."""
+        return torch.where(numbers < 0, 128 - numbers, numbers).to(torch.uint8)
+
+    def _int8_values(self, codes: torch.Tensor) -> torch.Tensor:
+        magnitude = (codes & 0x7F).float()
+        return torch.where(codes >= 0x80, -magnitude, magnitude)
+
+
+@dataclass(frozen=True)
+class RowLayout(KvLayout):
+    """The same for GPUs: of each block, half and head, the tokens' rows one after another, then int8's scales.
+
+    [num_blocks, (K, V), num_kv_heads, 1, block_size * head_dim elements]. int8 is two's complement here, which a GPU
+    converts by itself.
+    """
+
+    @property
+    def tile(self) -> int:
+        return self.block_size
+
+    @property
+    def layout_id(self) -> str:
+        return f"rows-{self.dtype}-v1"
+
+    def _order(self, half: int) -> torch.Tensor:
+        return torch.arange(self.block_size * self.head_dim).view(self.block_size, self.head_dim)
+
+    def _int8_codes(self, numbers: torch.Tensor) -> torch.Tensor:
+        return numbers.to(torch.int8).view(torch.uint8)
+
+    def _int8_values(self, codes: torch.Tensor) -> torch.Tensor:
+        return codes.view(torch.int8).float()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from minivllm.ops import native
+from minivllm.ops import gpu, native
 from minivllm.ops.checks import require
 from minivllm.ops.kv_layout import KvLayout, native_why_not
 from minivllm.ops.op import Impl, Op
@@ -60,5 +60,9 @@ def cpu(
     )  # fmt: skip
 
 
-IMPLEMENTATIONS = [Impl(cpu, native_why_not), Impl(reference)]
+IMPLEMENTATIONS = [
+    Impl(cpu, native_why_not),
+    Impl("triton.kv_write:kv_write", gpu.why_not),
+    Impl(reference),
+]
 kv_write = Op("kv_write", IMPLEMENTATIONS)

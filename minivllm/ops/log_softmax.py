@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from minivllm.ops import native
+from minivllm.ops import gpu, native
 from minivllm.ops.checks import require
 from minivllm.ops.op import Impl, Op, OpSpec
 
@@ -32,5 +32,9 @@ def cpu_why_not(spec: OpSpec) -> str | None:
     return native.why_not(spec)
 
 
-IMPLEMENTATIONS = [Impl(cpu, cpu_why_not), Impl(reference)]
+IMPLEMENTATIONS = [
+    Impl(cpu, cpu_why_not),
+    Impl("triton.log_softmax:log_softmax", gpu.float32_why_not),
+    Impl(reference),
+]
 log_softmax = Op("log_softmax", IMPLEMENTATIONS)

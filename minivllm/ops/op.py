@@ -7,6 +7,7 @@ implementation cannot serve that spec, in words fit for a log line.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -35,12 +36,22 @@ def always(spec: OpSpec) -> str | None:
 class Impl(NamedTuple):
     """One implementation of an op and its reason not to serve a spec."""
 
-    fn: Callable[..., Any]
+    fn: Callable[..., Any] | str  # or "module:name" within `minivllm.ops`, imported when it is chosen
     why_not: Callable[[OpSpec], str | None] = always
 
     @property
     def name(self) -> str:
-        return self.fn.__name__
+        return self.fn if isinstance(self.fn, str) else self.fn.__name__
+
+    def load(self) -> Callable[..., Any]:
+        if not isinstance(self.fn, str):
+            return self.fn
+        module, _, name = self.fn.partition(":")
+        return getattr(importlib.import_module(f"minivllm.ops.{module}"), name)
+
+
+class NoImplementation(ValueError):
+    """Nothing serves a spec."""
 
 
 class Op:
@@ -55,16 +66,16 @@ class Op:
         """The first implementation that serves `spec`.
 
         Raises:
-            ValueError: nothing fits; the message holds every implementation's reason.
+            NoImplementation: nothing fits; the message holds every implementation's reason.
         """
         reasons = []
         for impl in self.implementations:
             reason = impl.why_not(spec)
             if reason is None:
                 self._log_choice(impl.name, reasons)
-                return impl.fn
+                return impl.load()
             reasons.append(f"{impl.name} ({reason})")
-        raise ValueError(f"no implementation of {self.name} fits {spec}: {', '.join(reasons)}")
+        raise NoImplementation(f"no implementation of {self.name} fits {spec}: {', '.join(reasons)}")
 
     def _log_choice(self, name: str, passed_over: list[str]) -> None:
         if name not in self._logged:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
-from minivllm.ops import native
+from minivllm.ops import gpu, native
 from minivllm.ops.checks import require
 from minivllm.ops.kv_layout import KvLayout, native_why_not
 from minivllm.ops.op import Impl, Op, OpSpec
@@ -169,5 +169,9 @@ def cpu_why_not(spec: OpSpec) -> str | None:
     return native_why_not(spec)
 
 
-IMPLEMENTATIONS = [Impl(cpu, cpu_why_not), Impl(reference)]
+IMPLEMENTATIONS = [
+    Impl(cpu, cpu_why_not),
+    Impl("triton.paged_attention:paged_attention", gpu.why_not),
+    Impl(reference),
+]
 paged_attention = Op("paged_attention", IMPLEMENTATIONS)

@@ -1,4 +1,4 @@
-"""The native calls of a stretch of code, written down with their arguments so that they can be made again.
+"""The native calls of a stretch of code, written down with their arguments (csrc/tape.h) to be made again as one.
 
 Arguments are addresses: a recording keeps alive every tensor that torch made, or made a view of, while it was taken,
 and whoever replays it sees to it that all other memory lies where it lay. Memory that an op keeps between calls and may
@@ -21,11 +21,11 @@ _RESERVES = {_aten.empty, _aten.empty_strided, _aten.empty_like, _aten.new_empty
 
 
 class Recording:
-    """Calls in order. `unusable` says why they are not all that happened."""
+    """Calls in order, on a native tape. `unusable` says why they are not all that happened."""
 
     def __init__(self) -> None:
-        self.calls: list[tuple[Callable[..., Any], tuple]] = []
-        self.unusable: str | None = None
+        self.tape = None if lib is None else lib.Tape()
+        self.unusable = None if lib is not None else "there are no native calls to record"
         self._kept: dict[int, torch.UntypedStorage] = {}  # by address
 
     @property
@@ -34,9 +34,8 @@ class Recording:
         return sum(storage.nbytes() for storage in self._kept.values())
 
     def replay(self) -> None:
-        """Make the calls again."""
-        for call, args in self.calls:
-            call(*args)
+        """Make the calls again: one call of the extension, without Python's lock."""
+        self.tape.replay()
 
     def keep(self, tensors: list[torch.Tensor]) -> None:
         for tensor in tensors:
@@ -78,33 +77,41 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 
 @contextlib.contextmanager
 def recording() -> Iterator[Recording]:
-    """Write down every native call made inside. One thread at a time, and no other may call the extension."""
+    """Write down every native call that this thread makes inside, while no other makes any."""
     taken = Recording()
-    places = [] if lib is None else list(native_functions())
+    if taken.tape is None:
+        yield taken
+        return
+    places = list(native_functions())
     try:
         for owner, name, function in places:
-            setattr(owner, name, _recorded(function, taken))
+            setattr(owner, name, _checked(function, taken))
+        taken.tape.start()
         with _Watch(taken):
             yield taken
     finally:
+        taken.tape.stop()
         for owner, name, function in places:
             setattr(owner, name, function)
 
 
 def native_functions() -> Iterator[tuple[Any, str, Callable[..., Any]]]:
     """The extension's functions and its classes' methods: where they are found, and by which name."""
-    for owner in (lib, *(value for value in vars(lib).values() if isinstance(value, type))):
+    owners = [lib, *(value for value in vars(lib).values() if isinstance(value, type) and value is not lib.Tape)]
+    for owner in owners:
         for name, value in vars(owner).items():
             if callable(value) and not isinstance(value, type) and not name.startswith("__"):
                 yield owner, name, value
 
 
-def _recorded(function: Callable[..., Any], taken: Recording) -> Callable[..., Any]:
+def _checked(function: Callable[..., Any], taken: Recording) -> Callable[..., Any]:
+    """The function, noticing whether a call of it is on the tape."""
+
     def call(*args: Any) -> Any:
-        taken.calls.append((function, args))
+        before = len(taken.tape)
         result = function(*args)
-        if result is not None:
-            taken.unusable = f"{function.__name__} returns something"
+        if len(taken.tape) == before:
+            taken.unusable = f"{function.__name__} cannot be recorded: csrc/ registers it without `recordable`"
         return result
 
     return call

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from minivllm.ops import native
+from minivllm.ops import gpu, native
 from minivllm.ops.op import Impl, Op
 
 
@@ -88,10 +88,12 @@ def _run(
 
 IMPLEMENTATIONS = [
     Impl(cpu, why_not=native.why_not),
+    Impl("triton.rms_norm:rms_norm", why_not=gpu.why_not),
     Impl(reference),
 ]
 ADD_IMPLEMENTATIONS = [
     Impl(add_cpu, why_not=native.why_not),
+    Impl("triton.rms_norm:add_rms_norm", why_not=gpu.why_not),
     Impl(add_reference),
 ]
 rms_norm = Op("rms_norm", IMPLEMENTATIONS)

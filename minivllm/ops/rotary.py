@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from minivllm.ops import native
+from minivllm.ops import gpu, native
 from minivllm.ops.checks import require
 from minivllm.ops.op import Impl, Op
 from minivllm.ops.rms_norm import reference as rms_norm
@@ -87,6 +87,7 @@ def cpu(
 
 IMPLEMENTATIONS = [
     Impl(cpu, why_not=native.why_not),
+    Impl("triton.rotary:rotary", why_not=gpu.why_not),
     Impl(reference),
 ]
 rotary = Op("rotary", IMPLEMENTATIONS)

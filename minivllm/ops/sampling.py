@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from minivllm.ops import native
+from minivllm.ops import gpu, native
 from minivllm.ops.checks import require
 from minivllm.ops.op import Impl, Op, OpSpec
 
@@ -213,9 +213,14 @@ def cpu_why_not(spec: OpSpec) -> str | None:
     return native.why_not(spec)
 
 
-GUMBEL_ARGMAX_IMPLEMENTATIONS = [Impl(gumbel_argmax_cpu, cpu_why_not), Impl(gumbel_argmax_reference)]
+GUMBEL_ARGMAX_IMPLEMENTATIONS = [
+    Impl(gumbel_argmax_cpu, cpu_why_not),
+    Impl("triton.sampling:gumbel_argmax", gpu.float32_why_not),
+    Impl(gumbel_argmax_reference),
+]
 TOP_K_TOP_P_MIN_P_IMPLEMENTATIONS = [
     Impl(top_k_top_p_min_p_cpu, cpu_why_not),
+    Impl("triton.sampling:top_k_top_p_min_p", gpu.float32_why_not),
     Impl(top_k_top_p_min_p_reference),
 ]
 NONFINITE_ROWS_IMPLEMENTATIONS = [Impl(nonfinite_rows_cpu, cpu_why_not), Impl(nonfinite_rows_reference)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from minivllm.ops import native
+from minivllm.ops import gpu, native
 from minivllm.ops.checks import require
 from minivllm.ops.op import Impl, Op
 
@@ -31,5 +31,15 @@ def soft_cap_cpu(x: torch.Tensor, cap: float) -> None:
     native.lib.soft_cap(native.dtype_code(x), x.data_ptr(), x.numel(), cap)
 
 
-scale = Op("scale", [Impl(scale_cpu, why_not=native.why_not), Impl(scale_reference)])
-soft_cap = Op("soft_cap", [Impl(soft_cap_cpu, why_not=native.why_not), Impl(soft_cap_reference)])
+SCALE_IMPLEMENTATIONS = [
+    Impl(scale_cpu, why_not=native.why_not),
+    Impl("triton.scaling:scale", why_not=gpu.why_not),
+    Impl(scale_reference),
+]
+scale = Op("scale", SCALE_IMPLEMENTATIONS)
+SOFT_CAP_IMPLEMENTATIONS = [
+    Impl(soft_cap_cpu, why_not=native.why_not),
+    Impl("triton.scaling:soft_cap", why_not=gpu.why_not),
+    Impl(soft_cap_reference),
+]
+soft_cap = Op("soft_cap", SOFT_CAP_IMPLEMENTATIONS)

@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
+from minivllm.reasoning.counter import MAX_BREAK_TOKENS, ReasoningCounter
 from minivllm.utils.text_source import TextReader
 
-MAX_BREAK_TOKENS = 2  # that a template writes behind a mark
 MAX_TAIL_CHARS = 256
 Encode = Callable[[str], Sequence[int]]
 
@@ -63,6 +63,8 @@ class ReasoningParser(TextReader[Part]):
     end_text: ClassVar[str]
     # Whether an answer is reasoning from its first character, though the model does not write `start_text`.
     begins_open: ClassVar[bool] = False
+    # Whether more reasoning may follow within the answer.
+    anywhere: ClassVar[bool] = False
     # Whether the marks may be special tokens, which detokenization would hide.
     needs_special_tokens: ClassVar[bool] = True
     # Formats that mix reasoning and calls: the parser of tool calls that reads all of such an answer.
@@ -77,6 +79,12 @@ class ReasoningParser(TextReader[Part]):
     def marks(cls, encode: Encode) -> ReasoningMarks:
         """encode: text to token ids, without special tokens added."""
         return ReasoningMarks(tuple(encode(cls.start_text)), tuple(encode(cls.end_text)), cls.begins_open)
+
+    @classmethod
+    def counter(cls, encode: Encode, *, is_open: bool) -> ReasoningCounter:
+        """Counts the tokens of one answer's reasoning. is_open: what `open_after` said of its prompt."""
+        marks = cls.marks(encode)
+        return ReasoningCounter(marks.start, marks.end, is_open=is_open, anywhere=cls.anywhere)
 
     @classmethod
     def open_after(cls, prompt: str, continued: str | None = None) -> bool:

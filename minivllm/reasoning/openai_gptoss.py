@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from minivllm.reasoning.abstract import ReasoningParser
+from minivllm.reasoning.abstract import Encode, ReasoningParser
+from minivllm.reasoning.counter import ReasoningCounter
 from minivllm.tool_parsers.openai import OpenAIToolParser
 from minivllm.tool_parsers.pieces import Reasoning
 from minivllm.utils.text_source import Reading
@@ -13,6 +14,12 @@ class OpenAIGptOssReasoningParser(ReasoningParser):
     start_text, end_text = "", "<|channel|>final<|message|>"
     begins_open = True
     read_by_tool_parser = "openai"
+
+    @classmethod
+    def counter(cls, encode: Encode, *, is_open: bool) -> ReasoningCounter:
+        """Only the analysis counts: a call is no reasoning, though the final channel has not come."""
+        start, end = encode("<|channel|>analysis<|message|>"), encode("<|end|>")
+        return ReasoningCounter(start, end, is_open=False, anywhere=True)
 
     def read(self) -> Reading[None]:
         """Not used where `read_by_tool_parser` is heeded; the same text parted in two."""

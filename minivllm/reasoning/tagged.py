@@ -13,7 +13,6 @@ class TaggedReasoningParser(ReasoningParser):
 
     other_starts: ClassVar[tuple[str, ...]] = ()  # other spellings of the marks
     other_ends: ClassVar[tuple[str, ...]] = ()
-    anywhere: ClassVar[bool] = False
 
     def read(self) -> Reading[None]:
         starts, ends = (self.start_text, *self.other_starts), (self.end_text, *self.other_ends)

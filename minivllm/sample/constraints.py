@@ -15,6 +15,8 @@ _MASKED = float("-inf")
 class AllowedTokens(LogitsStep[torch.Tensor]):
     """`allowed_token_ids`: nothing else can be chosen."""
 
+    field = "allowed_token_ids"
+
     def user(self, params: SamplingParams, eos_token_ids: list[int]) -> torch.Tensor | None:
         return self._token_tensor(params.allowed_token_ids) if params.allowed_token_ids else None
 
@@ -22,6 +24,9 @@ class AllowedTokens(LogitsStep[torch.Tensor]):
         kept = logits[user]
         logits.fill_(_MASKED)
         logits[user] = kept
+
+    def forbids(self, user: torch.Tensor, i: int, batch: SampleBatch) -> bool:
+        return True
 
 
 class _Words(NamedTuple):
@@ -32,6 +37,8 @@ class _Words(NamedTuple):
 
 class BadWords(LogitsStep[_Words]):
     """`bad_words`: the last token of a word cannot follow the others, where they end the output."""
+
+    field = "bad_words"
 
     def user(self, params: SamplingParams, eos_token_ids: list[int]) -> _Words | None:
         words = params.bad_words_token_ids
@@ -52,6 +59,9 @@ class BadWords(LogitsStep[_Words]):
         if masked:
             logits[masked] = _MASKED
 
+    def forbids(self, user: _Words, i: int, batch: SampleBatch) -> bool:
+        return True
+
 
 class _EndsLater(NamedTuple):
     min_tokens: int
@@ -61,14 +71,19 @@ class _EndsLater(NamedTuple):
 class MinTokens(LogitsStep[_EndsLater]):
     """`min_tokens`: no end-of-sequence and no stop token until there are so many output tokens."""
 
+    field = "min_tokens"
+
     def user(self, params: SamplingParams, eos_token_ids: list[int]) -> _EndsLater | None:
         if not params.min_tokens:
             return None
         return _EndsLater(params.min_tokens, self._token_tensor([*eos_token_ids, *params.stop_token_ids]))
 
     def apply_one(self, logits: torch.Tensor, user: _EndsLater, i: int, batch: SampleBatch) -> None:
-        if batch.num_output_tokens[i] < user.min_tokens:
+        if self.forbids(user, i, batch):
             logits[user.end_ids] = _MASKED
+
+    def forbids(self, user: _EndsLater, i: int, batch: SampleBatch) -> bool:
+        return bool(batch.num_output_tokens[i] < user.min_tokens)
 
 
 class _Bias(NamedTuple):

@@ -127,7 +127,7 @@ class CustomProcessors:
         member = _Member(row)
         self._members[index : index + 1] = [member]
         self._index_of[row] = index
-        prompt = batch.token_ids[row, : batch.num_prompt_tokens[column]].tolist()
+        prompt = batch.token_ids[row, batch.first_token(column) : batch.num_prompt_tokens[column]].tolist()
         return AddedRequest(index, self._params[row], prompt, member.output)
 
     def _close(self, holes: list[int]) -> list[Move]:

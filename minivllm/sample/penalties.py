@@ -22,8 +22,10 @@ class _Counts:
         self._distinct = np.empty(vocab_size, np.int64)
         self._num_distinct = 0
 
-    def catch_up(self, token_ids: np.ndarray, num_prompt_tokens: int) -> None:
-        """token_ids: all the request's tokens so far, of which the first `num_seen` are counted."""
+    def catch_up(self, token_ids: np.ndarray, num_prompt_tokens: int, first: int) -> None:
+        """token_ids: all the request's tokens so far, of which the first `num_seen` are counted; first: see
+        SampleBatch.first_token."""
+        self.num_seen = max(self.num_seen, first)
         new = np.unique(token_ids[self.num_seen :])
         new = new[~self._known[new]]
         self._known[new] = True
@@ -50,5 +52,5 @@ class Penalties(LogitsStep[_Counts]):
 
     def apply_one(self, logits: torch.Tensor, user: _Counts, i: int, batch: SampleBatch) -> None:
         tokens = batch.token_ids[batch.rows[i], : batch.num_tokens[i]]
-        user.catch_up(tokens, int(batch.num_prompt_tokens[i]))
+        user.catch_up(tokens, int(batch.num_prompt_tokens[i]), batch.first_token(i))
         user.penalise(logits.numpy())

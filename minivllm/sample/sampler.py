@@ -7,6 +7,7 @@ of a token is a function of the request's seed and the token's position (`ops/sa
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -24,8 +25,27 @@ from minivllm.sample.step import GrammarMask, LogitsStep, SampleBatch
 from minivllm.sample.thinking import ThinkingBudget
 from minivllm.sampling_params import SamplingParams
 
+T = TypeVar("T")
+
 NONFINITE = "the model gave logits that are not finite numbers; the request cannot go on"
-NOTHING_ALLOWED = "what the request allows and forbids (or a logits processor) leaves no token that could be chosen"
+NOTHING_LEFT = "a logits processor leaves no token that could be chosen"
+
+
+@dataclass(frozen=True)
+class DrawInputs:
+    """What temperature and noise need to know of each row of logits."""
+
+    temperature: torch.Tensor  # [M] float32, 0 for the likeliest
+    seeds: torch.Tensor  # [M] int64
+    positions: torch.Tensor  # [M] int64: tokens known
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A token for each row, and which rows none can be drawn from."""
+
+    token_ids: torch.Tensor  # [M] int64
+    broken: torch.Tensor  # [M] uint8
 
 
 @dataclass(frozen=True)
@@ -35,6 +55,26 @@ class SamplerOutput:
     token_ids: np.ndarray  # [M] int64; meaningless where failed
     logprobs: dict[int, LogprobsLists] = field(default_factory=dict)  # one row each, of those who asked
     failed: dict[int, str] = field(default_factory=dict)
+    fields_at_fault: dict[int, str] = field(default_factory=dict)  # of those failed by what they ask for themselves
+
+    def with_rows(self, columns: np.ndarray, others: SamplerOutput | None) -> SamplerOutput:
+        """The same, with these columns as `others` has them, in its order."""
+        if others is None:
+            return self
+        token_ids = self.token_ids.copy()
+        token_ids[columns] = others.token_ids
+        at = columns.tolist()
+
+        def merged(own: dict[int, T], its: dict[int, T]) -> dict[int, T]:
+            kept = {column: value for column, value in own.items() if column not in at}
+            return kept | {at[column]: value for column, value in its.items()}
+
+        return SamplerOutput(
+            token_ids,
+            merged(self.logprobs, others.logprobs),
+            merged(self.failed, others.failed),
+            merged(self.fields_at_fault, others.fields_at_fault),
+        )
 
 
 class Sampler:
@@ -46,6 +86,7 @@ class Sampler:
         device: str = "cpu",
         custom: CustomProcessors | None = None,
     ) -> None:
+        self.vocab_size = vocab_size
         spec = OpSpec(device, torch.float32, {"vocab_size": vocab_size})
         self._log_softmax = log_softmax.select(spec)
         self._nonfinite_rows = nonfinite_rows.select(spec)
@@ -66,6 +107,7 @@ class Sampler:
         self._steps = [*self._before_custom, *([custom] if custom is not None else []), *self._after_custom]
         self._num_logprobs: dict[int, int] = {}  # by table row
         self._logprob_token_ids: dict[int, list[int]] = {}  # by table row
+        self._form_fields: dict[int, str] = {}  # by table row: what its user calls `structured_outputs`
         self._columns = _Columns()
 
     # Requests ----------------------------------------------------------------
@@ -78,12 +120,15 @@ class Sampler:
             self._num_logprobs[row] = params.logprobs
         if params.logprob_token_ids is not None:
             self._logprob_token_ids[row] = params.logprob_token_ids
+        if params.structured_outputs is not None:
+            self._form_fields[row] = params.structured_outputs.param
         for step in self._steps:
             step.add_request(row, params, eos_token_ids)
 
     def remove_request(self, row: int) -> None:
         self._num_logprobs.pop(row, None)
         self._logprob_token_ids.pop(row, None)
+        self._form_fields.pop(row, None)
         for step in self._steps:
             step.remove_request(row)
 
@@ -93,43 +138,77 @@ class Sampler:
         self, logits: torch.Tensor, batch: SampleBatch, grammar: GrammarMask | None = None
     ) -> SamplerOutput:
         """One token for each row of `logits` ([M, vocab_size] float32, which is changed)."""
-        columns, asking = self._columns.of(batch.rows), self._asking(batch)
-        is_free = grammar is None and not columns.truncates and self._changes_nothing
-        if is_free and (self._is_raw or not asking):
-            return self._draw(logits, batch, columns, asking)
+        if grammar is None and self.only_draws(batch.rows):
+            return self.accept(self.draw(logits, self.draw_inputs(batch.rows, batch.num_tokens)), logits, batch.rows)
+        columns, asking = self._columns.of(batch.rows), self._asking(batch.rows)
         failed = dict.fromkeys(self._nonfinite_rows(logits), NONFINITE)
         values = self._reported(logits, asking) if self._is_raw else None
         if grammar is not None:
             self._apply_bitmask(logits, grammar.columns, grammar.bitmask)
-        changed, why = self._constrain(logits, batch)
+        changed = any([step.apply(logits, batch) for step in self._before_custom])
+        torn: dict[int, list[str]] = {}
         if changed or grammar is not None:
-            failed = dict.fromkeys(self._nonfinite_rows(logits), NOTHING_ALLOWED) | failed
+            torn = {i: self._forbidding(i, batch, grammar) for i in self._nonfinite_rows(logits) if i not in failed}
+            failed |= {i: _contradiction(fields, int(batch.num_output_tokens[i])) for i, fields in torn.items()}
+        why = self._process(logits, batch, failed)
+        for step in self._after_custom:
+            step.apply(logits, batch)
         noise, why_warped = self._warp(logits, batch, columns)
         if why or why_warped:
             failed = dict.fromkeys(range(len(logits)), why or why_warped) | failed
         token_ids, _ = self._choose(logits, *noise)
         if not self._is_raw:
             values = self._reported(logits, asking)
-        return SamplerOutput(token_ids.numpy(), self._logprobs(values, token_ids, batch, asking), failed)
+        at_fault = {i: fields[0] for i, fields in torn.items()}
+        logprobs = self._logprobs(values, token_ids, batch.rows, asking)
+        return SamplerOutput(token_ids.numpy(), logprobs, failed, at_fault)
 
     @property
     def _changes_nothing(self) -> bool:
         """Whether no request asks for a change of its logits before the temperature."""
         return self._custom is None and all(step.is_idle for step in self._steps)
 
-    def _draw(
-        self, logits: torch.Tensor, batch: SampleBatch, columns: _Chosen, asking: list[int]
-    ) -> SamplerOutput:
-        """Temperature and noise alone, in one pass: the same division, so the same bits as step by step."""
-        values = self._reported(logits, asking)
-        token_ids, broken = self._choose(
-            logits, columns.temperature, columns.seeds, torch.from_numpy(batch.num_tokens)
-        )
-        failed = dict.fromkeys(np.flatnonzero(broken.numpy()).tolist(), NONFINITE)
-        return SamplerOutput(token_ids.numpy(), self._logprobs(values, token_ids, batch, asking), failed)
+    # Temperature and noise alone, in one pass: the same division, so the same bits as step by step.
+
+    def only_draws(self, rows: np.ndarray) -> bool:
+        """Whether the requests in these rows ask for nothing but temperature and noise, a grammar aside."""
+        if not self._changes_nothing or self._columns.truncates[rows].any():
+            return False
+        return self._is_raw or not self._asking(rows)
+
+    def draws_alone(self, rows: np.ndarray) -> np.ndarray:
+        """[M] bool: whose tokens need temperature, truncation and noise alone, a grammar aside; each one for itself."""
+        if self._custom is not None:
+            return np.zeros(len(rows), bool)
+        asking = set(self._num_logprobs).union(*(step.rows for step in self._steps))
+        return np.array([row not in asking for row in rows.tolist()], bool)
+
+    def columns(self, rows: np.ndarray) -> _Chosen:
+        """What the requests in these rows ask of temperature, truncation and noise."""
+        return self._columns.of(rows)
+
+    def draw_inputs(self, rows: np.ndarray, num_tokens: np.ndarray) -> DrawInputs:
+        """num_tokens: [M] int64, known of each request; read when a token is drawn, not here."""
+        columns = self._columns.of(rows)
+        return DrawInputs(columns.temperature, columns.seeds, torch.from_numpy(num_tokens))
+
+    def draw(self, logits: torch.Tensor, inputs: DrawInputs) -> Drawn:
+        """For requests that `only_draws`; logits stay as they are."""
+        return Drawn(*self._choose(logits, inputs.temperature, inputs.seeds, inputs.positions))
+
+    def accept(self, drawn: Drawn, logits: torch.Tensor, rows: np.ndarray) -> SamplerOutput:
+        """What was drawn, with the logprobs asked for."""
+        asking = self._asking(rows)
+        failed = dict.fromkeys(np.flatnonzero(drawn.broken.numpy()).tolist(), NONFINITE)
+        logprobs = self._logprobs(self._reported(logits, asking), drawn.token_ids, rows, asking)
+        return SamplerOutput(drawn.token_ids.numpy(), logprobs, failed)
 
     def logprobs_of(
-        self, logits: torch.Tensor, token_ids: torch.Tensor, num_logprobs: int, also: torch.Tensor | None = None
+        self,
+        logits: torch.Tensor,
+        token_ids: torch.Tensor,
+        num_logprobs: int,
+        also: torch.Tensor | None = None,
     ) -> LogprobsLists:
         """Logprobs of given tokens under unprocessed logits: those of a prompt, whatever the logprobs mode.
 
@@ -145,17 +224,26 @@ class Sampler:
         """The rows of `logits` that no token can be drawn from."""
         return self._nonfinite_rows(logits)
 
-    def _constrain(self, logits: torch.Tensor, batch: SampleBatch) -> tuple[bool, str | None]:
-        """Every change before the temperature, in place; whether there was one, and why the batch cannot go on."""
-        changed = any([step.apply(logits, batch) for step in self._before_custom])
-        why = self._custom.apply(logits, batch) if self._custom is not None else None
-        changed |= any([step.apply(logits, batch) for step in self._after_custom])
-        return changed or self._custom is not None, why
+    def _forbidding(self, i: int, batch: SampleBatch, grammar: GrammarMask | None) -> list[str]:
+        """The fields by which a request forbids tokens now, as its user wrote them. One at least has forbidden all."""
+        fields = [step.field for step in self._before_custom if step.forbids_tokens(i, batch)]
+        if grammar is not None and i in grammar.columns:
+            fields.insert(0, self._form_fields.get(int(batch.rows[i]), "structured_outputs"))
+        return fields
+
+    def _process(self, logits: torch.Tensor, batch: SampleBatch, failed: dict[int, str]) -> str | None:
+        """The operator's processors, in place; adds to `failed` whom they leave nothing. Why nobody can go on."""
+        if self._custom is None:
+            return None
+        why = self._custom.apply(logits, batch)
+        for i in self._nonfinite_rows(logits):
+            failed.setdefault(i, NOTHING_LEFT)
+        return why
 
     def _warp(
         self, logits: torch.Tensor, batch: SampleBatch, columns: _Chosen
     ) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], str | None]:
-        """Divide by temperature and truncate, in place; what is left for the noise to know, and as `_constrain`.
+        """Divide by temperature and truncate, in place; what is left for the noise to know, and as `_process`.
 
         The division is done here, so that a row's bits are the same beside rows that truncate and beside
         none; dividing by 1 changes nothing.
@@ -171,11 +259,11 @@ class Sampler:
 
     # Logprobs ----------------------------------------------------------------
 
-    def _asking(self, batch: SampleBatch) -> list[int]:
+    def _asking(self, rows: np.ndarray) -> list[int]:
         """Columns of the requests that want logprobs."""
         if not self._num_logprobs:
             return []
-        return [i for i, row in enumerate(batch.rows.tolist()) if row in self._num_logprobs]
+        return [i for i, row in enumerate(rows.tolist()) if row in self._num_logprobs]
 
     def _reported(self, logits: torch.Tensor, asking: list[int]) -> torch.Tensor | None:
         """What logprobs are read from, [len(asking), vocab_size]: a copy."""
@@ -185,17 +273,26 @@ class Sampler:
         return self._log_softmax(chosen) if self._is_logprobs else chosen
 
     def _logprobs(
-        self, values: torch.Tensor | None, token_ids: torch.Tensor, batch: SampleBatch, asking: list[int]
+        self, values: torch.Tensor | None, token_ids: torch.Tensor, rows: np.ndarray, asking: list[int]
     ) -> dict[int, LogprobsLists]:
         """Gathered request by request: how ties fall must not depend on what a neighbour asked for."""
         found = {}
         for at, i in enumerate(asking):
-            row, own = int(batch.rows[i]), token_ids[i : i + 1]
+            row, own = int(rows[i]), token_ids[i : i + 1]
             if row in self._logprob_token_ids:
                 found[i] = logprobs_of_tokens(values[at : at + 1], own, self._logprob_token_ids[row])
             else:
                 found[i] = gather_logprobs(values[at : at + 1], own, self._num_logprobs[row])
         return found
+
+
+def _contradiction(fields: list[str], num_output_tokens: int) -> str:
+    """What to say of constraints that forbid every token."""
+    verb = "leaves" if len(fields) == 1 else "together leave"
+    return (
+        f"{' and '.join(fields)} {verb} no token that could come next, after {num_output_tokens} tokens of output; "
+        "allow more"
+    )
 
 
 class _Chosen:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -23,10 +23,16 @@ class SampleBatch:
     num_tokens: np.ndarray  # [M] int64: tokens known, so the absolute position of the one to come
     num_prompt_tokens: np.ndarray  # [M] int64
     token_ids: np.ndarray  # [num table rows, max_model_len] int32: all known tokens, by table row
+    # [M] bool: whose prompt is vectors, so that its token ids mean nothing; None: nobody's.
+    has_vectors: np.ndarray | None = None
 
     @property
     def num_output_tokens(self) -> np.ndarray:
         return self.num_tokens - self.num_prompt_tokens
+
+    def first_token(self, i: int) -> int:
+        """The position of column i's first token that is one."""
+        return int(self.num_prompt_tokens[i]) if self.has_vectors is not None and self.has_vectors[i] else 0
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,8 @@ class LogitsStep(ABC, Generic[T]):
 
     Every row is changed by its own request alone, by arithmetic that does not depend on the others.
     """
+
+    field = ""  # of SamplingParams that asks for it
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
@@ -60,6 +68,11 @@ class LogitsStep(ABC, Generic[T]):
         """Whether no known request asks for this."""
         return not self._users
 
+    @property
+    def rows(self) -> Collection[int]:
+        """Of the worker's tables, those of the requests that ask for this."""
+        return self._users.keys()
+
     def apply(self, logits: torch.Tensor, batch: SampleBatch) -> bool:
         """Change the logits ([M, vocab_size] float32) in place; whether anything was done."""
         changed = False
@@ -67,6 +80,15 @@ class LogitsStep(ABC, Generic[T]):
             self.apply_one(logits[i], user, i, batch)
             changed = True
         return changed
+
+    def forbids_tokens(self, i: int, batch: SampleBatch) -> bool:
+        """Whether column i of a batch may not choose some tokens because of this step."""
+        user = self._users.get(int(batch.rows[i]))
+        return user is not None and self.forbids(user, i, batch)
+
+    def forbids(self, user: T, i: int, batch: SampleBatch) -> bool:
+        """`forbids_tokens`, of a request that asks for this step. Those that forbid say so."""
+        return False
 
     def _present(self, batch: SampleBatch) -> Iterator[tuple[int, T]]:
         if self._users:

@@ -6,15 +6,22 @@ import torch
 
 from minivllm.sample.step import LogitsStep, SampleBatch
 from minivllm.sampling_params import SamplingParams
-from minivllm.utils.thinking import ThinkingTracker
+from minivllm.utils.thinking import ThinkingTracker, thinking_before_form
 
 
 class _Thinker:
-    """One request, followed as it grows."""
+    """One request, followed as it grows. only_first: behind its first thinking, or its first token, nothing counts."""
 
-    def __init__(self, budget: int, end: list[int], tracker: ThinkingTracker) -> None:
+    def __init__(self, budget: int, end: list[int], tracker: ThinkingTracker, *, only_first: bool) -> None:
         self.budget, self.end, self.tracker = budget, end, tracker
         self.num_followed = 0  # output tokens
+        self._only_first, self._is_over = only_first, False
+
+    def follow(self, token_id: int) -> None:
+        self.num_followed += 1
+        if not self._is_over:
+            self.tracker.follow(token_id)
+            self._is_over = self._only_first and not self.tracker.is_open
 
     def forced_token(self) -> int | None:
         """The only token that may come next, if the budget is spent: the end's first, then the rest of it."""
@@ -25,20 +32,26 @@ class _Thinker:
 
 
 class ThinkingBudget(LogitsStep[_Thinker]):
-    """Output tokens count, from the start of thinking on; if it starts again, again from 0."""
+    """Output tokens count, from the start of thinking on; if it starts again, again from 0.
+
+    In an answer that must have a form, only thinking before that counts: what looks like its marks there is the form's.
+    """
 
     def user(self, params: SamplingParams, eos_token_ids: list[int]) -> _Thinker | None:
         marks = params.thinking
         if params.thinking_token_budget is None or marks is None:
             return None
-        tracker = ThinkingTracker(marks.start, marks.end, marks.is_open)
-        return _Thinker(params.thinking_token_budget, marks.end, tracker)
+        has_form = params.structured_outputs is not None
+        make_tracker = thinking_before_form if has_form else ThinkingTracker
+        tracker = make_tracker(marks.start, marks.end, marks.is_open)
+        if tracker is None:
+            return None
+        return _Thinker(params.thinking_token_budget, marks.end, tracker, only_first=has_form)
 
     def apply_one(self, logits: torch.Tensor, user: _Thinker, i: int, batch: SampleBatch) -> None:
         begin = batch.num_prompt_tokens[i] + user.num_followed
         for token in batch.token_ids[batch.rows[i], begin : batch.num_tokens[i]].tolist():
-            user.tracker.follow(token)
-            user.num_followed += 1
+            user.follow(token)
         forced = user.forced_token()
         if forced is not None:
             logits.fill_(float("-inf"))

@@ -21,7 +21,7 @@ from minivllm.logger import init_logger
 from minivllm.messages.engine import EngineCoreRequest
 from minivllm.sampling_params import ThinkingTokens
 from minivllm.structured_output.limits import parser_limits
-from minivllm.utils.thinking import ThinkingTracker
+from minivllm.utils.thinking import ThinkingTracker, thinking_before_form
 
 logger = init_logger(__name__)
 
@@ -30,7 +30,13 @@ _MAX_CACHED = 256  # compiled grammars
 _MAX_CACHED_CHARS = 8 << 20  # of their texts
 _MAX_USES = 256  # of one compiled grammar: copies share a lexer, whose states are limited and never forgotten
 _LEXER_IS_FULL = "too many states"  # as llguidance says it
+_DOES_NOT_FIT = "doesn't satisfy the grammar"  # likewise; all else is a limit of what a grammar may take
+_ALL_ALLOWED = np.uint32(0xFFFFFFFF)
 _QUICK_S = 0.05  # what compiles faster may be compiled again between two steps
+
+
+class GrammarError(ValueError):
+    """llguidance does not take a grammar."""
 
 
 class _Compiled(NamedTuple):
@@ -46,8 +52,9 @@ class _Compiled(NamedTuple):
 class MatcherState:
     """Where one request stands in its grammar. To be used from one thread, once `is_ready`.
 
-    A model that thinks does so freely: the grammar begins behind the first thinking, or at once if the answer does not
-    begin with it. Until it has begun, a token that opens thinking is allowed beside the grammar's first ones.
+    A model that thinks does so freely, but for ending the answer there: the grammar begins behind the first thinking,
+    or at once if the answer does not begin with it. Until it has begun, a token that opens thinking is allowed beside
+    the grammar's first ones.
     """
 
     def __init__(
@@ -55,15 +62,21 @@ class MatcherState:
         compiled: Future[_Compiled],
         prior_output_token_ids: list[int],
         thinking: ThinkingTokens | None = None,
+        param: str = "structured_outputs",
     ) -> None:
+        """param: the request's field that the grammar came from."""
         self._future = compiled
+        self._param = param
         self._matcher: llguidance.LLMatcher | None = None
         self._rebuild: Callable[[], llguidance.LLMatcher] | None = None
         self._unfollowed = list(prior_output_token_ids)
         self._followed: list[int] = []  # by the matcher
-        self._thinking = _thinking_before(thinking)  # None once the grammar has begun
-        self._opening = thinking.start[0] if self._thinking is not None and thinking.start else None
+        self._thinking: ThinkingTracker | None = None  # None once the grammar has begun
+        if thinking is not None:
+            self._thinking = thinking_before_form(thinking.start, thinking.end, thinking.is_open)
+        self._marks = thinking
         self._error: str | None = None
+        self._error_param: str | None = None
 
     @property
     def is_ready(self) -> bool:
@@ -77,9 +90,21 @@ class MatcherState:
         return self._error
 
     @property
+    def error_param(self) -> str | None:
+        """The request's field whose fault the error is; None if it is ours."""
+        self._compiled()
+        return self._error_param
+
+    @property
     def is_constraining(self) -> bool:
         """The next token must be one of its mask."""
-        return self._compiled() is not None and not (self._thinking is not None and self._thinking.is_open)
+        if self._compiled() is None:
+            return False
+        return not self._is_thinking or bool(self._marks.withheld)
+
+    @property
+    def _is_thinking(self) -> bool:
+        return self._thinking is not None and self._thinking.is_open
 
     @property
     def is_complete(self) -> bool:
@@ -95,14 +120,21 @@ class MatcherState:
     def fill_mask(self, row: np.ndarray) -> None:
         """row: contiguous uint32, bit t % 32 of word t // 32 says whether token t may come next."""
         matcher = self._compiled()
+        if self._is_thinking:
+            row[:] = _ALL_ALLOWED
+            for token_id in self._marks.withheld:
+                row[token_id // 32] &= ~_bit(token_id)
+            return
         matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
         if matcher.is_error() and self._renew():
             matcher = self._matcher
             matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
         if matcher.is_error():
-            self._fail(f"the grammar cannot go on: {matcher.get_error()}")
-        if self._thinking is not None:
-            row[self._opening // 32] |= np.uint32(1 << self._opening % 32)
+            self._fail_at_a_limit(matcher)
+            row[:] = _ALL_ALLOWED  # the token that is chosen brings the error along
+        if self._thinking is not None and self._marks.start:
+            opening = self._marks.start[0]
+            row[opening // 32] |= _bit(opening)
 
     def _compiled(self) -> llguidance.LLMatcher | None:
         """The matcher, which has followed all there is; None when that went wrong."""
@@ -110,15 +142,16 @@ class MatcherState:
             try:
                 self._matcher, self._rebuild = self._future.result(timeout=0)
             except Exception as error:
-                self._fail(f"the grammar could not be compiled: {error}")
+                fault = self._param if isinstance(error, GrammarError) else None
+                self._fail(f"the grammar could not be compiled: {error}", fault)
                 return None
             for token_id in self._unfollowed:
-                self._follow(token_id)
+                self._follow(token_id, is_prior=True)
                 if self._error is not None:
                     break
         return self._matcher
 
-    def _follow(self, token_id: int) -> None:
+    def _follow(self, token_id: int, *, is_prior: bool = False) -> None:
         thinking = self._thinking
         if thinking is not None:
             was_open = thinking.is_open
@@ -130,8 +163,13 @@ class MatcherState:
         self._followed.append(token_id)
         if self._matcher.consume_token(token_id):
             return
-        if not self._renew():
-            self._fail(f"token {token_id} does not fit the grammar: {self._matcher.get_error()}")
+        if self._renew():
+            return
+        if _DOES_NOT_FIT in self._matcher.get_error():
+            fault = "prior_output_token_ids" if is_prior else None
+            self._fail(f"token {token_id} does not fit the grammar: {self._matcher.get_error()}", fault)
+        else:
+            self._fail_at_a_limit(self._matcher)
 
     def _renew(self) -> bool:
         """If the lexer that it shares with others is full, go on with one of its own; whether that was so."""
@@ -141,16 +179,20 @@ class MatcherState:
         self._matcher = matcher
         return matcher.consume_tokens(self._followed)
 
-    def _fail(self, error: str) -> None:
-        self._error = error
+    def _fail_at_a_limit(self, matcher: llguidance.LLMatcher) -> None:
+        """Following it takes more than a grammar may, which only running it shows."""
+        why = matcher.get_error().splitlines()[0].removeprefix("Parser Error: ")
+        num_tokens = len(self._followed)
+        self._fail(f"{self._param}: the grammar cannot go on after {num_tokens} tokens: {why}", self._param)
+
+    def _fail(self, error: str, param: str | None) -> None:
+        self._error, self._error_param = error, param
         self._matcher = None
 
 
-def _thinking_before(marks: ThinkingTokens | None) -> ThinkingTracker | None:
-    """What precedes the grammar: thinking that is open, or that one token opens."""
-    if marks is None or not (marks.is_open or len(marks.start) == 1):
-        return None
-    return ThinkingTracker(marks.start, marks.end, marks.is_open)
+def _bit(token_id: int) -> np.uint32:
+    """A token's place in its word of a mask."""
+    return np.uint32(1 << token_id % 32)
 
 
 class GrammarManager:
@@ -167,11 +209,12 @@ class GrammarManager:
     def start(self, request: EngineCoreRequest) -> MatcherState:
         """Begin to compile a request's grammar, or take it from the cache."""
         assert request.grammar is not None
-        thinking = request.sampling_params.thinking
-        return MatcherState(self._matcher(request.grammar), request.prior_output_token_ids, thinking)
+        params = request.sampling_params
+        param = params.structured_outputs.param if params.structured_outputs is not None else "structured_outputs"
+        return MatcherState(self._matcher(request.grammar), request.prior_output_token_ids, params.thinking, param)
 
     def bitmask(self, states: list[MatcherState]) -> bytes:
-        """A row of 32-bit words for each; what a row holds whose state fails is meaningless."""
+        """A row of 32-bit words for each; that of a state which fails allows everything."""
         masks = np.empty((len(states), -(-self._tokenizer.vocab_size // 32)), np.uint32)
         # Copies of one grammar share a lexer and its lock: threads would wait for each other.
         for row, state in zip(masks, states):
@@ -219,7 +262,7 @@ class GrammarManager:
         if not matcher.is_error():
             matcher.compute_bitmask()  # the first is the slowest; every copy has it done
         if matcher.is_error():
-            raise ValueError(matcher.get_error())
+            raise GrammarError(matcher.get_error())
         return matcher
 
 

@@ -23,7 +23,8 @@ class CallFormat:
     """How a model writes a call whose arguments are JSON: begin, the name, middle, the arguments, end.
 
     Grammars that force a call are made of it. quoted: the name is a JSON string. `first` and `last` stand around all
-    calls, `separator` between two.
+    calls, `separator` between two. `trigger` is how that begins and no other text does, so that a grammar may let a
+    model write what it likes until there; "" where nothing does.
     """
 
     begin: str
@@ -33,6 +34,7 @@ class CallFormat:
     separator: str = ""
     first: str = ""
     last: str = ""
+    trigger: str = ""
 
     def spelt(self, name: str) -> str:
         """A function's name as it stands in a call."""

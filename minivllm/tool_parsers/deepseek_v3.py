@@ -19,6 +19,7 @@ class DeepSeekV3ToolParser(ToolParser):
         separator="\n",
         first=CALLS_BEGIN,
         last=CALLS_END,
+        trigger=CALLS_BEGIN,
     )
 
     def read(self) -> Reading[None]:

@@ -12,7 +12,7 @@ BEGINS = ("<|tool_call|>", "<tool_call>")  # 3.0 has the first as a token, later
 class GraniteToolParser(JsonToolParser):
     needs_special_tokens = True
     call_format = CallFormat(
-        '{"name": ', ', "arguments": ', "}", separator=", ", first="<|tool_call|>[", last="]"
+        '{"name": ', ', "arguments": ', "}", separator=", ", first=BEGINS[0] + "[", last="]", trigger=BEGINS[0]
     )
 
     def read(self) -> Reading[None]:

@@ -11,7 +11,7 @@ BEGIN, END = "<tool_call>", "</tool_call>"
 
 class HermesToolParser(JsonToolParser):
     needs_special_tokens = True  # in some of these vocabularies the marks are
-    call_format = CallFormat(BEGIN + '\n{"name": ', ', "arguments": ', "}\n" + END, separator="\n")
+    call_format = CallFormat(BEGIN + '\n{"name": ', ', "arguments": ', "}\n" + END, separator="\n", trigger=BEGIN)
 
     def read(self) -> Reading[None]:
         while (yield from self.source.until(BEGIN, emit=self.content))[1]:

@@ -15,7 +15,9 @@ _ID_CHARS = string.ascii_letters + string.digits
 
 class MistralToolParser(JsonToolParser):
     needs_special_tokens = True
-    call_format = CallFormat('{"name": ', ', "arguments": ', "}", separator=", ", first=BEGIN + "[", last="]")
+    call_format = CallFormat(
+        '{"name": ', ', "arguments": ', "}", separator=", ", first=BEGIN + "[", last="]", trigger=BEGIN
+    )
 
     def make_id(self) -> str:
         """Nine letters or digits: Mistral's templates refuse others."""

@@ -11,7 +11,9 @@ BEGIN = "functools["
 
 class Phi4MiniJsonToolParser(JsonToolParser):
     needs_special_tokens = True
-    call_format = CallFormat('{"name": ', ', "arguments": ', "}", separator=", ", first=BEGIN, last="]")
+    call_format = CallFormat(
+        '{"name": ', ', "arguments": ', "}", separator=", ", first=BEGIN, last="]", trigger=BEGIN
+    )
 
     def read(self) -> Reading[None]:
         while (yield from self.source.until(BEGIN, emit=self.content))[1]:

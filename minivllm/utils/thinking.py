@@ -24,3 +24,11 @@ class ThinkingTracker:
             self.is_open = self._tail[-len(self._end) :] != self._end
         elif self._start and self._tail[-len(self._start) :] == self._start:
             self.is_open, self.num_tokens = True, 0
+
+
+def thinking_before_form(start: Sequence[int], end: Sequence[int], is_open: bool) -> ThinkingTracker | None:
+    """What may precede the form that an answer must have: thinking that is open already, or that its first token opens.
+
+    What looks like a mark behind that is a part of the form.
+    """
+    return ThinkingTracker(start, end, is_open) if is_open or len(start) == 1 else None

@@ -1,6 +1,7 @@
-"""Decode steps of a shape met before, replayed from the native calls they are made of: CUDA graphs for a CPU.
+"""Decode steps of a shape met before, replayed as a whole: from native calls on a CPU, as captured graphs on a GPU.
 
-Owns when a step is recorded, checked and replayed, and how much memory recordings keep. A replay is right when every
+Owns when a step is recorded, checked and replayed, and how much memory recordings keep. Both classes have one contract,
+`run(key, step)`. A replay is right when every
 tensor the step reads lies where it lay when it was recorded, in the same shape: that is the key. What it computes is
 the eager step's bits, for it makes the same calls; a recording is trusted once it gave them on another step's inputs.
 """
@@ -17,6 +18,7 @@ import torch
 
 from minivllm.logger import init_logger
 from minivllm.ops.recording import Recording, recording
+from minivllm.platforms.platform import Graphs
 
 logger = init_logger(__name__)
 
@@ -24,11 +26,13 @@ _TIMES_MET = 3  # before a step is worth recording: batches of a size that passe
 _MOST_BYTES = 96 << 20  # kept by all recordings
 _MOST_KEYS = 4096  # remembered as met
 
+Step = Callable[[], tuple[torch.Tensor, ...]]
+
 
 @dataclasses.dataclass
 class _Graph:
     recording: Recording
-    output: torch.Tensor  # where every replay leaves it
+    outputs: tuple[torch.Tensor, ...]  # where every replay leaves them
     is_trusted: bool = False
 
 
@@ -42,8 +46,8 @@ class StepGraphs:
         self._met: Counter[Hashable] = Counter()
         self._refused = False
 
-    def run(self, key: Hashable | None, step: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """What `step()` gives. The tensor may be one that the next call writes to.
+    def run(self, key: Hashable | None, step: Step) -> tuple[torch.Tensor, ...]:
+        """What `step()` gives. The tensors may be ones that the next call writes to.
 
         key: of everything `step` reads but weights and the cache, see `key_of`; None for a step not to be recorded.
         """
@@ -56,40 +60,83 @@ class StepGraphs:
         graph.recording.replay()
         if not graph.is_trusted:
             return self._check(graph, step)
-        return graph.output
+        return graph.outputs
 
-    def _meet(self, key: Hashable, step: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def _meet(self, key: Hashable, step: Step) -> tuple[torch.Tensor, ...]:
         if len(self._met) >= _MOST_KEYS:
             self._met.clear()
         self._met[key] += 1
         if self._met[key] <= _TIMES_MET:
             return step()
         with recording() as taken:
-            output = step()
+            outputs = step()
         if taken.unusable is not None:
             self._refuse(taken.unusable)
         elif taken.nbytes > self._most_bytes // 2:
             self._met[key] = -(1 << 30)  # too large ever to be kept
         else:
-            self._graphs[key] = _Graph(taken, output)
+            self._graphs[key] = _Graph(taken, outputs)
             self._num_bytes += taken.nbytes
             while self._num_bytes > self._most_bytes:
                 self._num_bytes -= self._graphs.popitem(last=False)[1].recording.nbytes
-        return output
+        return outputs
 
-    def _check(self, graph: _Graph, step: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """The eager step's output, and whether the replay before it gave the same bits."""
-        replayed = graph.output.clone()
-        output = step()
-        graph.is_trusted = torch.equal(replayed.view(torch.uint8), output.view(torch.uint8))
+    def _check(self, graph: _Graph, step: Step) -> tuple[torch.Tensor, ...]:
+        """The eager step's outputs, and whether the replay before it gave the same bits."""
+        replayed = [output.clone() for output in graph.outputs]
+        outputs = step()
+        pairs = zip(replayed, outputs, strict=True)
+        graph.is_trusted = all(torch.equal(ours.view(torch.uint8), its.view(torch.uint8)) for ours, its in pairs)
         if not graph.is_trusted:
             self._refuse("a replayed step gave other bits than the step itself")
-        return output
+        return outputs
 
     def _refuse(self, why: str) -> None:
         logger.debug("steps are not replayed: %s", why)
         self._refused = True
         self._graphs.clear()
+
+
+_MOST_CAPTURES = 256  # each keeps some megabytes of the device's memory
+
+
+class CapturedGraphs:
+    """What the device captured, by key; a step is captured when its shape is first met.
+
+    A capture takes some tenths of a second, once a shape, and none of the start: there are about as many shapes as
+    `padded_size` has values, times the few bounds of attention (`input_batch.py`), and most servers meet few of them.
+    """
+
+    def __init__(self, graphs: Graphs) -> None:
+        self._captures = graphs
+        self._graphs: dict[Hashable, tuple[Callable[[], None], tuple[torch.Tensor, ...]]] = {}
+
+    @torch.inference_mode()
+    def run(self, key: Hashable | None, step: Step) -> tuple[torch.Tensor, ...]:
+        """As `StepGraphs.run`. What the step reads has been put where it lies by work given to the device before."""
+        if key is None:
+            return step()
+        if key not in self._graphs:
+            if len(self._graphs) >= _MOST_CAPTURES:
+                return step()
+            self._graphs[key] = self._captures.capture(step)
+            logger.debug("captured decode step number %d", len(self._graphs))
+        replay, outputs = self._graphs[key]
+        replay()
+        return outputs
+
+
+_LARGEST_PADDED = 512  # requests; larger decodes run as large as they are
+
+
+def padded_size(num_reqs: int) -> int:
+    """How many rows a captured decode of so many requests has: 1, 2, 4, then steps of at most an eighth."""
+    if num_reqs > _LARGEST_PADDED:
+        return num_reqs
+    if num_reqs <= 4:
+        return 1 << (num_reqs - 1).bit_length()
+    step = 8 if num_reqs <= 64 else 16 if num_reqs <= 256 else 32
+    return -(-num_reqs // step) * step
 
 
 def key_of(*values: Any) -> Hashable | None:

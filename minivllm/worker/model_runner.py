@@ -1,18 +1,24 @@
-"""Runs one step: follows the scheduler's plan, runs the model, samples.
+"""Runs one step: follows the scheduler's plan, runs the model, samples. One class for the CPU and for GPUs.
 
-A step's inputs are made in host memory, which so far is the device's own: the CPU.
+On a CPU a step's inputs are made where the model reads them, and its tokens are known when it ends. A GPU has memory
+and a pace of its own: inputs are copied (`buffers.py`), decodes padded to the sizes of captured graphs (`graphs.py`), and
+tokens stay there until they are asked for (`device_sampling.py`); nothing in a step waits for the device.
 Owns the state of requests between steps and the KV cache's tensors. Does not know how a plan came about, nor
 how its result is sent.
 """
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
 from minivllm.attention.backend import AttentionBackend, ForwardContext
+from minivllm.layers.embedding import GivenEmbeddings
 from minivllm.messages.worker import (
     CachedRequestData,
     GrammarOutput,
@@ -21,12 +27,26 @@ from minivllm.messages.worker import (
     SchedulerOutput,
 )
 from minivllm.models.decoder import DecoderForCausalLM
-from minivllm.sample.sampler import Sampler, SamplerOutput
+from minivllm.platforms.platform import Platform
+from minivllm.sample.sampler import NONFINITE, DrawInputs, Drawn, Sampler, SamplerOutput
 from minivllm.sample.step import GrammarMask, SampleBatch
-from minivllm.worker.graphs import StepGraphs, key_of
+from minivllm.worker.buffers import Staging
+from minivllm.worker.device_sampling import DeviceDraw, DeviceSampling, Handle
+from minivllm.worker.graphs import CapturedGraphs, StepGraphs, key_of, padded_size
 from minivllm.worker.input_batch import InputBatch, InputBuffers
+from minivllm.worker.prompt_embeds import PromptVectors
 from minivllm.worker.prompt_logprobs import PromptLogprobs
 from minivllm.worker.request_state import RequestTable
+
+
+@dataclass(frozen=True)
+class _Decode:
+    """A step of one token a request, all of which are sampled. It serves as long as its batch stays the same object."""
+
+    batch: InputBatch
+    ctx: ForwardContext
+    draw: DrawInputs | DeviceDraw | None  # None: sampling is more than that, and not part of the step
+    key: Hashable | None  # see worker/graphs.py
 
 
 class ModelRunner:
@@ -42,62 +62,175 @@ class ModelRunner:
         max_num_seqs: int,
         group_of_layer: list[int],
         enforce_eager: bool = False,
+        platform: Platform | None = None,
     ) -> None:
-        """group_of_layer: each layer's KV cache group; layers of different groups may share a tensor of kv_caches."""
+        """group_of_layer: each layer's KV cache group; layers of different groups may share a tensor of kv_caches.
+
+        platform: None for one whose memory is the host's.
+        """
         block_size = backend.spec.block_size
         self.model, self.backend, self.kv_caches, self.sampler = model, backend, kv_caches, sampler
         # As many again for requests that are preempted.
         num_groups = max(group_of_layer) + 1
         self.table = RequestTable(2 * max_num_seqs, max_model_len, block_size, num_groups=num_groups)
+        self._staging = Staging(platform)
+        is_captured = self._staging.copies and platform.graphs is not None and not enforce_eager
         self.buffers = InputBuffers(
-            max_num_batched_tokens, max_num_seqs, -(-max_model_len // block_size), num_groups=num_groups
+            max_num_batched_tokens,
+            max_num_seqs,
+            -(-max_model_len // block_size),
+            num_groups=num_groups,
+            staging=self._staging,
+            **({"padded_size": padded_size} if is_captured else {}),
         )
+        self._sampling: DeviceSampling | None = None
+        if self._staging.copies:
+            self._sampling = DeviceSampling(
+                sampler, platform, self._staging, sampler.vocab_size, padded_size(max_num_seqs)
+            )
         self._group_of_layer = group_of_layer
-        self.prompt_logprobs = PromptLogprobs(model.compute_logits, sampler)
-        self._graphs = None if enforce_eager else StepGraphs()
+        self.prompt_logprobs = PromptLogprobs(lambda hidden: model.compute_logits(hidden).cpu(), sampler)
+        self.prompt_vectors = PromptVectors(backend.spec.dtype)
+        self._graphs: StepGraphs | CapturedGraphs | None = None
+        if is_captured:
+            self._graphs = CapturedGraphs(platform.graphs)
+        elif not enforce_eager and not self._staging.copies:
+            self._graphs = StepGraphs()
         self._batch: InputBatch | None = None
         self._hidden: torch.Tensor | None = None
         self._logits: torch.Tensor | None = None  # of a decode step, computed with the rest of it
+        self._drawn: Drawn | None = None  # and tokens, which are good if no grammar comes
+        self._decode: _Decode | None = None  # the last one
 
-    @torch.inference_mode()
     def execute_model(self, plan: SchedulerOutput) -> None:
         """Take in the plan and run the model on its tokens; `sample_tokens` follows."""
         self._follow(plan)
-        self._batch = self._hidden = self._logits = None
+        self._batch = self._hidden = self._logits = self._drawn = None
         if not plan.num_scheduled_tokens:
             return
-        batch = self.buffers.prepare(plan.num_scheduled_tokens, self.table)
-        metadata = [self.backend.build_metadata(step) for step in batch.steps]
-        ctx = ForwardContext([metadata[group] for group in self._group_of_layer], self.kv_caches)
-        if self._graphs is not None and batch.is_decode:
-            self._logits = self._decode(batch, metadata, ctx)
+        self._batch = batch = self._prepare(plan.num_scheduled_tokens)
+        given = self.prompt_vectors.of_step(batch)
+        if self._graphs is not None and batch.is_decode and given is None:
+            self._run_decode(batch)
         else:
-            self._hidden = self.model.forward(batch.input_ids, batch.positions, ctx)
-        self._batch = batch
+            self._run(batch, given)
 
-    def _decode(self, batch: InputBatch, metadata: list[Any], ctx: ForwardContext) -> torch.Tensor:
-        """Logits of a step of one token a request, all of which are sampled. metadata: one a KV cache group."""
-
-        def step() -> torch.Tensor:
-            return self.model.compute_logits(self.model.forward(batch.input_ids, batch.positions, ctx))
-
-        return self._graphs.run(key_of(batch.input_ids, batch.positions, metadata), step)
+    def _prepare(self, num_scheduled_tokens: dict[str, int]) -> InputBatch:
+        if self._sampling is None:
+            return self.buffers.prepare(num_scheduled_tokens, self.table)
+        with torch.inference_mode():
+            self._sampling.absorb(self.table)
+            self._staging.begin()
+            batch = self.buffers.prepare(num_scheduled_tokens, self.table)
+            self._sampling.complete(batch)
+            return batch
 
     @torch.inference_mode()
+    def _run(self, batch: InputBatch, given: GivenEmbeddings | None) -> None:
+        ctx = self._context(self._metadata(batch))
+        self._hidden = self.model.forward(batch.input_ids, batch.positions, ctx, given)
+
+    def _run_decode(self, batch: InputBatch) -> None:
+        draws = self._sampling is not None or self.sampler.only_draws(batch.rows)
+        known = self._decode
+        if known is None or known.batch is not batch or (known.draw is not None) != draws:
+            known = self._decode = self._describe(batch, draws)
+        self._logits, *drawn = self._graphs.run(known.key, partial(self._step, known))
+        self._drawn = Drawn(*drawn) if drawn else None
+
+    def _describe(self, batch: InputBatch, draws: bool) -> _Decode:
+        metadata = self._metadata(batch)
+        draw: DrawInputs | DeviceDraw | None = None
+        if self._sampling is not None:
+            with torch.inference_mode():
+                draw = self._sampling.inputs(batch.rows, batch.ends, len(batch.input_ids))
+        elif draws:
+            draw = self.sampler.draw_inputs(batch.rows, batch.ends)
+        key = key_of(batch.input_ids, batch.positions, metadata, draw)
+        return _Decode(batch, self._context(metadata), draw, key)
+
+    @torch.inference_mode()
+    def _step(self, decode: _Decode) -> tuple[torch.Tensor, ...]:
+        """What a decode step computes: logits and, if they can be, tokens and which rows are broken."""
+        batch, draw = decode.batch, decode.draw
+        logits = self.model.compute_logits(self.model.forward(batch.input_ids, batch.positions, decode.ctx))
+        if draw is None:
+            return (logits,)
+        drawn = (self._sampling or self.sampler).draw(logits, draw)
+        return logits, drawn.token_ids, drawn.broken
+
+    def _metadata(self, batch: InputBatch) -> list[Any]:
+        """One a KV cache group."""
+        return [self.backend.build_metadata(step) for step in batch.steps]
+
+    def _context(self, metadata: list[Any]) -> ForwardContext:
+        return ForwardContext([metadata[group] for group in self._group_of_layer], self.kv_caches)
+
     def sample_tokens(self, grammar: GrammarOutput | None = None) -> ModelRunnerOutput:
         """One token for each request whose last known token was in the step, and the logprobs asked for."""
-        batch, hidden, logits = self._batch, self._hidden, self._logits
-        self._batch = self._hidden = self._logits = None
+        if self._sampling is not None:
+            return self.start_sampling(grammar).result()
+        batch, hidden, logits, drawn = self._batch, self._hidden, self._logits, self._drawn
+        self._batch = self._hidden = self._logits = self._drawn = None
         if batch is None:
             return ModelRunnerOutput()
+        if drawn is not None and grammar is None:
+            sampled = self.sampler.accept(drawn, logits, batch.rows)
+            return self._accept(batch, batch.rows, sampled, ModelRunnerOutput(batch.request_ids))
+        return self._sample(batch, hidden, logits, grammar)
+
+    @property
+    def is_asynchronous(self) -> bool:
+        """Whether there is `start_sampling`: the device works while the host goes on."""
+        return self._sampling is not None
+
+    @torch.inference_mode()
+    def start_sampling(self, grammar: GrammarOutput | None = None) -> Handle:
+        """As `sample_tokens`, which need not be waited for: the next step takes its tokens from the device."""
+        batch, hidden, logits, drawn = self._batch, self._hidden, self._logits, self._drawn
+        self._batch = self._hidden = self._logits = self._drawn = None
+        if batch is None:
+            return Handle(ModelRunnerOutput)
+        sampling, table = self._sampling, self.table
         result = ModelRunnerOutput(batch.request_ids, [[] for _ in batch.request_ids])
+        rows = batch.rows[batch.samples]
         if logits is None:
-            self.prompt_logprobs.add_to(result, batch, hidden, self.table)
-            if len(batch.samples):
-                logits = self.model.compute_logits(hidden[batch.sampled_rows])
-        if logits is not None:
-            self._sample(batch, logits, grammar, result)
-        return result
+            self.prompt_logprobs.add_to(result, batch, hidden, table)
+            if len(rows):
+                logits = self.model.compute_logits(hidden.index_select(0, sampling.rows_on_device(batch)))
+        if logits is None:
+            self._staging.end()
+            return Handle(lambda: result)
+        if drawn is None:
+            drawn = sampling.draw(logits, sampling.inputs(rows, table.num_tokens[rows], len(rows)))
+        self._staging.end()
+        pending = sampling.keep(drawn, rows, table.num_tokens[rows])
+        columns, on_host = self._sample_on_host(rows, logits, grammar)
+        sampling.known(pending, columns)
+        table.advance(np.delete(rows, columns))
+        return Handle(
+            lambda: self._report(batch, sampling.output(pending).with_rows(columns, on_host), result)
+        )
+
+    def _sample_on_host(
+        self, rows: np.ndarray, logits: torch.Tensor, grammar: GrammarOutput | None
+    ) -> tuple[np.ndarray, SamplerOutput | None]:
+        """The columns whose requests ask for more than a device does, and their tokens, which the table then has."""
+        needs_host = ~self.sampler.draws_alone(rows)
+        if grammar is not None:
+            needs_host |= np.isin(rows, self.table.rows(grammar.request_ids))
+        columns = np.flatnonzero(needs_host)
+        if not len(columns):
+            return columns, None
+        self._sampling.absorb(self.table, wait=True)  # what they ask for may depend on every token so far
+        own = rows[columns]
+        sampled = self.sampler(
+            logits[torch.from_numpy(columns).to(logits.device)].cpu(),
+            self._sample_batch(own),
+            self._mask_of(grammar, own),
+        )
+        self._append(own, sampled)
+        return columns, sampled
 
     # Plan --------------------------------------------------------------------
 
@@ -115,6 +248,9 @@ class ModelRunner:
         if row is not None:
             self.sampler.remove_request(row)
             self.prompt_logprobs.remove_request(row)
+            self.prompt_vectors.remove_request(row)
+            if self._sampling is not None:
+                self._sampling.forget(row)
 
     def _remember(self, request: NewRequestData) -> None:
         self._forget(request.request_id)
@@ -122,6 +258,7 @@ class ModelRunner:
         params = request.sampling_params
         self.sampler.add_request(row, params, request.seed, request.eos_token_ids)
         self.prompt_logprobs.add_request(row, params)
+        self.prompt_vectors.add_request(row, request.prompt_embeds)
 
     def _continue(self, known: CachedRequestData) -> None:
         rows = self.table.rows(known.request_ids)
@@ -134,37 +271,75 @@ class ModelRunner:
 
     # Results -----------------------------------------------------------------
 
+    @torch.inference_mode()
     def _sample(
-        self, batch: InputBatch, logits: torch.Tensor, grammar: GrammarOutput | None, result: ModelRunnerOutput
-    ) -> None:
+        self,
+        batch: InputBatch,
+        hidden: torch.Tensor | None,
+        logits: torch.Tensor | None,
+        grammar: GrammarOutput | None,
+    ) -> ModelRunnerOutput:
+        """From the logits, or from hidden states that give them."""
+        result = ModelRunnerOutput(batch.request_ids, [[] for _ in batch.request_ids])
+        if logits is None:
+            self.prompt_logprobs.add_to(result, batch, hidden, self.table)
+            if not len(batch.samples):
+                return result
+            logits = self.model.compute_logits(hidden[batch.sampled_rows])
         rows = batch.rows[batch.samples]
-        sampled = self.sampler(
-            logits,
-            SampleBatch(
-                rows=rows,
-                num_tokens=self.table.num_tokens[rows],
-                num_prompt_tokens=self.table.num_prompt_tokens[rows],
-                token_ids=self.table.token_ids,
-            ),
-            self._mask_of(grammar, rows),
+        sampled = self.sampler(logits, self._sample_batch(rows), self._mask_of(grammar, rows))
+        return self._accept(batch, rows, sampled, result)
+
+    def _sample_batch(self, rows: np.ndarray) -> SampleBatch:
+        return SampleBatch(
+            rows=rows,
+            num_tokens=self.table.num_tokens[rows],
+            num_prompt_tokens=self.table.num_prompt_tokens[rows],
+            token_ids=self.table.token_ids,
+            has_vectors=self._has_vectors(rows),
         )
-        ids = [batch.request_ids[i] for i in batch.samples.tolist()]
+
+    def _accept(
+        self, batch: InputBatch, rows: np.ndarray, sampled: SamplerOutput, result: ModelRunnerOutput
+    ) -> ModelRunnerOutput:
+        """Remember the tokens, and report them. rows: of the table, those that got one."""
+        self._append(rows, sampled)
+        return self._report(batch, sampled, result)
+
+    def _report(self, batch: InputBatch, sampled: SamplerOutput, result: ModelRunnerOutput) -> ModelRunnerOutput:
+        """Add to `result` what was sampled for the batch's samples."""
+        is_whole = len(batch.samples) == len(batch.request_ids)
+        ids = batch.request_ids if is_whole else [batch.request_ids[i] for i in batch.samples.tolist()]
         tokens = sampled.token_ids.reshape(-1, 1).tolist()
         if sampled.failed:
-            self._append_sound(rows, sampled)
             for column in sampled.failed:
                 tokens[column] = []
+            self._blame_vectors(batch.rows[batch.samples], sampled)
             result.failed.update({ids[column]: why for column, why in sampled.failed.items()})
-        else:
-            self.table.append_tokens(rows, sampled.token_ids)
-        if len(ids) == len(batch.request_ids):
+            result.fields_at_fault.update({ids[column]: name for column, name in sampled.fields_at_fault.items()})
+        if is_whole:
             result.sampled_token_ids = tokens
         else:
             for i, own in zip(batch.samples.tolist(), tokens):
                 result.sampled_token_ids[i] = own
-        result.logprobs.update(
-            {ids[c]: lists for c, lists in sampled.logprobs.items() if c not in sampled.failed}
-        )
+        if sampled.logprobs:
+            result.logprobs.update(
+                {ids[c]: lists for c, lists in sampled.logprobs.items() if c not in sampled.failed}
+            )
+        return result
+
+    def _has_vectors(self, rows: np.ndarray) -> np.ndarray | None:
+        """Whose prompts are vectors, [len(rows)] bool; None where nobody's are."""
+        if self.prompt_vectors.is_idle:
+            return None
+        return np.array([self.prompt_vectors.has(row) for row in rows.tolist()])
+
+    def _blame_vectors(self, rows: np.ndarray, sampled: SamplerOutput) -> None:
+        """Logits that are no numbers, behind vectors that no token has: these are at fault."""
+        for column, why in sampled.failed.items():
+            if why == NONFINITE and self.prompt_vectors.has(int(rows[column])):
+                sampled.failed[column] = f"with these prompt_embeds {NONFINITE}"
+                sampled.fields_at_fault[column] = "prompt_embeds"
 
     def _mask_of(self, grammar: GrammarOutput | None, rows: np.ndarray) -> GrammarMask | None:
         """The masks of the requests in these rows of the table.
@@ -181,7 +356,10 @@ class ModelRunner:
             bitmask = bitmask[np.array(columns) >= 0]
         return GrammarMask(np.array([column for column in columns if column >= 0], np.int64), bitmask)
 
-    def _append_sound(self, rows: np.ndarray, sampled: SamplerOutput) -> None:
+    def _append(self, rows: np.ndarray, sampled: SamplerOutput) -> None:
+        if not sampled.failed:
+            self.table.append_tokens(rows, sampled.token_ids)
+            return
         going_on = np.ones(len(rows), bool)
         going_on[list(sampled.failed)] = False
         self.table.append_tokens(rows[going_on], sampled.token_ids[going_on])

@@ -23,6 +23,7 @@ class RequestTable:
         self.num_tokens = np.zeros(num_rows, np.int64)
         self.num_prompt_tokens = np.zeros(num_rows, np.int64)
         self.num_computed_tokens = np.zeros(num_rows, np.int64)
+        self.version = 0  # of rows and blocks: another one whenever a request comes, goes or gets blocks
         self._free_rows = list(reversed(range(num_rows)))
 
     def add(self, request: NewRequestData) -> int:
@@ -41,11 +42,13 @@ class RequestTable:
 
     def replace_blocks(self, row: int, block_ids: list[list[int]]) -> None:
         """block_ids: one list a KV cache group."""
+        self.version += 1
         for blocks, ids in zip(self.blocks, block_ids, strict=True):
             blocks.replace(row, ids)
 
     def append_blocks(self, row: int, block_ids: list[list[int]]) -> None:
         """block_ids: one list a KV cache group."""
+        self.version += 1
         for blocks, ids in zip(self.blocks, block_ids, strict=True):
             blocks.append(row, ids)
 
@@ -53,6 +56,7 @@ class RequestTable:
         """Forget a request; the row it had, None if it is not known."""
         row = self.row_of.pop(request_id, None)
         if row is not None:
+            self.version += 1
             for blocks in self.blocks:
                 blocks.clear(row)
             self._free_rows.append(row)
@@ -64,6 +68,10 @@ class RequestTable:
         rows, token_ids = rows[fits], token_ids[fits]
         self.token_ids[rows, self.num_tokens[rows]] = token_ids
         self.num_tokens[rows] += 1
+
+    def advance(self, rows: np.ndarray) -> None:
+        """One more token for each row, whose id is not known yet; see `append_tokens`."""
+        self.num_tokens[rows[self.num_tokens[rows] < self.token_ids.shape[1]]] += 1
 
     def rows(self, request_ids: list[str]) -> np.ndarray:
         """[len(request_ids)] int64. An unknown id raises KeyError."""

@@ -6,7 +6,7 @@ import random
 from typing import Any
 
 from minivllm.core.sched.scheduler import Scheduler
-from minivllm.messages.engine import EngineCoreRequest
+from minivllm.messages.engine import EngineCoreRequest, LoRAIdentity, PromptEmbeds
 from minivllm.sampling_params import SamplingParams
 
 EOS = 2
@@ -24,9 +24,15 @@ def make_request(
     cache_salt: str | None = None,
     priority: int = 0,
     arrival_time: float = 0.0,
+    vectors: list[int] | None = None,
+    lora: LoRAIdentity | None = None,
     **params: Any,
 ) -> EngineCoreRequest:
-    """A request; `prompt` is its tokens or their number (then 10, 11, …, the same for every request)."""
+    """A request; `prompt` is its tokens or their number (then 10, 11, …, the same for every request). vectors: in its
+    place a prompt of embeddings, each made of one number below 256."""
+    embeds = None
+    if vectors is not None:
+        prompt, embeds = [0] * len(vectors), PromptEmbeds("float16", 2, b"".join(bytes(4 * [v]) for v in vectors))
     return EngineCoreRequest(
         request_id=request_id,
         prompt_token_ids=list(range(10, 10 + prompt)) if isinstance(prompt, int) else prompt,
@@ -38,6 +44,8 @@ def make_request(
         cache_salt=cache_salt,
         priority=priority,
         arrival_time=arrival_time,
+        prompt_embeds=embeds,
+        lora=lora,
     )
 
 

@@ -18,6 +18,7 @@ class FakeState:
         self.is_ready = is_ready
         self.is_constraining = True
         self.error: str | None = None
+        self.error_param: str | None = None
 
     @property
     def is_complete(self) -> bool:
@@ -80,9 +81,11 @@ def test_one_that_does_not_compile_ends_with_the_reason():
     driver = Driver(make_scheduler(grammars=grammars))
     driver.add(constrained("a", "3"))
     driver.step()
-    grammars.states["a"].error, grammars.states["a"].is_ready = "it is too large", True
+    state = grammars.states["a"]
+    state.error, state.error_param, state.is_ready = "it is too large", "response_format", True
     answer = driver.run()["a"]
     assert (answer.finish_reason, answer.error, answer.token_ids) == (FinishReason.ERROR, "it is too large", [])
+    assert answer.error_param == "response_format"
 
 
 def test_one_can_be_aborted_while_it_compiles():

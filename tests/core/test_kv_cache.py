@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from hashlib import sha256
 
+import msgspec
 import pytest
 
 from minivllm.core.block_pool import BlockPool
@@ -13,18 +14,22 @@ from minivllm.core.kv_cache_utils import (
     BLOCK_HASHES,
     FreeKVCacheBlockQueue,
     KVCacheBlock,
+    extra_keys,
     hash_block,
     make_block_hasher,
     root_hash,
 )
 from minivllm.core.request import Request
+from minivllm.messages.engine import LoRAIdentity
+from minivllm.messages.kv_events import BlockStored
+from minivllm.messages.stats import BLOCK_CACHED, BLOCK_EMPTY, BLOCK_HELD, BLOCK_SHARED
 from tests.core.requests import make_request
 
 BLOCK = 4
 NOTHING_CACHED = CachedPrefix(0, [[]])
 
 
-def hashes(prompt: list[int], **fields) -> list[bytes]:
+def hashes(prompt: list[int] | int = 4, **fields) -> list[bytes]:
     return Request.from_message(make_request(prompt=prompt, **fields), make_block_hasher(BLOCK)).block_hashes
 
 
@@ -74,6 +79,69 @@ def test_a_cache_salt_changes_every_hash_of_the_chain():
     plain, salted, other = hashes(prompt), hashes(prompt, cache_salt="x"), hashes(prompt, cache_salt="y")
     assert not set(plain) & set(salted) and not set(salted) & set(other)
     assert salted == hashes(prompt, cache_salt="x")
+
+
+def test_an_adapter_names_every_block_and_another_load_of_its_name_is_another():
+    def loaded(load_id: str, name: str = "sql") -> list[bytes]:
+        return hashes(list(range(8)), lora=LoRAIdentity(name, load_id))
+
+    chains = [hashes(list(range(8))), loaded("1"), loaded("2"), loaded("1", "sqlx"), loaded("x1", "sql")]
+    assert len({block_hash for each in chains for block_hash in each}) == 10
+    assert loaded("1") == chains[1]
+    request = Request.from_message(make_request(prompt=list(range(8)), lora=LoRAIdentity("sql", "1"), cache_salt="s"))
+    assert extra_keys(request, 0, 4) == (("lora", "sql", "1"), ("cache_salt", "s"))
+    assert extra_keys(request, 4, 8) == (("lora", "sql", "1"),)
+
+
+def test_what_one_key_holds_never_reads_as_two():
+    salted = hashes([1, 2, 3, 4], cache_salt="('lora', 'a', 'b')")
+    assert salted != hashes([1, 2, 3, 4], lora=LoRAIdentity("a", "b"))
+    one, other = LoRAIdentity("a", "b', 'c"), LoRAIdentity("a', 'b", "c")
+    assert hashes([1, 2, 3, 4], lora=one) != hashes([1, 2, 3, 4], lora=other)
+
+
+def test_vectors_name_the_blocks_they_are_in_by_their_bytes():
+    vectors = list(range(20, 30))
+    chain = hashes(vectors=vectors)
+    assert len(chain) == 2 and chain == hashes(vectors=vectors)
+    assert hashes(vectors=[*vectors[:4], *vectors[5:], 1])[0] == chain[0]
+    assert not set(hashes(vectors=[99, *vectors[1:]])) & set(chain)
+    assert not set(hashes([0] * 10)) & set(chain)  # zeros stand in the place of tokens
+
+
+def test_a_block_of_vectors_and_tokens_is_named_by_both():
+    def mixed(num_vectors: int, prior: tuple[int, ...]) -> list[bytes]:
+        return hashes(vectors=[7] * num_vectors, prior=prior)
+
+    chains = [mixed(3, (0,)), mixed(2, (0, 0)), mixed(3, (1,)), mixed(4, ()), mixed(1, (0, 0, 0))]
+    assert len({block_hash for each in chains for block_hash in each}) == 5
+    grown = Request.from_message(make_request(vectors=[7] * 3), make_block_hasher(BLOCK))
+    for token in (0, 5, 5, 5, 5):
+        grown.append_output_tokens([token])
+    assert grown.block_hashes == mixed(3, (0, 5, 5, 5, 5)) and grown.block_hashes[0] == chains[0][0]
+
+
+def test_the_dtype_of_vectors_is_part_of_the_name():
+    request = make_request(vectors=[5] * 4)
+    embeds = msgspec.structs.replace(request.prompt_embeds, dtype="bfloat16")
+    other = msgspec.structs.replace(request, prompt_embeds=embeds)
+    hasher = make_block_hasher(BLOCK)
+    assert Request.from_message(request, hasher).block_hashes != Request.from_message(other, hasher).block_hashes
+
+
+def test_events_tell_what_separates_equal_tokens():
+    hasher = make_block_hasher(BLOCK)
+    manager = KVCacheManager(8, BLOCK, record_events=True)
+    for i, fields in enumerate(({}, {"cache_salt": "s"}, {"vectors": [9] * 8})):
+        request = Request.from_message(make_request(str(i), **({"prompt": [0] * 8} | fields)), hasher)
+        manager.admit(request, manager.find_cached_prefix(request), 8)
+        request.num_confirmed_tokens = 8
+        manager.cache_confirmed_blocks(request)
+        manager.free(request)
+    plain, salted, vectors = [event.extra_keys for event in manager.take_events() if isinstance(event, BlockStored)]
+    assert plain is None and salted == [(("cache_salt", "s"),), None]
+    digest = sha256(bytes([9] * 16)).hexdigest()
+    assert vectors == [(("prompt_embeds", "float16", digest),)] * 2
 
 
 def test_an_empty_salt_is_a_salt():
@@ -202,6 +270,20 @@ def test_usage_counts_held_blocks_only():
     pool.cache(blocks[0], b"x")
     pool.free(blocks)
     assert pool.usage == 0
+
+
+def test_a_picture_of_the_pool_tells_free_cached_held_and_shared_blocks_apart():
+    pool = BlockPool(5)
+    cached, held, shared = pool.allocate(3)
+    for block in (cached, shared):
+        pool.cache(block, bytes([block.block_id]))
+    pool.free([cached])
+    pool.touch([shared])
+    expected = [BLOCK_CACHED, BLOCK_HELD, BLOCK_SHARED, BLOCK_EMPTY, BLOCK_EMPTY]
+    assert pool.states(limit=8) == (1, bytes(expected))
+    assert pool.states(limit=3) == (2, bytes(expected[::2]))  # of a large pool, every second block
+    with_null = BlockPool(3, has_null=True)
+    assert with_null.states(limit=8) == (1, bytes([BLOCK_EMPTY] * 2))  # the null block is nobody's
 
 
 # Block tables

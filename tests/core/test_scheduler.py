@@ -6,6 +6,7 @@ import pytest
 
 from minivllm.exceptions import ConfigError, RequestError
 from minivllm.messages.engine import FinishReason
+from minivllm.messages.stats import BLOCK_HELD
 from tests.core.requests import EOS, make_request, make_scheduler
 from tests.fakes import Driver, answer_alone, drive
 
@@ -231,6 +232,22 @@ def test_a_second_request_with_the_same_prefix_computes_only_the_rest():
     assert plan.num_scheduled_tokens == {"b": 2} and plan.scheduled_new_reqs[0].num_computed_tokens == 8
     assert driver.answers["b"].num_cached_tokens == 8
     assert driver.scheduler.make_stats().prefix_cache.hits == 8
+
+
+def test_a_snapshot_counts_from_the_start_and_changes_nothing():
+    driver = Driver(make_scheduler(num_blocks=17, max_num_seqs=1))
+    for name in "abc":
+        driver.add(make_request(name, prompt=10, max_tokens=2))
+    for _ in range(3):
+        driver.step()
+    driver.scheduler.make_stats()  # what it resets, a snapshot keeps
+    snapshot = driver.scheduler.snapshot()
+    assert (snapshot.num_running_reqs, snapshot.num_waiting_reqs) == (1, 1)
+    assert (snapshot.num_prompt_tokens, snapshot.num_cached_tokens) == (20, 8)
+    assert snapshot.num_generation_tokens == 3
+    assert (snapshot.num_blocks, snapshot.block_stride, len(snapshot.blocks)) == (17, 1, 17)
+    assert snapshot.kv_cache_usage == 3 / 17 and snapshot.blocks.count(BLOCK_HELD) == 3
+    assert driver.scheduler.snapshot() == snapshot
 
 
 def test_what_follows_a_found_prefix_is_cached_too():

@@ -35,19 +35,19 @@ SHAPES = {
     "blocks of one token": {"num_blocks": 44, "block_size": 1, "max_num_batched_tokens": 20},
     "whole prompts": {"num_blocks": 12, "max_num_batched_tokens": 40, "enable_chunked_prefill": False},
     "no prefix cache": {"num_blocks": 12, "max_num_batched_tokens": 24, "enable_prefix_caching": False},
-    "one window": {"num_spare_blocks": 1, "max_num_batched_tokens": 12, "kv_cache_groups": groups(6)},
+    "one window": {"num_spare_blocks": 0, "max_num_batched_tokens": 12, "kv_cache_groups": groups(11)},
     "full and a window": {"num_spare_blocks": 5, "max_num_batched_tokens": 12, "kv_cache_groups": groups(None, 6)},
     "many groups, roomy": {
         "num_blocks": 300, "max_num_batched_tokens": 24, "kv_cache_groups": groups(None, 6, 6, None, 11, 1),
     },
     "many groups, tight": {
-        "num_spare_blocks": 6, "max_num_batched_tokens": 8, "kv_cache_groups": groups(None, 6, 6, None, 11, 1),
+        "num_spare_blocks": 8, "max_num_batched_tokens": 8, "kv_cache_groups": groups(None, 6, 6, None, 11, 1),
     },
     "windows, blocks of one token": {
-        "num_spare_blocks": 20, "block_size": 1, "max_num_batched_tokens": 20, "kv_cache_groups": groups(3, None),
+        "num_spare_blocks": 12, "block_size": 1, "max_num_batched_tokens": 20, "kv_cache_groups": groups(15, None),
     },
     "windows, whole prompts": {
-        "num_spare_blocks": 6, "max_num_batched_tokens": 40, "enable_chunked_prefill": False,
+        "num_spare_blocks": 2, "max_num_batched_tokens": 40, "enable_chunked_prefill": False,
         "kv_cache_groups": groups(None, 5),
     },
     "windows, no prefix cache": {
@@ -58,7 +58,8 @@ SHAPES = {
 
 PREEMPTING = (
     "tight", "one request fills the cache", "blocks of one token",
-    "one window", "full and a window", "many groups, tight", "windows, blocks of one token", "windows, no prefix cache",
+    "one window", "full and a window", "many groups, tight", "windows, blocks of one token", "windows, whole prompts",
+    "windows, no prefix cache",
 )  # fmt: skip
 
 
@@ -111,6 +112,8 @@ class Walk:
             logprobs=pick.choice([None, 1]),
             prompt_logprobs=pick.choice([None, None, None, 1]),
         )
+        if pick.random() < 0.2:
+            self._give_vectors(request)
         if request.sampling_params.max_tokens != 1:
             request.sampling_params.min_tokens = pick.choice([0, 0, 2])
         request.priority = pick.choice([0, 0, -3, 1, 2])
@@ -120,6 +123,13 @@ class Walk:
         self.asked[request.request_id] = request
         self.num_asked += 1
         self.driver.add(request)
+
+    @staticmethod
+    def _give_vectors(request: EngineCoreRequest) -> None:
+        """Vectors in place of its tokens, so that prefixes that were shared still are."""
+        vectors = make_request(vectors=request.prompt_token_ids)
+        request.prompt_token_ids, request.prompt_embeds = vectors.prompt_token_ids, vectors.prompt_embeds
+        request.sampling_params.prompt_logprobs = None
 
     def _make_it_a_resend(self, request: EngineCoreRequest) -> None:
         """Some of the answer, up to all of it, has been delivered before."""
@@ -224,6 +234,6 @@ def test_every_request_ends_once_with_its_own_answer(shape: str, num_in_flight: 
     stats = walk.driver.scheduler.make_stats()
     walk.finish()
     if shape in PREEMPTING and walk_steps >= 3000:
-        assert stats.num_preemptions > walk_steps // 500  # else this walk would show little
+        assert stats.num_preemptions > walk_steps // 250  # else this walk would show little
     if "no prefix cache" not in shape and walk_steps >= 3000:
         assert stats.prefix_cache.hits > walk_steps // 50

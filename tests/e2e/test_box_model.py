@@ -130,6 +130,19 @@ def test_the_clients_own_joining_of_a_stream_gives_the_calls_of_the_whole(client
     ]
 
 
+def test_a_strict_function_is_called_by_its_schema_where_the_model_calls_by_itself(client: OpenAI):
+    """Paris, which is asked for, is no value: of the two there are, the model takes one."""
+    city = {"city": {"enum": ["Oslo", "Rome"]}}
+    [tool] = tools({"type": "object", "properties": city, "required": ["city"], "additionalProperties": False})
+    strict = [{**tool, "function": {**tool["function"], "strict": True}}]
+    ask = dict(model="minnow", messages=ASK_WEATHER, temperature=0)
+    choice = client.chat.completions.create(tools=strict, **ask).choices[0]
+    assert choice.finish_reason == "tool_calls"
+    assert json.loads(choice.message.tool_calls[0].function.arguments)["city"] in ("Oslo", "Rome")
+    free = client.chat.completions.create(tools=TOOLS, **ask).choices[0]
+    assert json.loads(free.message.tool_calls[0].function.arguments) == {"city": "Paris"}
+
+
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get_weather"}}])
 def test_a_call_that_must_be_is_one_whatever_was_said(client: OpenAI, choice: object):
     """Greedy and at its wildest, the arguments are what the schema says."""

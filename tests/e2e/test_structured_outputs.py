@@ -246,6 +246,26 @@ def test_a_budget_ends_thinking_and_the_grammar_begins_behind_it():
         llm.generate("x", SamplingParams(thinking_token_budget=3), use_tqdm=False)
 
 
+def test_a_model_that_would_end_while_it_thinks_goes_on_to_the_form():
+    with LLM(kv_cache_memory_bytes=64 << 20, reasoning_parser="qwen3") as llm:
+        tokenizer = llm.get_tokenizer()
+        thinking = tokenizer.encode("Say it:<think>", add_special_tokens=False)
+        wants_to_end = {"logit_bias": {tokenizer.eos_token_id: 100.0}, "temperature": 0, "max_tokens": 40}
+        params = [
+            SamplingParams(**wants_to_end),
+            SamplingParams(**wants_to_end, structured_outputs={"choice": ["yes", "no"]}),
+            SamplingParams(**wants_to_end, structured_outputs={"choice": ["yes", "no"]}, thinking_token_budget=9),
+            SamplingParams(**wants_to_end, structured_outputs={"choice": ["yes", "no"]}, ignore_eos=True),
+        ]
+        outputs = llm.generate([thinking] * 4, params, use_tqdm=False)
+    free, cut, formed, ignoring = [output.outputs[0] for output in outputs]
+    assert free.token_ids == [tokenizer.eos_token_id] and free.finish_reason == "stop"
+    assert len(cut.token_ids) == 40 and cut.finish_reason == "length" and tokenizer.eos_token_id not in cut.token_ids
+    assert formed.token_ids[:9] == cut.token_ids[:9] and formed.finish_reason == "stop"
+    assert formed.text.split("</think>")[-1] in ("yes", "no")
+    assert set(ignoring.token_ids) == {tokenizer.eos_token_id} and ignoring.finish_reason == "length"
+
+
 def test_no_whitespace_for_all_requests_is_the_servers_option():
     config = {"backend": "guidance", "disable_any_whitespace": True}
     with LLM(kv_cache_memory_bytes=64 << 20, structured_outputs_config=config) as llm:

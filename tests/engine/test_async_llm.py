@@ -26,6 +26,7 @@ from minivllm.exceptions import (
 )
 from minivllm.messages.codec import encode
 from minivllm.messages.engine import EngineCoreRequest, FinishReason, RequestType
+from minivllm.messages.stats import BLOCK_EMPTY, BLOCK_HELD
 from minivllm.sampling_params import RequestOutputKind, SamplingParams
 from tests.engine.engines import POISON, make_config
 
@@ -261,7 +262,7 @@ def test_a_core_that_is_terminated_says_so():
     [
         ("tests.engine.engines:PoisonedExecutor", "ValueError: the model met its poison"),
         ("tests.engine.engines:DyingWorkerExecutor", "worker 0 was killed by SIGKILL"),
-        ("tests.engine.engines:UnencodableExecutor", "the outputs thread of the engine core failed"),
+        ("tests.engine.engines:UnencodableExecutor", "the engine core failed: TypeError"),
     ],
 )
 def test_a_failure_in_a_step_gives_its_cause(executor, cause):
@@ -463,3 +464,19 @@ def test_under_the_priority_policy_the_more_important_request_is_answered_first(
 
     scheduler = SchedulerConfig(scheduling_policy="priority", max_num_active_seqs=1)
     run(scenario, max_model_len=LONG, scheduler=scheduler)
+
+
+def test_a_snapshot_can_be_asked_for_in_mid_stream_and_when_nothing_runs():
+    async def scenario(engine):
+        (idle,) = await engine.snapshots()
+        assert (idle.num_running_reqs, idle.num_generation_tokens) == (0, 0)
+        assert len(idle.blocks) == -(-idle.num_blocks // idle.block_stride)
+        assert set(idle.blocks) == {BLOCK_EMPTY}
+        stream = engine.generate([1, 2, 3], SamplingParams(**ENDLESS), "a")
+        await anext(stream)
+        (busy,) = await engine.snapshots()
+        assert (busy.num_running_reqs, busy.num_prompt_tokens) == (1, 3)
+        assert busy.num_generation_tokens >= 1 and BLOCK_HELD in busy.blocks
+        await stream.aclose()
+
+    run(scenario, max_model_len=LONG)

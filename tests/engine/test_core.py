@@ -210,3 +210,82 @@ def test_an_executor_that_is_none_is_a_config_error():
 def test_what_the_worker_finds_wrong_comes_through():
     with pytest.raises(ModelFilesError, match=r"model\.norm\.weight"):
         make_core("tests.engine.engines:BrokenModelExecutor")
+
+
+@pytest.mark.parametrize("scheduling", [{}, {"async_scheduling": True}])
+def test_requests_that_are_kept_sleep_and_go_on_with_the_same_tokens(scheduling: dict):
+    """So do those that come meanwhile; nothing is computed between."""
+    asked = [request(f"r{i}", prompt=(i + 1, 2, 3) * 9, max_tokens=20, logprobs=1) for i in range(4)]
+    calm, sleepy = make_core(**scheduling), make_core(**scheduling)
+    for each in asked:
+        calm.add_request(each)
+    expected = answers(run(calm))
+    heard: dict[str, list] = {}
+
+    def step() -> None:
+        for message in sleepy.step().values():
+            for output in message.outputs:
+                heard.setdefault(output.request_id, []).append(output)
+
+    for each in asked[:3]:
+        sleepy.add_request(each)
+    for _ in range(5):
+        step()
+    sleepy.sleep(1, abort=False)
+    while sleepy.has_requests():  # what was in flight is told
+        step()
+    before = {i: len(outputs) for i, outputs in heard.items()}
+    assert sleepy.is_sleeping() and sleepy.scheduler.kv_cache.pool.usage == 0
+    sleepy.add_request(asked[3])
+    assert not sleepy.has_requests()
+    assert sleepy.wake_up(["weights"]) is False and not sleepy.has_requests()
+    assert sleepy.wake_up(["kv_cache"]) is True and not sleepy.is_sleeping()
+    assert {i: len(outputs) for i, outputs in heard.items()} == before
+    for i, outputs in run(sleepy).items():
+        heard.setdefault(i, []).extend(outputs)
+    flat = {i: [t for o in outputs for t in o[0]] for i, outputs in answers(heard).items()}
+    assert flat == {i: [t for o in outputs for t in o[0]] for i, outputs in expected.items()}
+    assert all(ends(outputs) == [FinishReason.LENGTH] for outputs in heard.values())
+
+
+def test_asleep_all_can_be_aborted_and_statistics_tell_the_level():
+    core = make_core()
+    core.add_request(request("a", max_tokens=5))
+    core.add_request(request("b", max_tokens=5, client_index=1))
+    core.step()
+    core.sleep(2, abort=True)
+    messages = core.step()
+    assert {client: ends(message.outputs) for client, message in messages.items()} == {
+        0: [FinishReason.ABORT], 1: [FinishReason.ABORT],
+    }  # fmt: skip
+    assert messages[0].scheduler_stats.sleep_level == 2
+    core.add_request(request("c", max_tokens=5))
+    core.abort_requests(["c"])
+    assert ends(run(core)["c"]) == [FinishReason.ABORT]
+    core.wake_up(["weights", "kv_cache"])
+    assert core.step()[0].scheduler_stats.sleep_level == 0
+    core.add_request(request("d", max_tokens=3))
+    assert ends(run(core)["d"]) == [FinishReason.LENGTH]
+
+
+@pytest.mark.parametrize("scheduling", [{}, {"async_scheduling": True}])
+def test_the_cache_of_running_requests_is_reset_too_when_asked(scheduling: dict):
+    asked = [request(f"r{i}", prompt=(i + 1, 2, 3) * 9, max_tokens=20) for i in range(3)]
+    calm, reset = make_core(**scheduling), make_core(**scheduling)
+    heard: dict[str, list] = {}
+    for each in asked:
+        calm.add_request(each)
+        reset.add_request(each)
+    for _ in range(5):
+        for output in reset.step()[0].outputs:
+            heard.setdefault(output.request_id, []).append(output)
+    assert reset.reset_prefix_cache() is False
+    assert reset.reset_prefix_cache(running_too=True) is True
+    assert reset.scheduler.kv_cache.pool.usage == 0
+    for i, outputs in run(reset).items():
+        heard.setdefault(i, []).extend(outputs)
+
+    def tokens(heard: dict[str, list]) -> dict[str, list[int]]:
+        return {i: [token for output in outputs for token in output.new_token_ids] for i, outputs in heard.items()}
+
+    assert tokens(heard) == tokens(run(calm))

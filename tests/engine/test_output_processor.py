@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from minivllm.engine.output_processor import OutputProcessor, RequestOutputCollector
 from minivllm.engine.parallel_sampling import ParentRequest
-from minivllm.exceptions import EngineDeadError, EngineGenerateError
+from minivllm.exceptions import EngineDeadError, EngineGenerateError, RequestError
 from minivllm.messages.engine import EngineCoreOutput, EngineCoreRequest, FinishReason, LogprobsLists
 from minivllm.messages.stats import IterationStats
 from minivllm.sampling_params import RequestOutputKind, SamplingParams
@@ -195,6 +195,18 @@ def test_the_error_of_one_of_n_answers_reaches_the_last_output():
     assert front.feed("", first, finish_reason=FinishReason.ERROR, error="non-finite logits") == []
     [output] = front.feed("ab", second, finish_reason=FinishReason.LENGTH)
     assert (output.error, output.outputs[0].finish_reason) == ("non-finite logits", "error")
+
+
+def test_what_only_running_a_request_shows_of_its_own_fault_is_a_request_error():
+    async def consume():
+        front, collector = Front(), RequestOutputCollector(CUMULATIVE)
+        front.add("a", collector)
+        front.feed("", "a", finish_reason=FinishReason.ERROR, error="torn", error_param="min_tokens")
+        with pytest.raises(RequestError, match="torn") as raised:
+            await collector.get()
+        assert (raised.value.param, raised.value.status) == ("min_tokens", 400)
+
+    asyncio.run(consume())
 
 
 def test_a_failed_request_raises_and_a_dead_engine_fails_all():

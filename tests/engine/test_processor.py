@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-import pytest
+import dataclasses
 
+import pytest
+import torch
+
+from minivllm.config.reasoning import ReasoningConfig
+from minivllm.config.structured_outputs import StructuredOutputsConfig
 from minivllm.engine.parallel_sampling import child_seed
 from minivllm.engine.processor import Processor, default_sampling_params
 from minivllm.exceptions import RequestError
-from minivllm.messages.engine import EngineCoreReady
+from minivllm.messages.engine import EngineCoreReady, PromptEmbeds
 from minivllm.sampling_params import SamplingParams
 from tests.engine.engines import VOCAB_SIZE, make_config
 from tests.engine.tokenizers import byte_level
@@ -54,6 +59,8 @@ def process(prompt, processor_=None, **params):
         ([1], {"allowed_token_ids": [7], "stop_token_ids": [7], "min_tokens": 2}, "allowed_token_ids"),
         ([1], {"logit_bias": {VOCAB_SIZE: 1.0}}, "logit_bias"),
         ([1], {"logit_bias": {1: float("nan")}}, "logit_bias"),
+        ([1], {"logit_bias": {1: -1e31}}, "logit_bias"),
+        ([1], {"stop_token_ids": list(range(VOCAB_SIZE)), "min_tokens": 1}, "min_tokens"),
         ([1], {"stop": ["x"]}, "stop"),
         ([1], {"bad_words": ["x"]}, "bad_words"),
         ([1], {"logprob_token_ids": [VOCAB_SIZE]}, "logprob_token_ids"),
@@ -65,6 +72,103 @@ def test_what_does_not_fit_the_model_is_refused_by_name(prompt, params, param):
     with pytest.raises(RequestError) as refused:
         process(prompt, **params)
     assert refused.value.param == param
+
+
+def test_bad_words_and_what_is_allowed_may_leave_something():
+    tokenizer = byte_level()
+    config = make_config()
+    object.__setattr__(config.hf_config, "vocab_size", tokenizer.vocab_size)
+    some = Processor(config, READY, tokenizer)
+    [q, z] = tokenizer.encode("qz", add_special_tokens=False)
+    assert process([1], some, bad_words=["q"], allowed_token_ids=[q, z]).sampling_params.allowed_token_ids == [q, z]
+    with pytest.raises(RequestError, match="bad_words forbids every token of allowed_token_ids") as refused:
+        process([1], some, bad_words=["q", "z"], allowed_token_ids=[z, q, z])
+    assert refused.value.param == "allowed_token_ids"
+    with pytest.raises(RequestError, match="bad_words and min_tokens forbid every token of allowed_token_ids"):
+        process([1], some, bad_words=["q"], allowed_token_ids=[q, z], stop_token_ids=[z], min_tokens=1)
+
+
+def test_a_budget_for_thinking_needs_a_form_that_begins_behind_it():
+    config = dataclasses.replace(
+        make_config(),
+        reasoning=ReasoningConfig(reasoning_parser="qwen3"),
+        structured_outputs=StructuredOutputsConfig(structured_outputs_config={"enable_in_reasoning": True}),
+    )
+    with pytest.raises(RequestError, match="enable_in_reasoning") as refused:
+        process(
+            [1], Processor(config, READY, byte_level()), thinking_token_budget=3, structured_outputs={"regex": "a"}
+        )
+    assert refused.value.param == "thinking_token_budget"
+
+
+def vectors(shape=(5, 8), dtype=torch.float32, value: float | None = None) -> torch.Tensor:
+    made = torch.randn(shape).to(dtype)
+    if value is not None:
+        made[-1] = value
+    return made
+
+
+@pytest.mark.parametrize(
+    ("prompt_embeds", "params", "param", "says"),
+    [
+        (vectors((5, 7)), {}, "prompt_embeds", "hidden size is 8"),
+        (vectors((8,)), {}, "prompt_embeds", "shape"),
+        (vectors((2, 3, 8)), {}, "prompt_embeds", "shape"),
+        (vectors((0, 8)), {}, "prompt_embeds", "shape"),
+        (vectors((32, 8)), {}, "prompt_embeds", "32 vectors"),
+        (vectors((1, 8)).expand(1 << 35, -1), {}, "prompt_embeds", "vectors"),
+        (vectors(dtype=torch.float64), {}, "prompt_embeds", "float64"),
+        (vectors(dtype=torch.int32), {}, "prompt_embeds", "int32"),
+        (vectors().to_sparse(), {}, "prompt_embeds", "dense"),
+        (vectors(value=float("nan")), {}, "prompt_embeds", "not finite, at position 4"),
+        (vectors(value=float("-inf"), dtype=torch.bfloat16), {}, "prompt_embeds", "not finite, at position 4"),
+        (vectors(value=float("inf"), dtype=torch.float16), {}, "prompt_embeds", "not finite, at position 4"),
+        (vectors(value=float("nan")).numpy(), {}, "prompt_embeds", "not finite"),
+        ([[0.0] * 8], {}, "prompt_embeds", "tensor"),
+        ("x", {}, "prompt_embeds", "tensor"),
+        (vectors(), {"prompt_logprobs": 1}, "prompt_logprobs", "tokens"),
+        (vectors(), {"prompt_logprob_token_ids": [[1]] * 4}, "prompt_logprob_token_ids", "tokens"),
+        (vectors(), {"truncate_prompt_tokens": 2}, "truncate_prompt_tokens", "tokens"),
+        (vectors(), {"max_tokens": 40, "min_tokens": 30}, "min_tokens", "room"),
+        (PromptEmbeds("float32", 8, bytes(33)), {}, "prompt_embeds", "33 bytes"),
+        (PromptEmbeds("float32", 8, b""), {}, "prompt_embeds", "0 bytes"),
+        (PromptEmbeds("float8", 8, bytes(32)), {}, "prompt_embeds", "float8"),
+        (PromptEmbeds("float32", 0, bytes(32)), {}, "prompt_embeds", "hidden size"),
+    ],
+)
+def test_vectors_that_do_not_fit_the_model_are_refused_by_name(prompt_embeds, params, param, says):
+    with pytest.raises(RequestError, match=says) as refused:
+        process({"prompt_embeds": prompt_embeds}, processor(enable_prompt_embeds=True), **params)
+    assert refused.value.param == param
+
+
+def test_vectors_need_their_flag_and_stand_alone():
+    with pytest.raises(RequestError, match="--enable-prompt-embeds"):
+        process({"prompt_embeds": vectors()})
+    with pytest.raises(RequestError, match="in place of a prompt"):
+        process({"prompt_embeds": vectors(), "prompt_token_ids": [1]}, processor(enable_prompt_embeds=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_vectors_become_zeros_and_their_own_bytes(dtype):
+    some = processor(enable_prompt_embeds=True)
+    given = vectors((6, 8), dtype)
+    views = [given, given[None], torch.cat([given, given])[6:], given.t().contiguous().t(), given.requires_grad_()]
+    for view in views + ([given.detach().numpy()] if dtype is not torch.bfloat16 else []):
+        request = process({"prompt_embeds": view, "cache_salt": "s"}, some, max_tokens=None)
+        assert (request.prompt_token_ids, request.cache_salt) == ([0] * 6, "s")
+        embeds = request.prompt_embeds
+        assert (embeds.hidden_size, embeds.num_tokens, request.sampling_params.max_tokens) == (8, 6, 26)
+        assert torch.equal(torch.frombuffer(bytearray(embeds.data), dtype=dtype).view(6, 8), given)
+
+
+def test_answers_times_bytes_of_vectors_are_bounded(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("minivllm.engine.processor._MAX_FANNED_OUT_BYTES", 1000)
+    some = processor(enable_prompt_embeds=True)
+    assert process({"prompt_embeds": vectors()}, some, n=6).sampling_params.n == 6
+    with pytest.raises(RequestError, match="n=7 .* 160 bytes") as refused:
+        process({"prompt_embeds": vectors()}, some, n=7)
+    assert refused.value.param == "n"
 
 
 @pytest.mark.parametrize("half", ["\ud800", "ok \udfff"])

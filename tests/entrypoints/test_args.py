@@ -284,3 +284,38 @@ def test_a_broken_chat_template_is_refused_with_the_reason(tmp_path: Path, as_fi
         template = str(tmp_path / "template.jinja")
     with pytest.raises(ConfigError, match=r"--chat-template.* is not a Jinja template: .*line 1"):
         validate_args(make_arg_parser().parse_args(["some/model", "--chat-template", template]))
+
+
+MODULES = [
+    (["a=/x"], ["--lora-modules: LoRA adapters are not served yet (a)"]),
+    (["a=/x=y", '{"name": "b", "path": "/y", "base_model_name": "m"}'], ["not served yet (a, b)"]),
+    (["a"], ["--lora-modules a: write name=path"]),
+    (["=x"], ["neither name nor path may be empty"]),
+    (["a="], ["neither name nor path may be empty"]),
+    (["a=x", "a=y"], ["--lora-modules a=y: the name a is used already"]),
+    (["some/model=x"], ["the name some/model is used already"]),
+    (['{"name": "a"}'], ["missing required field path"]),
+    (['{"name": "a", "path": 3}'], ["Expected str, got int", "$.path"]),
+    (['{"name": "a", "path": "x", "rank": 8}'], ["unknown field rank"]),
+    (['{"name": "a", '], ["Expecting"]),
+]
+
+
+@pytest.mark.parametrize(("values", "says"), MODULES)
+def test_adapters_are_read_and_then_refused(values: list[str], says: list[str]):
+    args = parse("--lora-modules", *values)
+    assert args.lora_modules == values
+    with pytest.raises(ConfigError) as refusal:
+        validate_args(args)
+    assert all(each in str(refusal.value) for each in says), refusal.value
+
+
+def test_prompt_adapters_are_pairs_and_share_the_names():
+    cases = ((["a=/x"], "not served yet (a)"), (["{}"], "write name=path"), (["a=x", "a=y"], "used already"))
+    for values, says in cases:
+        with pytest.raises(ConfigError, match="--prompt-adapters") as refusal:
+            validate_args(parse("--prompt-adapters", *values))
+        assert says in str(refusal.value)
+    both = parse("--prompt-adapters", "a=x", "--lora-modules", "a=y")
+    with pytest.raises(ConfigError, match="--prompt-adapters a=x: the name a is used already"):
+        validate_args(both)

@@ -186,3 +186,23 @@ def test_a_chat_takes_a_priority_for_each_conversation(llm: LLM):
     assert tokens(llm.chat([conversation, conversation], PARAMS, use_tqdm=False, priority=[1, 0])) == tokens(plain)
     with pytest.raises(RequestError, match="2 prompts but 1 priorities"):
         llm.chat([conversation, conversation], PARAMS, use_tqdm=False, priority=[1])
+
+
+def test_a_sleeping_engine_generates_nothing_and_goes_on_when_woken(tiny_model: Path):
+    with LLM(tiny_model, **FAKE, enable_sleep_mode=True, disable_frontend_multiprocessing=True) as sleeper:
+        before = tokens(generate(sleeper, "hello"))
+        sleeper.sleep(level=1)
+        with pytest.raises(RequestError, match="wake_up"):
+            generate(sleeper, "hello")
+        sleeper.wake_up(tags=["kv_cache"])
+        with pytest.raises(RequestError, match="wake_up"):
+            generate(sleeper, "hello")
+        sleeper.wake_up()
+        assert tokens(generate(sleeper, "hello")) == before
+
+
+def test_an_engine_without_sleep_mode_says_so(llm: LLM):
+    with pytest.raises(RequestError, match="--enable-sleep-mode"):
+        llm.sleep()
+    with pytest.raises(RequestError, match="torch_profiler_dir"):
+        llm.start_profile()

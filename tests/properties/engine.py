@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import torch
 
 from minivllm.core.sched.scheduler import Scheduler
-from minivllm.messages.engine import EngineCoreOutput, EngineCoreRequest, LogprobsLists
+from minivllm.messages.engine import EngineCoreOutput, EngineCoreRequest, LogprobsLists, PromptEmbeds
 from minivllm.messages.worker import ModelRunnerOutput, SchedulerOutput
 from minivllm.sampling_params import SamplingParams, ThinkingTokens
 from minivllm.structured_output.grammar import to_grammar
@@ -110,6 +111,7 @@ class Engine:
             logits_processors=PROCESSORS,
             **options,
         )
+        self.hidden_size = config.hf_config.hidden_size
         self.worker = Worker(config)
         self.grammars = GrammarManager(vocabulary(config.hf_config.vocab_size).for_llguidance)
         self.ready = self.worker.initialize(lambda phase: None)
@@ -224,6 +226,18 @@ def make_subjects(lengths: list[int], *, max_tokens: int = 24, seed: int = 0) ->
             )
         )
     return subjects
+
+
+def in_vectors(request: EngineCoreRequest, table: torch.Tensor) -> EngineCoreRequest:
+    """The same prompt as the vectors that its tokens have in a table of embeddings, [vocab_size, hidden_size]."""
+    vectors = table[torch.tensor(request.prompt_token_ids)].contiguous()
+    dtype, data = str(vectors.dtype).removeprefix("torch."), vectors.view(torch.uint8).numpy().tobytes()
+    return msgspec.structs.replace(
+        request,
+        prompt_token_ids=[0] * len(vectors),
+        prompt_embeds=PromptEmbeds(dtype, vectors.shape[1], data),
+        sampling_params=request.sampling_params.clone(prompt_logprobs=None),
+    )
 
 
 def resend(request: EngineCoreRequest, request_id: str, prior: list[int]) -> EngineCoreRequest:

@@ -19,8 +19,9 @@ from make_random_model import make_model
 from minivllm.engine import llm_engine, processor
 from minivllm.engine.llm_engine import LLMEngine
 from minivllm.engine.parallel_sampling import ParentRequest
+from minivllm.engine.processor import Prompt
 from minivllm.exceptions import RequestError
-from minivllm.messages.engine import EngineCoreRequest
+from minivllm.messages.engine import EngineCoreRequest, LoRAIdentity
 from minivllm.ops import native
 from minivllm.ops.op import OpSpec
 from minivllm.outputs import RequestOutput
@@ -46,15 +47,21 @@ class Engines:
     def __init__(self, model: Path | None) -> None:
         self._config = make_config()
         if model is not None:
-            self._config = engine_config(model, num_gpu_blocks_override=64, logits_processors=PROCESSORS)
+            self._config = engine_config(
+                model, num_gpu_blocks_override=64, logits_processors=PROCESSORS, enable_prompt_embeds=True
+            )
         self._num_made = 0
+
+    @property
+    def hidden_size(self) -> int:
+        return self._config.hf_config.hidden_size
 
     def fresh(self) -> LLMEngine:
         self._num_made += 1
         scheduling = replace(self._config.scheduler, async_scheduling=self._num_made % 2 == 0)
         return LLMEngine.from_engine_config(replace(self._config, scheduler=scheduling), in_process=True)
 
-    def request(self, params: SamplingParams, prompt: list[int] = PROMPT) -> EngineCoreRequest:
+    def request(self, params: SamplingParams, prompt: Prompt = PROMPT) -> EngineCoreRequest:
         """As the front end makes it: with a seed, the tokens that end it, and the room there is."""
         return self.fresh().processor.process_inputs("r", prompt, params)[0]
 
@@ -153,6 +160,26 @@ def test_a_resend_goes_on_with_the_same_answer(engines: Engines, params: dict[st
     request = engines.request(SamplingParams(max_tokens=14, ignore_eos=True, **params))
     deltas = check_every_cut(engines, request)
     assert len({delta.outputs[0].token_ids[0] for delta in deltas if delta.outputs[0].token_ids}) > 3
+
+
+@needs_kernels
+def test_a_resend_of_vectors_goes_on_with_the_same_answer(engines: Engines):
+    params = SamplingParams(max_tokens=12, ignore_eos=True, logprobs=1, **SEEDED, **PENALTIES)
+    vectors = torch.randn(70, engines.hidden_size, generator=torch.Generator().manual_seed(2))
+    request = engines.request(params, {"prompt_embeds": vectors})
+    deltas = check_every_cut(engines, request)
+    assert deltas[0].prompt_token_ids is None and deltas[0].num_prompt_tokens == 70
+    assert len({delta.outputs[0].token_ids[0] for delta in deltas}) > 3
+    torn = msgspec.structs.replace(request, prompt_token_ids=[0] * 69)
+    with pytest.raises(RequestError, match="70 zeros"):
+        engines.fresh().add_request("r", torn, torn.sampling_params)
+
+
+def test_a_resend_with_an_adapter_is_refused():
+    engine, params = Engines(None).fresh(), SamplingParams()
+    request = EngineCoreRequest("x", [1, 2], params, seed=0, lora=LoRAIdentity("sql", "1"))
+    with pytest.raises(RequestError, match="adapter"):
+        engine.add_request("x", request, params)
 
 
 @needs_kernels

@@ -3,9 +3,9 @@
 Seeded random schedules on the real worker with the native kernels: arrivals, chunk and batch sizes, pools so
 tight that requests are preempted, prefixes found in the cache, aborts of others, resends, one and two threads, one
 plan in flight or several, priorities and every rule of the scheduler drawn at random, logits processors of an
-operator's own; some requests have a grammar, some think first. For every instruction set this machine has, every dtype,
-int8 weights, fp8 and int8 caches, and shapes with grouped heads, windows, windows beside full attention and several
-attention segments. `--walk-steps` is the number of engine steps, all cases together.
+operator's own; some requests have a grammar, some think first, some prompts are vectors. For every instruction set this
+machine has, every dtype, int8 weights, fp8 and int8 caches, and shapes with grouped heads, windows, windows beside full
+attention and several attention segments. `--walk-steps` is the number of engine steps, all cases together.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from minivllm.messages.kv_cache import blocks_of_request, has_null_block
 from minivllm.ops import native
 from minivllm.ops.op import OpSpec
 from tests.core.requests import drawn_rules
-from tests.properties.engine import Answer, Engine, Run, make_subjects, resend
+from tests.properties.engine import VOCAB, Answer, Engine, Run, in_vectors, make_subjects, resend
 
 UNAVAILABLE = native.why_not(OpSpec("cpu", torch.float32))
 pytestmark = [pytest.mark.skipif(UNAVAILABLE is not None, reason=str(UNAVAILABLE)), pytest.mark.timeout(0)]
@@ -103,6 +103,9 @@ class Walk:
         self.engine = engine
         self.random = random.Random(f"walk {case}")
         self.subjects = make_subjects(lengths, max_tokens=MAX_TOKENS, seed=CASES.index(case))
+        # Some are given as vectors, of a table that no token's are from: with prefixes in common all the same.
+        table = torch.randn(VOCAB, engine.hidden_size, generator=torch.Generator().manual_seed(1)) / 8
+        self.subjects[3::5] = [in_vectors(subject, table) for subject in self.subjects[3::5]]
         self.max_model_len = max(lengths) + MAX_TOKENS
         self.num_steps = self.num_schedules = self.num_preemptions = self.num_cached_tokens = 0
         native.lib.set_num_threads(1)

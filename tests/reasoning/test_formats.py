@@ -91,3 +91,36 @@ def test_token_ids_say_the_same_as_text():
     assert marks.is_open_after(ids("assistant\n<think>\n"))
     assert not marks.is_open_after(ids("assistant\n<think></think>\n\n"))
     assert not marks.is_open_after(ids("<think>a</think>b<|im_start|>assistant\n"))
+
+
+def encode(text: str) -> list[int]:
+    return list(text.encode())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_tokens_of_reasoning_are_counted_without_the_marks(name: str):
+    """A token is a byte here."""
+    cls = REASONING_PARSERS.get(name)
+    text = ANSWERS[name]
+    counter = cls.counter(encode, is_open=cls.open_after("<user>2 + 2?"))
+    counter.follow(encode(text))
+    marked = cls.start_text and cls.start_text in text
+    start = text.index(cls.start_text) + len(cls.start_text) if marked else text.index(THOUGHT)
+    end = text.index("<|end|>" if name == "openai_gptoss" else cls.end_text)
+    assert counter.num_tokens == end - start
+
+
+def test_a_mark_within_an_answer_opens_no_reasoning_unless_the_format_has_it_anywhere():
+    text = "A thought stands between <think> and </think>."
+    for name, count in {"qwen3": 0, "mistral": 5}.items():
+        cls = REASONING_PARSERS.get(name)
+        counter = cls.counter(encode, is_open=False)
+        counter.follow(encode(text.replace("<think>", cls.start_text).replace("</think>", cls.end_text)))
+        assert counter.num_tokens == count
+
+
+def test_a_prompt_that_opens_reasoning_has_it_counted_from_the_first_token():
+    cls = REASONING_PARSERS.get("qwen3")
+    counter = cls.counter(encode, is_open=cls.open_after("<user>2 + 2?<assistant><think>\n"))
+    flags = counter.follow(encode("hm</think>Four"))
+    assert (counter.num_tokens, flags.count(True)) == (2, len("hm</think>"))

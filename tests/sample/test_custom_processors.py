@@ -140,6 +140,19 @@ def test_logits_of_another_shape_are_a_fault():
     assert "[1, 49]" in run(sampler_with(Cut), random_logits(1), SamplingParams()).failed[0]
 
 
+class Nothing(Tracking):
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits.fill_(-float("inf"))
+
+
+def test_one_that_leaves_no_token_is_not_the_requests_fault():
+    sampler, torn = sampler_with(Nothing), SamplingParams(allowed_token_ids=[4], bad_words_token_ids=[[4]])
+    output = run(sampler, random_logits(2), SamplingParams(allowed_token_ids=[4]), torn)
+    assert "logits processor" in output.failed[0]
+    assert output.failed[1].startswith("allowed_token_ids and bad_words")
+    assert output.fields_at_fault == {1: "allowed_token_ids"}
+
+
 @pytest.mark.parametrize(
     ("name", "says"),
     [("nowhere:X", "nowhere"), ("no_colon", "module:Class"), ("__main__:X", "module:Class"), (":X", "module:Class")],

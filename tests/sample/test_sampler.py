@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from minivllm.ops.sampling import gumbel_noise
-from minivllm.sample.sampler import NONFINITE, NOTHING_ALLOWED, Sampler, SamplerOutput
-from minivllm.sample.step import SampleBatch
-from minivllm.sampling_params import SamplingParams
+from minivllm.sample.sampler import NONFINITE, Sampler, SamplerOutput
+from minivllm.sample.step import GrammarMask, SampleBatch
+from minivllm.sampling_params import SamplingParams, StructuredOutputsParams
 
 VOCAB = 97
 INF = float("inf")
@@ -358,7 +358,41 @@ def test_a_row_of_nothing_but_minus_infinity_fails():
     assert sample(torch.full((1, VOCAB), -INF), Asking(greedy())).failed == {0: NONFINITE}
 
 
-def test_constraints_that_leave_no_token_fail_their_request_only():
-    torn = greedy(allowed_token_ids=[9], min_tokens=1)
-    output = sample(random_logits(2), Asking(torn, eos=[9]), Asking(greedy()))
-    assert output.failed == {0: NOTHING_ALLOWED}
+@pytest.mark.parametrize(
+    ("options", "allowed_by_grammar", "names"),
+    [
+        ({"allowed_token_ids": [9], "min_tokens": 1}, None, ["allowed_token_ids", "min_tokens"]),
+        ({"allowed_token_ids": [9]}, [8], ["response_format", "allowed_token_ids"]),
+        ({"bad_words_token_ids": [[8]], "logit_bias": {3: 1.0}}, [8], ["response_format", "bad_words"]),
+        ({"min_tokens": 1}, [9], ["response_format", "min_tokens"]),
+        ({"logit_bias": {8: -1e30}}, [], ["response_format"]),
+        ({"bad_words_token_ids": [[i] for i in range(VOCAB)]}, None, ["bad_words"]),
+    ],
+)
+def test_constraints_that_leave_no_token_fail_their_request_only_and_are_named(
+    options: dict, allowed_by_grammar: list[int] | None, names: list[str]
+):
+    requests = [Asking(greedy(logprobs=2), eos=[9]), Asking(greedy(**options), eos=[9])]
+    sampler = Sampler(VOCAB)
+    grammar = None
+    if allowed_by_grammar is not None:
+        form = StructuredOutputsParams(regex="x", param="response_format")
+        requests[1].params = requests[1].params.clone(structured_outputs=form)
+        bits = np.zeros((1, 32 * -(-VOCAB // 32)), np.uint8)
+        bits[0, allowed_by_grammar] = 1
+        grammar = GrammarMask(np.array([1]), np.packbits(bits, axis=1, bitorder="little").view(np.uint32))
+    for row, request in enumerate(requests):
+        sampler.add_request(row, request.params, 0, request.eos)
+    logits = random_logits(2)
+    output = sampler(logits.clone(), batch_of(requests, [0, 1]), grammar)
+    assert set(output.failed) == {1} and output.fields_at_fault == {1: names[0]}
+    assert output.failed[1].startswith(" and ".join(names) + " ")
+    alone = sample(logits[:1], requests[0])
+    assert (output.token_ids[0], output.logprobs[0]) == (alone.token_ids[0], alone.logprobs[0])
+
+
+def test_the_largest_bias_stays_finite_through_penalties_and_temperature():
+    bias = {i: -1e30 if i % 2 else 1e30 for i in range(VOCAB)}
+    params = SamplingParams(temperature=0.01, repetition_penalty=1e6, frequency_penalty=2.0, logit_bias=bias)
+    output = sample(random_logits(), Asking(params, output=[4, 5]))
+    assert output.failed == {} and output.token_ids[0] % 2 == 0

@@ -46,6 +46,16 @@ def test_the_end_is_forced_once_the_budget_is_spent(budget: int, end: list[int])
     assert got[budget + len(end) :] == FREE[budget + len(end) :]
 
 
+def test_what_looks_like_thinking_within_a_form_is_left_alone():
+    form = {"structured_outputs": {"regex": "x"}}
+    opened = generate(2, ThinkingTokens([10], [20], is_open=False), prior=[10], **form)
+    assert opened == [10, *FREE[1:3], 20, *FREE[4:]]
+    prior = [5, 10, 6, 6, 6]
+    assert generate(2, ThinkingTokens([10], [20], is_open=False), prior=prior, **form) == prior + FREE[5:]
+    prior = [7, 20, 10, 6, 6, 6]
+    assert generate(2, ThinkingTokens([10], [20], is_open=True), prior=prior, **form) == prior + FREE[6:]
+
+
 def test_an_answer_that_does_not_think_is_left_alone():
     assert generate(3, ThinkingTokens([10], [20], is_open=False)) == FREE
 

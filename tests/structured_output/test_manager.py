@@ -84,6 +84,40 @@ def test_what_does_not_compile_is_an_error(manager: GrammarManager):
     assert "could not be compiled" in start(manager, grammar="broken").error
 
 
+def test_whose_fault_an_error_is(manager: GrammarManager):
+    assert start(manager, grammar="broken").error_param == "structured_outputs"
+    assert start(manager, b"ax", regex="ab+").error_param == "prior_output_token_ids"
+    ours = start(manager, regex="ab+")
+    ours.accept(ord("x"))
+    assert ours.error and ours.error_param is None
+
+
+def test_a_grammar_may_turn_out_to_take_too_much_as_it_is_followed(manager: GrammarManager):
+    many = 6000
+    grammar = "start: " + " | ".join(f"r{i}" for i in range(many)) + "\n"
+    state = start(manager, grammar=grammar + "\n".join(f'r{i}: "a" "{i}"' for i in range(many)))
+    state.accept(ord("a"))
+    assert state.error_param == "structured_outputs"
+    assert state.error.startswith("structured_outputs: the grammar cannot go on after 1 tokens: Current row has")
+
+
+def test_a_mask_at_a_limit_allows_everything_and_the_token_it_allows_brings_the_error(
+    manager: GrammarManager, monkeypatch: pytest.MonkeyPatch
+):
+    few = llguidance.LLParserLimits(max_lexer_states=300, verbose_errors=False)
+    monkeypatch.setattr("minivllm.structured_output.manager.parser_limits", lambda: few)
+    monkeypatch.setattr("minivllm.structured_output.manager._QUICK_S", 0)
+    pick = random.Random(0)
+    state = start(manager, regex="(a|b)*a(a|b){8}")
+    mask = manager.bitmask([state])
+    while state.error is None:
+        state.accept(ord(pick.choice("ab")))
+        if state.error is None:
+            mask = manager.bitmask([state])
+    assert set(mask) == {0xFF}
+    assert "too many states" in state.error and state.error_param == "structured_outputs"
+
+
 def test_requests_with_the_same_grammar_stand_where_each_of_them_does(manager: GrammarManager):
     states = [start(manager, regex="[a-c]{3}d") for _ in range(3)]
     for n, state in enumerate(states):
@@ -117,6 +151,17 @@ def test_thinking_is_free_and_the_grammar_begins_behind_it(manager: GrammarManag
     state.accept(ord("a"))
     state.accept(ord("b"))
     assert state.is_complete
+
+
+def test_thinking_does_not_end_the_answer_that_must_have_a_form(manager: GrammarManager):
+    marks = ThinkingTokens([OPEN], CLOSE, is_open=True, withheld=[EOS, ord("!")])
+    state = start(manager, thinking=marks, regex="a?!")
+    for token in b"hm;)":
+        assert state.is_constraining
+        bits = np.unpackbits(np.frombuffer(manager.bitmask([state]), np.uint8), bitorder="little")
+        assert np.flatnonzero(bits == 0).tolist() == [ord("!"), EOS]
+        state.accept(token)
+    assert allowed(manager, state) == "!a"
 
 
 def test_an_answer_may_open_thinking_instead_of_beginning_with_the_grammar(manager: GrammarManager):

@@ -6,7 +6,7 @@ import numpy as np
 
 from minivllm.messages.worker import NewRequestData
 from minivllm.sampling_params import SamplingParams
-from minivllm.worker.input_batch import InputBuffers
+from minivllm.worker.input_batch import InputBatch, InputBuffers
 from minivllm.worker.request_state import RequestTable
 
 BLOCK = 32
@@ -81,3 +81,48 @@ def test_more_requests_than_rows_make_the_table_grow_and_keep_what_it_holds():
 
 def test_forgetting_an_unknown_request_is_no_error():
     assert RequestTable(1, 64, BLOCK).remove("nobody") is None
+
+
+def fields(batch: InputBatch) -> list:
+    """All that a step reads."""
+    step = batch.steps[0]
+    arrays = [batch.rows, batch.begins, batch.ends, batch.samples, batch.input_ids, batch.positions, batch.sampled_rows]
+    arrays += [step.query_start_loc, step.seq_lens, step.block_table, step.slot_mapping]
+    return [batch.request_ids, *(array.tolist() for array in arrays)]
+
+
+def test_a_step_a_token_further_is_the_same_object_and_says_what_a_new_one_would():
+    table = RequestTable(num_rows=4, max_model_len=128, block_size=BLOCK)
+    table.add(new_request("a", [4, 5, 6], [2], computed=2))
+    table.add(new_request("b", list(range(50)), [7, 3], computed=49))
+    buffers, seen = InputBuffers(8, 4, 4), []
+    for i in range(40):
+        if i == 29:
+            table.append_blocks(table.row_of["a"], [[5]])
+        if i == 14:
+            table.append_blocks(table.row_of["b"], [[6]])
+        batch = buffers.prepare({"a": 1, "b": 1}, table)
+        seen.append(batch)
+        assert fields(batch) == fields(InputBuffers(8, 4, 4).prepare({"a": 1, "b": 1}, table))
+        rows = table.rows(["a", "b"])
+        table.append_tokens(rows, np.array([100 + i, 200 + i]))
+        table.num_computed_tokens[rows] += 1
+    assert len({id(batch) for batch in seen}) < 10
+
+
+def test_a_step_of_other_requests_or_from_elsewhere_is_made_anew():
+    table = RequestTable(num_rows=4, max_model_len=128, block_size=BLOCK)
+    for name, block in (("a", 2), ("b", 3)):
+        table.add(new_request(name, [4, 5, 6, 7], [block], computed=1))
+    row_a, row_b = table.row_of["a"], table.row_of["b"]
+    buffers = InputBuffers(8, 4, 4)
+    table.num_computed_tokens[:] = 3
+    buffers.prepare({"a": 1, "b": 1}, table)
+    table.append_tokens(np.array([row_a]), np.array([9]))
+    table.num_computed_tokens[row_a] = 4
+    both = buffers.prepare({"a": 1, "b": 1}, table)  # b has not come further
+    assert both.positions.tolist() == [4, 3] and both.samples.tolist() == [0, 1]
+    assert buffers.prepare({"b": 1, "a": 1}, table).positions.tolist() == [3, 4]
+    assert buffers.prepare({"b": 1}, table).rows.tolist() == [row_b]
+    table.num_computed_tokens[row_b] = 0
+    assert buffers.prepare({"b": 4}, table).input_ids.tolist() == [4, 5, 6, 7]

@@ -130,6 +130,53 @@ def test_progress_is_told_phase_by_phase(tiny_model: Path):
     assert phases == ["checking the model", "loading weights", "laying out the KV cache"]
 
 
+# Sleep -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"quantization": "int8"}, {"load_format": "dummy"}], ids=str)
+def test_a_worker_that_has_slept_gives_the_same_answers(bf16_model: Path, options: dict):
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logprobs=3)
+    loop = Loop(bf16_model, enable_prefix_caching=False, **options)
+    expected = loop.run(PROMPTS, params)
+    for level in (1, 2):
+        loop.worker.sleep(level)
+        loop.worker.wake_up()
+        assert loop.run(PROMPTS, params) == expected
+
+
+def test_asleep_the_memory_of_the_cache_and_at_level_2_of_the_weights_is_given_back(tmp_path: Path):
+    model = make_model(tmp_path, arch="qwen3", dtype="float32", hidden_size=512, intermediate_size=4096, num_layers=4)
+    worker = Worker(engine_config(model, num_gpu_blocks_override=2000))
+    worker.initialize(lambda phase: None)
+    for cache in worker.runner.kv_caches:
+        cache.view(torch.uint8).fill_(1)  # as if it had been full
+    cache_bytes = sum(cache.nbytes for cache in worker.runner.kv_caches)
+    weight_bytes = sum(weight.num_bytes for weight in worker.runner.model.weights())
+    assert min(cache_bytes, weight_bytes) > 32 << 20  # more than what else may move
+    rss = [worker.platform.process_memory_bytes()]
+    for level in (1, 2):
+        worker.sleep(level)
+        rss.append(worker.platform.process_memory_bytes())
+    assert rss[0] - rss[1] > 0.9 * cache_bytes
+    assert rss[1] - rss[2] > 0.9 * weight_bytes
+    worker.wake_up()
+    assert worker.platform.process_memory_bytes() - rss[2] > 0.9 * weight_bytes
+
+
+def test_weights_that_cannot_be_read_again_leave_a_worker_that_may_try_again(bf16_model: Path, tmp_path: Path):
+    shutil.copytree(bf16_model, tmp_path, dirs_exist_ok=True)
+    params = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
+    loop = Loop(tmp_path, enable_prefix_caching=False)
+    expected = loop.run(PROMPTS, params)
+    loop.worker.sleep(2)
+    hidden = (tmp_path / "model.safetensors").rename(tmp_path / "elsewhere")
+    with pytest.raises((OSError, ConfigError)):
+        loop.worker.wake_up()
+    hidden.rename(tmp_path / "model.safetensors")
+    loop.worker.wake_up()
+    assert loop.run(PROMPTS, params) == expected
+
+
 # What it refuses -------------------------------------------------------------
 
 

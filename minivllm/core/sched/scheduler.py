@@ -28,13 +28,14 @@ from minivllm.logger import init_logger
 from minivllm.messages.engine import EngineCoreOutput, EngineCoreRequest, FinishReason, LogprobsLists
 from minivllm.messages.kv_cache import ONE_FULL_GROUP, KVCacheGroup, longest_request
 from minivllm.messages.kv_events import KVCacheEvent
-from minivllm.messages.stats import SchedulerStats
+from minivllm.messages.stats import EngineSnapshot, SchedulerStats
 from minivllm.messages.worker import GrammarOutput, ModelRunnerOutput, SchedulerOutput
 
 logger = init_logger(__name__)
 
 OutputsByClient = defaultdict[int, list[EngineCoreOutput]]
 
+_MAX_PICTURED_BLOCKS = 16_384  # of a snapshot: so many take it 1 to 3 ms
 _MAX_PASSED_OVER = 16  # requests a step may pass over on its way to one that can be admitted
 
 
@@ -126,10 +127,12 @@ class Scheduler:
         self._compiling: list[Request] = []  # their grammars are not ready; they wait outside the queue
         self._ended_on_arrival: list[Request] = []
         self._finished_req_ids: list[str] = []  # the worker must forget these
+        self._preempted_between: list[Request] = []  # since the last plan; the next one tells the worker
         self._some_ended = False  # and may still stand in `running`
         self._num_steps = 0
         self._num_preemptions = 0
         self._num_scheduled_tokens = 0
+        self._num_generation_tokens = 0  # since the start
 
     def _check_limits(self) -> None:
         budget, length = self.max_num_batched_tokens, self.max_model_len
@@ -190,6 +193,11 @@ class Scheduler:
             )
         if num_prompt_tokens == 0:
             raise RequestError("the prompt is empty; give at least one token", param="prompt")
+        embeds = request.prompt_embeds
+        if embeds is not None and embeds.num_tokens != num_prompt_tokens:
+            raise RequestError(
+                f"{embeds.num_tokens} embeddings do not stand for {num_prompt_tokens} tokens", param="prompt_embeds"
+            )
         if num_prompt_tokens >= self.max_model_len:
             raise RequestError(
                 f"the prompt is {num_prompt_tokens} tokens and leaves no room for output within "
@@ -243,6 +251,22 @@ class Scheduler:
         )
         self._num_preemptions = self._num_scheduled_tokens = 0
         return stats
+
+    def snapshot(self) -> EngineSnapshot:
+        """The state now, with a picture of the block pool; counters since the start."""
+        pool, prefix = self.kv_cache.pool, self.kv_cache.prefix_totals
+        block_stride, blocks = pool.states(_MAX_PICTURED_BLOCKS)
+        return EngineSnapshot(
+            num_running_reqs=len(self.running),
+            num_waiting_reqs=len(self.waiting) + len(self._compiling),
+            kv_cache_usage=pool.usage,
+            num_prompt_tokens=prefix.queries,
+            num_cached_tokens=prefix.hits,
+            num_generation_tokens=self._num_generation_tokens,
+            num_blocks=pool.num_blocks,
+            block_stride=block_stride,
+            blocks=blocks,
+        )
 
     # A step out
 
@@ -352,6 +376,21 @@ class Scheduler:
 
     def _preempt(self, victim: Request, step: Step) -> None:
         assert self.running, f"{victim.request_id} was alone and did not fit the KV cache"
+        self._requeue(victim)
+        step.preempted.append(victim.request_id)
+
+    def preempt_all(self) -> None:
+        """Take the blocks of every running request: each waits, and goes on by computing again what it had.
+
+        To be called when no plan is in flight.
+        """
+        assert not self._in_flight
+        while self.running:
+            victim = self.running.pop()
+            self._requeue(victim)
+            self._preempted_between.append(victim)
+
+    def _requeue(self, victim: Request) -> None:
         logger.debug("preempted %s: %d tokens to recompute", victim.request_id, victim.num_computed_tokens)
         self.kv_cache.free(victim)
         for planned in self._in_flight:
@@ -360,7 +399,6 @@ class Scheduler:
         victim.status = RequestStatus.PREEMPTED
         victim.num_preemptions += 1
         self.waiting.add(victim)
-        step.preempted.append(victim.request_id)
         self._num_preemptions += 1
 
     def _admit_waiting(self, step: Step) -> None:
@@ -395,6 +433,8 @@ class Scheduler:
 
     def _describe(self, step: Step) -> SchedulerOutput:
         finished_req_ids, self._finished_req_ids = self._finished_req_ids, []
+        between, self._preempted_between = self._preempted_between, []
+        step.preempted += [r.request_id for r in between if self.requests.get(r.request_id) is r]
         plan = step.describe(finished_req_ids)
         self._in_flight.append(step)
         self._num_steps += 1
@@ -437,8 +477,8 @@ class Scheduler:
         assert result.request_ids == list(plan.num_scheduled_tokens), "the result is not in the plan's order"
         outputs: OutputsByClient = defaultdict(list)
         if result.failed:
-            self._fail(step, result.failed, outputs)
-        block_size, lost = self.kv_cache.block_size, step.lost
+            self._fail(step, result, outputs)
+        block_size, lost, num_generated = self.kv_cache.block_size, step.lost, 0
         is_plain = not (result.logprobs or result.prompt_logprobs)
         # The only loop over results on this path; add per-request work here, or better in `_report`, which a request
         # that goes on as before does without.
@@ -452,6 +492,7 @@ class Scheduler:
                 if end % block_size < count:
                     self.kv_cache.cache_confirmed_blocks(request)
             num_kept = request.append_output_tokens(token_ids)
+            num_generated += num_kept
             if request.status is not status:
                 self._release(request, status)
             elif is_plain and request.answered:
@@ -459,19 +500,22 @@ class Scheduler:
                     outputs[request.client_index].append(EngineCoreOutput(request.request_id, token_ids))
                 continue
             self._report(request, begin, token_ids[:num_kept], result, outputs)
+        self._num_generation_tokens += num_generated
         self._drop_finished_from_running()
         for request in self._ended_on_arrival:
             self._emit(outputs, request)
         self._ended_on_arrival.clear()
         return outputs
 
-    def _fail(self, step: Step, failed: dict[str, str], outputs: OutputsByClient) -> None:
+    def _fail(self, step: Step, result: ModelRunnerOutput, outputs: OutputsByClient) -> None:
         """End requests that the worker cannot go on with; the others do."""
         for request in step.requests:
-            if request.request_id in failed and not request.finished:
+            error = result.failed.get(request.request_id)
+            if error is not None and not request.finished:
                 # What this step wrote is in doubt: it is not offered to the cache.
                 self._release(request, request.status)
-                request.finish(FinishReason.ERROR, error=failed[request.request_id])
+                error_param = result.fields_at_fault.get(request.request_id)
+                request.finish(FinishReason.ERROR, error=error, error_param=error_param)
                 self._emit(outputs, request)
 
     def _release(self, request: Request, status: RequestStatus) -> None:
@@ -525,6 +569,8 @@ class Scheduler:
             finish_reason=request.finish_reason,
             stop_reason=request.stop_reason,
             error=request.error,
+            error_param=request.error_param,
+            num_preemptions=request.num_preemptions,
         )
         if not request.answered:
             request.answered = True

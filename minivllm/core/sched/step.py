@@ -161,4 +161,5 @@ def _new_request_data(request: Request, block_ids: BlockIds) -> NewRequestData:
         eos_token_ids=request.eos_token_ids,
         block_ids=block_ids,
         num_computed_tokens=request.num_computed_tokens,
+        prompt_embeds=request.prompt_embeds,
     )

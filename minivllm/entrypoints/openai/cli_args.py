@@ -9,6 +9,7 @@ from pathlib import Path
 from minivllm import envs
 from minivllm.config.docs import field_docs, summary
 from minivllm.config.frontend import FrontendConfig
+from minivllm.config.lora import read_lora_modules, read_prompt_adapters
 from minivllm.config.model_files import why_no_template
 from minivllm.config.not_yet import ALIASES, NOT_YET, refusal, words_to_ignore
 from minivllm.engine.arg_utils import AsyncEngineArgs
@@ -118,6 +119,7 @@ def validate_args(args: argparse.Namespace) -> None:
     _check_chat_template(args.chat_template)
     check_template_kwargs(args.default_chat_template_kwargs)
     _check_tool_parser(args)
+    _check_adapters(args)
     check_tls(args)
     check_tracing(args.otlp_traces_endpoint)
     if args.middleware:
@@ -145,6 +147,22 @@ def _check_tool_parser(args: argparse.Namespace) -> None:
         raise ConfigError(
             f"--enable-auto-tool-choice needs --tool-call-parser, one of {', '.join(TOOL_PARSERS.names)}"
         )
+
+
+def _check_adapters(args: argparse.Namespace) -> None:
+    """Raises ConfigError when adapters are named: for how, if that is wrong, and else because none is served yet."""
+    served = args.served_model_name or [args.model]
+    adapters = read_lora_modules(args.lora_modules, served)
+    prompts = read_prompt_adapters(args.prompt_adapters, [*served, *(adapter.name for adapter in adapters)])
+    if adapters:
+        named = ", ".join(adapter.name for adapter in adapters)
+        raise ConfigError(
+            f"--lora-modules: LoRA adapters are not served yet ({named}); merge them into the model's weights, or "
+            "leave them out"
+        )
+    if prompts:
+        named = ", ".join(adapter.name for adapter in prompts)
+        raise ConfigError(f"--prompt-adapters: prompt adapters are not served yet ({named}); leave them out")
 
 
 def _check_chat_template(template: str | None) -> None:

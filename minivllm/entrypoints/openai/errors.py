@@ -7,6 +7,7 @@ one spelling of `type`, whoever found the fault, and `param` names the field as 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
@@ -125,20 +126,22 @@ def error_body(error: BaseException) -> bytes:
     return _encode(ErrorResponse(error_info(error)))
 
 
-def anthropic_error(error: BaseException) -> AnthropicError:
+def anthropic_error(error: BaseException, request_id: str | None = None) -> AnthropicError:
     """The body of any exception, as Anthropic's clients read it; a field is named in the message."""
     info = error_info(error)
     kind = _ANTHROPIC_TYPES.get(info.code) or ("invalid_request_error" if info.code < 500 else "api_error")
     message = info.message if not info.param or info.param in info.message else f"{info.param}: {info.message}"
-    return AnthropicError(AnthropicErrorInfo(kind, message))
+    return AnthropicError(AnthropicErrorInfo(kind, message), request_id)
 
 
-def error_response(error: BaseException, headers: dict[str, str] | None = None, *, path: str = "") -> Response:
-    """path: of the request, which decides the shape."""
+def error_response(
+    error: BaseException, headers: dict[str, str] | None = None, *, scope: Mapping[str, Any]
+) -> Response:
+    """scope: of the request, whose path decides the shape."""
     info = error_info(error)
     body: msgspec.Struct = ErrorResponse(info)
-    if f"{path}/".endswith((f"{ANTHROPIC_PATH}/", f"{ANTHROPIC_PATH}/count_tokens/")):
-        body = anthropic_error(error)
+    if f"{scope['path']}/".endswith((f"{ANTHROPIC_PATH}/", f"{ANTHROPIC_PATH}/count_tokens/")):
+        body = anthropic_error(error, scope.get("minivllm.request_id"))
     headers = dict(headers or {})
     if info.code == HTTPStatus.SERVICE_UNAVAILABLE:
         headers["Retry-After"] = "1"
@@ -185,7 +188,7 @@ async def _on_error(request: Request, error: Exception) -> Response:
 def _respond(request: Request, error: Exception, headers: dict[str, str] | None = None) -> Response:
     if getattr(request.app.state, "log_error_stack", False):
         logger.error("%s %s is answered with an error", request.method, request.scope["path"], exc_info=error)
-    return error_response(error, headers, path=request.scope["path"])
+    return error_response(error, headers, scope=request.scope)
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:
@@ -215,7 +218,7 @@ class Failures:
             if scope["type"] != "http" or "minivllm.status" in scope:
                 raise
             logger.exception("%s %s failed", scope["method"], scope["path"])
-            await error_response(error, path=scope["path"])(scope, receive, send)
+            await error_response(error, scope=scope)(scope, receive, send)
 
 
 def install_error_handlers(app: FastAPI) -> None:

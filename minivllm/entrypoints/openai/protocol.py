@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import msgspec
+from msgspec import UNSET, UnsetType
 from pydantic import BaseModel
 from starlette.responses import Response
 
@@ -18,6 +19,10 @@ class PromptTokensDetails(msgspec.Struct):
     cached_tokens: int
 
 
+class CompletionTokensDetails(msgspec.Struct):
+    reasoning_tokens: int
+
+
 class Usage(msgspec.Struct):
     """In tokens."""
 
@@ -25,6 +30,7 @@ class Usage(msgspec.Struct):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails | None = None
+    completion_tokens_details: CompletionTokensDetails | UnsetType = UNSET  # where the model thinks
 
     @classmethod
     def of(cls, num_prompt_tokens: int, num_completion_tokens: int, num_cached_tokens: int | None = None) -> Usage:

@@ -6,6 +6,7 @@ The one place where the server tokenizes: what /tokenize shows is what the model
 from __future__ import annotations
 
 import asyncio
+import base64
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -13,11 +14,13 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from minivllm.entrypoints.chat_utils import ContentFormat, parse_messages, text_of
 from minivllm.entrypoints.openai.sampling_fields import check_unicode
+from minivllm.entrypoints.tool_use import as_prompted
 from minivllm.exceptions import RequestError
 from minivllm.tokenizer.chat_template import content_format
 
 if TYPE_CHECKING:
     from minivllm.tokenizer.tokenizer import Tokenizer
+    from minivllm.utils.torch_file import SavedTensor
 
 T = TypeVar("T")
 
@@ -99,6 +102,14 @@ class Renderer:
         """Text of token ids, special tokens shown."""
         return await self._off_loop(lambda: self.tokenizer.decode(token_ids, skip_special_tokens=False))
 
+    async def tensor(self, encoded: str) -> SavedTensor:
+        """A tensor as torch.save wrote it, in base64. Its data is not looked at.
+
+        Raises:
+            RequestError: it is none.
+        """
+        return await self._off_loop(lambda: _decode_tensor(encoded))
+
     async def chat(self, conversation: Conversation) -> ChatPrompt:
         """A conversation as a prompt, under the server's chat template, which writes the special tokens.
 
@@ -113,7 +124,7 @@ class Renderer:
                 param="chat_template",
             )
         template = own or self._templates.chat_template or self.tokenizer.template_for(conversation.tools)
-        messages = parse_messages(conversation.messages, self._content_format(template))
+        messages = parse_messages(conversation.messages, self._content_format(template), template=template)
         text = await self._off_loop(
             lambda: self._render(messages, conversation), self._apart if own is not None else None
         )
@@ -137,7 +148,7 @@ class Renderer:
             max_chars=self._max_model_len * MAX_CHARS_PER_TOKEN,
             add_generation_prompt=conversation.add_generation_prompt,
             continue_final_message=conversation.continue_final_message,
-            tools=conversation.tools,
+            tools=conversation.tools and [as_prompted(tool) for tool in conversation.tools],
             documents=conversation.documents,
             **{**self._templates.template_kwargs, **conversation.template_kwargs},
         )
@@ -159,6 +170,15 @@ class Renderer:
         """Drop what is queued; the text being tokenized is finished."""
         for pool in (self._pool, self._apart):
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _decode_tensor(encoded: str) -> SavedTensor:
+    from minivllm.utils.torch_file import load_tensor
+
+    try:
+        return load_tensor(base64.b64decode(encoded, validate=True))
+    except ValueError as error:  # binascii.Error is one, too
+        raise RequestError(f"prompt_embeds cannot be read: {error}", param="prompt_embeds") from error
 
 
 def truncate(token_ids: list[int], limit: int | None, side: str | None, longest: int) -> list[int]:

@@ -23,8 +23,13 @@ class RequestLog:
         self._deltas = deltas
         self._max_len = max_len
 
-    def request(self, request_id: str, token_ids: list[int], params: Any, tokenizer: Tokenizer | None) -> None:
-        """A request that is about to be sent; its prompt only at level DEBUG."""
+    def request(
+        self, request_id: str, token_ids: list[int] | None, params: Any, tokenizer: Tokenizer | None
+    ) -> None:
+        """A request that is about to be sent; its prompt only at level DEBUG. token_ids: None of one of vectors."""
+        if token_ids is None:
+            logger.info("%s: a prompt of embeddings, %s", request_id, params)
+            return
         logger.info("%s: %d prompt tokens, %s", request_id, len(token_ids), params)
         if logger.isEnabledFor(logging.DEBUG):
             text = None if tokenizer is None else tokenizer.decode(token_ids, skip_special_tokens=False)

@@ -27,8 +27,10 @@ if TYPE_CHECKING:
     from starlette.responses import Response
 
     from minivllm.engine.async_llm import AsyncLLM
+    from minivllm.metrics.serving import ToolCallMetrics
     from minivllm.outputs import RequestOutput
     from minivllm.sampling_params import SamplingParams
+    from minivllm.utils.torch_file import SavedTensor
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class ServingSettings:
     keep_alive_s: float = 0  # see sse.EventStream
     request_log: RequestLog | None = None
     tracer: RequestTracer | None = None
+    tool_metrics: ToolCallMetrics | None = None
 
 
 @dataclass(frozen=True)
@@ -134,14 +137,15 @@ class ServingBase(ABC):
         num_logprobs: int | None = None,
         *,
         index: int | None = None,
+        vectors: SavedTensor | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """The engine's outputs. num_logprobs: what a beam search reports; else `params` say it. index: of the prompt,
-        where there may be several."""
+        where there may be several. vectors: in place of the prompt's token ids."""
         request_id = answering.id if index is None else f"{answering.id}-{index}"
         if isinstance(params, BeamSearchParams):
             outputs = self._beams(token_ids, params, request, request_id, num_logprobs)
         else:
-            prompt = {"prompt_token_ids": token_ids}
+            prompt = {"prompt_token_ids": token_ids} if vectors is None else {"prompt_embeds": vectors}
             if request.cache_salt is not None:
                 prompt["cache_salt"] = request.cache_salt
             outputs = self._engine.generate(prompt, params, request_id, priority=request.priority)
@@ -150,7 +154,7 @@ class ServingBase(ABC):
         log = self._settings.request_log
         if log is None:
             return outputs
-        log.request(request_id, token_ids, params, self._engine.tokenizer)
+        log.request(request_id, None if vectors is not None else token_ids, params, self._engine.tokenizer)
         return log.watched(request_id, outputs)
 
     async def _answer(self, job: Any, outputs: AsyncGenerator[Any, None], num_choices: int) -> Response:

@@ -19,6 +19,7 @@ from minivllm.config.model import ModelConfig
 from minivllm.engine.processor import Processor
 from minivllm.exceptions import EngineDeadError, RequestError
 from minivllm.messages.engine import EngineCoreReady
+from minivllm.messages.stats import BLOCK_CACHED, BLOCK_EMPTY, BLOCK_HELD, BLOCK_SHARED, EngineSnapshot
 from minivllm.outputs import CompletionOutput, Logprob, RequestOutput
 from minivllm.sampling_params import RequestOutputKind, SamplingParams
 
@@ -100,6 +101,7 @@ class FakeEngine:
         self.default_sampling_params: dict[str, Any] = {}
         self.calls: list[Call] = []
         self.num_open = 0
+        self.num_snapshots = 0
         self.answer = ANSWER
         self.fail_after: int | None = None  # outputs until `failure`
         self.failure: Exception = EngineDeadError()
@@ -130,6 +132,13 @@ class FakeEngine:
     async def check_health(self) -> None:
         if self.dead_error is not None:
             raise self.dead_error
+
+    async def snapshots(self) -> list[EngineSnapshot]:
+        if self.dead_error is not None:
+            raise self.dead_error
+        self.num_snapshots += 1
+        blocks = bytes([BLOCK_SHARED] * 2 + [BLOCK_HELD, BLOCK_CACHED] + [BLOCK_EMPTY] * 6)
+        return [EngineSnapshot(2, 1, 0.3, 20, 8, 12, num_blocks=10, block_stride=1, blocks=blocks)]
 
     def check_admission(self, num_requests: int = 1) -> None:
         if self.refuses is not None:

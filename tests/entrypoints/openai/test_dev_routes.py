@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
+import pstats
 from pathlib import Path
 
 import httpx
@@ -40,15 +42,25 @@ def _routes(routes):
         yield from [route] if inner is None else _routes(inner.routes)
 
 
-@pytest.mark.parametrize("path", ["/sleep", "/wake_up", "/start_profile", "/stop_profile", "/pause?mode=keep"])
-def test_what_cannot_be_done_is_an_error_that_says_so(engine: FakeEngine, path: str):
-    response = Api(engine, enable_dev_endpoints=True).post(path, None)
+def test_what_cannot_be_done_is_an_error_that_says_so(engine: FakeEngine):
+    response = Api(engine, enable_dev_endpoints=True).post("/pause?mode=keep", None)
     assert (response.status_code, response.json()["error"]["type"]) == (501, "NotImplementedError")
 
 
+@pytest.mark.parametrize("path", ["/start_profile", "/stop_profile"])
+def test_profiling_routes_are_there_with_a_profiler_too(engine: FakeEngine, path: str):
+    assert Api(engine).post(path, None).status_code == 404
+    assert Api(engine, profiler_config={"torch_profiler_dir": "x"}).post(path, None).status_code in (400, 409)
+
+
 @pytest.mark.parametrize("path", ["/v1/load_lora_adapter", "/v1/unload_lora_adapter"])
-def test_adapters_are_refused(api: Api, path: str):
-    assert api.post(path, {"lora_name": "a", "lora_path": "b"}).status_code == 501
+def test_adapters_are_refused_by_name_and_wrong_requests_for_what_is_wrong(api: Api, path: str):
+    error = api.post(path, {"lora_name": "a", "lora_path": "b"}).json()["error"]
+    assert (error["code"], error["param"]) == (400, "lora_name") and "no LoRA adapters" in error["message"]
+    for wrong in ({"lora_path": "b"}, {"lora_name": "", "lora_path": "b"}, {"lora_name": 3, "lora_path": "b"}):
+        error = api.post(path, wrong).json()["error"]
+        assert (error["code"], error["param"]) == (400, "lora_name") and "validation" in error["message"]
+    assert api.request("POST", path, content=b"{}").status_code == 400
 
 
 def test_the_configuration_is_told_without_keys(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch):
@@ -113,10 +125,94 @@ def test_the_tokenizers_configuration_is_told_when_opened(engine: FakeEngine, tm
 
 @pytest.fixture
 def llm(tiny_model: Path):
-    arguments = AsyncEngineArgs(str(tiny_model), max_model_len=256, kv_cache_memory_bytes=16 << 20)
+    yield from started(tiny_model)
+
+
+@pytest.fixture
+def sleeper(tiny_model: Path, tmp_path: Path):
+    profiler = {"torch_profiler_dir": str(tmp_path / "p")}
+    yield from started(tiny_model, max_model_len=1024, enable_sleep_mode=True, profiler_config=profiler)
+
+
+def started(model: Path, *, max_model_len: int = 256, **options):
+    arguments = AsyncEngineArgs(str(model), max_model_len=max_model_len, kv_cache_memory_bytes=16 << 20, **options)
     engine = AsyncLLM.from_engine_args(arguments)
     yield engine
     engine.shutdown()
+
+
+async def until(condition) -> None:
+    while not condition():
+        await asyncio.sleep(0.001)
+
+
+@pytest.mark.parametrize("mode", ["abort", "wait", "keep"])
+def test_a_sleeping_server_holds_requests_until_it_wakes(sleeper: AsyncLLM, mode: str):
+    api = Api(sleeper, enable_dev_endpoints=True)
+    ask = {"prompt": [1, 2, 3], "max_tokens": 1000, "ignore_eos": True, "temperature": 0, "return_token_ids": True}
+
+    async def talk(client: httpx.AsyncClient) -> None:
+        async def complete() -> dict:
+            return (await client.post("/v1/completions", json=ask)).json()["choices"][0]
+
+        calm = await complete()
+        open_one = asyncio.ensure_future(complete())
+        await until(lambda: open_one.done() or sleeper.output_processor.has_unfinished_requests())
+        slept = (await client.post(f"/sleep?level=2&mode={mode}")).json()
+        assert slept == {"status": "sleeping", "level": 2}
+        if mode != "keep":
+            assert (await open_one)["finish_reason"] == ("abort" if mode == "abort" else "length")
+        assert (await client.get("/is_sleeping")).json() == {"is_sleeping": True}
+        waiting = asyncio.ensure_future(complete())
+        await asyncio.sleep(0.1)
+        assert not waiting.done() and (await client.get("/health")).status_code == 200
+        half = (await client.post("/wake_up?tags=weights")).json()
+        assert half == {"status": "sleeping", "tags": ["weights"]}
+        await asyncio.sleep(0.1)
+        assert not waiting.done()
+        assert (await client.post("/wake_up")).json() == {"status": "awake", "tags": None}
+        assert await waiting == calm
+        if mode == "keep":
+            assert await open_one == calm
+        for wrong, param in (("/sleep?level=3", "level"), ("/wake_up?tags=legs", "tags"), ("/sleep?mode=x", "mode")):
+            response = await client.post(wrong)
+            assert response.status_code == 400 and param in response.json()["error"]["param"]
+
+    api.run(talk)
+
+
+def test_without_sleep_mode_nothing_sleeps(llm: AsyncLLM):
+    api = Api(llm, enable_dev_endpoints=True)
+
+    async def talk(client: httpx.AsyncClient) -> None:
+        response = await client.post("/sleep")
+        assert response.status_code == 400 and "--enable-sleep-mode" in response.json()["error"]["message"]
+        assert "--profiler-config" in (await client.post("/start_profile")).json()["error"]["message"]
+
+    api.run(talk)
+
+
+def test_a_profile_is_files_of_the_worker_and_of_the_server(sleeper: AsyncLLM, tmp_path: Path):
+    api = Api(sleeper, enable_dev_endpoints=True)
+
+    async def talk(client: httpx.AsyncClient) -> list[str]:
+        assert (await client.post("/stop_profile")).status_code == 409
+        for wrong in ({"profile_prefix": "../x"}, {"max_iterations": -1}):
+            assert (await client.post("/start_profile", json=wrong)).status_code == 400
+        assert (await client.post("/start_profile", json={"profile_prefix": "mine"})).status_code == 200
+        busy = await client.post("/start_profile")
+        assert (busy.status_code, busy.json()["error"]["type"]) == (409, "ConflictError")
+        await client.post("/v1/completions", json={"prompt": "Hi", "max_tokens": 5, "ignore_eos": True})
+        return (await client.post("/stop_profile")).json()["files"]
+
+    trace, table, stats, functions = map(Path, api.run(talk))
+    assert {path.parent for path in (trace, table, stats, functions)} == {tmp_path / "p"}
+    assert all(path.name.startswith("mine_") for path in (trace, table, stats, functions))
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    assert sum("execute_model" in event["name"] for event in events) >= 5
+    assert "Self CPU" in table.read_text()
+    names = {function for _, _, function in pstats.Stats(str(stats)).stats}
+    assert "process_outputs" in names and "process_outputs" in functions.read_text()
 
 
 def test_a_paused_engine_takes_no_work_until_it_is_resumed(llm: AsyncLLM):
@@ -127,9 +223,8 @@ def test_a_paused_engine_takes_no_work_until_it_is_resumed(llm: AsyncLLM):
         return last.outputs[0].finish_reason
 
     async def main() -> None:
-        open_one = asyncio.ensure_future(answer("a-0", 100))
-        while not llm.output_processor.has_unfinished_requests():
-            await asyncio.sleep(0.001)
+        open_one = asyncio.ensure_future(answer("a-0", 200))
+        await until(lambda: open_one.done() or llm.output_processor.has_unfinished_requests())
         await llm.pause(abort=True)
         assert await open_one == "abort"
         waiting = asyncio.ensure_future(answer("b-0", 3))
@@ -137,16 +232,13 @@ def test_a_paused_engine_takes_no_work_until_it_is_resumed(llm: AsyncLLM):
         assert llm.is_paused and not waiting.done() and not llm.output_processor.has_unfinished_requests()
         llm.resume()
         assert await waiting == "length"
-        running = asyncio.ensure_future(answer("c-0", 20))
-        await asyncio.sleep(0)
-        while not llm.output_processor.has_unfinished_requests():
-            await asyncio.sleep(0.001)
+        running = asyncio.ensure_future(answer("c-0", 200))
+        await until(lambda: running.done() or llm.output_processor.has_unfinished_requests())
         await llm.pause(abort=False)
         assert await running == "length"
         llm.resume()
-        both = [asyncio.ensure_future(answer(name, 100)) for name in ("d-0", "d-1", "e")]
-        while llm.output_processor.num_unfinished_requests < 3:
-            await asyncio.sleep(0.001)
+        both = [asyncio.ensure_future(answer(name, 200)) for name in ("d-0", "d-1", "e")]
+        await until(lambda: both[0].done() or llm.output_processor.num_unfinished_requests == 3)
         assert await llm.abort_matching(["d", "nobody"]) == 2
         assert await llm.abort_matching([]) == 1
         assert [await task for task in both] == ["abort"] * 3

@@ -6,12 +6,20 @@ import json
 
 import pytest
 
-from minivllm.entrypoints.openai.chat_objects import CallArguments, CallBegin, End, Reasoning, Text
+from minivllm.entrypoints.openai.chat_completion.job import AnswerDelta
 from minivllm.entrypoints.openai.messages.convert import to_chat
-from minivllm.entrypoints.openai.messages.protocol import MessagesRequest
-from minivllm.entrypoints.openai.messages.serving import _EventMaker
+from minivllm.entrypoints.openai.messages.protocol import (
+    BlockStart,
+    Message,
+    MessagesRequest,
+    TextBlock,
+    ThinkingBlock,
+    ToolUseBlock,
+)
+from minivllm.entrypoints.openai.messages.serving import _Maker
 from minivllm.entrypoints.openai.protocol import Usage
 from minivllm.exceptions import EngineGenerateError
+from minivllm.tool_parsers.pieces import CallArguments, CallEnd, CallStart, Content, Reasoning
 from tests.entrypoints.openai.conftest import Api
 from tests.entrypoints.openai.fakes import ANSWER, FakeEngine
 
@@ -87,8 +95,10 @@ def test_a_stream_says_the_same_as_the_whole(api: Api):
 
 def test_a_stream_that_fails_ends_with_an_error_event(api: Api):
     api.engine.fail_after, api.engine.failure = 3, EngineGenerateError("one step failed")
-    name, data = named_events(api.post("/v1/messages", {**ASK, "stream": True}).text)[-1]
+    response = api.post("/v1/messages", {**ASK, "stream": True}, headers={"X-Request-Id": "mine"})
+    name, data = named_events(response.text)[-1]
     assert (name, data["error"]) == ("error", {"type": "api_error", "message": "one step failed"})
+    assert data["request_id"] == "mine"
 
 
 @pytest.mark.parametrize(
@@ -123,6 +133,8 @@ def test_a_wrong_field_is_refused_in_anthropics_shape(api: Api, change: dict, na
 
 def test_other_errors_have_its_shape_too(engine: FakeEngine):
     api = Api(engine, api_key=["k"])
+    for response in [api.post("/v1/messages", ASK, headers={"X-Request-Id": "mine"}), api.post("/v1/messages", ASK)]:
+        assert response.json()["request_id"] == response.headers["x-request-id"]
     kinds = {
         401: api.post("/v1/messages", ASK),
         404: api.post("/v1/messages", {**ASK, "model": "nobody"}, headers={"x-api-key": "k"}),
@@ -134,20 +146,73 @@ def test_other_errors_have_its_shape_too(engine: FakeEngine):
     assert kinds[404].json()["error"]["type"] == "not_found_error"
 
 
+def maker_of(*deltas: tuple[str | None, list], stop_reason: str | None = None) -> tuple[Message, list]:
+    """The message of these deltas, (finish_reason, pieces), and its events."""
+    message = Message("msg_1", "fake", [])
+    maker = _Maker(message)
+    events = [
+        event
+        for reason, pieces in deltas
+        for event in maker.add(AnswerDelta(0, pieces, [], None, [], reason, stop_reason))
+    ]
+    return message, events + maker.finish(Usage.of(3, 4))
+
+
 def test_reasoning_text_and_calls_are_blocks_in_their_order():
-    maker = _EventMaker()
-    pieces = [
-        Reasoning("a"), Reasoning("b"), Text("c"), CallBegin("id1", "f"), CallArguments("{}"), CallBegin("id2", "g"),
-        CallArguments('{"x":'), CallArguments("1}"),
-    ]  # fmt: skip
-    events = [event for piece in pieces for event in maker.piece(piece)]
-    events += maker.finish(End("tool_calls", None, Usage.of(3, 4)))
+    message, events = maker_of(
+        (None, [Reasoning("a"), Reasoning("b"), Content("c"), CallStart(0, "f", "id1"), CallArguments(0, "{}")]),
+        (None, [CallEnd(0, True), CallStart(1, "g", "id2"), CallArguments(1, '{"x":'), CallArguments(1, "1}")]),
+        ("tool_calls", [CallEnd(1, True)]),
+    )
     tags = [type(event).__name__ for event in events]
     block = ["BlockStart", "BlockDelta", "BlockStop"]
     thinking = ["BlockStart", "BlockDelta", "BlockDelta", "BlockStop"]
     assert tags == [*thinking, *block, *block, *thinking, "MessageDelta", "MessageStop"]
     assert [e.index for e in events[:-2]] == [0, 0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 3]
-    assert events[-2].delta.stop_reason == "tool_use"
+    assert events[-2].delta.stop_reason == message.stop_reason == "tool_use"
+    assert [block.content_block for block in events if isinstance(block, BlockStart)] == [
+        ThinkingBlock(""), TextBlock(""), ToolUseBlock("id1", "f", {}), ToolUseBlock("id2", "g", {}),
+    ]  # fmt: skip
+    assert message.content == [
+        ThinkingBlock("ab"), TextBlock("c"), ToolUseBlock("id1", "f", {}), ToolUseBlock("id2", "g", {"x": 1}),
+    ]  # fmt: skip
+
+
+CALLED = [CallStart(0, "f", "i"), CallArguments(0, "{}"), CallEnd(0, True)]
+
+
+@pytest.mark.parametrize(
+    ("reason", "stopped_by", "pieces", "told"),
+    [
+        ("stop", None, [Content("a")], ("end_turn", None)),
+        ("stop", 7, [Content("a")], ("end_turn", None)),
+        ("stop", "END", [Content("a")], ("stop_sequence", "END")),
+        ("stop", None, CALLED, ("tool_use", None)),  # chat's reason where the call was asked for by name
+        ("tool_calls", None, CALLED, ("tool_use", None)),
+        ("length", None, CALLED, ("max_tokens", None)),
+        ("abort", None, [Content("a")], (None, None)),
+        ("repetition", None, [Content("a")], ("end_turn", None)),
+    ],
+)
+def test_the_stop_reason_is_anthropics(reason: str, stopped_by: int | str | None, pieces: list, told: tuple):
+    message, events = maker_of((reason, pieces), stop_reason=stopped_by)
+    assert (message.stop_reason, message.stop_sequence) == told
+    assert (events[-2].delta.stop_reason, events[-2].delta.stop_sequence) == told
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_call_that_the_length_cuts_ends_with_max_tokens_and_no_made_up_input(engine: FakeEngine, stream: bool):
+    engine.answer = CALL
+    api = Api(engine, enable_auto_tool_choice=True, tool_call_parser="hermes")
+    response = api.post("/v1/messages", {**ASK, "tools": [TOOL], "max_tokens": len(CALL) - 20, "stream": stream})
+    if stream:
+        events = named_events(response.text)
+        assert events[-2][1]["delta"]["stop_reason"] == "max_tokens"
+        begun = "".join(d["delta"].get("partial_json", "") for n, d in events if n == "content_block_delta")
+        assert begun and '{"city": "Paris"}'.startswith(begun)
+    else:
+        assert response.json()["stop_reason"] == "max_tokens"
+        assert response.json()["content"][-1]["input"] == {}
 
 
 def test_tools_and_their_results_are_chats():

@@ -8,16 +8,18 @@ import httpx
 import openai
 import pytest
 
-from minivllm.entrypoints.openai.chat_objects import CallArguments, CallBegin, End, Reasoning, Text
+from minivllm.entrypoints.openai.chat_completion.job import AnswerDelta
 from minivllm.entrypoints.openai.protocol import Usage
 from minivllm.entrypoints.openai.responses.convert import _tool, _tool_choice, input_messages
 from minivllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from minivllm.entrypoints.openai.responses.serving import _begin, _Maker
 from minivllm.entrypoints.openai.responses.store import ResponseStore
 from minivllm.exceptions import EngineGenerateError, NotFoundError
+from minivllm.tool_parsers.pieces import CallArguments, CallEnd, CallStart, Content, Reasoning
 from tests.entrypoints.openai.conftest import Api
 from tests.entrypoints.openai.fakes import ANSWER, FakeEngine
 from tests.entrypoints.openai.test_messages import CALL, named_events
+from tests.entrypoints.openai.test_tools import with_reasoning
 
 ASK = {"model": "fake", "input": "Hi"}
 
@@ -184,11 +186,16 @@ def test_fields_that_change_nothing_are_accepted(api: Api):
     assert answer.json()["metadata"] == {"a": "b"}
 
 
+def delta(*pieces, finish_reason: str | None = None) -> AnswerDelta:
+    return AnswerDelta(0, list(pieces), [], None, [], finish_reason, None)
+
+
 def test_reasoning_text_and_calls_are_items_in_their_order():
     maker = _Maker(_begin(ResponsesRequest(input="x")))
-    pieces = [Reasoning("a"), Text("b"), Text("c"), CallBegin("i", "f"), CallArguments('{"x":'), CallArguments("1}")]
-    events = [event for piece in pieces for event in maker.piece(piece)]
-    events += maker.finish(End("tool_calls", None, Usage.of(3, 4)))
+    call = [CallStart(0, "f", "i"), CallArguments(0, '{"x":'), CallArguments(0, "1}"), CallEnd(0, True)]
+    events = maker.add(delta(Reasoning("a"), Content("b"))) + maker.add(delta(Content("c"), *call))
+    assert events[-1].type == "response.output_item.done"  # as soon as the call is complete
+    events += maker.add(delta(finish_reason="tool_calls")) + maker.finish(Usage.of(3, 4))
     reasoning, message, call = maker.body.output
     assert (reasoning.content[0].text, message.content[0].text) == ("a", "bc")
     assert (call.call_id, call.name, call.arguments, call.status) == ("i", "f", '{"x":1}', "completed")
@@ -197,12 +204,59 @@ def test_reasoning_text_and_calls_are_items_in_their_order():
     assert (maker.body.status, maker.body.usage.total_tokens) == ("completed", 7)
 
 
-def test_what_the_length_cuts_is_incomplete():
+@pytest.mark.parametrize(
+    ("reason", "status", "details"),
+    [("length", "incomplete", {"reason": "max_output_tokens"}), ("abort", "cancelled", None)],
+)
+def test_what_is_cut_says_so_and_why(reason: str, status: str, details: dict | None):
     maker = _Maker(_begin(ResponsesRequest(input="x")))
-    maker.piece(CallBegin("i", "f"))
-    maker.piece(CallArguments('{"x'))
-    maker.finish(End("length", None, Usage.of(3, 4)))
-    assert (maker.body.output[0].arguments, maker.body.output[0].status) == ('{"x', "incomplete")
+    maker.add(delta(Content("a"), CallStart(0, "f", "i"), CallArguments(0, '{"x')))
+    maker.add(delta(CallEnd(0, False), finish_reason=reason))
+    last = maker.finish(Usage.of(3, 4))[-1]
+    message, call = maker.body.output
+    assert (message.status, call.arguments, call.status) == ("completed", '{"x', "incomplete")
+    assert (last.type, last.response.status) == ("response.incomplete", status)
+    assert last.response.incomplete_details == details
+
+
+def test_a_call_that_goes_wrong_is_incomplete_though_the_answer_is_not():
+    maker = _Maker(_begin(ResponsesRequest(input="x")))
+    maker.add(delta(CallStart(0, "f", "i"), CallArguments(0, '{"x'), CallEnd(0, False), Content("}")))
+    maker.add(delta(finish_reason="stop"))
+    maker.finish(Usage.of(3, 4))
+    assert [item.status for item in maker.body.output] == ["incomplete", "completed"]
+    assert maker.body.status == "completed"
+
+
+THINKS = "<think>why?</think>Four."
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("max_tokens", [9, 12, 20, 100])
+def test_usage_tells_how_many_tokens_were_reasoning(max_tokens: int, stream: bool):
+    """A token of the fake engine is a byte; the marks are no reasoning."""
+    api = with_reasoning(THINKS)
+    response = api.post("/v1/responses", {**ASK, "max_output_tokens": max_tokens, "stream": stream})
+    body = named_events(response.text)[-1][1]["response"] if stream else response.json()
+    # Of a text that breaks off within a mark, the beginning of the mark still counts.
+    expected = {9: 2, 12: 5, 20: 4, 100: 4}[max_tokens]
+    assert body["usage"]["output_tokens_details"] == {"reasoning_tokens": expected}
+    assert body["usage"]["output_tokens"] == min(max_tokens, len(THINKS))
+    cut = max_tokens < len(THINKS)
+    assert body["status"] == ("incomplete" if cut else "completed")
+    assert body["incomplete_details"] == ({"reason": "max_output_tokens"} if cut else None)
+    kinds = [item["type"] for item in body["output"]]
+    assert kinds == (["reasoning"] if max_tokens < 19 else ["reasoning", "message"])
+    assert body["output"][-1]["status"] == ("incomplete" if cut else "completed")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_logprobs_of_reasoning_are_no_texts(stream: bool):
+    api = with_reasoning("why?</think>Four.", "deepseek_r1")
+    response = api.post("/v1/responses", {**ASK, "top_logprobs": 1, "stream": stream})
+    body = named_events(response.text)[-1][1]["response"] if stream else response.json()
+    (part,) = body["output"][1]["content"]
+    assert "".join(row["token"] for row in part["logprobs"]) == part["text"] == "Four."
 
 
 def test_items_become_chats_messages():

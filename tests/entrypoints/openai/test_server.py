@@ -44,7 +44,7 @@ def test_every_route_but_the_probes_needs_the_key(engine: FakeEngine, monkeypatc
         "/openapi.json",
         "/v1/completions",
         "/nothing",
-        "//health",
+        "http://test//health",
     ):
         response = api.get(path)
         assert response.status_code == response.json()["error"]["code"] == 401

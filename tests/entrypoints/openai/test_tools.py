@@ -16,7 +16,7 @@ from minivllm.structured_output.grammar import to_grammar
 from minivllm.tool_parsers.pieces import Answer
 from minivllm.tool_parsers.registry import TOOL_PARSERS
 from tests.entrypoints.openai.conftest import Api
-from tests.entrypoints.openai.fakes import FakeEngine
+from tests.entrypoints.openai.fakes import ByteTokenizer, FakeEngine
 
 CHAT = "/v1/chat/completions"
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
@@ -75,6 +75,29 @@ def test_calls_are_parsed_and_end_with_their_own_reason():
     assert (second["type"], second["function"]) == ("function", {"name": "now", "arguments": "{}"})
     assert first["id"] != second["id"] and first["id"].startswith("chatcmpl-tool-")
     assert "incomplete" not in first
+
+
+def test_a_tool_stands_in_the_prompt_in_one_order_whatever_the_client_and_the_route():
+    """Node's client sends the parameters first, and clients of responses always say `strict`."""
+    shown = []
+
+    class Seeing(ByteTokenizer):
+        def render_chat_template(self, messages: list[dict], **kwargs: Any) -> str:
+            shown.append(json.dumps(kwargs["tools"]))
+            return super().render_chat_template(messages, **kwargs)
+
+    api = Api(FakeEngine(tokenizer=Seeing()), enable_auto_tool_choice=True, tool_call_parser="hermes")
+    parts = {"parameters": PARAMETERS, "description": "d", "name": "f"}
+    api.chat(tools=[{"function": parts, "type": "function"}])
+    assert shown == [json.dumps([{"type": "function", "function": dict(reversed(parts.items()))}])]
+    api.chat(tools=[{"type": "function", "function": dict(reversed(parts.items()))}])
+    api.post("/v1/responses", {"input": "q", "tools": [{**parts, "type": "function", "strict": False}]})
+    tool = {"input_schema": PARAMETERS, "description": "d", "name": "f"}
+    ask = {"model": "fake", "max_tokens": 9, "messages": [{"role": "user", "content": "q"}]}
+    assert api.post("/v1/messages", {**ask, "tools": [tool]}).status_code == 200
+    assert len(shown) == 4 and len(set(shown)) == 1
+    api.chat(tools=[{"type": "function", "function": {**parts, "strict": True}}])
+    assert '"strict": true' in shown[-1]
 
 
 def test_a_message_of_calls_alone_has_no_content():
@@ -301,6 +324,75 @@ def test_what_a_grammar_makes_a_model_write_its_parser_reads(name: str, choice: 
     assert matcher.consume_tokens(list(text.encode())) and matcher.is_accepting()
 
 
+STRICT = [{"type": "function", "function": {**TOOLS[0]["function"], "strict": True}}, TOOLS[1]]
+FREE = sorted(name for name in TOOL_PARSERS.names if (f := TOOL_PARSERS.get(name).call_format) and f.trigger)
+
+
+def accepts(form: StructuredOutputsParams, text: str) -> bool:
+    """Whether an answer of this form can be this text."""
+    matcher = llguidance.LLMatcher(byte_tokens(), grammar_of(form))
+    data = list(text.encode())
+    return matcher.try_consume_tokens(data) == len(data) and matcher.is_accepting()
+
+
+def written(parser: str, *calls: tuple[str, str]) -> str:
+    form = TOOL_PARSERS.get(parser).call_format
+    texts = [form.begin + form.spelt(name) + form.middle + arguments + form.end for name, arguments in calls]
+    return form.first + form.separator.join(texts) + form.last
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_strict_functions_are_enforced_where_the_model_calls_by_itself(name: str):
+    """What begins as a call is one of a function there is; a strict one's arguments match its schema."""
+    plan = AnswerFormat(TOOL_PARSERS.get(name), auto_tool_choice=True).plan(read_tool_use(STRICT, "auto"))
+    rome, now = ("get_weather", '{"city": "Rome"}'), ("now", '{"x": [1]}')
+    for text in ("It is sunny. {} < [", written(name, rome), f"Let me look.\n{written(name, rome)}", written(name, now),
+                 f"{written(name, rome)}\nAnd:\n{written(name, now)}\nDone.", written(name, rome, now)):  # fmt: skip
+        assert accepts(plan.form, text), text
+    for call in (("get_weather", '{"town": "Rome"}'), ("get_weather", "{}"), ("get_weather", '{"city": 3}'),
+                 ("get_wether", '{"city": "Rome"}'), ("now", "[]")):  # fmt: skip
+        assert not accepts(plan.form, f"Well: {written(name, call)}"), call
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_without_parallel_calls_a_strict_answer_ends_with_the_first(name: str):
+    use = read_tool_use(STRICT, "auto", parallel_tool_calls=False)
+    form = AnswerFormat(TOOL_PARSERS.get(name), auto_tool_choice=True).plan(use).form
+    rome = written(name, ("get_weather", '{"city": "Rome"}'))
+    assert accepts(form, "No.") and accepts(form, f"Look: {rome}")
+    assert not accepts(form, f"{rome}\n{rome}")
+
+
+def test_nothing_is_enforced_under_auto_unless_a_function_is_strict():
+    api = api_with(ROME)
+    api.chat(tools=TOOLS)
+    assert api.engine.calls[-1].params.structured_outputs is None
+    api.chat(tools=STRICT)
+    assert "get_weather" in last_grammar(api)
+    api.chat(tools=STRICT, response_format={"type": "json_object"})
+    assert api.engine.calls[-1].params.structured_outputs.json_object
+    api.chat(tools=STRICT, tool_choice="none")
+    assert api.engine.calls[-1].params.structured_outputs is None
+
+
+def test_the_strict_level_is_a_floor_for_all_functions():
+    for level, city in (("function", True), ("parameter", False)):
+        api = api_with(ROME, tool_strict_level=level)
+        api.chat(tools=TOOLS)
+        form = api.engine.calls[-1].params.structured_outputs
+        assert accepts(form, written("hermes", ("get_weather", '{"town": 1}'))) is city
+        assert not accepts(form, written("hermes", ("get_wether", "{}")))
+    with pytest.raises(ConfigError, match="--tool-strict-level function needs"):
+        api_with("x", tool_strict_level="function", tool_call_parser="pythonic")
+
+
+def test_a_parser_without_such_a_grammar_leaves_strict_to_forced_calls(caplog: pytest.LogCaptureFixture):
+    api = api_with("[now()]", tool_call_parser="pythonic")
+    api.chat(tools=STRICT)
+    assert api.engine.calls[-1].params.structured_outputs is None
+    assert "function.strict is not enforced" in caplog.text
+
+
 def test_an_answer_that_must_call_cannot_have_another_form_too():
     ask = {"messages": [{"role": "user", "content": "Hi"}], "tools": TOOLS, "tool_choice": "required"}
     api = api_with(ROME)
@@ -311,3 +403,16 @@ def test_an_answer_that_must_call_cannot_have_another_form_too():
     ):
         response = api.post(CHAT, {**ask, **extra})
         assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+
+
+@pytest.mark.parametrize("include_reasoning", [True, False])
+def test_usage_tells_reasoning_tokens_shown_or_not(include_reasoning: bool):
+    ask = {"include_reasoning": include_reasoning, "n": 2, "temperature": 1}
+    api = with_reasoning("<think>why?</think>Four.")
+    usage = api.chat(**ask)["usage"]
+    assert usage["completion_tokens_details"] == {"reasoning_tokens": 8}
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    *_, before, last = api.stream(CHAT, stream_options=options, **ask)
+    assert last["usage"] == usage
+    assert before["usage"]["completion_tokens_details"] == {"reasoning_tokens": 4}  # of its own choice
+    assert "completion_tokens_details" not in api_with("Four.").chat()["usage"]

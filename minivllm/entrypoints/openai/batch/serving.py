@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
+from minivllm.entrypoints.openai.as_chat import chat_request
 from minivllm.entrypoints.openai.batch.protocol import BatchChatRequest
-from minivllm.entrypoints.openai.chat_objects import ServingChatObjects, chat_request
-from minivllm.entrypoints.openai.protocol import Usage, json_response
+from minivllm.entrypoints.openai.protocol import CompletionTokensDetails, Usage, json_response
 from minivllm.exceptions import RequestError
 
 if TYPE_CHECKING:
@@ -15,10 +15,11 @@ if TYPE_CHECKING:
     from starlette.responses import Response
 
     from minivllm.entrypoints.openai.chat_completion.protocol import ChatCompletion, ChatCompletionRequest
+    from minivllm.entrypoints.openai.chat_completion.serving import ServingChat
 
 
 class ServingBatch:
-    def __init__(self, chat: ServingChatObjects) -> None:
+    def __init__(self, chat: ServingChat) -> None:
         self._chat = chat
 
     async def create(self, request: BatchChatRequest, raw_request: Request) -> Response:
@@ -60,6 +61,10 @@ def _together(bodies: list[ChatCompletion]) -> ChatCompletion:
 
 def _sum(usages: list[Usage]) -> Usage:
     cached = [u.prompt_tokens_details.cached_tokens for u in usages if u.prompt_tokens_details is not None]
+    reasoning = [u.completion_tokens_details.reasoning_tokens for u in usages if u.completion_tokens_details]
     num_prompt = sum(usage.prompt_tokens for usage in usages)
     num_completion = sum(usage.completion_tokens for usage in usages)
-    return Usage.of(num_prompt, num_completion, sum(cached) if cached else None)
+    total = Usage.of(num_prompt, num_completion, sum(cached) if cached else None)
+    if reasoning:
+        total.completion_tokens_details = CompletionTokensDetails(sum(reasoning))
+    return total

@@ -15,6 +15,8 @@ from minivllm.entrypoints.openai.sampling_fields import SamplingFields
 from minivllm.entrypoints.tool_use import ToolUse, read_tool_use
 from minivllm.exceptions import RequestError
 
+MAX_MESSAGES = 16_384
+MAX_DOCUMENTS = 1024
 REASONING_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 
 
@@ -41,6 +43,9 @@ class ChatFields(SamplingFields):
     def _check_template_fields(self) -> ChatFields:
         if not self.messages:
             raise RequestError("messages is empty; send at least one", param="messages")
+        for name, most in {"messages": MAX_MESSAGES, "documents": MAX_DOCUMENTS}.items():
+            if (count := len(getattr(self, name) or ())) > most:
+                raise RequestError(f"{name} holds {count}; at most {most} fit", param=name)
         if self.add_generation_prompt and self.continue_final_message:
             raise RequestError(
                 "add_generation_prompt and continue_final_message exclude each other; set add_generation_prompt=false",

@@ -1,22 +1,21 @@
-"""Chat: a conversation to one prompt, the engine's outputs to messages, whole or in chunks."""
+"""Chat: a conversation to one prompt, the pieces of its answers to messages, whole or in chunks."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncGenerator, Iterator
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from msgspec import UNSET
 
-from minivllm.entrypoints.answer_format import AnswerParser, AnswerPlan
+from minivllm.entrypoints.answer_format import AnswerPlan
 from minivllm.entrypoints.chat_utils import text_of
+from minivllm.entrypoints.openai.chat_completion.job import AnswerDelta, ChatJob
 from minivllm.entrypoints.openai.chat_completion.protocol import (
     ChatChoice,
     ChatCompletion,
     ChatCompletionChunk,
     ChatCompletionRequest,
-    ChatLogprobs,
     ChunkChoice,
     Delta,
     FunctionCall,
@@ -26,9 +25,8 @@ from minivllm.entrypoints.openai.chat_completion.protocol import (
     ToolCallDelta,
 )
 from minivllm.entrypoints.openai.logprobs import LogprobsFormatter, prompt_logprobs_body
-from minivllm.entrypoints.openai.protocol import Usage
 from minivllm.entrypoints.openai.render import ChatPrompt
-from minivllm.entrypoints.openai.serving_base import Answering, ServingBase, check_output, in_order
+from minivllm.entrypoints.openai.serving_base import ServingBase, in_order
 from minivllm.exceptions import RequestError
 from minivllm.tool_parsers.pieces import Answer, CallArguments, CallEnd, CallStart, Content, Piece, Reasoning
 
@@ -36,50 +34,7 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.responses import Response
 
-    from minivllm.outputs import CompletionOutput, RequestOutput
     from minivllm.sampling_params import SamplingParams
-
-
-@dataclass
-class _Job:
-    """One request on its way."""
-
-    request: ChatCompletionRequest
-    answering: Answering
-    prompt: ChatPrompt
-    token_ids: list[int]  # of the prompt, as far as it is kept
-    n: int
-    role: str
-    echo: str
-    formatter: LogprobsFormatter
-    plan: AnswerPlan
-    num_tokens: dict[int, int] = field(default_factory=dict)  # generated so far, by choice
-    parsers: dict[int, AnswerParser] = field(default_factory=dict)  # by choice
-    num_cached: int | None = None  # prompt tokens from the prefix cache, if usage tells them
-
-    def count(self, answer: CompletionOutput) -> None:
-        self.num_tokens[answer.index] = self.num_tokens.get(answer.index, 0) + len(answer.token_ids)
-
-    def parser(self, index: int) -> AnswerParser:
-        if index not in self.parsers:
-            self.parsers[index] = self.plan.parser(self.prompt.text, self.prompt.continued)
-        return self.parsers[index]
-
-    def pieces(self, answer: CompletionOutput) -> list[Piece]:
-        """What an output adds to its choice, taken apart."""
-        parser = self.parser(answer.index)
-        pieces = parser.feed(answer.text)
-        return pieces if answer.finish_reason is None else pieces + parser.finish()
-
-    @property
-    def usage(self) -> Usage:
-        return Usage.of(len(self.token_ids), sum(self.num_tokens.values()), self.num_cached)
-
-    def logprobs(self, answer: CompletionOutput) -> ChatLogprobs | None:
-        if self.request.num_logprobs is None or not answer.logprobs:
-            return None
-        num_top = -1 if self.request.logprob_token_ids is not None else self.request.num_logprobs
-        return self.formatter.chat(answer.token_ids, answer.logprobs, num_top)
 
 
 class ServingChat(ServingBase):
@@ -91,6 +46,27 @@ class ServingChat(ServingBase):
         Raises:
             RequestError: the request is wrong; EngineError: it failed before its first chunk.
         """
+        job = await self.begin(request, raw_request)
+        return await self._answer(job, job.deltas(), job.n)
+
+    async def whole(self, request: ChatCompletionRequest, raw_request: Request) -> ChatCompletion:
+        """Raises:
+        RequestError: the request is wrong; EngineError: it failed.
+        """
+        job = await self.begin(request, raw_request)
+        return await self._whole(job, job.deltas())
+
+    async def count_tokens(self, request: ChatCompletionRequest) -> int:
+        """Tokens of the prompt that `begin` would send."""
+        self._models.resolve(request.model)
+        return len((await self._prompt(request)).token_ids)
+
+    async def begin(self, request: ChatCompletionRequest, raw_request: Request, *, api: str = "chat") -> ChatJob:
+        """Ask the engine. api: through which one the request came.
+
+        Raises:
+            RequestError: the request is wrong.
+        """
         answering = self._begin(request, raw_request)
         asked = request.num_tokens_asked
         plan = self._settings.answer_format.plan(request.tool_use, include_reasoning=request.include_reasoning)
@@ -99,9 +75,9 @@ class ServingChat(ServingBase):
         param = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
         max_tokens = self._max_tokens(asked, None, len(token_ids), param=param)
         if request.use_beam_search:
-            if request.tool_use.must_call:
+            if plan.form is not None:
                 raise RequestError(
-                    "use_beam_search cannot hold an answer to calls; say tool_choice auto or none",
+                    "use_beam_search cannot hold an answer to calls; say tool_choice auto or none, without strict",
                     param="tool_choice",
                 )
             params = request.to_beam_search_params(max_tokens=max_tokens, num_logprobs=request.num_logprobs)
@@ -115,11 +91,23 @@ class ServingChat(ServingBase):
             params = _with_plan(params, plan)
         role, echo = self._role_and_echo(request)
         tokenizer = self._engine.tokenizer
-        formatter = LogprobsFormatter(tokenizer, as_token_ids=self._shows_token_ids(request))
-        job = _Job(request, answering, prompt, token_ids, params.n, role, echo, formatter, plan)
         self._engine.check_admission(params.n)
-        outputs = self._generate(token_ids, params, request, answering, request.num_logprobs)
-        return await self._answer(job, outputs, params.n)
+        return ChatJob(
+            request=request,
+            answering=answering,
+            prompt=prompt,
+            token_ids=token_ids,
+            n=params.n,
+            role=role,
+            echo=echo,
+            formatter=LogprobsFormatter(tokenizer, as_token_ids=self._shows_token_ids(request)),
+            plan=plan,
+            tokenizer=tokenizer,
+            outputs=self._generate(token_ids, params, request, answering, request.num_logprobs),
+            shows_cached=self._settings.shows_cached_tokens,
+            api=api,
+            tool_metrics=self._settings.tool_metrics,
+        )
 
     async def _prompt(self, request: ChatCompletionRequest) -> ChatPrompt:
         hides_tools = self._settings.exclude_tools_when_none and not request.tool_use.may_call
@@ -131,31 +119,25 @@ class ServingChat(ServingBase):
         role = self._settings.response_role if request.add_generation_prompt else last["role"]
         return role, text_of(last, "messages[-1]") if request.echo and last["role"] == role else ""
 
-    async def _whole(self, job: _Job, outputs: AsyncGenerator[RequestOutput, None]) -> ChatCompletion:
+    async def _whole(self, job: ChatJob, deltas: AsyncGenerator[AnswerDelta, None]) -> ChatCompletion:
         bodies: dict[int, ChatChoice] = {}
-        prompt_logprobs = None
-        async with contextlib.aclosing(outputs):
-            async for output in outputs:
-                if job.num_cached is None:  # of n answers the first: the others find what it has left
-                    job.num_cached = self._cached(output.num_cached_tokens)
-                prompt_logprobs = output.prompt_logprobs or prompt_logprobs
-                for answer in check_output(output).outputs:
-                    job.count(answer)
-                    bodies[answer.index] = self._choice(job, answer)
+        async with contextlib.aclosing(deltas):
+            async for delta in deltas:
+                bodies[delta.index] = self._choice(job, delta)
         return ChatCompletion(
             id=job.answering.id,
             created=job.answering.created,
             model=job.answering.model,
             choices=in_order(bodies, job.n),
-            usage=job.usage,
+            usage=job.usage(),
             system_fingerprint=self._settings.system_fingerprint,
-            prompt_logprobs=prompt_logprobs_body(prompt_logprobs),
+            prompt_logprobs=prompt_logprobs_body(job.prompt_logprobs),
             prompt_token_ids=job.token_ids if job.request.return_token_ids else UNSET,
         )
 
     @staticmethod
-    def _choice(job: _Job, answer: CompletionOutput) -> ChatChoice:
-        parts = Answer.of(job.pieces(answer))
+    def _choice(job: ChatJob, whole: AnswerDelta) -> ChatChoice:
+        parts = Answer.of(whole.pieces)
         message = Message(job.role, job.echo + parts.content)
         if parts.reasoning:
             message.reasoning = parts.reasoning
@@ -169,47 +151,41 @@ class ServingChat(ServingBase):
         if not message.content and (parts.reasoning or parts.calls):
             message.content = None
         return ChatChoice(
-            index=answer.index,
+            index=whole.index,
             message=message,
-            logprobs=job.logprobs(answer),
-            finish_reason=job.parser(answer.index).finish_reason(answer.finish_reason),
-            stop_reason=answer.stop_reason,
-            token_ids=answer.token_ids if job.request.return_token_ids else UNSET,
+            logprobs=whole.logprobs,
+            finish_reason=whole.finish_reason,
+            stop_reason=whole.stop_reason,
+            token_ids=whole.token_ids if job.request.return_token_ids else UNSET,
         )
 
     async def _chunks(
-        self, job: _Job, outputs: AsyncGenerator[RequestOutput, None]
+        self, job: ChatJob, deltas: AsyncGenerator[AnswerDelta, None]
     ) -> AsyncGenerator[ChatCompletionChunk, None]:
-        continuous = job.request.continuous_usage_stats
         opened = False
-        async with contextlib.aclosing(outputs):
-            async for output in outputs:
-                check_output(output)
-                if job.num_cached is None:  # of n answers the first: the others find what it has left
-                    job.num_cached = self._cached(output.num_cached_tokens)
+        async with contextlib.aclosing(deltas):
+            async for delta in deltas:
                 if not opened:
                     opened = True
                     for chunk in self._opening(job):
                         yield chunk
-                for answer in output.outputs:
-                    job.count(answer)
-                    choice = self._delta(job, answer)
-                    if (
-                        not choice.delta.is_empty
-                        or choice.logprobs
-                        or choice.finish_reason
-                        or choice.token_ids is not UNSET
-                    ):
-                        chunk = self._chunk(job, [choice])
-                        if continuous:
-                            chunk.usage = Usage.of(len(job.token_ids), job.num_tokens[answer.index], job.num_cached)
-                        yield chunk
+                choice = self._chunk_choice(job, delta)
+                if (
+                    not choice.delta.is_empty
+                    or choice.logprobs
+                    or choice.finish_reason
+                    or choice.token_ids is not UNSET
+                ):
+                    chunk = self._chunk(job, [choice])
+                    if job.request.continuous_usage_stats:
+                        chunk.usage = job.usage(delta.index)
+                    yield chunk
         if self._includes_usage(job.request):
             chunk = self._chunk(job, [])
-            chunk.usage = job.usage
+            chunk.usage = job.usage()
             yield chunk
 
-    def _opening(self, job: _Job) -> Iterator[ChatCompletionChunk]:
+    def _opening(self, job: ChatJob) -> Iterator[ChatCompletionChunk]:
         """The role of every choice, and the echo."""
         for index in range(job.n):
             chunk = self._chunk(job, [ChunkChoice(index, Delta(role=job.role, content=""))])
@@ -220,18 +196,17 @@ class ServingChat(ServingBase):
                 yield self._chunk(job, [ChunkChoice(index, Delta(content=job.echo))])
 
     @staticmethod
-    def _delta(job: _Job, answer: CompletionOutput) -> ChunkChoice:
-        finished = answer.finish_reason is not None
+    def _chunk_choice(job: ChatJob, delta: AnswerDelta) -> ChunkChoice:
         return ChunkChoice(
-            index=answer.index,
-            delta=delta_of(job.pieces(answer)),
-            logprobs=job.logprobs(answer),
-            finish_reason=job.parser(answer.index).finish_reason(answer.finish_reason),
-            stop_reason=answer.stop_reason if finished else UNSET,
-            token_ids=answer.token_ids if job.request.return_token_ids else UNSET,
+            index=delta.index,
+            delta=delta_of(delta.pieces),
+            logprobs=delta.logprobs,
+            finish_reason=delta.finish_reason,
+            stop_reason=UNSET if delta.finish_reason is None else delta.stop_reason,
+            token_ids=delta.token_ids if job.request.return_token_ids else UNSET,
         )
 
-    def _chunk(self, job: _Job, choices: list[ChunkChoice]) -> ChatCompletionChunk:
+    def _chunk(self, job: ChatJob, choices: list[ChunkChoice]) -> ChatCompletionChunk:
         answering = job.answering
         return ChatCompletionChunk(
             id=answering.id,
@@ -252,13 +227,15 @@ def _with_plan(params: SamplingParams, plan: AnswerPlan) -> SamplingParams:
         params = params.clone(skip_special_tokens=False)
     if (form := plan.form) is None:
         return params
-    if params.structured_outputs is not None:
+    if params.structured_outputs is None:
+        return params.clone(structured_outputs=form)
+    if plan.use.must_call:
         raise RequestError(
             "an answer that must call a tool cannot have a form of its own as well; drop "
             f"{params.structured_outputs.param}, or tool_choice",
             param=params.structured_outputs.param,
         )
-    return params.clone(structured_outputs=form)
+    return params  # an answer of that form has no room for calls
 
 
 def delta_of(pieces: list[Piece]) -> Delta:

@@ -16,10 +16,11 @@ MAX_PROMPTS = 1024
 
 
 class CompletionRequest(SamplingFields):
-    SUPPORTED_HERE: ClassVar[frozenset[str]] = frozenset({"best_of"})
+    SUPPORTED_HERE: ClassVar[frozenset[str]] = frozenset({"best_of", "prompt_embeds"})
 
     # A string, token ids, or a list of either. `read_prompts` checks it: a union here would report every form.
     prompt: Any = None
+    prompt_embeds: Any = None  # what torch.save wrote, in base64, or a list of these; they come before `prompt`
     max_tokens: int | None = None
     logprobs: int | None = None
     add_special_tokens: bool = True
@@ -56,6 +57,21 @@ class CompletionRequest(SamplingFields):
             raise RequestError("best_of above n needs answers to choose from: drop max_tokens=0", param="best_of")
         return self
 
+    @model_validator(mode="after")
+    def _check_embeds(self) -> CompletionRequest:
+        if self.prompt_embeds is None:
+            return self
+        asked = {
+            "echo": self.echo,
+            "prompt_logprobs": self.prompt_logprobs is not None,
+            "truncate_prompt_tokens": self.truncate_prompt_tokens is not None,
+            "use_beam_search": self.use_beam_search,
+        }
+        for name, is_asked in asked.items():
+            if is_asked:
+                raise RequestError(f"{name} needs prompts of tokens, and prompt_embeds have none", param=name)
+        return self
+
     @property
     def num_answers(self) -> int:
         return 1 if self.n is None else self.n
@@ -76,12 +92,29 @@ class CompletionRequest(SamplingFields):
         return self.logprobs if self.echo and self.prompt_logprobs is None else self.prompt_logprobs
 
 
-def read_prompts(prompt: Any) -> list[str | list[int]]:
-    """The prompts of a request: each a non-empty text or non-empty token ids.
+def read_embeds(given: Any) -> list[str]:
+    """The prompts given as vectors, not decoded yet.
+
+    Raises:
+        RequestError: there is none, there are too many, or one is no string.
+    """
+    several = given if isinstance(given, list) else [given]
+    if not 1 <= len(several) <= MAX_PROMPTS or not all(isinstance(one, str) and one for one in several):
+        raise RequestError(
+            f"prompt_embeds must be base64 of what torch.save wrote, or a list of 1 to {MAX_PROMPTS} of these",
+            param="prompt_embeds",
+        )
+    return several
+
+
+def read_prompts(prompt: Any, *, may_lack: bool = False) -> list[str | list[int]]:
+    """The prompts of a request: each a non-empty text or non-empty token ids. may_lack: there may be none.
 
     Raises:
         RequestError: it is no form of prompt, empty, or there are too many.
     """
+    if may_lack and prompt in (None, "", []):  # OpenAI's client must send something
+        return []
     if prompt is None:
         raise RequestError("prompt is missing", param="prompt")
     many = isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], (str, list))

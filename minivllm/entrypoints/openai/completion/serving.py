@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING
 
 from msgspec import UNSET, UnsetType
 
+from minivllm.engine.prompt_embeds import check_taken, shape_of
 from minivllm.entrypoints.openai.completion.protocol import (
     Completion,
     CompletionChoice,
     CompletionLogprobs,
     CompletionRequest,
+    read_embeds,
     read_prompts,
 )
 from minivllm.entrypoints.openai.logprobs import LogprobsFormatter, prompt_logprobs_body
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 
     from minivllm.outputs import CompletionOutput, PromptLogprobs, RequestOutput
     from minivllm.sampling_params import BeamSearchParams, SamplingParams
+    from minivllm.utils.torch_file import SavedTensor
 
 DEFAULT_MAX_TOKENS = 16
 
@@ -41,11 +44,17 @@ class _Prompt:
     """One prompt of the request."""
 
     index: int
-    token_ids: list[int]
+    token_ids: list[int]  # [] where `vectors` stand for them
     params: SamplingParams | BeamSearchParams
     echo: str | None  # its text, when it is to be given back
+    vectors: SavedTensor | None = None
+    num_vectors: int = 0
     logprobs: PromptLogprobs | None = None
     num_cached: int | None = None  # tokens from the prefix cache, if usage tells them
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids) + self.num_vectors
 
 
 @dataclass
@@ -80,7 +89,7 @@ class _Job:
 
     @property
     def usage(self) -> Usage:
-        num_prompt_tokens = sum(len(prompt.token_ids) for prompt in self.prompts)
+        num_prompt_tokens = sum(prompt.num_tokens for prompt in self.prompts)
         cached = [prompt.num_cached for prompt in self.prompts if prompt.num_cached is not None]
         num_tokens = sum(choice.num_tokens for choice in self.choices.values())
         return Usage.of(num_prompt_tokens, num_tokens, sum(cached) if cached else None)
@@ -96,10 +105,12 @@ class ServingCompletion(ServingBase):
             RequestError: the request is wrong; EngineError: it failed before its first chunk.
         """
         answering = self._begin(request, raw_request)
-        given = read_prompts(request.prompt)
+        embeds = self._embeds(request)
+        given = read_prompts(request.prompt, may_lack=bool(embeds))
         for prompt in given:  # what can be seen of all, before any takes time
             self._check_prompt(prompt, request)
-        prompts = [await self._prompt(i, prompt, request) for i, prompt in enumerate(given)]
+        prompts = [await self._prompt_of_vectors(i, encoded, request) for i, encoded in enumerate(embeds)]
+        prompts += [await self._prompt(i, prompt, request) for i, prompt in enumerate(given, len(embeds))]
         if len(prompts) * prompts[0].params.n > MAX_N:
             raise RequestError(
                 f"{len(prompts)} prompts with n={request.n} are more than {MAX_N} answers; send several requests",
@@ -112,12 +123,25 @@ class ServingCompletion(ServingBase):
         outputs = merge(
             [
                 self._generate(
-                    prompt.token_ids, prompt.params, request, answering, request.logprobs, index=prompt.index
+                    prompt.token_ids,
+                    prompt.params,
+                    request,
+                    answering,
+                    request.logprobs,
+                    index=prompt.index,
+                    vectors=prompt.vectors,
                 )
                 for prompt in prompts
             ]
         )
         return await self._answer(job, outputs, job.num_choices)
+
+    def _embeds(self, request: CompletionRequest) -> list[str]:
+        """Raises RequestError where this server takes none, whatever they hold."""
+        if request.prompt_embeds is None:
+            return []
+        check_taken(self._engine.config.model)
+        return read_embeds(request.prompt_embeds)
 
     def _check_prompt(self, prompt: str | list[int], request: CompletionRequest) -> None:
         """Raises RequestError when it cannot fit, however it is tokenized, or is outside the vocabulary."""
@@ -138,25 +162,32 @@ class ServingCompletion(ServingBase):
             token_ids = prompt
         kept = self._truncate(token_ids, request, request.max_tokens)
         self._check_length(len(kept))  # the engine would, but after all the other prompts are tokenized
-        asked = 1 if request.only_echoes else request.max_tokens
-        max_tokens = self._max_tokens(asked, DEFAULT_MAX_TOKENS, len(kept), param="max_tokens")
-        if request.use_beam_search:
-            params = request.to_beam_search_params(max_tokens=max_tokens, num_logprobs=request.logprobs)
-        else:
-            params = request.to_sampling_params(
-                self._defaults,
-                max_tokens=max_tokens,
-                logprobs=(request.logprobs or 0) if request.chooses else request.logprobs,
-                prompt_logprobs=request.num_prompt_logprobs,
-            )
-            if request.chooses:
-                params = params.clone(n=request.best_of)
+        params = self._params(request, len(kept))
         echo = None
         if request.echo:
             echo = (
                 prompt if isinstance(prompt, str) and kept is token_ids else await self._renderer.decode(kept)
             )
         return _Prompt(index, kept, params, echo)
+
+    async def _prompt_of_vectors(self, index: int, encoded: str, request: CompletionRequest) -> _Prompt:
+        vectors = await self._renderer.tensor(encoded)
+        num_vectors, _ = shape_of(vectors, self._engine.config.hf_config.hidden_size)
+        self._check_length(num_vectors)
+        return _Prompt(index, [], self._params(request, num_vectors), None, vectors, num_vectors)
+
+    def _params(self, request: CompletionRequest, num_prompt_tokens: int) -> SamplingParams | BeamSearchParams:
+        asked = 1 if request.only_echoes else request.max_tokens
+        max_tokens = self._max_tokens(asked, DEFAULT_MAX_TOKENS, num_prompt_tokens, param="max_tokens")
+        if request.use_beam_search:
+            return request.to_beam_search_params(max_tokens=max_tokens, num_logprobs=request.logprobs)
+        params = request.to_sampling_params(
+            self._defaults,
+            max_tokens=max_tokens,
+            logprobs=(request.logprobs or 0) if request.chooses else request.logprobs,
+            prompt_logprobs=request.num_prompt_logprobs,
+        )
+        return params.clone(n=request.best_of) if request.chooses else params
 
     async def _whole(self, job: _Job, outputs: AsyncGenerator[tuple[int, RequestOutput], None]) -> Completion:
         bodies: dict[int, CompletionChoice] = {}
@@ -180,7 +211,7 @@ class ServingCompletion(ServingBase):
                     body = self._body(job, choice, answer)
                     if body.text or body.logprobs or body.finish_reason or body.token_ids is not UNSET:
                         usage = (
-                            Usage.of(len(choice.prompt.token_ids), choice.num_tokens, choice.prompt.num_cached)
+                            Usage.of(choice.prompt.num_tokens, choice.num_tokens, choice.prompt.num_cached)
                             if continuous
                             else UNSET
                         )
@@ -224,7 +255,7 @@ class ServingCompletion(ServingBase):
             finish_reason=finish_reason,
             stop_reason=stop_reason,
             token_ids=token_ids if request.return_token_ids else UNSET,
-            prompt_token_ids=prompt.token_ids if request.return_token_ids and first else UNSET,
+            prompt_token_ids=prompt.token_ids if request.return_token_ids and first and prompt.token_ids else UNSET,
         )
 
     @staticmethod

@@ -5,15 +5,17 @@ What this engine cannot do is an error that says so: there is no route that does
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, Request
-from pydantic import BaseModel
+from fastapi import APIRouter, Depends, Query, Request
+from pydantic import BaseModel, Field
 from starlette.responses import JSONResponse, Response
 
 from minivllm.entrypoints.openai.dev.serving import collective_rpc, server_info
 from minivllm.entrypoints.openai.utils import JsonRoute, require_json
 from minivllm.exceptions import NotImplementedHereError
+
+MAX_REQUEST_IDS = 16_384
 
 router = APIRouter()
 json_router = APIRouter(route_class=JsonRoute, dependencies=[Depends(require_json)])
@@ -27,17 +29,17 @@ class RpcRequest(BaseModel):
 
 
 class AbortRequest(BaseModel):
-    request_ids: list[str] = []
+    request_ids: list[str] = Field([], max_length=MAX_REQUEST_IDS)
 
 
 @router.post("/reset_prefix_cache")
 async def reset_prefix_cache(
     raw_request: Request, reset_running_requests: bool = False, reset_external: bool = False
 ) -> Response:
-    """{"success": false} while a request still holds cached blocks. There is no external cache to reset."""
-    if reset_running_requests:
-        raise NotImplementedHereError("reset_running_requests is not supported; POST /pause first, then reset")
-    return JSONResponse({"success": await raw_request.app.state.engine.reset_prefix_cache()})
+    """{"success": false} while a request still holds cached blocks, unless those are reset too: they compute again what
+    they had. There is no external cache to reset."""
+    done = await raw_request.app.state.engine.reset_prefix_cache(reset_running_requests)
+    return JSONResponse({"success": done})
 
 
 @router.post("/pause")
@@ -66,18 +68,27 @@ async def is_paused(raw_request: Request) -> Response:
 
 
 @router.post("/sleep")
-async def sleep() -> Response:
-    raise NotImplementedHereError("this engine cannot give its memory back and live on; POST /pause stops its work")
+async def sleep(raw_request: Request, level: int = 1, mode: Literal["abort", "wait", "keep"] = "abort") -> Response:
+    """Give back the KV cache's memory, at level 2 the weights' too. Open requests are aborted, waited for, or kept;
+    those that are kept, and those that come, wait for /wake_up."""
+    state = raw_request.app.state
+    with state.sleep_metrics.operation("sleep"):
+        await state.engine.sleep(level, mode)
+    return JSONResponse({"status": "sleeping", "level": level})
 
 
 @router.post("/wake_up")
-async def wake_up() -> Response:
-    raise NotImplementedHereError("this engine never sleeps; POST /resume goes on after /pause")
+async def wake_up(raw_request: Request, tags: Annotated[list[str] | None, Query()] = None) -> Response:
+    """Have memory again: what the tags name (weights, kv_cache), or all of it; requests go on when all is back."""
+    state = raw_request.app.state
+    with state.sleep_metrics.operation("wake_up"):
+        is_awake = await state.engine.wake_up(tags)
+    return JSONResponse({"status": "awake" if is_awake else "sleeping", "tags": tags})
 
 
 @router.get("/is_sleeping")
-async def is_sleeping() -> Response:
-    return JSONResponse({"is_sleeping": False})
+async def is_sleeping(raw_request: Request) -> Response:
+    return JSONResponse({"is_sleeping": await raw_request.app.state.engine.is_sleeping()})
 
 
 @json_router.post("/collective_rpc")
@@ -97,11 +108,3 @@ async def abort_requests(request: AbortRequest, raw_request: Request) -> Respons
     """End requests by the ids their answers carry; without ids, all."""
     num_aborted = await raw_request.app.state.engine.abort_matching(request.request_ids)
     return JSONResponse({"status": "aborted", "aborted": num_aborted})
-
-
-@router.post("/start_profile")
-@router.post("/stop_profile")
-async def profile() -> Response:
-    raise NotImplementedHereError(
-        "the server has no profiler of its own; record the engine core's process from outside, as with py-spy or perf"
-    )

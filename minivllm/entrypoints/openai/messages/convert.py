@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from minivllm.entrypoints.openai.as_chat import chat_request, string_field
 from minivllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-from minivllm.entrypoints.openai.chat_objects import chat_request, string_field
 from minivllm.entrypoints.openai.messages.protocol import CountTokensRequest, MessagesRequest
 from minivllm.exceptions import RequestError, UnsupportedError
 
@@ -41,7 +41,7 @@ def to_chat(request: CountTokensRequest) -> ChatCompletionRequest:
         if request.stop_sequences:
             fields["stop"] = request.stop_sequences
         if request.stream:
-            fields |= {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
+            fields["stream"] = True
     return chat_request(fields, NAMES)
 
 

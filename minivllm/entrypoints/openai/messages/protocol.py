@@ -98,7 +98,7 @@ class Message(msgspec.Struct, tag_field="type", tag="message"):
     id: str
     model: str
     content: list[Block]
-    usage: MessagesUsage
+    usage: MessagesUsage | None = None  # until its first event
     stop_reason: str | None = None
     stop_sequence: str | None = None
     role: str = "assistant"

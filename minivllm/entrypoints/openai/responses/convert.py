@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from minivllm.entrypoints.openai.as_chat import chat_request, string_field
 from minivllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-from minivllm.entrypoints.openai.chat_objects import chat_request, string_field
 from minivllm.entrypoints.openai.responses.protocol import CallItem, Item, MessageItem, ResponsesRequest
 from minivllm.exceptions import RequestError, UnsupportedError
 
@@ -48,7 +48,7 @@ def to_chat(request: ResponsesRequest, messages: list[dict[str, Any]]) -> ChatCo
         fields["reasoning_effort"] = request.reasoning["effort"]
     fields |= _text(request.text)
     if request.stream:
-        fields |= {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
+        fields["stream"] = True
     return chat_request(fields, NAMES)
 
 

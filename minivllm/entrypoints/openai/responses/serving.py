@@ -11,17 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec import to_builtins
 
-from minivllm.entrypoints.openai.chat_objects import (
-    CallArguments,
-    CallBegin,
-    ChunkReader,
-    End,
-    Piece,
-    Reasoning,
-    ServingChatObjects,
-    pieces_of,
-    renamed,
-)
+from minivllm.entrypoints.openai.as_chat import renamed
+from minivllm.entrypoints.openai.chat_completion.job import AnswerDelta, ChatJob
 from minivllm.entrypoints.openai.errors import error_info
 from minivllm.entrypoints.openai.lifecycle import Lifecycle
 from minivllm.entrypoints.openai.protocol import Usage, json_response
@@ -43,21 +34,22 @@ from minivllm.entrypoints.openai.responses.protocol import (
 )
 from minivllm.entrypoints.openai.responses.store import ResponseStore
 from minivllm.entrypoints.openai.sse import NamedEventStream
-from minivllm.exceptions import RequestError, UnsupportedError
+from minivllm.exceptions import EngineGenerateError, RequestError, UnsupportedError
+from minivllm.tool_parsers.pieces import CallArguments, CallEnd, CallStart, Content, Piece, Reasoning
 
 if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.responses import Response
 
-    from minivllm.entrypoints.openai.chat_completion.protocol import (
-        ChatCompletionChunk,
-        ChatCompletionRequest,
-    )
+    from minivllm.entrypoints.openai.chat_completion.serving import ServingChat
+
+# The engine's reason of an end -> the answer's status; any other is "completed".
+_STATUSES = {"length": "incomplete", "abort": "cancelled"}
 
 
 class ServingResponses:
     def __init__(
-        self, chat: ServingChatObjects, lifecycle: Lifecycle, keep_alive_s: float, *, stores: bool = True
+        self, chat: ServingChat, lifecycle: Lifecycle, keep_alive_s: float, *, stores: bool = True
     ) -> None:
         """stores: keep answers for later requests; not where those may reach another process."""
         self._stores = stores
@@ -85,54 +77,39 @@ class ServingResponses:
         body = _begin(request)
         body.store = body.store and self._stores
         try:
-            if request.stream:
-                return await self._stream(asked, raw_request, body, messages)
-            chat = await self._chat.whole(asked, raw_request)
+            job = await self._chat.begin(asked, raw_request, api="responses")
+            body.model = job.answering.model
+            maker = _Maker(body)
+            events = self._events(job, maker, messages)
+            if not request.stream:
+                async for _ in events:
+                    pass
+                return json_response(body)
+            stream = NamedEventStream(
+                events,
+                request_id=body.id,
+                lifecycle=self._lifecycle,
+                keep_alive_s=self._keep_alive_s,
+                failure=maker.failed,
+            )
+            return await stream.start()
         except RequestError as error:
             raise renamed(error, NAMES) from None
-        body.model = chat.model
-        maker = _Maker(body)
-        *pieces, end = pieces_of(chat)
-        for piece in pieces:
-            maker.piece(piece)
-        maker.finish(end)
-        self._keep(body, messages)
-        return json_response(body)
-
-    async def _stream(
-        self,
-        asked: ChatCompletionRequest,
-        raw_request: Request,
-        body: ResponseBody,
-        messages: list[dict[str, Any]],
-    ) -> Response:
-        chunks = await self._chat.stream(asked, raw_request)
-        maker = _Maker(body)
-        stream = NamedEventStream(
-            self._events(chunks, maker, messages),
-            request_id=body.id,
-            lifecycle=self._lifecycle,
-            keep_alive_s=self._keep_alive_s,
-            failure=maker.failed,
-        )
-        return await stream.start()
 
     async def _events(
-        self, chunks: AsyncGenerator[ChatCompletionChunk, None], maker: _Maker, messages: list[dict[str, Any]]
+        self, job: ChatJob, maker: _Maker, messages: list[dict[str, Any]]
     ) -> AsyncGenerator[Event, None]:
-        reader, begun = ChunkReader(), False
-        async with contextlib.aclosing(chunks):
-            async for chunk in chunks:
-                pieces = reader.read(chunk)
+        """The answer's events; at their end its body is whole, and kept."""
+        begun = False
+        async with contextlib.aclosing(job.deltas()) as deltas:
+            async for delta in deltas:
                 if not begun:
                     begun = True
-                    maker.body.model = chunk.model
                     for event in maker.begin():
                         yield event
-                for piece in pieces:
-                    for event in maker.piece(piece):
-                        yield event
-        for event in maker.finish(reader.end()):
+                for event in maker.add(delta):
+                    yield event
+        for event in maker.finish(job.usage()):
             if event.response is not None:
                 self._keep(maker.body, messages)
             yield event
@@ -189,9 +166,13 @@ def _begin(request: ResponsesRequest) -> ResponseBody:
 
 def _usage(usage: Usage) -> ResponseUsage:
     cached = usage.prompt_tokens_details.cached_tokens if usage.prompt_tokens_details else 0
-    # How many of the output's tokens are reasoning is not counted: chat does not know it either.
+    reasoning = usage.completion_tokens_details.reasoning_tokens if usage.completion_tokens_details else 0
     return ResponseUsage(
-        usage.prompt_tokens, usage.completion_tokens, usage.total_tokens, InputDetails(cached), OutputDetails()
+        usage.prompt_tokens,
+        usage.completion_tokens,
+        usage.total_tokens,
+        InputDetails(cached),
+        OutputDetails(reasoning),
     )
 
 
@@ -201,6 +182,8 @@ class _Maker:
     def __init__(self, body: ResponseBody) -> None:
         self.body = body
         self._num_events = 0
+        self._finish_reason: str | None = None
+        self._untold: list[Any] = []  # logprobs of tokens whose text has not come
 
     def _event(self, kind: str, **fields: Any) -> Event:
         event = Event(f"response.{kind}", self._num_events, **fields)
@@ -211,18 +194,27 @@ class _Maker:
         # A stream's events show the body as it then was, and it goes on changing.
         return [self._event(kind, response=copy.deepcopy(self.body)) for kind in ("created", "in_progress")]
 
-    def piece(self, piece: Piece) -> list[Event]:
-        if isinstance(piece, CallBegin):
+    def add(self, delta: AnswerDelta) -> list[Event]:
+        self._untold += to_builtins(delta.text_logprobs)
+        self._finish_reason = delta.finish_reason or self._finish_reason
+        return [event for piece in delta.pieces for event in self._piece(piece)]
+
+    def _piece(self, piece: Piece) -> list[Event]:
+        if isinstance(piece, CallStart):
+            self._untold = []  # of the call's tokens, which are no text
             return self._open(CallItem(_id("fc"), piece.id, piece.name))
         if isinstance(piece, CallArguments):
             item = self.body.output[-1]
             item.arguments += piece.text
             return [self._event("function_call_arguments.delta", **self._at(item), delta=piece.text)]
+        if isinstance(piece, CallEnd):
+            return self._close("completed" if piece.complete else "incomplete")
         if isinstance(piece, Reasoning):
             events = self._into(ReasoningItem, lambda: ReasoningItem(_id("rs"), []), ReasoningText(""))
             return [*events, self._add_text("reasoning_text.delta", piece.text)]
+        assert isinstance(piece, Content)
         events = self._into(MessageItem, lambda: MessageItem(_id("msg"), []), OutputText(""))
-        logprobs = to_builtins(piece.logprobs)
+        logprobs, self._untold = self._untold, []
         event = self._add_text("output_text.delta", piece.text, logprobs=logprobs)
         self.body.output[-1].content[0].logprobs += logprobs
         return [*events, event]
@@ -274,21 +266,31 @@ class _Maker:
             events.append(self._event("content_part.done", **at, content_index=0, part=part))
         return [*events, self._event("output_item.done", output_index=at["output_index"], item=item)]
 
-    def finish(self, end: End) -> list[Event]:
-        """The answer is over."""
-        cut = end.finish_reason == "length"
-        status = "incomplete" if cut else "completed"
-        events = self._close(status)
+    def finish(self, usage: Usage) -> list[Event]:
+        """The answer is over.
+
+        Raises:
+            EngineGenerateError: it never finished.
+        """
+        if self._finish_reason is None:
+            raise EngineGenerateError("the engine ended before its answer was finished")
+        status = _STATUSES.get(self._finish_reason, "completed")
+        if self.body.output and isinstance(item := self.body.output[-1], MessageItem):
+            item.content[0].logprobs += self._untold
+        # A cut message is incomplete; so is a cut call, which its own end has said.
+        events = self._close("completed" if status == "completed" else "incomplete")
         self.body.status = status
-        self.body.incomplete_details = {"reason": "max_output_tokens"} if cut else None
-        self.body.usage = _usage(end.usage)
-        return [*events, self._event(status, response=self.body)]
+        if self._finish_reason == "length":
+            self.body.incomplete_details = {"reason": "max_output_tokens"}
+        self.body.usage = _usage(usage)
+        return [*events, self._event("completed" if status == "completed" else "incomplete", response=self.body)]
 
     def failed(self, error: BaseException) -> Event:
         """The answer ends with an error."""
         info = error_info(error)
         self.body.status = "failed"
-        self.body.error = {"code": "server_error", "message": info.message}
+        code = "server_error" if info.code >= 500 else "invalid_prompt"  # the nearest of those OpenAI has
+        self.body.error = {"code": code, "message": info.message}
         return self._event("failed", response=self.body)
 
 

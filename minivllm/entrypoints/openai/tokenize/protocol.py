@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Tag, model_validator
 from minivllm.entrypoints.openai.chat_completion.protocol import ChatFields
 from minivllm.exceptions import RequestError
 
+MAX_TOKENS = 1 << 20  # of /detokenize
+
 
 class TokenizeCompletionRequest(BaseModel):
     model_config = ConfigDict(extra="allow", protected_namespaces=())
@@ -47,6 +49,12 @@ class DetokenizeRequest(BaseModel):
 
     model: str | None = None
     tokens: list[Any]
+
+    @model_validator(mode="after")
+    def _check(self) -> DetokenizeRequest:
+        if len(self.tokens) > MAX_TOKENS:
+            raise RequestError(f"tokens holds {len(self.tokens)} ids; at most {MAX_TOKENS} fit", param="tokens")
+        return self
 
 
 class TokenizeResponse(msgspec.Struct):

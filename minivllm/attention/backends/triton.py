@@ -1,0 +1,117 @@
+"""Paged attention by the Triton kernels, over a cache in rows (`RowLayout`).
+
+Knows a batch by what the host knows of it: nothing here waits for the device. `--batch-invariant` is `AttentionSpec`'s.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from minivllm.attention.backend import AttentionBackend, AttentionSpec, StepInputs
+from minivllm.ops import gpu
+from minivllm.ops.kv_layout import RowLayout
+from minivllm.ops.op import OpSpec
+from minivllm.ops.paged_attention import Options
+
+_SAME_AS_MODEL = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+KV_CACHE_DTYPES = {
+    "bfloat16": "bfloat16",
+    "float16": "float16",
+    "fp8": "fp8_e4m3",
+    "fp8_e4m3": "fp8_e4m3",
+    "int8": "int8",
+}
+_BLOCK_STEP = 16  # tokens; so that rows, and int8's scales behind them, start at multiples of 16 bytes
+_MOST_HEAD_DIM = 256
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """A step, and the bounds that its launches are made for."""
+
+    step: StepInputs
+    max_query_len: int
+    max_seq_len: int
+
+
+class TritonBackend(AttentionBackend):
+    name = "triton"
+
+    def __init__(self, spec: AttentionSpec) -> None:
+        super().__init__(spec)
+        # Here, not above: who serves on a CPU may ask why_not without having Triton.
+        from minivllm.ops.triton.kv_write import kv_write
+        from minivllm.ops.triton.paged_attention import BatchShape, paged_attention, scratch_shape
+
+        self._write, self._attend = kv_write, paged_attention
+        self._shape_class, self._scratch_shape = BatchShape, scratch_shape
+        kv_dtype = KV_CACHE_DTYPES.get(spec.kv_cache_dtype, _SAME_AS_MODEL[spec.dtype])
+        self.layout = RowLayout(kv_dtype, spec.num_kv_heads, spec.head_dim, spec.block_size)
+
+    @classmethod
+    def why_not(cls, spec: AttentionSpec) -> str | None:
+        if reason := gpu.why_not(OpSpec(spec.device, spec.dtype)):
+            return reason
+        if spec.num_heads % spec.num_kv_heads:
+            return f"{spec.num_heads} heads cannot share {spec.num_kv_heads} KV heads evenly"
+        if spec.head_dim % 8 or spec.head_dim > _MOST_HEAD_DIM:
+            return f"head_dim {spec.head_dim} is not a multiple of 8 up to {_MOST_HEAD_DIM}"
+        if spec.block_size % _BLOCK_STEP:
+            return f"block size {spec.block_size} is not a multiple of {_BLOCK_STEP}"
+        if spec.kv_cache_dtype != "auto" and spec.kv_cache_dtype not in KV_CACHE_DTYPES:
+            return f"no KV cache in {spec.kv_cache_dtype}, only in auto, {', '.join(KV_CACHE_DTYPES)}"
+        if spec.kv_cache_dtype.startswith("fp8") and not gpu.has_fp8(spec.device):
+            return "a KV cache in fp8 needs compute capability 8.9; try --kv-cache-dtype int8"
+        return None
+
+    @property
+    def layout_id(self) -> str:
+        return self.layout.layout_id
+
+    @property
+    def has_scales(self) -> bool:
+        return self.layout.dtype == "fp8_e4m3"
+
+    @property
+    def block_bytes(self) -> int:
+        return self.layout.block_bytes
+
+    def new_kv_cache(self, num_blocks: int) -> torch.Tensor:
+        return torch.empty(self.layout.shape(num_blocks), dtype=torch.uint8, device=self.spec.device)
+
+    def build_metadata(self, step: StepInputs) -> Metadata:
+        """Bounds that the step does not give are asked of the device, which waits for it."""
+        max_query_len, max_seq_len = step.max_query_len, step.max_seq_len
+        if max_query_len is None:
+            max_query_len = int(step.query_start_loc.diff().max())
+        if max_seq_len is None:
+            max_seq_len = int(step.seq_lens.max())
+        return Metadata(step, max_query_len, max_seq_len)
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        kv_cache: torch.Tensor,
+        metadata: Metadata,
+        *,
+        options: Options,
+    ) -> torch.Tensor:
+        step = metadata.step
+        self._write(
+            k, v, kv_cache, step.slot_mapping,
+            layout=self.layout, k_scale=options.k_scale, v_scale=options.v_scale,
+        )  # fmt: skip
+        shape = self._shape_class(metadata.max_query_len, metadata.max_seq_len)
+        # Its scratch is allocated anew each time: what is captured in a graph must be the graph's own.
+        return self._attend(
+            q, kv_cache, step.block_table, step.seq_lens, step.query_start_loc,
+            layout=self.layout, options=options, shape=shape, batch_invariant=self.spec.batch_invariant,
+        )  # fmt: skip
+
+    def scratch_bytes(self, num_reqs: int, max_seq_len: int) -> int:
+        shape = self._shape_class(1, max_seq_len)
+        return 4 * torch.Size(self._scratch_shape(num_reqs, shape, self.spec.num_heads, self.spec.head_dim)).numel()

@@ -1,0 +1,151 @@
+"""The ops' door to the CUDA C++ kernels of csrc/cuda, which an installation may lack: Triton's serve everything.
+
+The only module that imports `minivllm._cuda`, and only when it is asked for: no CPU pays for it. Functions launch on
+the current stream and return before the work is done; every launch that fails raises RuntimeError.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+
+import torch
+
+from minivllm.ops.checks import require
+from minivllm.ops.kv_layout import RowLayout
+from minivllm.ops.paged_attention import Options
+
+SEGMENT = 1024  # absolute positions, as in csrc/cuda/decode_attention.h
+_HEAD_DIMS = {"float16": (64, 128, 256), "bfloat16": (64, 128, 256), "fp8_e4m3": (128, 256), "int8": (128, 256)}
+_KV_CODES = {"fp8_e4m3": 1, "int8": 2}  # csrc/cuda/decode_attention_sizes.h
+_BLOCK_TILE = 16  # keys a warp takes at once, all of one block
+_NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
+
+# (compute capability, head_dim, KV cache type) where benchmarks/gpu found decode_attention faster than Triton's, with a
+# line in benchmarks/LOG.md each. None has been measured yet, so nothing uses it but tests and benchmarks.
+FASTER_THAN_TRITON: frozenset[tuple[tuple[int, int], int, str]] = frozenset()
+
+
+@functools.cache
+def extension() -> tuple[ModuleType | None, str | None]:
+    """The module, or None; and why not."""
+    try:
+        from minivllm import _cuda
+    except ImportError as error:
+        return None, f"built without CUDA kernels (see docs/gpu.md): {error}"
+    return _cuda, None
+
+
+def decode_why_not(dtype: torch.dtype, layout: RowLayout, group: int) -> str | None:
+    """Why `decode_attention` cannot serve queries of this dtype over this cache; group: heads of one KV head."""
+    if (missing := extension()[1]) is not None:
+        return missing
+    if dtype not in _NAMES:
+        return f"no {dtype} kernel"
+    if layout.dtype not in (_NAMES[dtype], *_KV_CODES):
+        return f"no kernel for {dtype} over a cache in {layout.dtype}"
+    if layout.head_dim not in _HEAD_DIMS[layout.dtype]:
+        return f"head_dim {layout.head_dim} over {layout.dtype} is none of {_HEAD_DIMS[layout.dtype]}"
+    most = 8 if layout.head_dim == 256 else 16
+    if group > most:
+        return f"{group} heads share a KV head, the kernel takes {most}"
+    if layout.block_size % _BLOCK_TILE:
+        return f"block size {layout.block_size} is not a multiple of {_BLOCK_TILE}"
+    return None
+
+
+def scratch_numel(num_reqs: int, max_seq_len: int, num_heads: int, head_dim: int) -> int:
+    """Numbers of the float32 scratch for requests up to max_seq_len."""
+    max_segments = -(-max_seq_len // SEGMENT)
+    return 0 if max_segments <= 1 else num_reqs * max_segments * num_heads * (head_dim + 2)
+
+
+def decode_attention(
+    q: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    layout: RowLayout,
+    options: Options,
+    max_seq_len: int,
+    scratch: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`reference` of `ops/paged_attention.py` for one query row a request: row i is request i's last position.
+
+    q: [num_reqs, num_heads, head_dim], any strides of whole 16 bytes; max_seq_len: none is longer; scratch: float32,
+    `scratch_numel` of it. A row whose seq_len is 0 stays as it is. Ids and lengths are not checked. A row's bits
+    depend on its own query, keys and values alone, but they are not those of the Triton kernels.
+    """
+    num_reqs, num_heads, head_dim = q.shape
+    if options.alibi_slopes is not None:
+        raise ValueError("decode_attention has no ALiBi; use the Triton kernel")
+    require("q", q, q.dtype, (num_reqs, num_heads, layout.head_dim), dense=1)
+    if q.data_ptr() % 16 or any(stride * q.itemsize % 16 for stride in q.stride()[:2]):
+        raise ValueError(f"q of strides {q.stride()} at {q.data_ptr():#x} is not aligned to 16 bytes")
+    require("kv_cache", kv_cache, torch.uint8, layout.shape(len(kv_cache)))
+    require("block_table", block_table, torch.int32, block_table.shape, dense=1)
+    require("seq_lens", seq_lens, torch.int32, (num_reqs,))
+    if options.sinks is not None:
+        require("sinks", options.sinks, torch.float32, (num_heads,))
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
+    require("out", out, q.dtype, q.shape)
+    needed = scratch_numel(num_reqs, max_seq_len, num_heads, head_dim)
+    if scratch is None:
+        scratch = torch.empty(needed, dtype=torch.float32, device=q.device)
+    if scratch.numel() < needed:
+        raise ValueError(f"scratch holds {scratch.numel()} numbers; {needed} are needed")
+    sums = scratch.data_ptr()
+    tops = sums + needed // (head_dim + 2) * head_dim * 4
+    is_fp8 = layout.dtype == "fp8_e4m3"
+    extension()[0].decode_attention(
+        out.data_ptr(), q.data_ptr(), kv_cache.data_ptr(), (block_table.data_ptr(), seq_lens.data_ptr()), (sums, tops),
+        0 if options.sinks is None else options.sinks.data_ptr(),
+        (num_reqs, num_heads, layout.num_kv_heads, head_dim, layout.block_size, -(-max_seq_len // SEGMENT),
+         options.sliding_window or 0),
+        q.dtype == torch.bfloat16, _KV_CODES.get(layout.dtype, 0),
+        (*q.stride()[:2], out.stride(0), block_table.stride(0)), kv_cache.stride()[:3],
+        (options.scale * (options.k_scale if is_fp8 else 1.0), options.softcap, options.v_scale if is_fp8 else 1.0),
+        torch.cuda.current_stream(q.device).cuda_stream,
+    )  # fmt: skip
+    return out
+
+
+def copy_blocks(sources: torch.Tensor, targets: torch.Tensor, pairs: torch.Tensor, block_bytes: int) -> None:
+    """targets[i][pairs[j, 1]] = sources[i][pairs[j, 0]] for every layer i and pair j; no block in both columns.
+
+    sources, targets: [num_layers] int64, addresses of the layers' caches, which lie on the device or in pinned host
+    memory; pairs: [n, 2] int64 block ids. All three tensors are on the device.
+    """
+    require("sources", sources, torch.int64, targets.shape)
+    require("targets", targets, torch.int64, targets.shape)
+    require("pairs", pairs, torch.int64, (len(pairs), 2))
+    extension()[0].copy_blocks(
+        sources.data_ptr(), targets.data_ptr(), len(targets), pairs.data_ptr(), len(pairs), block_bytes,
+        torch.cuda.current_stream(pairs.device).cuda_stream,
+    )  # fmt: skip
+
+
+def copy_ranges(ranges: list[tuple[int, int, int]], stream: int) -> None:
+    """Copy (from, to, bytes) each, addresses on the device or in pinned host memory, by the copy engines. stream: its
+    handle; the memory must stay as it is until the stream has come so far."""
+    extension()[0].copy_ranges([list(each) for each in ranges], stream)
+
+
+def block_ranges(
+    source: torch.Tensor, target: torch.Tensor, pairs: list[tuple[int, int]]
+) -> list[tuple[int, int, int]]:
+    """`copy_ranges`' argument for blocks of one layer: those that follow one another on both sides become one range.
+
+    source, target: one layer's cache each, [num_blocks, …], a block's bytes contiguous.
+    """
+    size = source.stride(0) * source.itemsize
+    ranges: list[tuple[int, int, int]] = []
+    for its, ours in pairs:
+        start, end = source.data_ptr() + its * size, target.data_ptr() + ours * size
+        if ranges and ranges[-1][0] + ranges[-1][2] == start and ranges[-1][1] + ranges[-1][2] == end:
+            ranges[-1] = (*ranges[-1][:2], ranges[-1][2] + size)
+        else:
+            ranges.append((start, end, size))
+    return ranges

@@ -1,0 +1,82 @@
+"""The Triton backend through the interpreter: what a model's layers see of it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import tests.gpu.interpreter  # noqa: F401  before the kernels
+from minivllm.attention.backend import AttentionSpec, StepInputs
+from minivllm.attention.backends.triton import TritonBackend
+from minivllm.ops.paged_attention import Options, reference
+from tests.gpu.case import ints, max_diff, randn
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+def spec(**changes) -> AttentionSpec:
+    return AttentionSpec(**{**dict(num_heads=4, num_kv_heads=2, head_dim=32, block_size=16, dtype=torch.float32,
+                                   device="cpu"), **changes})  # fmt: skip
+
+
+def step_of(seq_lens: list[int], query_lens: list[int], **bounds) -> StepInputs:
+    """Request b has blocks 8b + 1, 8b + 2, …"""
+    table = torch.arange(8).int() + 1 + 8 * torch.arange(len(seq_lens)).int().unsqueeze(1)
+    slots = [
+        table[b, position // 16] * 16 + position % 16
+        for b, (seq_len, query_len) in enumerate(zip(seq_lens, query_lens))
+        for position in range(seq_len - query_len, seq_len)
+    ]
+    starts = ints("cpu", 0, *query_lens).cumsum(0, dtype=torch.int32)
+    return StepInputs(starts, ints("cpu", *seq_lens), table, torch.stack(slots).long(), **bounds)
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "bfloat16", "int8", "fp8"])
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_chunks_then_decodes_see_what_was_written(kv_cache_dtype, batch_invariant):
+    backend = TritonBackend(spec(kv_cache_dtype=kv_cache_dtype, batch_invariant=batch_invariant))
+    cache = backend.new_kv_cache(32)
+    cache.fill_(0xFF)
+    for i, (seq_lens, query_lens) in enumerate([([20, 3], [20, 3]), ([21, 9], [1, 6]), ([22, 10], [1, 1])]):
+        bounds = {} if i == 0 else {"max_query_len": max(query_lens), "max_seq_len": max(seq_lens)}
+        step, options = step_of(seq_lens, query_lens, **bounds), Options(32**-0.5)
+        qkv = randn("cpu", sum(query_lens), 8, 32, seed=i)
+        got = backend.forward(
+            *qkv.split([4, 2, 2], dim=1), cache, backend.build_metadata(step), options=options
+        )
+        expected = reference(
+            qkv[:, :4], cache, step.block_table, step.seq_lens, step.query_start_loc,
+            layout=backend.layout, options=options,
+        )  # fmt: skip
+        assert max_diff(got, expected) < 1e-5
+
+
+def test_a_block_is_one_range_of_bytes_and_its_layout_has_a_name():
+    backend = TritonBackend(spec(kv_cache_dtype="int8", block_size=32))
+    cache = backend.new_kv_cache(3)
+    assert cache.is_contiguous() and cache[0].nbytes == backend.block_bytes == 2 * 2 * 32 * (32 + 4)
+    assert backend.layout_id == "rows-int8-v1" != TritonBackend(spec()).layout_id
+
+
+def test_what_the_kernels_do_not_serve_is_said():
+    assert TritonBackend.why_not(spec()) == "needs CUDA, got cpu"
+    cuda = {"device": "cuda"}
+    assert TritonBackend.why_not(spec(**cuda)) is None
+    assert "head_dim 300" in TritonBackend.why_not(spec(**cuda, head_dim=300))
+    assert "block size 24" in TritonBackend.why_not(spec(**cuda, block_size=24))
+    assert "4 heads cannot share 3" in TritonBackend.why_not(spec(**cuda, num_kv_heads=3))
+    assert "no KV cache in fp4" in TritonBackend.why_not(spec(**cuda, kv_cache_dtype="fp4"))
+
+
+def test_a_cpu_never_imports_triton():
+    code = (
+        "import sys, torch; from minivllm.attention.registry import select_backend;"
+        "from minivllm.attention.backend import AttentionSpec;"
+        "import minivllm.worker.worker;"
+        "select_backend(AttentionSpec(4, 2, 32, 32, torch.float32, 'cpu'));"
+        "sys.exit('triton' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,0 +1,168 @@
+"""The arithmetic of csrc/cuda without a card: the kernels' source runs on fibers, against the float64 reference.
+
+What this cannot show: what a card does with it. `tests/gpu` runs the same cases there.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import pytest
+import torch
+
+from minivllm.ops import kv_write
+from minivllm.ops.cuda import block_ranges
+from minivllm.ops.kv_layout import RowLayout
+from minivllm.ops.paged_attention import Options, _attend
+from tests.cuda.emulated import KV_CODES, compiler, library, pointer
+
+pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
+NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
+TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 1e-3}
+SEGMENT = 1024
+
+
+class Problem:
+    """A decode batch over a cache whose blocks are dealt at random; what no token was written to is NaN."""
+
+    def __init__(self, seq_lens, dtype=torch.bfloat16, kv=None, head_dim=128, group=4, block_size=16, seed=0, **options):
+        generator = torch.Generator().manual_seed(seed)
+        self.layout = RowLayout(kv or NAMES[dtype], 2, head_dim, block_size)
+        self.options = Options(scale=head_dim**-0.5, **options)
+        self.num_heads = 2 * group
+        self.seq_lens = torch.tensor(seq_lens, dtype=torch.int32)
+        num_blocks = [-(-n // block_size) for n in seq_lens]
+        order = torch.randperm(sum(num_blocks) + 3, generator=generator).int()
+        self.cache = torch.full(self.layout.shape(len(order)), 0xFF, dtype=torch.uint8)
+        self.table = torch.full((len(seq_lens), max(num_blocks) + 1), -1, dtype=torch.int32)
+        for b, seq_len in enumerate(seq_lens):
+            begin = sum(num_blocks[:b])
+            self.table[b, : num_blocks[b]] = order[begin : begin + num_blocks[b]]
+            positions = torch.arange(seq_len)
+            slots = self.table[b].long()[positions // block_size] * block_size + positions % block_size
+            k, v = torch.randn(2, seq_len, 2, head_dim, generator=generator).to(dtype)
+            kv_write.reference(
+                k, v, self.cache, slots, layout=self.layout,
+                k_scale=self.options.k_scale, v_scale=self.options.v_scale,
+            )  # fmt: skip
+        wide = torch.randn(len(seq_lens), self.num_heads + 3, head_dim, generator=generator).to(dtype)
+        self.q = wide[:, : self.num_heads]  # rows that lie apart
+
+    def run(self, max_segments: int | None = None) -> torch.Tensor:
+        layout, options, q = self.layout, self.options, self.q
+        max_segments = max_segments or -(-int(self.seq_lens.max()) // SEGMENT)
+        out = torch.full(q.shape, torch.nan, dtype=q.dtype)
+        parts = torch.full((len(q) * max_segments * self.num_heads, layout.head_dim + 2), torch.nan).flatten()
+        sums, tops = parts.split([parts.numel() // (layout.head_dim + 2) * n for n in (layout.head_dim, 2)])
+        is_fp8 = layout.dtype == "fp8_e4m3"
+        sizes = (ctypes.c_int64 * 15)(
+            len(q), self.num_heads, layout.num_kv_heads, layout.head_dim, layout.block_size, max_segments,
+            options.sliding_window or 0, q.dtype == torch.bfloat16, *q.stride()[:2], out.stride(0),
+            self.table.stride(0), *self.cache.stride()[:3],
+        )  # fmt: skip
+        factors = (ctypes.c_float * 3)(
+            options.scale * (options.k_scale if is_fp8 else 1), options.softcap, options.v_scale if is_fp8 else 1
+        )
+        served = library().emulated_decode(
+            pointer(out), pointer(q), pointer(self.cache), pointer(self.table), pointer(self.seq_lens),
+            pointer(sums), pointer(tops), pointer(options.sinks), sizes, factors, KV_CODES.get(layout.dtype, 0),
+        )  # fmt: skip
+        assert served
+        return out
+
+    def expected(self) -> torch.Tensor:
+        rows = []
+        for b, seq_len in enumerate(self.seq_lens.tolist()):
+            pages = self.cache[self.table[b, : -(-seq_len // self.layout.block_size)].long()]
+            k, v = (
+                self.layout.read(pages, half, scale).transpose(0, 1).flatten(1, 2)[:, :seq_len].double()
+                for half, scale in enumerate((self.options.k_scale, self.options.v_scale))
+            )
+            rows.append(_attend(self.q[b : b + 1].double(), k, v, self.options))
+        return torch.cat(rows)
+
+    def check(self) -> None:
+        difference = (self.run().double() - self.expected()).abs().max().item()
+        assert difference < TOLERANCE[self.q.dtype] + 8e-3 * (self.layout.dtype in KV_CODES), difference
+
+
+@pytest.mark.parametrize("dtype", NAMES)
+@pytest.mark.parametrize("head_dim, group", [(64, 1), (64, 12), (128, 4), (128, 8), (128, 16), (256, 2)])
+def test_decode_gives_the_references_rows(dtype, head_dim, group):
+    Problem([33, 1, 70], dtype, head_dim=head_dim, group=group).check()
+
+
+@pytest.mark.parametrize("kv", KV_CODES)
+@pytest.mark.parametrize("dtype, head_dim, group", [(torch.bfloat16, 128, 5), (torch.float16, 128, 12), (torch.bfloat16, 256, 3)])
+def test_decode_reads_8_bit_caches(kv, dtype, head_dim, group):
+    scales = {"k_scale": 0.75, "v_scale": 1.5} if kv == "fp8_e4m3" else {}
+    Problem([33, 1, 70], dtype, kv, head_dim, group, **scales).check()
+
+
+@pytest.mark.parametrize("seq_len", [15, 16, 17, 63, 64, 65, 1023, 1024, 1025, 2100])
+def test_decode_crosses_borders_of_tiles_warps_and_segments(seq_len):
+    Problem([seq_len], head_dim=64, group=2, block_size=32).check()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sliding_window": 20},
+        {"sliding_window": 1100},
+        {"softcap": 2.0},
+        {"sinks": torch.linspace(-2, 3, 4)},
+        {"softcap": 5.0, "sinks": torch.linspace(-2, 3, 4), "sliding_window": 150},
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_decode_honours_windows_soft_caps_and_sinks(options):
+    Problem([1100, 33, 2100], head_dim=64, group=2, **options).check()
+
+
+def test_the_tokens_before_a_window_are_never_read():
+    problem = Problem([300], head_dim=64, group=2, sliding_window=50)
+    expected = problem.expected()
+    behind = problem.table[0, : (300 - 50) // 16].clone()
+    problem.cache[behind.long()] = 0xFF
+    assert (problem.run().double() - expected).abs().max() < 8e-3
+
+
+def test_a_row_has_the_same_bits_alone_and_in_a_batch_padded_for_longer_requests():
+    together = Problem([1500, 40, 90], head_dim=64, group=2)
+    alone = Problem([1500, 40, 90], head_dim=64, group=2)
+    for name in ("seq_lens", "table", "q"):
+        setattr(alone, name, getattr(together, name)[1:2])
+    assert torch.equal(alone.run(max_segments=1), together.run(max_segments=4)[1:2])
+
+
+def test_a_row_of_no_request_stays_as_it_is():
+    problem = Problem([40, 90], head_dim=64, group=2)
+    problem.seq_lens[1] = 0
+    out = problem.run(max_segments=2)
+    assert out[1].isnan().all()
+    assert not out[0].isnan().any()
+
+
+def test_a_nan_among_a_requests_keys_is_not_hidden():
+    problem = Problem([40], kv="fp8_e4m3", group=2)
+    problem.cache[problem.table[0, 0].long(), 0] = 0x7F
+    assert problem.run().isnan().all()
+
+
+def test_blocks_are_copied_in_every_layer_and_no_other_byte_is_touched():
+    layers = torch.randint(0, 255, (2, 7, 5 * 48), dtype=torch.uint8)
+    expected = layers.clone()
+    pairs = torch.tensor([[0, 6], [3, 1]])
+    expected[:, pairs[:, 1]] = layers[:, pairs[:, 0]]
+    addresses = torch.tensor([layer.data_ptr() for layer in layers])
+    library().emulated_copy_blocks(
+        pointer(addresses), pointer(addresses), 2, pointer(pairs), len(pairs), ctypes.c_int64(layers.shape[2])
+    )
+    assert torch.equal(layers, expected)
+
+
+def test_blocks_that_follow_one_another_are_copied_as_one_range():
+    source, target = torch.zeros(9, 48, dtype=torch.uint8), torch.zeros(9, 48, dtype=torch.uint8)
+    ranges = block_ranges(source, target, [(2, 5), (3, 6), (4, 8), (5, 9)])
+    begin, to = source.data_ptr(), target.data_ptr()
+    assert ranges == [(begin + 2 * 48, to + 5 * 48, 96), (begin + 4 * 48, to + 8 * 48, 96)]

@@ -1,0 +1,137 @@
+"""Noise, truncation, penalties, logprobs and masks over vocabularies of odd sizes."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import torch
+
+from minivllm.ops import bitmask, penalties, sampling
+from minivllm.ops.triton import bitmask as triton_bitmask
+from minivllm.ops.triton import log_softmax as triton_log_softmax
+from minivllm.ops.triton import penalties as triton_penalties
+from minivllm.ops.triton import sampling as triton_sampling
+from tests.gpu.case import Case, Check, randn
+
+
+def logits_of(device: str, large: bool, vocab_size: int, num_rows: int) -> torch.Tensor:
+    """Rows that lie apart, with ties, masked tokens, and one row each with a NaN, +inf, and nothing but -inf."""
+    logits = randn(device, num_rows, (151936 if large else vocab_size) + 3).mul(4)[:, :-3]
+    logits[:, ::3] = logits[:, ::3].round()
+    logits[:, 5::7] = float("-inf")
+    logits[1, 2], logits[2, 0], logits[3] = float("nan"), float("inf"), float("-inf")
+    return logits
+
+
+def gumbel(device: str, large: bool, *, vocab_size: int) -> Check:
+    num_rows = 9
+    logits = logits_of(device, large, vocab_size, num_rows)
+    temperature = torch.tensor([0, 1, 1, 1, 0.3, 0.7, 1, 1.7, 100], device=device)
+    seeds = torch.tensor([0, 1, 2, 3, -1, 1 << 62, -(1 << 63), 12345678901234567, 7], device=device)
+    positions = torch.tensor([0, 1, 2, 3, 4, 1 << 31, 1 << 32, (1 << 40) + 5, 100], device=device)
+    arguments = (logits, temperature, seeds, positions)
+
+    def chosen(choose) -> tuple[torch.Tensor, ...]:
+        tokens, broken = choose(*arguments)
+        return torch.where(broken > 0, -1, tokens), broken  # a broken row's token means nothing
+
+    return Check(
+        lambda: chosen(triton_sampling.gumbel_argmax), lambda: chosen(sampling.gumbel_argmax_reference), 0.0
+    )
+
+
+def truncation(device: str, large: bool, *, vocab_size: int) -> Check:
+    logits = logits_of(device, large, vocab_size, 16)
+    logits[12] = 1.5  # nothing but ties
+    logits[13, :50] = 0.0
+    logits[13, 10] = -0.0
+    top_k = torch.tensor(
+        [0, 5, 5, 5, 1, 20, 0, 0, 0, 50, 1 << 20, 17, 3, 30, 0, 7], dtype=torch.int32, device=device
+    )
+    top_p = torch.tensor(
+        [1, 0.9, 0.9, 0.9, 1, 1, 0.01, 0.5, 0.95, 0.8, 0.9, 1, 0.5, 0.9, 1, 1e-9], device=device
+    )
+    min_p = torch.tensor([0, 0.1, 0.1, 0.1, 0, 0, 0, 0, 0, 0.01, 0, 0.2, 0, 0, 0.1, 0.0], device=device)
+
+    def kept(truncate) -> torch.Tensor:
+        changed = logits.clone()
+        truncate(changed, top_k, top_p, min_p)
+        return changed
+
+    return Check(
+        lambda: kept(triton_sampling.top_k_top_p_min_p),
+        lambda: kept(sampling.top_k_top_p_min_p_reference),
+        0.0,
+    )
+
+
+def log_softmax(device: str, large: bool, *, vocab_size: int) -> Check:
+    logits = logits_of(device, large, vocab_size, 5)[[0, 1, 4]]
+    return Check(
+        lambda: triton_log_softmax.log_softmax(logits), lambda: torch.log_softmax(logits.double(), -1), 2e-6
+    )
+
+
+def token_logprobs(device: str, large: bool, *, vocab_size: int) -> Check:
+    logits = logits_of(device, large, vocab_size, 5)[[0, 4]]
+    tokens = torch.tensor([[3, 0, -1], [vocab_size - 1, 5, 1]], device=device)
+
+    def expected() -> tuple[torch.Tensor, ...]:
+        values = torch.log_softmax(logits.double(), -1).gather(1, tokens.clamp_min(0))
+        ranks = (logits >= logits.gather(1, tokens[:, :1])).sum(1)
+        return values.masked_fill(tokens < 0, float("-inf")), ranks
+
+    return Check(lambda: triton_log_softmax.token_logprobs(logits, tokens), expected, 2e-6)
+
+
+def masking(device: str, large: bool) -> Check:
+    logits = randn(device, 5, 151936 if large else 5003)
+    rng = np.random.default_rng(0)
+    rows = np.array([4, 1], np.int64)
+    bits = rng.integers(0, 1 << 32, (2, -(-logits.shape[1] // 32) + 1), dtype=np.uint32)
+
+    def masked(apply) -> torch.Tensor:
+        changed = logits.clone()
+        apply(changed, rows, bits)
+        return changed
+
+    return Check(lambda: masked(triton_bitmask.apply_bitmask), lambda: masked(bitmask.reference), 0.0)
+
+
+def penalising(device: str, large: bool) -> Check:
+    vocab_size = 151936 if large else 2503
+    logits = randn(device, 4, vocab_size)
+    rows = torch.tensor([5, 0, 3, 2], device=device)
+    repetition, frequency, presence = torch.tensor(
+        [[1.3, 1.0, 1.0, 0.7], [0.5, 0.0, 0.0, -0.2], [0.1, 0.0, 0.3, 0.0]], device=device
+    )
+    token_rows = torch.arange(600, device=device) % 6
+    token_ids = torch.arange(600, device=device) * 7 % 311
+    is_prompt = (torch.arange(600, device=device) % 3 == 0).to(torch.uint8)
+
+    def penalised(count, penalise) -> tuple[torch.Tensor, ...]:
+        counts = torch.zeros(6, vocab_size, dtype=torch.int32, device=device)
+        count(counts, token_rows, token_ids, is_prompt)
+        changed = logits.clone()
+        penalise(changed, counts, rows, repetition, frequency, presence)
+        return counts, changed
+
+    return Check(
+        lambda: penalised(triton_penalties.count_tokens, triton_penalties.apply_penalties),
+        lambda: penalised(penalties.count_reference, penalties.reference),
+        1e-6,
+    )
+
+
+def _cases() -> dict[str, Case]:
+    found: dict[str, Case] = {"bitmask": masking, "penalties": penalising}
+    for vocab_size in (130, 9001):
+        found[f"gumbel_argmax_{vocab_size}"] = partial(gumbel, vocab_size=vocab_size)
+        found[f"truncation_{vocab_size}"] = partial(truncation, vocab_size=min(vocab_size, 3001))
+        found[f"log_softmax_{vocab_size}"] = partial(log_softmax, vocab_size=vocab_size)
+        found[f"token_logprobs_{vocab_size}"] = partial(token_logprobs, vocab_size=vocab_size)
+    return found
+
+
+CASES = _cases()

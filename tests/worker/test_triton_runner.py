@@ -1,0 +1,51 @@
+"""A model end to end by the Triton kernels, in their interpreter, under the runner as it serves a GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from make_random_model import make_model
+
+import tests.gpu.interpreter  # noqa: F401  before the kernels
+from minivllm.attention import registry
+from minivllm.attention.backends.triton import TritonBackend
+from minivllm.ops.op import Op, OpSpec
+from minivllm.sampling_params import SamplingParams
+from tests.models.loop import Loop
+from tests.worker.fake_device import FakeDevice
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+PROMPTS = [[(i * 31 + length) % 490 for i in range(length)] for length in (30, 3, 17)]
+PARAMS = [
+    SamplingParams(temperature=0, max_tokens=4, ignore_eos=True),
+    SamplingParams(temperature=0.9, max_tokens=3, ignore_eos=True),
+    SamplingParams(temperature=0.8, top_p=0.9, top_k=40, max_tokens=4, ignore_eos=True),
+]
+
+
+class InterpretedBackend(TritonBackend):
+    @classmethod
+    def why_not(cls, spec: Any) -> str | None:
+        return None  # the device is a CPU, and the kernels are interpreted
+
+
+def triton_or_reference(op: Op, spec: OpSpec) -> Any:
+    for impl in op.implementations:
+        if isinstance(impl.fn, str) and impl.fn.startswith("triton."):
+            return impl.load()
+    return op.implementations[-1].load()
+
+
+def test_its_tokens_are_the_cpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model = make_model(tmp_path, arch="qwen3", dtype="float32", seed=3, num_layers=1)
+    expected = [answer.tokens for answer in Loop(model).run(PROMPTS, PARAMS)]
+    monkeypatch.setattr(registry, "_BACKENDS", ["tests.worker.test_triton_runner:InterpretedBackend"])
+    monkeypatch.setattr(Op, "select", triton_or_reference)
+    platform = FakeDevice()
+    loop = Loop(model, platform=platform, plans_in_flight=2, block_size=16, max_num_batched_tokens=24)
+    assert loop.ready.numerics_id.endswith("rows-float32-v1")
+    assert [answer.tokens for answer in loop.run(PROMPTS, PARAMS)] == expected
+    assert platform.graphs.num_replays > 2
+    assert set(platform.graphs.num_rows) <= {1, 2, 4}
