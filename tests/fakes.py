@@ -159,10 +159,8 @@ class FakeWorker:
         return self._sample(plan)
 
     def sleep(self, level: int) -> None:
-        """The cache's content is gone, and with it what block tables mean."""
+        """The cache's content is gone; the next plan says whose blocks were."""
         self.kv.clear()
-        for state in self.states.values():
-            state.tables = None
 
     def wake_up(self) -> None:
         pass

@@ -63,6 +63,17 @@ def test_the_command_names_a_module_that_is_there(project):
     assert re.search(rf"^def {function}\(", path.read_text(), re.M)
 
 
+def test_the_page_at_the_root_lies_in_the_package_that_the_wheel_takes_whole(project):
+    assert project["tool"]["scikit-build"]["wheel"]["packages"] == ["minivllm"]
+    static = ROOT / "minivllm" / "entrypoints" / "openai" / "playground" / "static"
+    files = {path.name for path in static.iterdir()}
+    page = (static / "index.html").read_text()
+    named = set(re.findall(r'="playground/([\w.]+)"', page))
+    for name in [name for name in files if name.endswith(".js")]:
+        named |= set(re.findall(r'from "\./([\w.]+)"', (static / name).read_text()))
+    assert named | {"index.html"} == files
+
+
 def _make(*arguments: str) -> str:
     if shutil.which("make") is None:
         pytest.skip("make is not installed")

@@ -71,10 +71,9 @@ struct FmaKernel {
         return {wide, num_rows, call.k, call.k};
     }
 
-    static void run(const LinearCall& call, const Block<float>& block, int64_t first_row, int64_t first_panel,
-                    int64_t end_panel) {
+    static void run(const LinearCall& call, const Block<float>& block, int64_t first_row, const Panels& panels) {
         const int64_t size = panel_elements<Layout>(call.k);
-        for (int64_t p = first_panel; p < end_panel; ++p) {
+        for (int64_t p = panels.first; p < panels.end; ++p) {
             const T* panel = static_cast<const T*>(call.packed) + p * size;
             const PanelEnd<kVectors> panel_end(call, p);
             if (std::is_same_v<T, float> || block.num_rows <= 2 * kRows) {
@@ -116,7 +115,7 @@ void load(void* packed, const WeightRows& rows) {
     });
 }
 
-void gather(DType dtype, void* out, const void* packed, int64_t k, const int64_t* ids, int64_t num_ids) {
+void gather(DType dtype, void* out, const void* packed, int64_t, int64_t k, const int64_t* ids, int64_t num_ids) {
     with_layout(dtype, [&](auto layout, auto tag) {
         gather_rows<decltype(layout), typename decltype(tag)::type>(out, packed, k, ids, num_ids);
     });

@@ -4,9 +4,11 @@
 // that is the processor's and the same for every row, however many rows the tile has. Subnormal inputs and results
 // count as zero, as always with AMX. An int8 one adds 64 products to an int32 sum, exactly.
 //
-// Two row tiles by two column tiles of sums use four loads for four products: the loads must come from L1 for the
-// products to be the limit. So K is cut into chunks whose part of a panel stays in L1 while all rows pass; rows are
-// loaded with the streaming hint, which leaves it there; between chunks, sums wait in memory, exactly.
+// Two row tiles by two column tiles of sums use four loads for four products. One operand's loads must come from L1 for
+// the products to be the limit, so K is cut into chunks: as all rows pass a chunk of a panel, half of it stays in L1;
+// the other half and the rows are loaded with the streaming hint, which leaves it there. Between chunks, sums wait in
+// memory, exactly. What becomes of finished sums is done a row at a time between the products of the rows after them,
+// where the processor has room for it.
 #pragma once
 
 #include "linear_tile.h"
@@ -16,7 +18,10 @@ namespace minivllm::MINIVLLM_ISA {
 namespace {
 
 constexpr int64_t kTileSums = 256;     // float32 or int32 in a tile
-constexpr int64_t kChunkSteps = 16;    // of K: 32 KiB of a panel
+constexpr int64_t kGroupRows = 32;     // rows of x at a time, two tiles
+constexpr int64_t kChunkSteps = 32;    // of K at a time: 64 KiB of a panel
+constexpr int64_t kHeldSteps = 16;     // of them, those that stay in L1: 32 KiB
+constexpr int64_t kWarmSteps = 8;      // between stores of tiles: see AmxPanels::keep_warm
 constexpr int64_t kAheadBytes = 8192;  // how far ahead of a thin product the weight is fetched
 
 // [K/32][2 column groups][16 pairs of k][16 columns][2]: each [16][16][2] is one tile, 1 KiB.
@@ -113,87 +118,140 @@ struct Int8Product {
     static MINIVLLM_INLINE void lower_right() { _tile_dpbssd(3, 5, 7); }
 };
 
-// A block of rows times a panel. The block: [rows/16][K/step][16][step], each [16][step] one tile; the panel:
-// [K/step][2 column groups] tiles. Sums are float32 or int32, tiles of [16][16], kept as their bits.
-template <class Product>
-struct AmxPanel {
+// Operands of the products, loaded with the hint that their memory need not stay in L1, or without.
+MINIVLLM_INLINE void load_upper(const void* from, bool stays) {
+    if (stays) _tile_loadd(4, from, 64);
+    else _tile_stream_loadd(4, from, 64);
+}
+MINIVLLM_INLINE void load_lower(const void* from, bool stays) {
+    if (stays) _tile_loadd(5, from, 64);
+    else _tile_stream_loadd(5, from, 64);
+}
+MINIVLLM_INLINE void load_left(const void* from, bool stays) {
+    if (stays) _tile_loadd(6, from, 64);
+    else _tile_stream_loadd(6, from, 64);
+}
+MINIVLLM_INLINE void load_right(const void* from, bool stays) {
+    if (stays) _tile_loadd(7, from, 64);
+    else _tile_stream_loadd(7, from, 64);
+}
+
+// A block of rows times panels, one after the other. The block: [rows/32][K/step][2 row groups] tiles of [16][step]; a
+// panel: [K/step][2 column groups] tiles. Sums are float32 or int32, tiles of [16][16], kept as their bits.
+//
+// End: what becomes of a panel's sums. end.finish_row(sums, row): of a row of the block, whose left 16 sums are at `sums`
+// and right 16 kTileSums further.
+template <class Product, class End>
+class AmxPanels {
+public:
     using Element = typename Product::Element;
     static constexpr int64_t kTile = 1024 / sizeof(Element), kStep = 64 / sizeof(Element);
-    static constexpr int64_t kRows = 32;  // of x at a time
+    static constexpr int64_t kRows = kGroupRows;
 
-    // Calls finish(sums, row, num_rows) for up to 16 rows of the block at a time: the left columns' tile of sums, with
-    // the right ones' kTileSums further. `end`: of what this thread will read of the weight.
-    template <class Finish>
-    static void multiply(const Block<Element>& block, const Element* panel, const char* end, const Finish& finish) {
-        if (block.num_rows <= kRows) thin(block, panel, end, finish);
-        else thick(block, panel, end, finish);
+    // `fetch_end`: of what this thread is likely to read of the weight, here or next.
+    AmxPanels(const Block<Element>& block, const Element* fetch_end)
+        : block_(block), fetch_end_(reinterpret_cast<const char*>(fetch_end)), steps_(block.k / kStep),
+          num_groups_((block.num_rows + kRows - 1) / kRows),
+          sums_(static_cast<float*>(thread_scratch(1, size_t(num_groups_ + 2) * kGroupSums * sizeof(float)))) {}
+
+    // Adds up the next panel, and finishes most of the one before.
+    void multiply(const Element* panel, const End& end) {
+        if (num_groups_ == 1) thin(panel, end);
+        else thick(panel, end);
     }
+
+    // Finishes what is left of the last panel.
+    void flush() { late_.finish_all(); }
 
 private:
-    // Up to 32 rows: a panel is read once, from memory as a rule.
-    template <class Finish>
-    static void thin(const Block<Element>& block, const Element* panel, const char* end, const Finish& finish) {
-        alignas(64) float sums[4 * kTileSums];
-        Ahead ahead{reinterpret_cast<const char*>(panel) + kAheadBytes, end, 32};
-        add_products(sums, true, block, 0, 0, block.k / kStep, panel, ahead);
-        finish_group(sums, block, 0, finish);
+    static constexpr int64_t kGroupSums = 4 * kTileSums;
+
+    // The finished sums of a group, whose rows go on to the output little by little.
+    struct Late {
+        End end;
+        const float* sums;
+        int64_t row, num_rows, done;
+        int64_t due;  // rows that should be done by now, in parts of a step
+
+        // To be called num_steps times.
+        MINIVLLM_INLINE void step(int64_t num_steps) {
+            due += num_rows;
+            for (; due >= num_steps && done < num_rows; due -= num_steps) finish_next();
+        }
+        MINIVLLM_INLINE void finish_all() {
+            while (done < num_rows) finish_next();
+        }
+        MINIVLLM_INLINE void finish_next() {
+            end.finish_row(sums + done / 16 * 2 * kTileSums + done % 16 * 16, row + done);
+            ++done;
+        }
+    };
+
+    void thin(const Element* panel, const End& end) {
+        const char* from = reinterpret_cast<const char*>(panel);
+        Ahead ahead{from + kAheadBytes, fetch_end_, 32};
+        float* sums = sums_ + which_ * kGroupSums;
+        which_ ^= 1;
+        add_products<true>(sums, true, 0, 0, steps_, panel, ahead);
+        late_.finish_all();
+        late_ = {end, sums, 0, block_.num_rows, 0, 0};
     }
 
-    template <class Finish>
-    static void thick(const Block<Element>& block, const Element* panel, const char* end, const Finish& finish) {
-        const int64_t steps = block.k / kStep, num_chunks = (steps + kChunkSteps - 1) / kChunkSteps;
-        const int64_t groups = (block.num_rows + kRows - 1) / kRows;
-        float* sums = static_cast<float*>(thread_scratch(1, size_t(groups * 4 * kTileSums) * sizeof(float)));
-        for (int64_t c = 0; c < num_chunks; ++c) {
-            const int64_t begin = steps * c / num_chunks, stop = steps * (c + 1) / num_chunks;
-            const Element* chunk = panel + begin * 2 * kTile;
-            const char* next = reinterpret_cast<const char*>(panel + stop * 2 * kTile);
-            const char* last = next + (stop - begin) * 2048;
-            Ahead ahead{next, last < end ? last : end, (32 + groups - 1) / groups};
-            for (int64_t g = 0; g < groups; ++g) {
-                float* group_sums = sums + g * 4 * kTileSums;
-                add_products(group_sums, c == 0, block, g, begin, stop - begin, chunk, ahead);
-                if (c + 1 == num_chunks) finish_group(group_sums, block, g, finish);
+    void thick(const Element* panel, const End& end) {
+        for (int64_t first = 0; first < steps_; first += kChunkSteps) {
+            const int64_t steps = steps_ - first < kChunkSteps ? steps_ - first : kChunkSteps;
+            const Element* chunk = panel + first * 2 * kTile;
+            const char* next = reinterpret_cast<const char*>(chunk + steps * 2 * kTile);
+            const char* last = next + kChunkSteps * 2048;
+            Ahead ahead{next, last < fetch_end_ ? last : fetch_end_, (32 + num_groups_ - 1) / num_groups_};
+            for (int64_t g = 0; g < num_groups_; ++g) {
+                float* sums = sums_ + g * kGroupSums;
+                add_products<false>(sums, first == 0, g, first, steps, chunk, ahead);
+                late_.finish_all();
+                if (first + steps < steps_) continue;
+                const int64_t rows = block_.num_rows - g * kRows;
+                late_ = {end, sums, g * kRows, rows < kRows ? rows : kRows, 0, 0};
             }
         }
-    }
-
-    template <class Finish>
-    static MINIVLLM_INLINE void finish_group(const float* sums, const Block<Element>& block, int64_t g,
-                                             const Finish& finish) {
-        for (int64_t row = g * kRows; row < block.num_rows && row < (g + 1) * kRows; row += 16)
-            finish(sums + row % kRows / 16 * 2 * kTileSums, row, block.num_rows - row < 16 ? block.num_rows - row : 16);
     }
 
     // Adds steps [first, first + steps) of K for the rows of group g.
-    static MINIVLLM_INLINE void add_products(float* sums, bool are_zero, const Block<Element>& block, int64_t g,
-                                             int64_t first, int64_t steps, const Element* w, Ahead& ahead) {
-        const Element* x = block.rows + 2 * g * block.stride + first * kTile;
-        if (block.num_rows - g * kRows > 16) add_products<4>(sums, are_zero, x, block.stride, w, steps, ahead);
-        else add_products<2>(sums, are_zero, x, block.stride, w, steps, ahead);
+    template <bool kThin>
+    MINIVLLM_INLINE void add_products(float* sums, bool are_zero, int64_t g, int64_t first, int64_t steps,
+                                      const Element* w, Ahead& ahead) {
+        const Element* x = block_.rows + g * block_.stride + first * 2 * kTile;
+        if (block_.num_rows - g * kRows > 16) add_products<kThin, 4>(sums, are_zero, x, w, steps, ahead);
+        else add_products<kThin, 2>(sums, are_zero, x, w, steps, ahead);
     }
 
-    // sums: kTiles tiles in the order of the tile registers. x: the tiles of 16 rows; those of the next 16 rows are
-    // `stride` further.
-    template <int kTiles>
-    static MINIVLLM_INLINE void add_products(float* sums, bool are_zero, const Element* x, int64_t stride,
-                                             const Element* w, int64_t steps, Ahead& ahead) {
+    // sums: kTiles tiles in the order of the tile registers.
+    template <bool kThin, int kTiles>
+    MINIVLLM_INLINE void add_products(float* sums, bool are_zero, const Element* x, const Element* w, int64_t steps,
+                                      Ahead& ahead) {
         load_sums<kTiles>(sums, are_zero);
-        for (int64_t s = 0; s < steps; ++s, x += kTile, w += 2 * kTile) {
+        for (int64_t s = 0; s < steps; ++s, x += 2 * kTile, w += 2 * kTile) {
             ahead.step();
-            _tile_stream_loadd(4, x, 64);
-            _tile_loadd(6, w, 64);
+            // What is read again stays in L1: the rows of a thin product, the first half of a thick one's chunk.
+            const bool is_held = !kThin && s < kHeldSteps;
+            load_upper(x, kThin);
+            load_left(w, is_held);
             Product::upper_left();
-            _tile_loadd(7, w + kTile, 64);
+            load_right(w + kTile, is_held);
             Product::upper_right();
             if constexpr (kTiles == 4) {
-                _tile_stream_loadd(5, x + stride, 64);
+                load_lower(x + kTile, kThin);
                 Product::lower_left();
                 Product::lower_right();
             }
+            if (s % kWarmSteps == kWarmSteps - 1) keep_warm();
+            late_.step(steps);
         }
         store_sums<kTiles>(sums);
     }
+
+    // A store of a tile takes 0.3 µs when the last one was more than about a microsecond ago, and next to nothing
+    // otherwise (measured): so one that nobody reads now and then.
+    MINIVLLM_INLINE void keep_warm() const { _tile_stored(4, sums_ + (num_groups_ + 1) * kGroupSums, 64); }
 
     template <int kTiles>
     static MINIVLLM_INLINE void load_sums(const float* sums, bool are_zero) {
@@ -223,43 +281,132 @@ private:
             _tile_stored(3, sums + 3 * kTileSums, 64);
         }
     }
+
+    const Block<Element> block_;
+    const char* const fetch_end_;
+    const int64_t steps_, num_groups_;
+    float* const sums_;  // of each group, or of two panels' only group; and room for keep_warm
+    int which_ = 0;
+    Late late_{};
 };
+
+// ---- from a row's sums to the output ----
+
+// Two vectors of features as bfloat16, side by side.
+template <class Sums>
+MINIVLLM_INLINE __m512i narrow_both(Vec left, Vec right) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(narrow_bf16(left)), narrow_bf16(right), 1);
+}
+// Sums from AMX in bfloat16 have no subnormals; one that a bias makes counts as zero like those.
+template <>
+MINIVLLM_INLINE __m512i narrow_both<FloatSums>(Vec left, Vec right) {
+    return (__m512i)_mm512_cvtne2ps_pbh(right.v, left.v);
+}
+MINIVLLM_INLINE Vec left_of(__m512i both) { return widen_bf16(_mm512_castsi512_si256(both)); }
+MINIVLLM_INLINE Vec right_of(__m512i both) { return widen_bf16(_mm512_extracti64x4_epi64(both, 1)); }
+
+// What PanelEnd does, for whole panels, no addend, and the types that models have: a few instructions a row.
+template <Epilogue kEpilogue, class Y>
+struct PlainRow {
+    template <class Sums>
+    static MINIVLLM_INLINE void finish(const PanelEnd<2>& end, const Sums& sums, int64_t row) {
+        Y* out = static_cast<Y*>(end.call->out) + row * end.call->out_stride + end.first[0];
+        const Vec left = sums.at(0, 0) + load(end.bias), right = sums.at(0, 1) + load(end.bias + kLanes);
+        if constexpr (std::is_same_v<Y, float>) {
+            static_assert(kEpilogue == Epilogue::store);
+            store_whole(end, out, _mm512_castps_si512(left.v));
+            store_whole(end, out + kLanes, _mm512_castps_si512(right.v));
+        } else {
+            const __m512i both = narrow_both<Sums>(left, right);
+            if constexpr (kEpilogue == Epilogue::store) {
+                store_whole(end, out, both);
+            } else if constexpr (kEpilogue == Epilogue::add_residual) {
+                const __m512i before = _mm512_loadu_si512(out);
+                store(out, left_of(before) + left_of(both));
+                store(out + kLanes, right_of(before) + right_of(both));
+            } else {
+                store(out, silu_mul<bf16>(left_of(both), right_of(both)));
+            }
+        }
+    }
+
+private:
+    static MINIVLLM_INLINE void store_whole(const PanelEnd<2>& end, void* out, __m512i line) {
+        if (end.past_caches) _mm512_stream_si512(static_cast<__m512i*>(out), line);
+        else _mm512_storeu_si512(out, line);
+    }
+};
+
+struct AnyRow {
+    template <class Sums>
+    static void finish(const PanelEnd<2>& end, const Sums& sums, int64_t row) { end.finish(sums, row, 1); }
+};
+
+// Calls fn(Row{}), of which Row::finish takes a row of a panel's sums to the output.
+template <class F>
+MINIVLLM_INLINE void with_row_end(const LinearCall& call, const F& fn) {
+    const bool is_plain = call.addend == nullptr && call.n % 32 == 0;
+    const bool is_bf16 = call.out_dtype == DType::bf16;
+    if (is_plain && call.out_dtype == DType::f32 && call.epilogue == Epilogue::store)
+        fn(PlainRow<Epilogue::store, float>{});
+    else if (is_plain && is_bf16 && call.epilogue == Epilogue::store) fn(PlainRow<Epilogue::store, bf16>{});
+    else if (is_plain && is_bf16 && call.epilogue == Epilogue::add_residual)
+        fn(PlainRow<Epilogue::add_residual, bf16>{});
+    else if (is_plain && is_bf16) fn(PlainRow<Epilogue::silu_mul, bf16>{});
+    else fn(AnyRow{});
+}
+
+// A block times panels of `packed`, `size` elements each. sums_of(panel, row, data): what FloatSums is, of a row of the
+// block whose sums lie at `data`.
+template <class Product, class SumsOf>
+void multiply_panels(const LinearCall& call, const Block<typename Product::Element>& block, int64_t first_row,
+                     const typename Product::Element* packed, int64_t size, const Panels& run, const SumsOf& sums_of) {
+    const TileShapes tiles(block.num_rows < 16 ? int(block.num_rows) : 16);
+    with_row_end(call, [&](auto row_end) {
+        struct End {
+            PanelEnd<2> panel_end;
+            const SumsOf* sums_of;
+            int64_t panel, first_row;
+            MINIVLLM_INLINE void finish_row(const float* sums, int64_t row) const {
+                decltype(row_end)::finish(panel_end, (*sums_of)(panel, row, sums), first_row + row);
+            }
+        };
+        AmxPanels<Product, End> panels(block, packed + run.likely_end * size);
+        for (int64_t p = run.first; p < run.end; ++p)
+            panels.multiply(packed + p * size, End{{call, p}, &sums_of, p, first_row});
+        panels.flush();
+    });
+}
 
 struct AmxKernel {
     using A = bf16;
     using Layout = AmxLayout;
-    static constexpr int64_t kRows = AmxPanel<Bf16Product>::kRows;
+    static constexpr int64_t kRows = kGroupRows;
 
-    // x as tiles, [rows/16][K/32][16][32]: read in the order they lie, where rows a power of two apart would share
+    // x as tiles, [rows/32][K/32][2][16][32]: read in the order they lie, where rows a power of two apart would share
     // a few cache sets. Rows beyond the last are whatever they are: they meet no other row.
     static Block<bf16> prepare(const LinearCall& call, int64_t first, int64_t num_rows) {
         const bf16* x = static_cast<const bf16*>(call.x) + first * call.x_stride;
         const int64_t k = round_up(call.k, Layout::kStep);
-        bf16* tiles = static_cast<bf16*>(thread_scratch(0, round_up(num_rows, 16) * k * sizeof(bf16)));
+        bf16* tiles = static_cast<bf16*>(thread_scratch(0, round_up(num_rows, kRows) * k * sizeof(bf16)));
         parallel_for(num_rows, 1 + 32768 / k, [&](int64_t begin, int64_t end) {
             for (int64_t row = begin; row < end; ++row) {
                 const bf16* from = x + row * call.x_stride;
-                bf16* to = tiles + row / 16 * 16 * k + row % 16 * 32;
-                for (int64_t i = 0; i < k; i += 32, to += 512)
-                    convert_row(to, from + i, call.k - i < 32 ? call.k - i : 32, 32);
+                bf16* to = tiles + row / kRows * kRows * k + row % kRows * 32;
+                for (int64_t i = 0; i < k; i += 32, to += kRows * 32) {
+                    if (call.k - i >= 32) std::memcpy(to, from + i, 64);
+                    else convert_row(to, from + i, call.k - i, 32);
+                }
             }
         });
-        return {tiles, num_rows, 16 * k, k};
+        return {tiles, num_rows, kRows * k, k};
     }
 
-    static void run(const LinearCall& call, const Block<bf16>& block, int64_t first_row, int64_t first_panel,
-                    int64_t end_panel) {
-        const TileShapes tiles(block.num_rows < 16 ? int(block.num_rows) : 16);
-        const int64_t size = panel_elements<Layout>(call.k);
+    static void run(const LinearCall& call, const Block<bf16>& block, int64_t first_row, const Panels& panels) {
         const bf16* packed = static_cast<const bf16*>(call.packed);
-        const char* end = reinterpret_cast<const char*>(packed + end_panel * size);
-        for (int64_t p = first_panel; p < end_panel; ++p) {
-            const PanelEnd<2> panel_end(call, p);
-            AmxPanel<Bf16Product>::multiply(
-                block, packed + p * size, end, [&](const float* sums, int64_t row, int64_t num_rows) {
-                    panel_end.finish(FloatSums{sums, 16, kTileSums}, first_row + row, num_rows);
-                });
-        }
+        multiply_panels<Bf16Product>(
+            call, block, first_row, packed, panel_elements<Layout>(call.k), panels,
+            [](int64_t, int64_t, const float* data) { return FloatSums{data, 16, kTileSums}; });
     }
 };
 

@@ -3,7 +3,7 @@
 //
 // A packed weight: a float32 scale for each place of a feature, then the panels,
 // [K/64][vectors of features][16 quads of k][kLanes][4].
-#include "linear_int8.h"
+#include "linear.h"
 
 #include "integers.h"
 #include "linear_tile.h"
@@ -68,7 +68,7 @@ int64_t scales_bytes(const Features& features) {
     return round_up(features.num_panels<Int8Layout>() * Int8Layout::kPanel * int64_t(sizeof(float)), 64);
 }
 
-int64_t packed_bytes(int64_t n, int64_t k, bool interleaved) {
+int64_t packed_bytes(DType, int64_t n, int64_t k, bool interleaved) {
     const Features features{n, interleaved};
     return scales_bytes(features) + features.num_panels<Int8Layout>() * panel_elements<Int8Layout>(k);
 }
@@ -162,33 +162,24 @@ const float* scales_of_panel(const LinearCall& call, int64_t panel) {
 struct Int8Kernel {
     using A = int8_t;
     using Layout = Int8Layout;
-    static constexpr int64_t kRows = AmxPanel<Int8Product>::kRows;
+    static constexpr int64_t kRows = kGroupRows;
 
     static ScaledBlock<int8_t> prepare(const LinearCall& call, int64_t first, int64_t num_rows) {
-        const int64_t k = round_up(call.k, 64), tiles_bytes = round_up(num_rows, 16) * k;
+        const int64_t k = round_up(call.k, 64), tiles_bytes = round_up(num_rows, kRows) * k;
         int8_t* tiles = static_cast<int8_t*>(thread_scratch(0, size_t(tiles_bytes) + size_t(num_rows) * sizeof(float)));
         float* scales = reinterpret_cast<float*>(tiles + tiles_bytes);
         quantise_rows(tiles, scales, call, first, num_rows, 64,
-                      [k](int64_t r, int64_t i) { return r / 16 * 16 * k + i * 16 + r % 16 * 64; });
-        return {{tiles, num_rows, 16 * k, k}, scales};
+                      [k](int64_t r, int64_t i) { return r / kRows * kRows * k + i * kRows + r % kRows * 64; });
+        return {{tiles, num_rows, kRows * k, k}, scales};
     }
 
-    static void run(const LinearCall& call, const ScaledBlock<int8_t>& block, int64_t first_row, int64_t first_panel,
-                    int64_t end_panel) {
-        const TileShapes tiles(block.num_rows < 16 ? int(block.num_rows) : 16);
-        const int64_t size = panel_elements<Layout>(call.k);
-        const int8_t* panels = panels_of(call);
-        const char* end = reinterpret_cast<const char*>(panels + end_panel * size);
-        for (int64_t p = first_panel; p < end_panel; ++p) {
-            const PanelEnd<kVectors> panel_end(call, p);
-            const float* scales = scales_of_panel(call, p);
-            AmxPanel<Int8Product>::multiply(
-                block, panels + p * size, end, [&](const float* sums, int64_t row, int64_t num_rows) {
-                    panel_end.finish(Int8Sums{reinterpret_cast<const int32_t*>(sums), 16, kTileSums,
-                                              block.scales + row, scales},
-                                     first_row + row, num_rows);
-                });
-        }
+    static void run(const LinearCall& call, const ScaledBlock<int8_t>& block, int64_t first_row, const Panels& panels) {
+        multiply_panels<Int8Product>(
+            call, block, first_row, panels_of(call), panel_elements<Layout>(call.k), panels,
+            [&](int64_t panel, int64_t row, const float* data) {
+                return Int8Sums{reinterpret_cast<const int32_t*>(data), 16, kTileSums, block.scales + row,
+                                scales_of_panel(call, panel)};
+            });
     }
 };
 
@@ -209,12 +200,12 @@ struct Int8Kernel {
         return {{rows, num_rows, k, k}, scales};
     }
 
-    static void run(const LinearCall& call, const ScaledBlock<int16_t>& block, int64_t first_row, int64_t first_panel,
-                    int64_t end_panel) {
+    static void run(const LinearCall& call, const ScaledBlock<int16_t>& block, int64_t first_row,
+                    const Panels& panels) {
         static constexpr decltype(&tile<1>) kTiles[] = {&tile<1>, &tile<2>, &tile<3>, &tile<4>};
         const int64_t size = panel_elements<Layout>(call.k);
         alignas(64) int32_t sums[kRows * Layout::kPanel];
-        for (int64_t p = first_panel; p < end_panel; ++p) {
+        for (int64_t p = panels.first; p < panels.end; ++p) {
             const PanelEnd<kVectors> panel_end(call, p);
             const float* scales = scales_of_panel(call, p);
             for (int64_t row = 0; row < block.num_rows; row += kRows) {
@@ -248,6 +239,6 @@ void multiply(const LinearCall& call) { multiply_blocks<Int8Kernel>(call); }
 
 }  // namespace
 
-const Int8LinearKernels int8_linear_kernels = {&packed_bytes, &load_weight, &gather, &multiply};
+const LinearKernels int8_linear_kernels = {&packed_bytes, &load_weight, &gather, &multiply};
 
 }  // namespace minivllm::MINIVLLM_ISA

@@ -15,8 +15,9 @@
 namespace minivllm::MINIVLLM_ISA {
 namespace {
 
-constexpr int64_t kBlockBytes = 1 << 20;          // of x: half of a core's L2, so that a block stays while panels pass
+constexpr int64_t kBlockBytes = 1 << 20;          // of x: half of a core's L2
 constexpr int64_t kMaxBlockRows = 512;            // and its sums with it
+constexpr int64_t kOwnRows = 256;                 // enough for a thread to read all of the weight meanwhile
 constexpr int64_t kMultipliesPerThread = 1 << 16;  // below this, waking another thread costs more than it saves
 constexpr int64_t kLargeOutputBytes = 8 << 20;     // more than stays in the cores' own caches
 constexpr int64_t kPiecesPerThread = 8;            // a thread that is held up leaves its later pieces to the others
@@ -170,12 +171,13 @@ MINIVLLM_INLINE void store_past_caches(T* p, Vec x) {
 // vectors belong.
 template <int kVectors>
 struct PanelEnd {
-    const LinearCall& call;
+    const LinearCall* call;
     int64_t first[kVectors], count[kVectors];  // features of each vector
     alignas(64) float bias[kVectors * kLanes];
-    const bool past_caches;
+    bool past_caches;
 
-    PanelEnd(const LinearCall& call, int64_t panel) : call(call), past_caches(is_past_caches(call)) {
+    PanelEnd() = default;
+    PanelEnd(const LinearCall& call, int64_t panel) : call(&call), past_caches(is_past_caches(call)) {
         const Features features{call.n, call.epilogue == Epilogue::silu_mul};
         for (int v = 0; v < kVectors; ++v) {
             first[v] = features.first(panel * kVectors + v);
@@ -194,23 +196,23 @@ struct PanelEnd {
     template <class Sums>
     MINIVLLM_INLINE Vec value(const Sums& sums, int64_t r, int v, int64_t row) const {
         Vec x = sums.at(r, v);
-        if (call.addend != nullptr) x = x + load_up_to(call.addend + row * call.addend_stride + first[v], count[v]);
+        if (call->addend != nullptr) x = x + load_up_to(call->addend + row * call->addend_stride + first[v], count[v]);
         return x + load(bias + v * kLanes);
     }
 
     // Rows [0, num_rows) of the sums are rows row, row + 1, … of the output.
     template <class Sums>
     void finish(const Sums& sums, int64_t row, int64_t num_rows) const {
-        with_dtype(call.out_dtype, [&](auto tag) {
+        with_dtype(call->out_dtype, [&](auto tag) {
             using Y = typename decltype(tag)::type;
             for (int64_t r = 0; r < num_rows; ++r)
-                finish_row(sums, r, row + r, static_cast<Y*>(call.out) + (row + r) * call.out_stride);
+                finish_row(sums, r, row + r, static_cast<Y*>(call->out) + (row + r) * call->out_stride);
         });
     }
 
     template <class Sums, class Y>
     MINIVLLM_INLINE void finish_row(const Sums& sums, int64_t r, int64_t row, Y* out) const {
-        if (call.epilogue == Epilogue::silu_mul) {
+        if (call->epilogue == Epilogue::silu_mul) {
             if constexpr (kVectors % 2 == 0)
                 for (int v = 0; v < kVectors && count[v] > 0; v += 2) {
                     const Vec gate = rounded<Y>(value(sums, r, v, row)), up = rounded<Y>(value(sums, r, v + 1, row));
@@ -220,7 +222,7 @@ struct PanelEnd {
         }
         for (int v = 0; v < kVectors && count[v] > 0; ++v) {
             Vec x = value(sums, r, v, row);
-            if (call.epilogue == Epilogue::add_residual)
+            if (call->epilogue == Epilogue::add_residual)
                 x = load_up_to(out + first[v], count[v]) + rounded<Y>(x);
             if (past_caches && count[v] == kLanes) store_past_caches(out + first[v], x);
             else store_up_to(out + first[v], x, count[v]);
@@ -243,28 +245,60 @@ struct Block {
     int64_t num_rows, stride, k;  // k includes the padding
 };
 
-// Kernel::prepare(call, first_row, num_rows) for blocks of rows that fit in L2, then
-// Kernel::run(call, block, first_row, first_panel, end_panel), panels split over threads. Each output is one
-// thread's, and is summed over all of K in the kernel's own order: neither the blocks nor the threads can be seen
-// in the result.
+// Panels [first, end) of a weight, for one thread, which is likely to go on to `likely_end`.
+struct Panels {
+    int64_t first, end, likely_end;
+};
+
+// How rows are cut into blocks, of whole groups of Kernel::kRows. A block fits in L2: it stays while panels pass.
+struct Blocks {
+    int64_t m, group_rows, num_groups, count;
+    bool is_one_thread;  // each block is one thread's; else all share each
+
+    template <class Kernel>
+    static Blocks of(const LinearCall& call, int64_t padded) {
+        const int64_t fitting = kBlockBytes / (padded * int64_t(sizeof(typename Kernel::A)));
+        int64_t most = (fitting < kMaxBlockRows ? fitting : kMaxBlockRows) / Kernel::kRows;
+        if (most < 1) most = 1;
+        Blocks blocks{call.m, Kernel::kRows, (call.m + Kernel::kRows - 1) / Kernel::kRows, 0, false};
+        blocks.count = (blocks.num_groups + most - 1) / most;
+        // With blocks of one's own nobody waits for anybody, but each thread reads all of the weight.
+        blocks.is_one_thread = num_threads() > 1 && call.m >= kOwnRows * num_threads();
+        if (blocks.is_one_thread) blocks.count = round_up(blocks.count, num_threads());
+        return blocks;
+    }
+    int64_t first_row(int64_t block) const {
+        const int64_t row = num_groups * block / count * group_rows;
+        return row < m ? row : m;
+    }
+};
+
+// Kernel::prepare(call, first_row, num_rows) for blocks of rows, then Kernel::run(call, block, first_row, panels). Each
+// output is one thread's, and is summed over all of K in the kernel's own order: neither the blocks nor the threads can
+// be seen in the result.
 template <class Kernel>
 void multiply_blocks(const LinearCall& call) {
     using Layout = typename Kernel::Layout;
     const int64_t padded = round_up(call.k, Layout::kStep);
-    int64_t block_rows = kBlockBytes / (padded * int64_t(sizeof(typename Kernel::A))) / Kernel::kRows * Kernel::kRows;
-    if (block_rows < Kernel::kRows) block_rows = Kernel::kRows;
-    if (block_rows > kMaxBlockRows) block_rows = kMaxBlockRows / Kernel::kRows * Kernel::kRows;
+    const Blocks blocks = Blocks::of<Kernel>(call, padded);
     const int64_t num_panels = Features{call.n, call.epilogue == Epilogue::silu_mul}.template num_panels<Layout>();
-    for (int64_t first = 0; first < call.m; first += block_rows) {
-        const int64_t rows = call.m - first < block_rows ? call.m - first : block_rows;
+    if (blocks.is_one_thread) {
+        parallel_tasks(blocks.count, [&](int64_t b) {
+            const int64_t first = blocks.first_row(b), rows = blocks.first_row(b + 1) - first;
+            Kernel::run(call, Kernel::prepare(call, first, rows), first, {0, num_panels, num_panels});
+            _mm_sfence();  // of what went past the caches
+        });
+        return;
+    }
+    for (int64_t b = 0; b < blocks.count; ++b) {
+        const int64_t first = blocks.first_row(b), rows = blocks.first_row(b + 1) - first;
         const auto block = Kernel::prepare(call, first, rows);
         const int64_t least = 1 + kMultipliesPerThread / (rows * padded * Layout::kPanel);
         const int64_t piece = num_panels / (num_threads() * kPiecesPerThread);
-        parallel_pieces(num_panels, piece > least ? piece : least,
-                        [&](int64_t begin, int64_t end) {
-                            Kernel::run(call, block, first, begin, end);
-                            _mm_sfence();  // of what went past the caches
-                        });
+        parallel_shares(num_panels, piece > least ? piece : least, [&](int64_t begin, int64_t end, int64_t share_end) {
+            Kernel::run(call, block, first, {begin, end, share_end});
+            _mm_sfence();
+        });
     }
 }
 

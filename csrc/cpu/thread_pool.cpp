@@ -2,6 +2,9 @@
 
 #include <pthread.h>
 #include <sched.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include <algorithm>
 #include <condition_variable>
@@ -205,6 +208,17 @@ std::shared_ptr<Pool> pool() {
     return *pool_slot;
 }
 
+constexpr size_t kPage = 4096, kHugePage = 2 << 20;
+
+// Memory of whole pages, huge ones where it is large: a block of rows in pages of 4 KiB would crowd some sets of the cache.
+void* allocate_pages(size_t bytes, size_t page) {
+    void* data = std::aligned_alloc(page, bytes);
+#if defined(__linux__)
+    if (data != nullptr && page == kHugePage) madvise(data, bytes, MADV_HUGEPAGE);  // a wish
+#endif
+    return data;
+}
+
 struct Scratch {
     void* data = nullptr;
     size_t bytes = 0;
@@ -253,8 +267,9 @@ void* thread_scratch(int slot, size_t bytes) {
     Scratch& s = scratch[slot];
     if (s.bytes < bytes) {
         std::free(s.data);
-        const size_t rounded = (bytes + 4095) / 4096 * 4096;
-        s.data = std::aligned_alloc(4096, rounded);
+        const size_t page = bytes >= kHugePage / 8 ? kHugePage : kPage;
+        const size_t rounded = (bytes + page - 1) / page * page;
+        s.data = allocate_pages(rounded, page);
         s.bytes = s.data == nullptr ? 0 : rounded;
         if (s.data == nullptr) throw std::bad_alloc();
     }

@@ -40,19 +40,30 @@ void parallel_for(int64_t n, int64_t grain, const F& fn) {
     }, &context);
 }
 
-// Splits [0, n) into ranges of `piece`, in ascending order, and calls fn(begin, end) for each; a thread that is done
-// takes the next. For work that is worth sharing out anew when a thread is held up.
+// Splits [0, n) into a share for each thread, and calls fn(begin, end, share_end) for pieces of it, in ascending order; a
+// thread that is done takes pieces of the others' shares. For work that goes best in order, but is worth sharing out anew
+// when a thread is held up.
 template <class F>
-void parallel_pieces(int64_t n, int64_t piece, const F& fn) {
+void parallel_shares(int64_t n, int64_t piece, const F& fn) {
+    constexpr int kMostShares = 256;
     if (n <= 0) return;
     const int64_t pieces = (n + piece - 1) / piece;
-    const int parts = pieces < num_threads() ? int(pieces) : num_threads();
-    if (parts <= 1) return fn(int64_t(0), n);
-    struct Context { const F& fn; int64_t n, piece; std::atomic<int64_t> next; } context{fn, n, piece, {0}};
-    run_on_threads(parts, [](void* p, int) {
+    int parts = num_threads() < kMostShares ? num_threads() : kMostShares;
+    if (pieces < parts) parts = int(pieces);
+    if (parts <= 1) return fn(int64_t(0), n, n);
+    struct alignas(64) Share { std::atomic<int64_t> next; int64_t end; } shares[kMostShares];
+    for (int i = 0; i < parts; ++i) {
+        shares[i].next.store(n * i / parts, std::memory_order_relaxed);
+        shares[i].end = n * (i + 1) / parts;
+    }
+    struct Context { const F& fn; Share* shares; int parts; int64_t piece; } context{fn, shares, parts, piece};
+    run_on_threads(parts, [](void* p, int index) {
         Context& c = *static_cast<Context*>(p);
-        for (int64_t i; (i = c.next.fetch_add(c.piece, std::memory_order_relaxed)) < c.n;)
-            c.fn(i, i + c.piece < c.n ? i + c.piece : c.n);
+        for (int i = 0; i < c.parts; ++i) {
+            Share& share = c.shares[(index + i) % c.parts];
+            for (int64_t b; (b = share.next.fetch_add(c.piece, std::memory_order_relaxed)) < share.end;)
+                c.fn(b, b + c.piece < share.end ? b + c.piece : share.end, share.end);
+        }
     }, &context);
 }
 

@@ -83,6 +83,10 @@ class AttentionBackend(ABC):
         Memory that is not written yet is not taken yet.
         """
 
+    def scratch_bytes(self, num_reqs: int, max_seq_len: int) -> int:
+        """What a decode of so many requests of such a length takes beside the cache, on a device of its own."""
+        return 0
+
     @abstractmethod
     def build_metadata(self, step: StepInputs) -> Any:
         """Whatever `forward` wants to know of the step, made once for all layers of a KV cache group."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from minivllm.config.cache import CacheConfig
 from minivllm.config.cpu import CpuConfig
+from minivllm.config.device import DeviceConfig
 from minivllm.config.hf_config import HFConfig
 from minivllm.config.load import LoadConfig
 from minivllm.config.model import ModelConfig
@@ -35,6 +36,7 @@ class EngineConfig:
     reasoning: ReasoningConfig = ReasoningConfig()
     structured_outputs: StructuredOutputsConfig = StructuredOutputsConfig()
     cpu: CpuConfig = CpuConfig()
+    device: DeviceConfig = DeviceConfig()
     model_class: str = ""  # "module:Class" of the registry; it travels, so that a registered model reaches the core
     generation_config: dict[str, Any] = field(default_factory=dict)  # after overrides; with "vllm", only the end tokens
     usage: Usage = "serve"  # what the defaults of a step's limits depend on

@@ -19,7 +19,7 @@ NOT_YET = frozenset(
     data_parallel_rank data_parallel_rpc_port data_parallel_size data_parallel_size_local
     data_parallel_start_rank data_parallel_supervisor_port dbo_decode_token_threshold
     dbo_prefill_token_threshold dcp_comm_backend dcp_kv_cache_interleave_size dcp_q_replicate
-    decode_context_parallel_size default_mm_loras device device_ids
+    decode_context_parallel_size default_mm_loras device_ids
     device_memory_utilization diffusion_config disable_cascade_attn
     disable_chunked_mm_input disable_custom_all_reduce disable_log_requests
     disable_nccl_for_dp_synchronization disable_sliding_window distributed_timeout_seconds
@@ -87,7 +87,6 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "config_format": ("auto", "hf"),
     "cpu_offload_gb": (0,),
     "data_parallel_size": (1,),
-    "device": ("cpu", "auto"),
     "enable_lora": (False,),
     "model_impl": ("auto",),
     "nnodes": (1,),

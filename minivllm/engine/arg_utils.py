@@ -18,6 +18,7 @@ import msgspec
 
 from minivllm.config.cache import KV_TILE, CacheConfig
 from minivllm.config.cpu import CpuConfig, read_cpu_bind
+from minivllm.config.device import DeviceConfig
 from minivllm.config.docs import field_docs, summary
 from minivllm.config.engine import EngineConfig
 from minivllm.config.hf_config import HFConfig, read_architecture, read_token_ids
@@ -63,6 +64,7 @@ PARTS = {
     "reasoning": ReasoningConfig,
     "structured_outputs": StructuredOutputsConfig,
     "cpu": CpuConfig,
+    "device": DeviceConfig,
 }
 _DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 _AT_LEAST_ONE = (
@@ -149,6 +151,7 @@ class EngineArgs(_Flat):
             reasoning=parts["reasoning"],
             structured_outputs=parts["structured_outputs"],
             cpu=parts["cpu"],
+            device=parts["device"],
             model_class=ModelRegistry.target(hf_config.architecture),
             generation_config=_read_generation_config(directory, model),
             usage=usage,
@@ -222,7 +225,8 @@ def _check_ranges(values: dict[str, Any]) -> None:
         if isinstance(value, int) and value < 1:
             raise ConfigError(f"{name}={value} must be at least 1")
     block_size = values["block_size"]
-    if block_size is not None and block_size % KV_TILE:
+    # Where a GPU is asked for, the worker checks: only it knows the kernels.
+    if block_size is not None and block_size % KV_TILE and values["device"] != "cuda":
         raise ConfigError(
             f"block_size={block_size} must be a multiple of {KV_TILE}: attention reads the cache in tiles of "
             f"{KV_TILE} tokens; {-(-block_size // KV_TILE) * KV_TILE} is the next"
@@ -235,6 +239,9 @@ def _check_ranges(values: dict[str, Any]) -> None:
     threshold = values["long_prefill_token_threshold"]
     if threshold < 0:
         raise ConfigError(f"long_prefill_token_threshold={threshold} must be at least 0; 0 sets no limit")
+    mixed = values["max_num_mixed_prefill_tokens"]
+    if mixed < 0:
+        raise ConfigError(f"max_num_mixed_prefill_tokens={mixed} must be at least 0; 0 sets no limit")
     if values["max_logprobs"] < -1:
         raise ConfigError(f"max_logprobs={values['max_logprobs']} must be at least 0, or -1 for the whole vocabulary")
     if not -(2**63) <= values["seed"] < 2**63:
@@ -327,5 +334,10 @@ def _check_scheduler(
     if not scheduler.enable_chunked_prefill and scheduler.long_prefill_token_threshold:
         raise ConfigError(
             f"long_prefill_token_threshold={scheduler.long_prefill_token_threshold} cuts prompts, which needs chunked "
+            "prefill; drop one of the two"
+        )
+    if not scheduler.enable_chunked_prefill and scheduler.max_num_mixed_prefill_tokens:
+        raise ConfigError(
+            f"max_num_mixed_prefill_tokens={scheduler.max_num_mixed_prefill_tokens} cuts prompts, which needs chunked "
             "prefill; drop one of the two"
         )

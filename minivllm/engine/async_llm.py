@@ -286,10 +286,13 @@ class AsyncLLM:
             await self._dead.wait()
         return self.dead_error
 
-    async def reset_prefix_cache(self) -> bool:
-        """Forget every cached KV block; False while a running request holds one."""
+    async def reset_prefix_cache(self, reset_running_requests: bool = False) -> bool:
+        """Forget every cached KV block; False while a running request holds one.
+
+        reset_running_requests: take theirs too; they compute again what they had, and their answers are the same.
+        """
         self._start_reading()
-        return await self.engine_core.call_utility("reset_prefix_cache")
+        return await self.engine_core.call_utility("reset_prefix_cache", reset_running_requests)
 
     async def collective_rpc(self, method: str, *args: Any) -> list[Any]:
         """Call a method on every worker. Answers that cannot be sent come as their text."""

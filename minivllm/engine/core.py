@@ -14,6 +14,7 @@ from typing import Any
 
 from minivllm.config.engine import EngineConfig
 from minivllm.config.kv_events import read_kv_events_config
+from minivllm.config.structured_outputs import read_structured_outputs_config
 from minivllm.core.sched.scheduler import Scheduler
 from minivllm.engine.kv_events import KVEventPublisher
 from minivllm.engine.plans_in_flight import PlansInFlight
@@ -70,8 +71,12 @@ class EngineCore:
                 f"{executor_class.__name__} does not; leave it out"
             )
         self._grammars = None if config.model.skip_tokenizer_init else LazyGrammars(config)
+        options = read_structured_outputs_config(config.structured_outputs.structured_outputs_config)
         try:
             worker = self.executor.initialize()
+            if options.preload and self._grammars is not None:
+                on_progress("reading the vocabulary for structured outputs")
+                self._grammars.preload()
             self.scheduler = Scheduler(
                 max_num_batched_tokens=worker.max_num_batched_tokens,
                 max_num_seqs=worker.max_num_seqs,
@@ -88,6 +93,7 @@ class EngineCore:
                 policy=config.scheduler.scheduling_policy,
                 max_num_active_seqs=config.scheduler.max_num_active_seqs,
                 long_prefill_token_threshold=config.scheduler.long_prefill_token_threshold,
+                max_num_mixed_prefill_tokens=config.scheduler.max_num_mixed_prefill_tokens,
                 watermark=config.scheduler.watermark,
                 reserve_full_isl=config.scheduler.scheduler_reserve_full_isl,
                 grammars=self._grammars,
@@ -188,8 +194,13 @@ class EngineCore:
             logger.exception("utility %s failed", request.method)
             return UtilityOutput(request.call_id, failure=f"{type(error).__name__}: {error}")
 
-    def reset_prefix_cache(self) -> bool:
-        """Forget every cached block; False while a request still holds one."""
+    def reset_prefix_cache(self, running_too: bool = False) -> bool:
+        """Forget every cached block; False while a request still holds one.
+
+        running_too: take the blocks of running requests as well, which compute again what they had.
+        """
+        if running_too:
+            self._preempt_all()
         done = self.scheduler.reset_prefix_cache()
         self._publish_kv_events()
         return done
@@ -208,16 +219,19 @@ class EngineCore:
         """
         if abort:
             self.abort_requests(list(self.scheduler.requests))
+        assert self.reset_prefix_cache(running_too=True)
+        self.executor.collective_rpc("sleep", (level,))
+        self._sleep_level = max(level, self._sleep_level)
+        self._asleep = set(SLEEPING_PARTS)
+        self._tell_statistics()
+
+    def _preempt_all(self) -> None:
+        """What is in flight is accounted for first; its outputs are told with the next step's."""
         while self._plans:
             _, by_client = self._plans.account_for_oldest()
             for client_index, outputs in by_client.items():
                 self._untold[client_index] += outputs
         self.scheduler.preempt_all()
-        assert self.reset_prefix_cache()
-        self.executor.collective_rpc("sleep", (level,))
-        self._sleep_level = max(level, self._sleep_level)
-        self._asleep = set(SLEEPING_PARTS)
-        self._tell_statistics()
 
     def wake_up(self, parts: Sequence[str]) -> bool:
         """Have these of SLEEPING_PARTS again; whether all are back, and requests go on."""

@@ -33,7 +33,7 @@ class RequestOutputCollector:
     def __init__(self, output_kind: RequestOutputKind) -> None:
         self._merge = output_kind is RequestOutputKind.DELTA
         self._waiting: RequestOutput | Exception | None = None
-        self._ready = asyncio.Event()
+        self._consumer: asyncio.Future[None] | None = None  # while it waits
 
     def put(self, output: RequestOutput | Exception) -> None:
         """Never blocks. To be called on the event loop's thread."""
@@ -41,14 +41,15 @@ class RequestOutputCollector:
             self._waiting.add(output)
         elif not isinstance(self._waiting, Exception):
             self._waiting = output
-        self._ready.set()
+        if self._consumer is not None and not self._consumer.done():
+            self._consumer.set_result(None)
 
     async def get(self) -> RequestOutput:
         """The next output; raises the error that came instead."""
         while self._waiting is None:
-            await self._ready.wait()
+            self._consumer = asyncio.get_running_loop().create_future()
+            await self._consumer
         waiting, self._waiting = self._waiting, None
-        self._ready.clear()
         if isinstance(waiting, Exception):
             raise waiting
         return waiting
@@ -99,6 +100,7 @@ class RequestState:
         self.num_unscored_tokens = 0  # leading ones whose logprobs nobody handed over
         self.sent_prompt_logprobs = False
         self.num_cached_tokens = 0
+        self.num_preemptions = 0
         self.metrics = RequestMetrics(arrival_time=request.arrival_time)
         self.scheduled_time: float | None = None
         self.last_token_time = 0.0
@@ -285,6 +287,8 @@ class OutputProcessor:
         if output.scheduled_time is not None:
             state.scheduled_time = output.scheduled_time
             state.num_cached_tokens = output.num_cached_tokens
+        if output.num_preemptions:
+            state.num_preemptions = output.num_preemptions
         stop = state.detokenizer.update(
             output.new_token_ids,
             ended_by_stop_token=output.finish_reason is FinishReason.STOP and state.is_stopped_by(output),
@@ -419,4 +423,5 @@ def _finished_stats(state: RequestState, finish_reason: FinishReason, now: float
         queue_s=max(scheduled - arrival, 0.0),
         prefill_s=max(first - scheduled, 0.0),
         decode_s=max(state.last_token_time - first, 0.0) if state.last_token_time else 0.0,
+        num_preemptions=state.num_preemptions,
     )

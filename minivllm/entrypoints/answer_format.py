@@ -158,6 +158,11 @@ class AnswerParser:
         self._use = use
         self._include_reasoning = include_reasoning
         self.num_complete_calls = 0
+        self.num_cut_calls = 0
+
+    @property
+    def reads_calls(self) -> bool:
+        return self._tools is not None
 
     def feed(self, text: str) -> list[Piece]:
         """More of the text; what it adds to the answer."""
@@ -203,5 +208,6 @@ class AnswerParser:
                     piece = piece._replace(id=self._tools.make_id())
                 elif isinstance(piece, CallEnd):
                     self.num_complete_calls += piece.complete
+                    self.num_cut_calls += not piece.complete
             kept.append(piece)
         return kept

@@ -24,7 +24,8 @@ from starlette.responses import Response
 from minivllm.engine.arg_utils import AsyncEngineArgs
 from minivllm.engine.async_llm import AsyncLLM
 from minivllm.entrypoints.errors import exit_on_error
-from minivllm.entrypoints.openai.api_server import build_async_engine_client, frontend_config, setup_server
+from minivllm.entrypoints.openai.api_server import build_async_engine_client, setup_server
+from minivllm.entrypoints.openai.app import frontend_config
 from minivllm.entrypoints.openai.cli_args import check_environment, refuse_option
 from minivllm.entrypoints.openai.errors import Failures, install_error_handlers
 from minivllm.entrypoints.openai.health.router import router as health_router

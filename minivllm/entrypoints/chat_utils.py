@@ -49,9 +49,12 @@ RESERVED_TEMPLATE_KWARGS = frozenset(
 
 
 def parse_messages(
-    messages: Sequence[dict[str, Any]], content_format: ContentFormat = "string"
+    messages: Sequence[dict[str, Any]], content_format: ContentFormat = "string", *, template: str | None = None
 ) -> list[dict[str, Any]]:
     """Messages as templates take them.
+
+    template: the one they are for. If it does not know the role "developer", it gets "system", which is what older
+    models call it.
 
     content_format: "string": parts of type text are joined by line breaks, as vLLM joins them; "openai": every content
     is a list of {"type": "text", "text"}. Arguments of tool calls become objects, which is what templates write out.
@@ -64,7 +67,12 @@ def parse_messages(
         raise _wrong("messages must be a list of messages", "messages")
     if not messages:
         raise _wrong("messages is empty; it needs at least one message", "messages")
-    return [_parse_message(message, f"messages[{i}]", content_format) for i, message in enumerate(messages)]
+    parsed = [_parse_message(message, f"messages[{i}]", content_format) for i, message in enumerate(messages)]
+    if template is not None and "developer" not in template:
+        for message in parsed:
+            if message["role"] == "developer":
+                message["role"] = "system"
+    return parsed
 
 
 def is_conversation(messages: Any) -> bool:

@@ -134,9 +134,10 @@ class LLM:
         tokenizer = self._tokenizer()
         conversations = [messages] if is_conversation(messages) else messages
         template = read_template(chat_template) or self._chat_template
+        in_use = template or tokenizer.template_for(tools) or ""
         form = chat_template_content_format
         if form == "auto":
-            form = content_format(template or tokenizer.template_for(tools) or "")
+            form = content_format(in_use)
         options = {
             "chat_template": template,
             "add_generation_prompt": add_generation_prompt,
@@ -146,7 +147,7 @@ class LLM:
         }
         prompts = []
         for conversation in conversations:
-            text = tokenizer.render_chat_template(parse_messages(conversation, form), **options)
+            text = tokenizer.render_chat_template(parse_messages(conversation, form, template=in_use), **options)
             prompts.append({"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)})
         return self.generate(prompts, sampling_params, use_tqdm, priority=priority)
 

@@ -22,7 +22,8 @@ class GivenEmbeddings:
 
     def put_into(self, embeddings: torch.Tensor) -> None:
         """embeddings: [T, hidden_size], changed in place."""
-        embeddings[self.rows] = self.values
+        device = embeddings.device  # these were made by the host
+        embeddings[self.rows.to(device)] = self.values.to(device)
 
 
 class LMHead:

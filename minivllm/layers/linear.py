@@ -5,26 +5,29 @@ What follows a projection at once (the residual addition, a gate's SiLU) is part
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 
 from minivllm.layers.activation import gated_activation
 from minivllm.layers.weight import Weight, weight_of
-from minivllm.ops.linear import DenseLinear, linear
+from minivllm.ops.linear import DenseLinear, invariant_linear, linear
 from minivllm.ops.linear_int8 import int8_linear
 from minivllm.ops.op import Op, OpSpec
 
 _FUSED_ACTIVATIONS = ("silu", "swish")
-_FORMATS: dict[str | None, Op] = {None: linear, "int8": int8_linear}  # by --quantization
+BATCH_INVARIANT = "batch_invariant"  # in the place of a quantization: none, and the same sums for any number of rows
+_FORMATS: dict[str | None, Op] = {None: linear, "int8": int8_linear, BATCH_INVARIANT: invariant_linear}
 
 
 def linear_class(
     out_features: int, in_features: int, *, dtype: torch.dtype, device: str, quantization: str | None
-) -> type[DenseLinear]:
-    """The implementation for a weight of this size and format; `DenseLinear` is its contract."""
+) -> Callable[..., DenseLinear]:
+    """What makes a weight of this size and format, `DenseLinear` being its contract."""
     sizes = {"in_features": in_features, "out_features": out_features}
-    return _FORMATS[quantization].select(OpSpec(device, dtype, sizes))
+    chosen = _FORMATS[quantization].select(OpSpec(device, dtype, sizes))
+    return chosen if device == "cpu" else partial(chosen, device=device)
 
 
 class MergedLinear:
@@ -112,7 +115,12 @@ class RowLinear(MergedLinear):
         quantization: str | None = None,
     ) -> None:
         super().__init__(
-            in_features, {name: out_features}, bias=bias, dtype=dtype, device=device, quantization=quantization
+            in_features,
+            {name: out_features},
+            bias=bias,
+            dtype=dtype,
+            device=device,
+            quantization=quantization,
         )
 
     def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> None:

@@ -123,6 +123,7 @@ class EngineCoreOutput(msgspec.Struct, array_like=True, omit_defaults=True, gc=F
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache; set on the first output
     scheduled_time: float | None = None  # core's monotonic clock, first time in a step; set on the first output
     error_param: str | None = None  # the request's field, where its own fault ended it; None where ours did
+    num_preemptions: int = 0  # of the request so far
 
 
 class UtilityRequest(msgspec.Struct, array_like=True):

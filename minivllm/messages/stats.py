@@ -58,6 +58,7 @@ class FinishedRequestStats(msgspec.Struct):
     queue_s: float
     prefill_s: float
     decode_s: float
+    num_preemptions: int = 0
 
     @property
     def inference_s(self) -> float:

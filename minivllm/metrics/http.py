@@ -6,14 +6,18 @@ Labels hold the route's template, never what a client wrote. Probes and scrapers
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter, Histogram, Summary
 
 NOT_COUNTED = frozenset({"/metrics", "/health", "/load", "/ping", "/version", "/server_info"})
 NO_ROUTE = "none"
 METHODS = frozenset({"GET", "POST", "DELETE", "PUT", "PATCH", "OPTIONS", "HEAD"})
 DURATION_BUCKETS = (0.1, 0.5, 1)
+FINE_DURATION_BUCKETS = (
+    0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5, 7.5, 10, 30, 60,
+)  # fmt: skip
 
 
 class HttpMetrics:
@@ -29,6 +33,17 @@ class HttpMetrics:
             "http_request_duration_seconds", "Time to the last byte.", ("method", "handler"),
             buckets=DURATION_BUCKETS, registry=registry,
         )  # fmt: skip
+        self._fine_durations = Histogram(
+            "http_request_duration_highr_seconds", "Time to the last byte, of all routes.",
+            buckets=FINE_DURATION_BUCKETS, registry=registry,
+        )  # fmt: skip
+        # As announced by Content-Length; 0 where none is, as in a stream.
+        self._request_bytes = Summary(
+            "http_request_size_bytes", "Bytes of bodies sent.", ("handler",), registry=registry
+        )
+        self._response_bytes = Summary(
+            "http_response_size_bytes", "Bytes of bodies answered.", ("handler",), registry=registry
+        )
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -43,4 +58,16 @@ class HttpMetrics:
             if handler not in NOT_COUNTED:
                 method = scope["method"] if scope["method"] in METHODS else "other"
                 self._requests.labels(method, f"{status // 100}xx", handler).inc()
-                self._durations.labels(method, handler).observe(time.perf_counter() - began)
+                duration_s = time.perf_counter() - began
+                self._durations.labels(method, handler).observe(duration_s)
+                self._fine_durations.observe(duration_s)
+                self._request_bytes.labels(handler).observe(content_length(scope["headers"]))
+                self._response_bytes.labels(handler).observe(scope.get("minivllm.num_bytes", 0))
+
+
+def content_length(headers: Iterable[tuple[bytes, bytes]]) -> int:
+    """What a message's headers announce; 0: nothing, or no number."""
+    for name, value in headers:
+        if name.lower() == b"content-length" and value.isdigit():
+            return int(value[:20])
+    return 0

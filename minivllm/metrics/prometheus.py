@@ -94,6 +94,8 @@ INTER_TOKEN_LATENCY_BUCKETS = [
 # In tokens, and in answers a request.
 ITERATION_TOKENS_BUCKETS = [1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384]
 REQUEST_PARAMS_N_BUCKETS = [1, 2, 5, 10, 20]
+REQUEST_NUM_PREEMPTIONS_BUCKETS = [1, 2, 3, 4, 5, 10, 20]
+CACHE_SOURCES = ("device", "host", "disk", "p2p", "external_unspecified")
 # fmt: on
 
 
@@ -227,6 +229,12 @@ class PrometheusStatLogger:
         )  # fmt: skip
         self._computed_here = sources.labels(**self._labels, source="local_compute")
         self._found_here = sources.labels(**self._labels, source="local_cache_hit")
+        cached_by = Counter(
+            "vllm:prompt_tokens_cached_by_source", "Prompt tokens found cached, by where.", (*LABELS, "source"),
+            registry=self._registry,
+        )  # fmt: skip
+        by_source = {source: cached_by.labels(**self._labels, source=source) for source in CACHE_SOURCES}
+        self._cached_on_device = by_source["device"]  # the one there is; the others stay at zero
         rejections = Counter(
             "vllm:admission_rejections", "Requests answered with 503, by limit.", ("model_name", "reason"),
             registry=self._registry,
@@ -280,6 +288,10 @@ class PrometheusStatLogger:
                 histogram("request_max_num_generation_tokens", "Tokens of the longest of n answers.", tokens),
             ),
             ("max_tokens_param", histogram("request_params_max_tokens", "max_tokens, as run.", tokens)),
+            (
+                "num_preemptions",
+                histogram("request_num_preemptions", "Times preempted.", REQUEST_NUM_PREEMPTIONS_BUCKETS),
+            ),
             ("n_param", histogram("request_params_n", "Answers asked for.", REQUEST_PARAMS_N_BUCKETS)),
             (
                 "e2e_latency_s",
@@ -314,6 +326,7 @@ class PrometheusStatLogger:
             self._record_scheduler(scheduler_stats)
         self._prompt_tokens.inc(iteration.num_prompt_tokens)
         self._cached_tokens.inc(iteration.num_cached_tokens)
+        self._cached_on_device.inc(iteration.num_cached_tokens)
         self._found_here.inc(iteration.num_cached_tokens)
         self._computed_here.inc(iteration.num_prompt_tokens - iteration.num_cached_tokens)
         self._generation_tokens.inc(iteration.num_generation_tokens)

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from minivllm.exceptions import ModelFilesError
 from minivllm.layers.weight import Weight
 from minivllm.models.safetensors import TensorEntry, float_dtypes, map_tensors, read_header
+from minivllm.platforms.platform import Event, Platform
 
 INDEX = "model.safetensors.index.json"
 _DUMMY_ROWS_ELEMENTS = 1 << 22  # random numbers made at once
@@ -177,8 +178,12 @@ def _refuse(names: list[str], message: Callable[[str], str]) -> None:
 # Load ------------------------------------------------------------------------
 
 
-def load_weights(plan: LoadPlan, dtype: torch.dtype, *, show_progress: bool = True) -> None:
+def load_weights(
+    plan: LoadPlan, dtype: torch.dtype, platform: Platform | None = None, *, show_progress: bool = True
+) -> None:
     """Read each tensor into its place, converted to `dtype` (which the model was built for).
+
+    platform: where the places are; None for host memory.
 
     Raises:
         ModelFilesError: a tensor holds a NaN, an infinity, or a number that `dtype` cannot hold.
@@ -186,6 +191,7 @@ def load_weights(plan: LoadPlan, dtype: torch.dtype, *, show_progress: bool = Tr
     by_file: dict[Path, list[tuple[Weight, TensorEntry]]] = defaultdict(list)
     for weight, entry in plan.steps:
         by_file[entry.path].append((weight, entry))
+    stream = None if platform is None or platform.is_host else PinnedStream(platform)
     with tqdm(
         total=plan.num_bytes, desc="Loading weights", unit="B", unit_scale=True, disable=not show_progress
     ) as bar:
@@ -193,15 +199,21 @@ def load_weights(plan: LoadPlan, dtype: torch.dtype, *, show_progress: bool = Tr
             steps.sort(key=lambda step: step[1].begin)  # as the disk has them
             tensors = map_tensors(path, [entry for _, entry in steps])
             for (weight, _), (entry, tensor) in zip(steps, tensors):
-                _check_numbers(entry, tensor, dtype)
-                weight.load_rows(0, tensor)
+                if stream is None or not tensor.dim():
+                    _check_numbers(entry, tensor.aminmax() if tensor.numel() else None, dtype)
+                    weight.load_rows(0, tensor)
+                else:
+                    _check_numbers(entry, stream.load(weight, tensor), dtype)
                 bar.update(entry.num_bytes)
 
 
-def _check_numbers(entry: TensorEntry, tensor: torch.Tensor, dtype: torch.dtype) -> None:
-    if not tensor.numel():
+def _check_numbers(
+    entry: TensorEntry, least_and_most: tuple[torch.Tensor, torch.Tensor] | None, dtype: torch.dtype
+) -> None:
+    """least_and_most: of the tensor's numbers; a NaN anywhere makes both NaN. None: it has no numbers."""
+    if least_and_most is None:
         return
-    low, high = (value.item() for value in tensor.aminmax())  # a NaN anywhere makes both NaN
+    low, high = (value.item() for value in least_and_most)
     largest = max(-low, high)
     if not largest < float("inf"):
         raise ModelFilesError(
@@ -213,17 +225,59 @@ def _check_numbers(entry: TensorEntry, tensor: torch.Tensor, dtype: torch.dtype)
         )
 
 
-def load_dummy(model: Model, dtype: torch.dtype, seed: int, scale: float) -> None:
+class PinnedStream:
+    """Tensors on their way to a device: read into pinned memory by turns, fetched from there while the next is read."""
+
+    _BYTES = 64 << 20  # of a piece; a row that is larger is a piece of its own
+
+    def __init__(self, platform: Platform) -> None:
+        self._platform = platform
+        self._places = [platform.new_pinned((self._BYTES,), torch.uint8) for _ in range(2)]
+        self._fetched: list[Event | None] = [None, None]
+        self._turn = 0
+
+    def load(self, weight: Weight, tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Fill the weight; the least and most number, on the device, or None if there is none."""
+        row_bytes = max(1, tensor[0].numel() * tensor.itemsize) if len(tensor) else 1
+        num_rows = max(1, self._BYTES // row_bytes)
+        bounds = []
+        for start in range(0, len(tensor), num_rows):
+            rows = self._fetch(tensor[start : start + num_rows])
+            if rows.numel():
+                bounds.append(torch.stack(rows.aminmax()).float())
+            weight.load_rows(start, rows)
+        if not bounds:
+            return None
+        low, high = torch.stack(bounds).unbind(1)
+        return low.amin(), high.amax()  # both keep a NaN
+
+    def _fetch(self, rows: torch.Tensor) -> torch.Tensor:
+        """The same, on the device."""
+        if rows.nbytes > self._BYTES:
+            return rows.to(self._platform.device)
+        self._turn = 1 - self._turn
+        fetched = self._fetched[self._turn]
+        if fetched is not None:
+            fetched.synchronize()
+        place = self._places[self._turn][: rows.nbytes].view(rows.dtype).view(rows.shape)
+        place.copy_(rows)
+        there = torch.empty(rows.shape, dtype=rows.dtype, device=self._platform.device)
+        there.copy_(place, non_blocking=True)
+        self._fetched[self._turn] = self._platform.record_event()
+        return there
+
+
+def load_dummy(model: Model, dtype: torch.dtype, seed: int, scale: float, *, device: str = "cpu") -> None:
     """Fill the model with seeded random weights, normal with deviation `scale`; norms around 1.
 
-    A tensor's values depend on (seed, name, shape) alone.
+    They are made on the device that holds them. A tensor's values depend on (seed, name, shape) and the kind of device.
     """
     for weight in model.weights():
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {weight.name}".encode()))
+        generator = torch.Generator(device).manual_seed(zlib.crc32(f"{seed} {weight.name}".encode()))
         row_elements = torch.Size(weight.shape[1:]).numel()
         step = max(1, _DUMMY_ROWS_ELEMENTS // row_elements)
         mean = 1.0 if weight.name.endswith("norm.weight") else 0.0
         for start in range(0, weight.shape[0], step):
             num_rows = min(step, weight.shape[0] - start)
-            rows = torch.randn((num_rows, *weight.shape[1:]), generator=generator)
+            rows = torch.randn((num_rows, *weight.shape[1:]), generator=generator, device=device)
             weight.load_rows(start, rows.mul_(scale).add_(mean).to(dtype))

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from minivllm.ops import native
+from minivllm.ops import gpu, native
 from minivllm.ops.activation import reference as silu_mul
 from minivllm.ops.checks import require
-from minivllm.ops.op import Impl, Op
+from minivllm.ops.op import Impl, Op, OpSpec
 
 
 class DenseLinear:
@@ -26,9 +26,17 @@ class DenseLinear:
     `gated`: its first half of rows is a gate's, the second an up projection's, for `silu_mul`.
     """
 
-    def __init__(self, out_features: int, in_features: int, dtype: torch.dtype, *, gated: bool = False) -> None:
+    def __init__(
+        self,
+        out_features: int,
+        in_features: int,
+        dtype: torch.dtype,
+        *,
+        gated: bool = False,
+        device: str = "cpu",
+    ) -> None:
         self.out_features, self.in_features, self.dtype, self.gated = out_features, in_features, dtype, gated
-        self._weight = torch.empty(out_features, in_features, dtype=dtype)
+        self._weight = torch.empty(out_features, in_features, dtype=dtype, device=device)
 
     @property
     def nbytes(self) -> int:
@@ -240,7 +248,10 @@ def check_rows(linear: DenseLinear | PackedLinear, start: int, weight: torch.Ten
 
 
 def check_input(
-    linear: DenseLinear | PackedLinear, x: torch.Tensor, bias: torch.Tensor | None, addend: torch.Tensor | None
+    linear: DenseLinear | PackedLinear,
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    addend: torch.Tensor | None,
 ) -> None:
     if x.dim() != 2 or x.shape[1] != linear.in_features or x.dtype != linear.dtype:
         raise ValueError(
@@ -254,8 +265,21 @@ def check_input(
 
 reference = DenseLinear
 
+
+def cuda_why_not(spec: OpSpec) -> str | None:
+    return None if spec.device == "cuda" else f"needs CUDA, got {spec.device}"
+
+
 IMPLEMENTATIONS = [
     Impl(PackedLinear, why_not=native.why_not),
+    Impl("linear_cuda:CublasLinear", why_not=cuda_why_not),
     Impl(DenseLinear),
 ]
 linear = Op("linear", IMPLEMENTATIONS)
+
+# The same for --batch-invariant: cuBLAS chooses its kernel, and so the order of sums, by the number of rows.
+INVARIANT_IMPLEMENTATIONS = [
+    Impl(PackedLinear, why_not=native.why_not),
+    Impl("triton.linear:TritonLinear", why_not=gpu.why_not),
+]
+invariant_linear = Op("invariant_linear", INVARIANT_IMPLEMENTATIONS)

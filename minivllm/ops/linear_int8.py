@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from minivllm.ops import native
+from minivllm.ops import gpu, native
 from minivllm.ops.linear import DenseLinear, PackedLinear, check_input, check_rows
 from minivllm.ops.op import Impl, Op, OpSpec
 
@@ -79,14 +79,28 @@ class PackedInt8Linear(PackedLinear):
         return native.lib.Int8LinearFormat(*sizes)
 
 
-def native_why_not(spec: OpSpec) -> str | None:
+def _overflow(spec: OpSpec) -> str | None:
     if spec.sizes.get("in_features", 0) > MOST_IN_FEATURES:
         return f"{spec.sizes['in_features']} products could overflow an int32; {MOST_IN_FEATURES} cannot"
-    return native.why_not(spec)
+    return None
+
+
+def native_why_not(spec: OpSpec) -> str | None:
+    return _overflow(spec) or native.why_not(spec)
+
+
+def triton_why_not(spec: OpSpec) -> str | None:
+    return _overflow(spec) or gpu.why_not(spec)
+
+
+def reference_why_not(spec: OpSpec) -> str | None:
+    """It multiplies in float64, which a GPU would be asked to do for every token."""
+    return None if spec.device == "cpu" else f"not on {spec.device}: it multiplies in float64"
 
 
 IMPLEMENTATIONS = [
     Impl(PackedInt8Linear, why_not=native_why_not),
-    Impl(DenseInt8Linear),
+    Impl("triton.linear:TritonInt8Linear", why_not=triton_why_not),
+    Impl(DenseInt8Linear, why_not=reference_why_not),
 ]
 int8_linear = Op("int8_linear", IMPLEMENTATIONS)

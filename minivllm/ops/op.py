@@ -26,7 +26,6 @@ class OpSpec:
     device: str
     dtype: torch.dtype
     sizes: dict[str, int] = field(default_factory=dict, hash=False)
-    batch_invariant: bool = False  # a row's bits may not depend on the others, on devices where that has a price
 
 
 def always(spec: OpSpec) -> str | None:
@@ -51,6 +50,10 @@ class Impl(NamedTuple):
         return getattr(importlib.import_module(f"minivllm.ops.{module}"), name)
 
 
+class NoImplementation(ValueError):
+    """Nothing serves a spec."""
+
+
 class Op:
     """A named list of implementations, most preferred first."""
 
@@ -63,7 +66,7 @@ class Op:
         """The first implementation that serves `spec`.
 
         Raises:
-            ValueError: nothing fits; the message holds every implementation's reason.
+            NoImplementation: nothing fits; the message holds every implementation's reason.
         """
         reasons = []
         for impl in self.implementations:
@@ -72,7 +75,7 @@ class Op:
                 self._log_choice(impl.name, reasons)
                 return impl.load()
             reasons.append(f"{impl.name} ({reason})")
-        raise ValueError(f"no implementation of {self.name} fits {spec}: {', '.join(reasons)}")
+        raise NoImplementation(f"no implementation of {self.name} fits {spec}: {', '.join(reasons)}")
 
     def _log_choice(self, name: str, passed_over: list[str]) -> None:
         if name not in self._logged:

@@ -47,4 +47,6 @@ def count_reference(
 apply_penalties = Op(
     "apply_penalties", [Impl("triton.penalties:apply_penalties", gpu.float32_why_not), Impl(reference)]
 )
-count_tokens = Op("count_tokens", [Impl("triton.penalties:count_tokens", gpu.float32_why_not), Impl(count_reference)])
+count_tokens = Op(
+    "count_tokens", [Impl("triton.penalties:count_tokens", gpu.float32_why_not), Impl(count_reference)]
+)

@@ -6,12 +6,43 @@ Nobody else asks for a device by name: a capability that is missing is None, or 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Callable
+from typing import Protocol, TypeVar
 
 import torch
 
 from minivllm.config.cpu import CpuConfig
+from minivllm.config.device import DeviceConfig
 from minivllm.exceptions import ConfigError
+from minivllm.logger import init_logger
+
+logger = init_logger(__name__)
+
+T = TypeVar("T")
+
+
+class Event(Protocol):
+    """A place in the device's queue of work."""
+
+    def query(self) -> bool:
+        """Whether the device has come so far."""
+
+    def synchronize(self) -> None:
+        """Wait until it has."""
+
+
+class Graphs(ABC):
+    """Captures what a step gives the device to do, so that it can be given again at once."""
+
+    reserved_bytes = 0  # of the device, for all captures together, beside what their steps allocate
+
+    @abstractmethod
+    def capture(self, step: Callable[[], T]) -> tuple[Callable[[], None], T]:
+        """(replay, results): every replay does the step's work anew and leaves what it gives in `results`.
+
+        `step` runs at least once meanwhile. It reads and writes memory that stays where it is; what it allocates
+        itself is shared with the other captures, so results last until the next replay of any.
+        """
 
 
 class Platform(ABC):
@@ -19,10 +50,13 @@ class Platform(ABC):
 
     name: str
     device: str  # as torch spells it
+    is_host: bool = True  # the device's memory is the host's: a step's inputs are made where they are read
     default_block_size: int  # tokens in a KV block
     block_size_multiple: int  # the kernels' KV tile
     supported_dtypes: tuple[torch.dtype, ...]
-    graphs: Any = None  # captures and replays a step; None where there is no such thing
+    graphs: Graphs | None = None  # None where there is no such thing
+    # Of the memory limit, for weights, activations and KV cache, where no flag says another; None: as CacheConfig says.
+    default_memory_utilization: float | None = None
 
     @property
     @abstractmethod
@@ -54,6 +88,20 @@ class Platform(ABC):
             ConfigError: this machine has not the processors that are asked for.
         """
 
+    # Only where the device's memory is not the host's -----------------------------
+
+    def new_pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Zeroed host memory that the device copies from and to while the host goes on."""
+        return torch.zeros(shape, dtype=dtype)
+
+    def record_event(self) -> Event:
+        """The end of all work given to the device so far."""
+        raise NotImplementedError(f"{self.name} does its work at once")
+
+    def peak_bytes_of(self, step: Callable[[], object]) -> int:
+        """The most memory that `step` held on the device at once, beyond what was held before."""
+        raise NotImplementedError(f"{self.name} measures no step")
+
     def check_block_size(self, block_size: int) -> None:
         """Refuse a KV block that no kernel takes.
 
@@ -68,8 +116,47 @@ class Platform(ABC):
             )
 
 
-def detect() -> Platform:
-    """The platform of this machine. CUDA is not served yet: with or without a GPU, it is the CPU."""
+_AUTO = DeviceConfig()
+
+
+def detect(config: DeviceConfig = _AUTO) -> Platform:
+    """The platform to run on: as asked, or a GPU where one can be used, else the CPU.
+
+    Raises:
+        ConfigError: a GPU is asked for and cannot be used; the message says why.
+    """
     from minivllm.platforms.cpu import CpuPlatform
 
+    if config.device == "cpu":
+        return CpuPlatform()
+    why_not = cuda_why_not()
+    if why_not is None:
+        from minivllm.platforms.cuda import CudaPlatform
+
+        return CudaPlatform(batch_invariant=config.batch_invariant)
+    if config.device == "cuda":
+        raise ConfigError(f"--device cuda: {why_not}; leave it out, or pass --device cpu, to run on the CPU")
+    logger.debug("running on the CPU: %s", why_not)
     return CpuPlatform()
+
+
+LEAST_CAPABILITY = (8, 0)  # Ampere: bfloat16 in the tensor cores
+
+
+def cuda_why_not() -> str | None:
+    """Why no GPU can be used. A torch without CUDA is asked nothing more, and Triton is not imported."""
+    import importlib.util
+
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    if not torch.cuda.is_available():
+        return f"torch {torch.__version__} finds no usable NVIDIA GPU and driver"
+    capability = torch.cuda.get_device_capability()
+    if capability < LEAST_CAPABILITY:
+        return (
+            f"{torch.cuda.get_device_name()} has compute capability {capability[0]}.{capability[1]}; "
+            f"{LEAST_CAPABILITY[0]}.{LEAST_CAPABILITY[1]} is the least"
+        )
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; get it with: pip install triton"
+    return None

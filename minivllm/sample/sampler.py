@@ -7,6 +7,7 @@ of a token is a function of the request's seed and the token's position (`ops/sa
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +25,8 @@ from minivllm.sample.step import GrammarMask, LogitsStep, SampleBatch
 from minivllm.sample.thinking import ThinkingBudget
 from minivllm.sampling_params import SamplingParams
 
+T = TypeVar("T")
+
 NONFINITE = "the model gave logits that are not finite numbers; the request cannot go on"
 NOTHING_LEFT = "a logits processor leaves no token that could be chosen"
 
@@ -35,6 +38,13 @@ class DrawInputs:
     temperature: torch.Tensor  # [M] float32, 0 for the likeliest
     seeds: torch.Tensor  # [M] int64
     positions: torch.Tensor  # [M] int64: tokens known
+
+
+class DrawBuffers:
+    """Memory for `DrawInputs` that stays: a step that is replayed reads where it was recorded."""
+
+    def __init__(self, max_num_rows: int) -> None:
+        self.temperature, self.seeds = np.zeros(max_num_rows, np.float32), np.zeros(max_num_rows, np.int64)
 
 
 @dataclass(frozen=True)
@@ -54,6 +64,25 @@ class SamplerOutput:
     failed: dict[int, str] = field(default_factory=dict)
     fields_at_fault: dict[int, str] = field(default_factory=dict)  # of those failed by what they ask for themselves
 
+    def with_rows(self, columns: np.ndarray, others: SamplerOutput | None) -> SamplerOutput:
+        """The same, with these columns as `others` has them, in its order."""
+        if others is None:
+            return self
+        token_ids = self.token_ids.copy()
+        token_ids[columns] = others.token_ids
+        at = columns.tolist()
+
+        def merged(own: dict[int, T], its: dict[int, T]) -> dict[int, T]:
+            kept = {column: value for column, value in own.items() if column not in at}
+            return kept | {at[column]: value for column, value in its.items()}
+
+        return SamplerOutput(
+            token_ids,
+            merged(self.logprobs, others.logprobs),
+            merged(self.failed, others.failed),
+            merged(self.fields_at_fault, others.fields_at_fault),
+        )
+
 
 class Sampler:
     def __init__(
@@ -64,6 +93,7 @@ class Sampler:
         device: str = "cpu",
         custom: CustomProcessors | None = None,
     ) -> None:
+        self.vocab_size = vocab_size
         spec = OpSpec(device, torch.float32, {"vocab_size": vocab_size})
         self._log_softmax = log_softmax.select(spec)
         self._nonfinite_rows = nonfinite_rows.select(spec)
@@ -116,7 +146,8 @@ class Sampler:
     ) -> SamplerOutput:
         """One token for each row of `logits` ([M, vocab_size] float32, which is changed)."""
         if grammar is None and self.only_draws(batch.rows):
-            return self.accept(self.draw(logits, self.draw_inputs(batch.rows, batch.num_tokens)), logits, batch.rows)
+            inputs = self.draw_inputs(batch.rows, batch.num_tokens, DrawBuffers(len(batch.rows)))
+            return self.accept(self.draw(logits, inputs), logits, batch.rows)
         columns, asking = self._columns.of(batch.rows), self._asking(batch.rows)
         failed = dict.fromkeys(self._nonfinite_rows(logits), NONFINITE)
         values = self._reported(logits, asking) if self._is_raw else None
@@ -153,14 +184,31 @@ class Sampler:
             return False
         return self._is_raw or not self._asking(rows)
 
-    def draw_inputs(self, rows: np.ndarray, num_tokens: np.ndarray) -> DrawInputs:
+    def draws_alone(self, rows: np.ndarray) -> np.ndarray:
+        """[M] bool: whose tokens need temperature, truncation and noise alone, a grammar aside; each one for itself."""
+        if self._custom is not None:
+            return np.zeros(len(rows), bool)
+        asking = set(self._num_logprobs).union(*(step.rows for step in self._steps))
+        return np.array([row not in asking for row in rows.tolist()], bool)
+
+    def columns(self, rows: np.ndarray) -> _Chosen:
+        """What the requests in these rows ask of temperature, truncation and noise."""
+        return self._columns.of(rows)
+
+    def draw_inputs(self, rows: np.ndarray, num_tokens: np.ndarray, buffers: DrawBuffers) -> DrawInputs:
         """num_tokens: [M] int64, known of each request; read when a token is drawn, not here."""
-        columns = self._columns.of(rows)
-        return DrawInputs(columns.temperature, columns.seeds, torch.from_numpy(num_tokens))
+        temperature, seeds = buffers.temperature[: len(rows)], buffers.seeds[: len(rows)]
+        temperature[:], seeds[:] = self._columns.temperature[rows], self._columns.seeds[rows]
+        return DrawInputs(*map(torch.from_numpy, (temperature, seeds, num_tokens)))
 
     def draw(self, logits: torch.Tensor, inputs: DrawInputs) -> Drawn:
         """For requests that `only_draws`; logits stay as they are."""
         return Drawn(*self._choose(logits, inputs.temperature, inputs.seeds, inputs.positions))
+
+    @property
+    def asks_for_logprobs(self) -> bool:
+        """Whether any known request does."""
+        return bool(self._num_logprobs)
 
     def accept(self, drawn: Drawn, logits: torch.Tensor, rows: np.ndarray) -> SamplerOutput:
         """What was drawn, with the logprobs asked for."""
@@ -170,7 +218,11 @@ class Sampler:
         return SamplerOutput(drawn.token_ids.numpy(), logprobs, failed)
 
     def logprobs_of(
-        self, logits: torch.Tensor, token_ids: torch.Tensor, num_logprobs: int, also: torch.Tensor | None = None
+        self,
+        logits: torch.Tensor,
+        token_ids: torch.Tensor,
+        num_logprobs: int,
+        also: torch.Tensor | None = None,
     ) -> LogprobsLists:
         """Logprobs of given tokens under unprocessed logits: those of a prompt, whatever the logprobs mode.
 

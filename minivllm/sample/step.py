@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -67,6 +67,11 @@ class LogitsStep(ABC, Generic[T]):
     def is_idle(self) -> bool:
         """Whether no known request asks for this."""
         return not self._users
+
+    @property
+    def rows(self) -> Collection[int]:
+        """Of the worker's tables, those of the requests that ask for this."""
+        return self._users.keys()
 
     def apply(self, logits: torch.Tensor, batch: SampleBatch) -> bool:
         """Change the logits ([M, vocab_size] float32) in place; whether anything was done."""

@@ -1,6 +1,7 @@
-"""Decode steps of a shape met before, replayed from the native calls they are made of: CUDA graphs for a CPU.
+"""Decode steps of a shape met before, replayed as a whole: from native calls on a CPU, as captured graphs on a GPU.
 
-Owns when a step is recorded, checked and replayed, and how much memory recordings keep. A replay is right when every
+Owns when a step is recorded, checked and replayed, and how much memory recordings keep. Both classes have one contract,
+`run(key, step)`. A replay is right when every
 tensor the step reads lies where it lay when it was recorded, in the same shape: that is the key. What it computes is
 the eager step's bits, for it makes the same calls; a recording is trusted once it gave them on another step's inputs.
 """
@@ -17,6 +18,7 @@ import torch
 
 from minivllm.logger import init_logger
 from minivllm.ops.recording import Recording, recording
+from minivllm.platforms.platform import Graphs
 
 logger = init_logger(__name__)
 
@@ -93,6 +95,48 @@ class StepGraphs:
         logger.debug("steps are not replayed: %s", why)
         self._refused = True
         self._graphs.clear()
+
+
+_MOST_CAPTURES = 256  # each keeps some megabytes of the device's memory
+
+
+class CapturedGraphs:
+    """What the device captured, by key; a step is captured when its shape is first met.
+
+    A capture takes some tenths of a second, once a shape, and none of the start: there are about as many shapes as
+    `padded_size` has values, times the few bounds of attention (`input_batch.py`), and most servers meet few of them.
+    """
+
+    def __init__(self, graphs: Graphs) -> None:
+        self._captures = graphs
+        self._graphs: dict[Hashable, tuple[Callable[[], None], tuple[torch.Tensor, ...]]] = {}
+
+    @torch.inference_mode()
+    def run(self, key: Hashable | None, step: Step) -> tuple[torch.Tensor, ...]:
+        """As `StepGraphs.run`. What the step reads has been put where it lies by work given to the device before."""
+        if key is None:
+            return step()
+        if key not in self._graphs:
+            if len(self._graphs) >= _MOST_CAPTURES:
+                return step()
+            self._graphs[key] = self._captures.capture(step)
+            logger.debug("captured decode step number %d", len(self._graphs))
+        replay, outputs = self._graphs[key]
+        replay()
+        return outputs
+
+
+_LARGEST_PADDED = 512  # requests; larger decodes run as large as they are
+
+
+def padded_size(num_reqs: int) -> int:
+    """How many rows a captured decode of so many requests has: 1, 2, 4, then steps of at most an eighth."""
+    if num_reqs > _LARGEST_PADDED:
+        return num_reqs
+    if num_reqs <= 4:
+        return 1 << (num_reqs - 1).bit_length()
+    step = 8 if num_reqs <= 64 else 16 if num_reqs <= 256 else 32
+    return -(-num_reqs // step) * step
 
 
 def key_of(*values: Any) -> Hashable | None:

@@ -6,19 +6,26 @@ A step that is the last one a token further, as most are, only moves the numbers
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from minivllm.attention.backend import StepInputs
+from minivllm.ops.decode_step import DecodeBooks, StepColumns
+from minivllm.worker.buffers import Staging
 from minivllm.worker.request_state import RequestTable
 
 
 @dataclass(frozen=True)
 class InputBatch:
-    """One step, in the plan's batch order. Its tensors, `begins` and `ends` are views of buffers: the next step overwrites
-    them, and if nothing else changes it is the same object."""
+    """One step, in the plan's batch order. Its tensors, `begins` and `ends` are views of buffers: the next one overwrites
+    them, and if nothing else changes it is the same object.
+
+    The tensors of a decode may have more rows than there are requests: rows of no request, whose keys and values are not
+    written, and which see nothing.
+    """
 
     request_ids: list[str]
     rows: np.ndarray  # [num_reqs] int64 in the request table
@@ -27,33 +34,49 @@ class InputBatch:
     first_rows: np.ndarray  # [num_reqs] int64: of each request in input_ids
     # [num_sampled] int64: which requests get a token: those whose last known one is in the step.
     samples: np.ndarray
-    input_ids: torch.Tensor  # [num_tokens] int64
-    positions: torch.Tensor  # [num_tokens] int64
+    num_tokens: int
+    input_ids: torch.Tensor  # [num_tokens, or more] int64
+    positions: torch.Tensor  # [num_tokens, or more] int64
     steps: list[StepInputs]  # one a KV cache group; they differ in where keys and values lie
+    is_decode: bool  # one token of each request, and each gets the next
 
     @property
-    def is_decode(self) -> bool:
-        """One token of each request, and each gets the next."""
-        return len(self.input_ids) == len(self.rows) == len(self.samples)
+    def last_rows(self) -> np.ndarray:
+        """[num_reqs] int64: of each request's last token in this step."""
+        return self.first_rows + (self.ends - self.begins) - 1
 
     @property
     def sampled_rows(self) -> torch.Tensor:
-        """[num_sampled] int64: rows of the hidden states that predict a new token."""
-        last = self.first_rows + (self.ends - self.begins) - 1
-        return torch.from_numpy(last[self.samples])
+        """[num_sampled] int64: rows of the hidden states that predict a new token. In host memory."""
+        return torch.from_numpy(self.last_rows[self.samples])
 
 
 class InputBuffers:
-    def __init__(self, max_num_tokens: int, max_num_reqs: int, max_blocks: int, *, num_groups: int = 1) -> None:
-        self._input_ids = np.zeros(max_num_tokens, np.int64)
-        self._positions = np.zeros(max_num_tokens, np.int64)
-        self._slot_mapping = np.zeros((num_groups, max_num_tokens), np.int64)
-        self._query_start_loc = np.zeros(max_num_reqs + 1, np.int32)
-        self._seq_lens = np.zeros(max_num_reqs, np.int32)
-        self._block_table = np.zeros((num_groups, max_num_reqs, max_blocks), np.int32)
+    def __init__(
+        self,
+        max_num_tokens: int,
+        max_num_reqs: int,
+        max_blocks: int,
+        *,
+        num_groups: int = 1,
+        staging: Staging | None = None,
+        padded_size: Callable[[int], int] = lambda num_reqs: num_reqs,
+    ) -> None:
+        """padded_size: rows of a decode of so many requests; more than max_num_reqs only where it says so."""
+        staging = staging or Staging()
+        most = max(max_num_reqs, padded_size(max_num_reqs))
+        max_num_tokens = max(max_num_tokens, most)
+        self._staging, self._padded_size = staging, padded_size
+        self._input_ids = staging.mirror((max_num_tokens,), np.int64)
+        self._positions = staging.mirror((max_num_tokens,), np.int64)
+        self._slot_mapping = [staging.mirror((max_num_tokens,), np.int64) for _ in range(num_groups)]
+        self._query_start_loc = staging.mirror((most + 1,), np.int32)
+        self._seq_lens = staging.mirror((most,), np.int32)
+        self._block_table = [staging.mirror((most, max_blocks), np.int32) for _ in range(num_groups)]
         self._begins = np.zeros(max_num_reqs, np.int64)
         self._ends = np.zeros(max_num_reqs, np.int64)
         self._counting = np.arange(max_num_tokens)
+        self.books: DecodeBooks | None = None  # of the last step, if it was a decode
         self._last: InputBatch | None = None
         self._version = 0  # of the table, when `_last` was made
         self._num_moves = 0  # how many tokens `_last` can move on before somebody's block is full
@@ -61,32 +84,34 @@ class InputBuffers:
     def prepare(self, num_scheduled_tokens: dict[str, int], table: RequestTable) -> InputBatch:
         """The inputs of a step that computes so many tokens of each request, from where each one stands."""
         request_ids = list(num_scheduled_tokens)
-        if self._moves_on(request_ids, num_scheduled_tokens, table):
-            self._move_on(table)
+        if self._is_same(request_ids, num_scheduled_tokens, table) and self.books.move_on():
+            self._num_moves -= 1
         else:
             self._last = self._prepare(request_ids, num_scheduled_tokens, table)
             self._version = table.version
-            self._num_moves = _num_moves(self._last, table)
+            can_move = self._last.is_decode and not self._staging.copies
+            self._num_moves = _num_moves(self._last, table) if can_move else 0
+            self.books = self._open_books(table) if can_move else None
         return self._last
 
-    def _moves_on(self, request_ids: list[str], num_scheduled_tokens: dict[str, int], table: RequestTable) -> bool:
-        """Whether this step is the last one, a token further: of the same requests, in the blocks that they had."""
-        last = self._last
-        if not self._num_moves or self._version != table.version or request_ids != last.request_ids:
+    def _is_same(self, request_ids: list[str], num_scheduled_tokens: dict[str, int], table: RequestTable) -> bool:
+        """Whether this step is one token of the last one's requests, in the blocks that they had."""
+        if not self._num_moves or self._version != table.version or request_ids != self._last.request_ids:
             return False
-        if sum(num_scheduled_tokens.values()) != len(request_ids):
-            return False
-        is_next = table.num_computed_tokens[last.rows] == last.ends
-        is_known = table.num_tokens[last.rows] == last.ends + 1
-        return bool((is_next & is_known).all())
+        return sum(num_scheduled_tokens.values()) == len(request_ids)
 
-    def _move_on(self, table: RequestTable) -> None:
-        self._num_moves -= 1
+    def _open_books(self, table: RequestTable) -> DecodeBooks:
         num_reqs = len(self._last.rows)
-        for numbers in (self._positions, self._begins, self._ends, self._seq_lens):
-            numbers[:num_reqs] += 1
-        self._slot_mapping[:, :num_reqs] += 1
-        self._input_ids[:num_reqs] = table.token_ids[self._last.rows, self._last.begins]
+        step = StepColumns(
+            rows=self._last.rows,
+            begins=self._last.begins,
+            ends=self._last.ends,
+            positions=self._positions.host[:num_reqs],
+            seq_lens=self._seq_lens.host[:num_reqs],
+            slots=[slot_mapping.host[:num_reqs] for slot_mapping in self._slot_mapping],
+            input_ids=self._input_ids.host[:num_reqs],
+        )
+        return DecodeBooks(step, table.columns)
 
     def _prepare(self, request_ids: list[str], num_scheduled_tokens: dict[str, int], table: RequestTable) -> InputBatch:
         num_reqs = len(request_ids)
@@ -98,39 +123,83 @@ class InputBuffers:
         stops = np.cumsum(counts)
         first_rows = stops - counts
         num_tokens = int(stops[-1])
+        samples = np.flatnonzero(ends == table.num_tokens[rows])
+        is_decode = num_tokens == num_reqs == len(samples)
+        num_rows = self._padded_size(num_reqs) if is_decode else num_reqs
+        num_padding = num_rows - num_reqs
 
         row_of_token = np.repeat(rows, counts)
-        positions = self._positions[:num_tokens]
+        positions = self._positions.host[:num_tokens]
         np.add(self._counting[:num_tokens], np.repeat(begins - first_rows, counts), out=positions)
-        self._input_ids[:num_tokens] = table.token_ids[row_of_token, positions]
-        self._query_start_loc[1 : num_reqs + 1] = stops
-        self._seq_lens[:num_reqs] = ends
-        query_start_loc = torch.from_numpy(self._query_start_loc[: num_reqs + 1])
-        seq_lens = torch.from_numpy(self._seq_lens[:num_reqs])
-        steps = []
+        self._input_ids.host[:num_tokens] = table.token_ids[row_of_token, positions]
+        self._query_start_loc.host[1 : num_reqs + 1] = stops
+        self._seq_lens.host[:num_reqs] = ends
+        num_blocks = -(-int(ends.max()) // table.blocks[0].block_size)
         for blocks, block_table, slot_mapping in zip(table.blocks, self._block_table, self._slot_mapping):
-            num_blocks = -(-int(ends.max()) // blocks.block_size)
-            slot_mapping[:num_tokens] = blocks.slots(row_of_token, positions)
-            block_table[:num_reqs, :num_blocks] = blocks.block_ids[rows, :num_blocks]
-            steps.append(
-                StepInputs(
-                    query_start_loc=query_start_loc,
-                    seq_lens=seq_lens,
-                    block_table=torch.from_numpy(block_table[:num_reqs, :num_blocks]),
-                    slot_mapping=torch.from_numpy(slot_mapping[:num_tokens]),
-                )
+            slot_mapping.host[:num_tokens] = blocks.slots(row_of_token, positions)
+            block_table.host[:num_reqs, :num_blocks] = blocks.block_ids[rows, :num_blocks]
+        if num_padding:
+            self._pad(num_reqs, num_rows)
+        num_tokens_padded = num_tokens + num_padding
+        if self._staging.copies:
+            self._upload(num_tokens_padded, num_rows)
+            # What a captured step reads has one shape, whatever the requests' lengths.
+            num_blocks = self._block_table[0].device.shape[1]
+        steps = [
+            StepInputs(
+                query_start_loc=self._query_start_loc.device[: num_rows + 1],
+                seq_lens=self._seq_lens.device[:num_rows],
+                block_table=block_table.device[:num_rows, :num_blocks],
+                slot_mapping=slot_mapping.device[:num_tokens_padded],
+                **(_bounds(counts, ends, is_decode) if self._staging.copies else {}),
             )
+            for block_table, slot_mapping in zip(self._block_table, self._slot_mapping)
+        ]
         return InputBatch(
             request_ids=request_ids,
             rows=rows,
             begins=begins,
             ends=ends,
             first_rows=first_rows,
-            samples=np.flatnonzero(ends == table.num_tokens[rows]),
-            input_ids=torch.from_numpy(self._input_ids[:num_tokens]),
-            positions=torch.from_numpy(positions),
+            samples=samples,
+            num_tokens=num_tokens,
+            input_ids=self._input_ids.device[:num_tokens_padded],
+            positions=self._positions.device[:num_tokens_padded],
             steps=steps,
+            is_decode=is_decode,
         )
+
+    def _pad(self, num_reqs: int, num_rows: int) -> None:
+        """Rows of one token each that see nothing and are written nowhere."""
+        padding = slice(num_reqs, num_rows)
+        self._input_ids.host[padding] = 0
+        self._positions.host[padding] = 0
+        self._seq_lens.host[padding] = 0
+        self._query_start_loc.host[num_reqs + 1 : num_rows + 1] = self._counting[num_reqs + 1 : num_rows + 1]
+        for block_table, slot_mapping in zip(self._block_table, self._slot_mapping):
+            block_table.host[padding] = 0
+            slot_mapping.host[padding] = -1
+
+    def _upload(self, num_tokens: int, num_rows: int) -> None:
+        for mirror in (self._input_ids, self._positions, *self._slot_mapping):
+            mirror.upload(num_tokens)
+        for mirror in (self._seq_lens, *self._block_table):
+            mirror.upload(num_rows)
+        self._query_start_loc.upload(num_rows + 1)
+
+
+_BOUND_STEP = 1024  # tokens: a segment of attention
+
+
+def _bounds(counts: np.ndarray, ends: np.ndarray, is_decode: bool) -> dict[str, int]:
+    """What the host knows of a batch's lengths, so that nobody need ask the device.
+
+    Of a decode a bound from a short list (1, 2, 4, … segments): a captured step is launched for its bound.
+    """
+    num_segments = -(-int(ends.max()) // _BOUND_STEP)
+    if is_decode:
+        num_segments = 1 << (num_segments - 1).bit_length()
+    return {"max_query_len": int(counts.max()), "max_seq_len": num_segments * _BOUND_STEP}
 
 
 def _num_moves(batch: InputBatch, table: RequestTable) -> int:

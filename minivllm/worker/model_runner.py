@@ -1,6 +1,8 @@
-"""Runs one step: follows the scheduler's plan, runs the model, samples.
+"""Runs one step: follows the scheduler's plan, runs the model, samples. One class for the CPU and for GPUs.
 
-A step's inputs are made in host memory, which so far is the device's own: the CPU.
+On a CPU a step's inputs are made where the model reads them, and its tokens are known when it ends. A GPU has memory
+and a pace of its own: inputs are copied (`buffers.py`), decodes padded to the sizes of captured graphs (`graphs.py`), and
+tokens stay there until they are asked for (`device_sampling.py`); nothing in a step waits for the device.
 Owns the state of requests between steps and the KV cache's tensors. Does not know how a plan came about, nor
 how its result is sent.
 """
@@ -9,12 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
 from minivllm.attention.backend import AttentionBackend, ForwardContext
+from minivllm.layers.embedding import GivenEmbeddings
 from minivllm.messages.worker import (
     CachedRequestData,
     GrammarOutput,
@@ -22,11 +26,13 @@ from minivllm.messages.worker import (
     NewRequestData,
     SchedulerOutput,
 )
-from minivllm.layers.embedding import GivenEmbeddings
 from minivllm.models.decoder import DecoderForCausalLM
-from minivllm.sample.sampler import NONFINITE, DrawInputs, Drawn, Sampler, SamplerOutput
+from minivllm.platforms.platform import Platform
+from minivllm.sample.sampler import NONFINITE, DrawBuffers, Drawn, DrawInputs, Sampler, SamplerOutput
 from minivllm.sample.step import GrammarMask, SampleBatch
-from minivllm.worker.graphs import StepGraphs, key_of
+from minivllm.worker.buffers import Staging
+from minivllm.worker.device_sampling import DeviceDraw, DeviceSampling, Handle
+from minivllm.worker.graphs import CapturedGraphs, StepGraphs, key_of, padded_size
 from minivllm.worker.input_batch import InputBatch, InputBuffers
 from minivllm.worker.prompt_embeds import PromptVectors
 from minivllm.worker.prompt_logprobs import PromptLogprobs
@@ -35,12 +41,25 @@ from minivllm.worker.request_state import RequestTable
 
 @dataclass(frozen=True)
 class _Decode:
-    """A step of one token a request, all of which are sampled. It serves for as long as its batch stays the same object."""
+    """A step of one token a request, all of which are sampled. It serves as long as its batch stays the same object."""
 
     batch: InputBatch
     ctx: ForwardContext
-    draw: DrawInputs | None  # None: sampling is more than that, and not part of the step
+    draw: DrawInputs | DeviceDraw | None  # None: sampling is more than that, and not part of the step
     key: Hashable | None  # see worker/graphs.py
+
+
+@dataclass(frozen=True)
+class _Decoded:
+    """What came of it. A replay gives the same tensors as the one before, so this serves for as long."""
+
+    outputs: tuple[torch.Tensor, ...]
+    drawn: Drawn | None  # good if no grammar comes
+    on_host: tuple[np.ndarray, np.ndarray] | None  # the same, if that is where it is
+
+    @property
+    def logits(self) -> torch.Tensor:
+        return self.outputs[0]
 
 
 class ModelRunner:
@@ -56,38 +75,68 @@ class ModelRunner:
         max_num_seqs: int,
         group_of_layer: list[int],
         enforce_eager: bool = False,
+        platform: Platform | None = None,
     ) -> None:
-        """group_of_layer: each layer's KV cache group; layers of different groups may share a tensor of kv_caches."""
+        """group_of_layer: each layer's KV cache group; layers of different groups may share a tensor of kv_caches.
+
+        platform: None for one whose memory is the host's.
+        """
         block_size = backend.spec.block_size
         self.model, self.backend, self.kv_caches, self.sampler = model, backend, kv_caches, sampler
         # As many again for requests that are preempted.
         num_groups = max(group_of_layer) + 1
         self.table = RequestTable(2 * max_num_seqs, max_model_len, block_size, num_groups=num_groups)
+        self._staging = Staging(platform)
+        is_captured = self._staging.copies and platform.graphs is not None and not enforce_eager
         self.buffers = InputBuffers(
-            max_num_batched_tokens, max_num_seqs, -(-max_model_len // block_size), num_groups=num_groups
+            max_num_batched_tokens,
+            max_num_seqs,
+            -(-max_model_len // block_size),
+            num_groups=num_groups,
+            staging=self._staging,
+            **({"padded_size": padded_size} if is_captured else {}),
         )
+        self._draw_buffers = DrawBuffers(max_num_seqs)
+        self._sampling: DeviceSampling | None = None
+        if self._staging.copies:
+            self._sampling = DeviceSampling(
+                sampler, platform, self._staging, sampler.vocab_size, padded_size(max_num_seqs)
+            )
         self._group_of_layer = group_of_layer
-        self.prompt_logprobs = PromptLogprobs(model.compute_logits, sampler)
+        self.prompt_logprobs = PromptLogprobs(lambda hidden: model.compute_logits(hidden).cpu(), sampler)
         self.prompt_vectors = PromptVectors(backend.spec.dtype)
-        self._graphs = None if enforce_eager else StepGraphs()
+        self._graphs: StepGraphs | CapturedGraphs | None = None
+        if is_captured:
+            self._graphs = CapturedGraphs(platform.graphs)
+        elif not enforce_eager and not self._staging.copies:
+            self._graphs = StepGraphs()
         self._batch: InputBatch | None = None
         self._hidden: torch.Tensor | None = None
-        self._logits: torch.Tensor | None = None  # of a decode step, computed with the rest of it
-        self._drawn: Drawn | None = None  # and tokens, which are good if no grammar comes
         self._decode: _Decode | None = None  # the last one
+        self._decoded: _Decoded | None = None
 
     def execute_model(self, plan: SchedulerOutput) -> None:
         """Take in the plan and run the model on its tokens; `sample_tokens` follows."""
         self._follow(plan)
-        self._batch = self._hidden = self._logits = self._drawn = None
+        self._batch = self._hidden = None
         if not plan.num_scheduled_tokens:
             return
-        self._batch = batch = self.buffers.prepare(plan.num_scheduled_tokens, self.table)
+        self._batch = batch = self._prepare(plan.num_scheduled_tokens)
         given = self.prompt_vectors.of_step(batch)
         if self._graphs is not None and batch.is_decode and given is None:
             self._run_decode(batch)
         else:
             self._run(batch, given)
+
+    def _prepare(self, num_scheduled_tokens: dict[str, int]) -> InputBatch:
+        if self._sampling is None:
+            return self.buffers.prepare(num_scheduled_tokens, self.table)
+        with torch.inference_mode():
+            self._sampling.absorb(self.table)
+            self._staging.begin()
+            batch = self.buffers.prepare(num_scheduled_tokens, self.table)
+            self._sampling.complete(batch)
+            return batch
 
     @torch.inference_mode()
     def _run(self, batch: InputBatch, given: GivenEmbeddings | None) -> None:
@@ -95,27 +144,36 @@ class ModelRunner:
         self._hidden = self.model.forward(batch.input_ids, batch.positions, ctx, given)
 
     def _run_decode(self, batch: InputBatch) -> None:
-        draws = self.sampler.only_draws(batch.rows)
-        known = self._decode
-        if known is None or known.batch is not batch or (known.draw is not None) != draws:
-            known = self._decode = self._describe(batch, draws)
-        self._logits, *drawn = self._graphs.run(known.key, self._step)
-        self._drawn = Drawn(*drawn) if drawn else None
+        if self._decode is None or self._decode.batch is not batch:
+            self._decode = self._describe(batch)
+        decode = self._decode
+        outputs = self._graphs.run(decode.key, partial(self._step, decode))
+        if self._decoded is None or self._decoded.outputs is not outputs:
+            drawn = Drawn(outputs[1], outputs[2]) if decode.draw is not None else None
+            on_host = None
+            if drawn is not None and self._sampling is None:
+                on_host = drawn.token_ids.numpy(), drawn.broken.numpy()
+            self._decoded = _Decoded(outputs, drawn, on_host)
 
-    def _describe(self, batch: InputBatch, draws: bool) -> _Decode:
+    def _describe(self, batch: InputBatch) -> _Decode:
         metadata = self._metadata(batch)
-        draw = self.sampler.draw_inputs(batch.rows, batch.ends) if draws else None
+        draw: DrawInputs | DeviceDraw | None = None
+        if self._sampling is not None:
+            with torch.inference_mode():
+                draw = self._sampling.inputs(batch.rows, batch.ends, len(batch.input_ids))
+        elif self.sampler.only_draws(batch.rows):
+            draw = self.sampler.draw_inputs(batch.rows, batch.ends, self._draw_buffers)
         key = key_of(batch.input_ids, batch.positions, metadata, draw)
         return _Decode(batch, self._context(metadata), draw, key)
 
     @torch.inference_mode()
-    def _step(self) -> tuple[torch.Tensor, ...]:
+    def _step(self, decode: _Decode) -> tuple[torch.Tensor, ...]:
         """What a decode step computes: logits and, if they can be, tokens and which rows are broken."""
-        batch, draw = self._decode.batch, self._decode.draw
-        logits = self.model.compute_logits(self.model.forward(batch.input_ids, batch.positions, self._decode.ctx))
+        batch, draw = decode.batch, decode.draw
+        logits = self.model.compute_logits(self.model.forward(batch.input_ids, batch.positions, decode.ctx))
         if draw is None:
             return (logits,)
-        drawn = self.sampler.draw(logits, draw)
+        drawn = (self._sampling or self.sampler).draw(logits, draw)
         return logits, drawn.token_ids, drawn.broken
 
     def _metadata(self, batch: InputBatch) -> list[Any]:
@@ -127,14 +185,71 @@ class ModelRunner:
 
     def sample_tokens(self, grammar: GrammarOutput | None = None) -> ModelRunnerOutput:
         """One token for each request whose last known token was in the step, and the logprobs asked for."""
-        batch, hidden, logits, drawn = self._batch, self._hidden, self._logits, self._drawn
-        self._batch = self._hidden = self._logits = self._drawn = None
+        if self._sampling is not None:
+            return self.start_sampling(grammar).result()
+        batch, hidden = self._batch, self._hidden
+        self._batch = self._hidden = None
         if batch is None:
             return ModelRunnerOutput()
-        if drawn is not None and grammar is None:
-            sampled = self.sampler.accept(drawn, logits, batch.rows)
-            return self._accept(batch, batch.rows, sampled, ModelRunnerOutput(batch.request_ids))
-        return self._sample(batch, hidden, logits, grammar)
+        if hidden is not None:
+            return self._sample(batch, hidden, None, grammar)
+        if self._decoded.drawn is not None and grammar is None:
+            return self._accept_drawn(batch, self._decoded)
+        return self._sample(batch, None, self._decoded.logits, grammar)
+
+    @property
+    def is_asynchronous(self) -> bool:
+        """Whether there is `start_sampling`: the device works while the host goes on."""
+        return self._sampling is not None
+
+    @torch.inference_mode()
+    def start_sampling(self, grammar: GrammarOutput | None = None) -> Handle:
+        """As `sample_tokens`, which need not be waited for: the next step takes its tokens from the device."""
+        batch, hidden = self._batch, self._hidden
+        self._batch = self._hidden = None
+        if batch is None:
+            return Handle(ModelRunnerOutput)
+        logits, drawn = (None, None) if hidden is not None else (self._decoded.logits, self._decoded.drawn)
+        sampling, table = self._sampling, self.table
+        result = ModelRunnerOutput(batch.request_ids, [[] for _ in batch.request_ids])
+        rows = batch.rows[batch.samples]
+        if logits is None:
+            self.prompt_logprobs.add_to(result, batch, hidden, table)
+            if len(rows):
+                logits = self.model.compute_logits(hidden.index_select(0, sampling.rows_on_device(batch)))
+        if logits is None:
+            self._staging.end()
+            return Handle(lambda: result)
+        if drawn is None:
+            drawn = sampling.draw(logits, sampling.inputs(rows, table.num_tokens[rows], len(rows)))
+        self._staging.end()
+        pending = sampling.keep(drawn, rows, table.num_tokens[rows])
+        columns, on_host = self._sample_on_host(rows, logits, grammar)
+        sampling.known(pending, columns)
+        table.advance(np.delete(rows, columns))
+        return Handle(
+            lambda: self._report(batch, sampling.output(pending).with_rows(columns, on_host), result)
+        )
+
+    def _sample_on_host(
+        self, rows: np.ndarray, logits: torch.Tensor, grammar: GrammarOutput | None
+    ) -> tuple[np.ndarray, SamplerOutput | None]:
+        """The columns whose requests ask for more than a device does, and their tokens, which the table then has."""
+        needs_host = ~self.sampler.draws_alone(rows)
+        if grammar is not None:
+            needs_host |= np.isin(rows, self.table.rows(grammar.request_ids))
+        columns = np.flatnonzero(needs_host)
+        if not len(columns):
+            return columns, None
+        self._sampling.absorb(self.table, wait=True)  # what they ask for may depend on every token so far
+        own = rows[columns]
+        sampled = self.sampler(
+            logits[torch.from_numpy(columns).to(logits.device)].cpu(),
+            self._sample_batch(own),
+            self._mask_of(grammar, own),
+        )
+        self._append(own, sampled)
+        return columns, sampled
 
     # Plan --------------------------------------------------------------------
 
@@ -153,6 +268,8 @@ class ModelRunner:
             self.sampler.remove_request(row)
             self.prompt_logprobs.remove_request(row)
             self.prompt_vectors.remove_request(row)
+            if self._sampling is not None:
+                self._sampling.forget(row)
 
     def _remember(self, request: NewRequestData) -> None:
         self._forget(request.request_id)
@@ -165,6 +282,8 @@ class ModelRunner:
     def _continue(self, known: CachedRequestData) -> None:
         rows = self.table.rows(known.request_ids)
         self.table.num_computed_tokens[rows] = known.num_computed_tokens
+        if not any(known.new_block_ids) and not any(known.resumed):
+            return
         for row, block_ids, resumed in zip(rows.tolist(), known.new_block_ids, known.resumed):
             if resumed:
                 self.table.replace_blocks(row, block_ids)
@@ -189,35 +308,36 @@ class ModelRunner:
                 return result
             logits = self.model.compute_logits(hidden[batch.sampled_rows])
         rows = batch.rows[batch.samples]
-        sampled = self.sampler(
-            logits,
-            SampleBatch(
-                rows=rows,
-                num_tokens=self.table.num_tokens[rows],
-                num_prompt_tokens=self.table.num_prompt_tokens[rows],
-                token_ids=self.table.token_ids,
-                has_vectors=self._has_vectors(rows),
-            ),
-            self._mask_of(grammar, rows),
-        )
+        sampled = self.sampler(logits, self._sample_batch(rows), self._mask_of(grammar, rows))
         return self._accept(batch, rows, sampled, result)
+
+    def _sample_batch(self, rows: np.ndarray) -> SampleBatch:
+        return SampleBatch(
+            rows=rows,
+            num_tokens=self.table.num_tokens[rows],
+            num_prompt_tokens=self.table.num_prompt_tokens[rows],
+            token_ids=self.table.token_ids,
+            has_vectors=self._has_vectors(rows),
+        )
 
     def _accept(
         self, batch: InputBatch, rows: np.ndarray, sampled: SamplerOutput, result: ModelRunnerOutput
     ) -> ModelRunnerOutput:
         """Remember the tokens, and report them. rows: of the table, those that got one."""
-        is_whole = len(rows) == len(batch.request_ids)
+        self._append(rows, sampled)
+        return self._report(batch, sampled, result)
+
+    def _report(self, batch: InputBatch, sampled: SamplerOutput, result: ModelRunnerOutput) -> ModelRunnerOutput:
+        """Add to `result` what was sampled for the batch's samples."""
+        is_whole = len(batch.samples) == len(batch.request_ids)
         ids = batch.request_ids if is_whole else [batch.request_ids[i] for i in batch.samples.tolist()]
         tokens = sampled.token_ids.reshape(-1, 1).tolist()
         if sampled.failed:
-            self._append_sound(rows, sampled)
             for column in sampled.failed:
                 tokens[column] = []
-            self._blame_vectors(rows, sampled)
+            self._blame_vectors(batch.rows[batch.samples], sampled)
             result.failed.update({ids[column]: why for column, why in sampled.failed.items()})
             result.fields_at_fault.update({ids[column]: name for column, name in sampled.fields_at_fault.items()})
-        else:
-            self.table.append_tokens(rows, sampled.token_ids)
         if is_whole:
             result.sampled_token_ids = tokens
         else:
@@ -228,6 +348,13 @@ class ModelRunner:
                 {ids[c]: lists for c, lists in sampled.logprobs.items() if c not in sampled.failed}
             )
         return result
+
+    def _accept_drawn(self, batch: InputBatch, decoded: _Decoded) -> ModelRunnerOutput:
+        """As `_accept`, for all requests of a decode step."""
+        if not self.sampler.asks_for_logprobs and self.buffers.books.append_drawn(*decoded.on_host):
+            return ModelRunnerOutput(batch.request_ids, [[token] for token in decoded.on_host[0].tolist()])
+        sampled = self.sampler.accept(decoded.drawn, decoded.logits, batch.rows)
+        return self._accept(batch, batch.rows, sampled, ModelRunnerOutput(batch.request_ids))
 
     def _has_vectors(self, rows: np.ndarray) -> np.ndarray | None:
         """Whose prompts are vectors, [len(rows)] bool; None where nobody's are."""
@@ -257,7 +384,10 @@ class ModelRunner:
             bitmask = bitmask[np.array(columns) >= 0]
         return GrammarMask(np.array([column for column in columns if column >= 0], np.int64), bitmask)
 
-    def _append_sound(self, rows: np.ndarray, sampled: SamplerOutput) -> None:
+    def _append(self, rows: np.ndarray, sampled: SamplerOutput) -> None:
+        if not sampled.failed:
+            self.table.append_tokens(rows, sampled.token_ids)
+            return
         going_on = np.ones(len(rows), bool)
         going_on[list(sampled.failed)] = False
         self.table.append_tokens(rows[going_on], sampled.token_ids[going_on])

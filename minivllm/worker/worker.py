@@ -1,11 +1,13 @@
 """One device's share of the engine: resolves what is still automatic, loads the model, lays out the cache, runs steps.
 
-Every check that can be made without reading a weight is made before one is read.
+Every check that can be made without reading a weight is made before one is read. On a device with memory of its own the
+cache gets what is left there when the weights are loaded and the largest step has been measured.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,6 +18,7 @@ from minivllm.config.engine import EngineConfig
 from minivllm.config.profiler import read_profiler_config
 from minivllm.config.scheduler import step_limits
 from minivllm.exceptions import ConfigError
+from minivllm.layers.linear import BATCH_INVARIANT
 from minivllm.logger import init_logger
 from minivllm.logits_processors import load_logits_processors
 from minivllm.messages.kv_cache import KVCacheGroup, KVCacheSpec
@@ -23,10 +26,13 @@ from minivllm.messages.worker import GrammarOutput, ModelRunnerOutput, Scheduler
 from minivllm.models import loader
 from minivllm.models.decoder import DecoderForCausalLM
 from minivllm.models.registry import load_class
-from minivllm.platforms.platform import detect
+from minivllm.ops.native import touch
+from minivllm.ops.op import NoImplementation
+from minivllm.platforms.platform import Platform, detect
 from minivllm.sample.custom import CustomProcessors
 from minivllm.sample.sampler import Sampler
-from minivllm.worker import kv_layout, memory
+from minivllm.worker import kv_layout, largest_step, memory
+from minivllm.worker.device_sampling import Handle
 from minivllm.worker.model_runner import ModelRunner
 from minivllm.worker.profiler import WorkerProfiler
 
@@ -44,9 +50,10 @@ _DTYPES = {
 class Worker:
     """Built cheaply; `initialize` does the work and may be called once."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, platform: Platform | None = None) -> None:
+        """platform: None for the one that the configuration and this machine give."""
         self.config = config
-        self.platform = detect()
+        self.platform = detect(config.device) if platform is None else platform
         self.runner: ModelRunner | None = None
         self._load: Callable[[], None] | None = None  # the weights, into the places they have
         self._has_weights = False
@@ -63,42 +70,59 @@ class Worker:
         """
         config, platform = self.config, self.platform
         platform.prepare(config.cpu)
+        if config.model.enable_sleep_mode and not platform.is_host:
+            raise ConfigError(f"--enable-sleep-mode is not served on {platform.name} yet; leave it out")
         on_progress("checking the model")
         custom = self._custom_processors()
         dtype = resolve_dtype(config.model.dtype, config.hf_config.dtype)
         if dtype not in platform.supported_dtypes:
             raise ConfigError(f"--dtype {name_of(dtype)} is not served on {platform.name}")
         max_model_len = resolve_max_model_len(config)
+        free_bytes = platform.memory_available_bytes()  # before anything of the model is there
         backend = self._attention_backend(dtype)
         model = self._build_model(backend, max_model_len)
         plan = self._check_files(model)
-        size, (max_num_batched_tokens, max_num_seqs) = self._size_cache_and_step(model, backend, max_model_len)
+        size, (max_num_batched_tokens, max_num_seqs) = self._size_cache_and_step(
+            model, backend, max_model_len, free_bytes
+        )
 
         on_progress("loading weights")
 
         def load() -> None:
             if plan is None:
-                loader.load_dummy(model, dtype, config.model.seed, config.hf_config.initializer_range)
+                scale = config.hf_config.initializer_range
+                loader.load_dummy(model, dtype, config.model.seed, scale, device=platform.device)
             else:
-                loader.load_weights(plan, dtype, show_progress=config.load.use_tqdm_on_load)
+                loader.load_weights(plan, dtype, platform, show_progress=config.load.use_tqdm_on_load)
 
         load()
         self._load, self._has_weights = load, True
+        if not platform.is_host:
+            on_progress("measuring the largest step")
+            step_bytes = self._measure_step(
+                model, backend, max_num_batched_tokens, max_num_seqs, size.max_model_len
+            )
+            size, (max_num_batched_tokens, max_num_seqs) = self._size_cache_and_step(
+                model, backend, max_model_len, free_bytes, step_bytes
+            )
 
         on_progress("laying out the KV cache")
         # Untouched pages take no memory: they are the system's until a block is written.
         tensors = [backend.new_kv_cache(size.num_blocks) for _ in range(size.spec.num_layers)]
+        if config.cache.touch_kv_cache and platform.is_host:
+            touch(tensors)
         places = kv_layout.places(size.spec.groups)
         self.runner = ModelRunner(
             model,
             backend,
             [tensors[place] for _, place in places],
-            Sampler(config.hf_config.vocab_size, config.model.logprobs_mode, device=platform.device, custom=custom),
+            Sampler(config.hf_config.vocab_size, config.model.logprobs_mode, custom=custom),
             max_model_len=size.max_model_len,
             max_num_batched_tokens=max_num_batched_tokens,
             max_num_seqs=max_num_seqs,
             group_of_layer=[group for group, _ in places],
             enforce_eager=config.model.enforce_eager,
+            platform=platform,
         )
         return WorkerReady(
             max_model_len=size.max_model_len,
@@ -161,6 +185,15 @@ class Worker:
             self._load()
             self._has_weights = True
 
+    @property
+    def is_asynchronous(self) -> bool:
+        """Whether there is `start_sampling`, so that the next step need not wait for this one's tokens."""
+        return self._initialized().is_asynchronous
+
+    def start_sampling(self, grammar: GrammarOutput | None) -> Handle:
+        """As `sample_tokens`; the handle's `result()` waits."""
+        return self._initialized().start_sampling(grammar)
+
     def shutdown(self) -> None:
         """Let go of the model and the cache. May be called again."""
         self.runner = self._load = None
@@ -184,6 +217,7 @@ class Worker:
                 dtype=dtype,
                 device=self.platform.device,
                 kv_cache_dtype=self.config.cache.kv_cache_dtype,
+                batch_invariant=self.config.device.batch_invariant,
             )
         )
 
@@ -191,7 +225,7 @@ class Worker:
         classes = load_logits_processors(self.config.model.logits_processors)
         if not classes:
             return None
-        device = torch.device(self.platform.device)
+        device = torch.device("cpu")  # where they see logits, on every platform
         try:
             return CustomProcessors(lambda: [each(self.config, device, False) for each in classes])
         except Exception as error:  # a constructor of the operator's
@@ -200,7 +234,13 @@ class Worker:
     def _build_model(self, backend: AttentionBackend, max_model_len: int) -> DecoderForCausalLM:
         """The model without its weights: pages that nobody has touched."""
         model_class = load_class(self.config.model_class)
-        return model_class(self.config.hf_config, backend, max_model_len, self.config.model.quantization)
+        quantization = self.config.model.quantization  # int8 sums are exact, so batch invariant
+        if quantization is None and self.config.device.batch_invariant:
+            quantization = BATCH_INVARIANT
+        try:
+            return model_class(self.config.hf_config, backend, max_model_len, quantization)
+        except NoImplementation as error:
+            raise ConfigError(f"this model cannot run on {self.platform.name}: {error}") from error
 
     def _check_files(self, model: DecoderForCausalLM) -> loader.LoadPlan | None:
         """What will be read from where; None for made-up weights."""
@@ -208,10 +248,38 @@ class Worker:
             return None
         return loader.make_plan(model, loader.check_files(Path(self.config.model.model)))
 
+    def _measure_step(
+        self,
+        model: DecoderForCausalLM,
+        backend: AttentionBackend,
+        num_tokens: int,
+        num_seqs: int,
+        max_model_len: int,
+    ) -> int:
+        """Bytes of the largest step as it runs, and what captured decodes keep beside it."""
+
+        def step() -> None:
+            largest_step.run(model, backend, num_tokens, num_seqs)
+
+        step()  # kernels are compiled and libraries make their workspaces: that stays, and is not the step's
+        num_rows = min(num_seqs, num_tokens)
+        measured = self.platform.peak_bytes_of(step) + backend.scratch_bytes(num_rows, max_model_len)
+        if self.platform.graphs is None or self.config.model.enforce_eager:
+            return measured
+        captured = memory.step_bytes(self.config.hf_config, num_rows, num_rows, backend.spec.dtype.itemsize)
+        return measured + captured + self.platform.graphs.reserved_bytes
+
     def _size_cache_and_step(
-        self, model: DecoderForCausalLM, backend: AttentionBackend, max_model_len: int
+        self,
+        model: DecoderForCausalLM,
+        backend: AttentionBackend,
+        max_model_len: int,
+        free_bytes: int,
+        step_bytes: int | None = None,
     ) -> tuple[memory.KVCacheSize, tuple[int, int]]:
         """The cache, max_num_batched_tokens and max_num_seqs.
+
+        free_bytes: before anything of the model was there; step_bytes: what the largest step takes, None: about.
 
         With max_model_len `auto` the length follows from the cache, the cache from what a step needs, and without
         chunked prefill the step from the length. The least step gives a length that a larger step can only shorten:
@@ -220,15 +288,24 @@ class Worker:
         config = self.config
         is_auto = config.model.max_model_len == "auto"
         limits = step_limits(config.scheduler, config.usage, 0 if is_auto else max_model_len)
-        size, budget = self._size_cache(model, backend, max_model_len, limits)
+        size, budget = self._size_cache(model, backend, max_model_len, limits, free_bytes, step_bytes)
         if is_auto and not config.scheduler.enable_chunked_prefill:
             limits = step_limits(config.scheduler, config.usage, size.max_model_len)
-            size, budget = self._size_cache(model, backend, size.max_model_len, limits)
-        logger.info("%s", memory.describe(size, budget))
+            size, budget = self._size_cache(
+                model, backend, size.max_model_len, limits, free_bytes, step_bytes
+            )
+        if self.platform.is_host or step_bytes is not None:
+            logger.info("%s", memory.describe(size, budget))
         return size, limits
 
     def _size_cache(
-        self, model: DecoderForCausalLM, backend: AttentionBackend, max_model_len: int, limits: tuple[int, int]
+        self,
+        model: DecoderForCausalLM,
+        backend: AttentionBackend,
+        max_model_len: int,
+        limits: tuple[int, int],
+        free_bytes: int,
+        step_bytes: int | None,
     ) -> tuple[memory.KVCacheSize, memory.Budget]:
         config = self.config
         dtype_bytes = backend.spec.dtype.itemsize
@@ -242,15 +319,25 @@ class Worker:
             groups=groups,
             step_tokens=step_tokens,
         )
-        budget = memory.Budget(
-            limit_bytes=self.platform.memory_limit_bytes(),
-            available_bytes=self.platform.memory_available_bytes(),
-            weight_bytes=sum(weight.num_bytes for weight in model.weights()),
-            step_bytes=memory.step_bytes(config.hf_config, *limits, dtype_bytes),
-            process_bytes=self.platform.process_memory_bytes(),
-        )
+        if step_bytes is None:
+            step_bytes = memory.step_bytes(config.hf_config, *limits, dtype_bytes)
+        weight_bytes = sum(weight.num_bytes for weight in model.weights())
+        cache = config.cache
+        if self.platform.is_host:
+            budget = memory.Budget(
+                limit_bytes=self.platform.memory_limit_bytes(),
+                available_bytes=self.platform.memory_available_bytes(),
+                weight_bytes=weight_bytes,
+                step_bytes=step_bytes,
+                process_bytes=self.platform.process_memory_bytes(),
+            )
+        else:
+            # A share of what was free: what others hold of the device is not ours to count on.
+            budget = memory.Budget(free_bytes, free_bytes, weight_bytes, step_bytes)
+            if cache.gpu_memory_utilization is None:
+                cache = replace(cache, gpu_memory_utilization=self.platform.default_memory_utilization)
         is_auto = config.model.max_model_len == "auto"
-        return memory.size_kv_cache(config.cache, spec, budget, max_model_len, is_auto=is_auto), budget
+        return memory.size_kv_cache(cache, spec, budget, max_model_len, is_auto=is_auto), budget
 
     def _kv_cache_groups(
         self, model: DecoderForCausalLM, block_size: int, max_model_len: int, step_tokens: int

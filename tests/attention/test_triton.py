@@ -44,7 +44,9 @@ def test_chunks_then_decodes_see_what_was_written(kv_cache_dtype, batch_invarian
         bounds = {} if i == 0 else {"max_query_len": max(query_lens), "max_seq_len": max(seq_lens)}
         step, options = step_of(seq_lens, query_lens, **bounds), Options(32**-0.5)
         qkv = randn("cpu", sum(query_lens), 8, 32, seed=i)
-        got = backend.forward(*qkv.split([4, 2, 2], dim=1), cache, backend.build_metadata(step), options=options)
+        got = backend.forward(
+            *qkv.split([4, 2, 2], dim=1), cache, backend.build_metadata(step), options=options
+        )
         expected = reference(
             qkv[:, :4], cache, step.block_table, step.seq_lens, step.query_start_loc,
             layout=backend.layout, options=options,

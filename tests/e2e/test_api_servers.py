@@ -5,6 +5,7 @@ The executor is a fake, which is quick to start: what is looked at is around it.
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -76,6 +77,10 @@ def test_they_answer_alike_count_together_and_end_together(server: Server):
         assert total == ["480.0"]
         gaps = [v for name, v in lines.items() if name.startswith("vllm:inter_token_latency_seconds_count")]
         assert gaps == [str(60 * 7.0)]
+    for _ in range(2 * NUM_SERVERS):  # a new connection each: the numbers are the core's, whoever tells them
+        with httpx.stream("GET", f"{server.url}/playground/state") as stream:
+            event = next(json.loads(line[6:]) for line in stream.iter_lines() if line.startswith("data: "))
+        assert [engine["num_generation_tokens"] for engine in event["engines"]] == [480]
     logs = [line for line in server.log if "POST /v1/completions" in line]
     assert len(logs) == 60
     assert "(APIServer_1 " in server.text and "(APIServer_2 " in server.text

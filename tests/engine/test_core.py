@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from minivllm.config.scheduler import SchedulerConfig
+from minivllm.config.structured_outputs import StructuredOutputsConfig
 from minivllm.engine.core import EngineCore
+from minivllm.engine.structured import LazyGrammars
 from minivllm.exceptions import ConfigError, ModelFilesError
 from minivllm.messages.engine import EngineCoreRequest, FinishReason, UtilityRequest
 from minivllm.sampling_params import SamplingParams
@@ -266,3 +268,39 @@ def test_asleep_all_can_be_aborted_and_statistics_tell_the_level():
     assert core.step()[0].scheduler_stats.sleep_level == 0
     core.add_request(request("d", max_tokens=3))
     assert ends(run(core)["d"]) == [FinishReason.LENGTH]
+
+
+@pytest.mark.parametrize("scheduling", [{}, {"async_scheduling": True}])
+def test_the_cache_of_running_requests_is_reset_too_when_asked(scheduling: dict):
+    asked = [request(f"r{i}", prompt=(i + 1, 2, 3) * 9, max_tokens=20) for i in range(3)]
+    calm, reset = make_core(**scheduling), make_core(**scheduling)
+    heard: dict[str, list] = {}
+    for each in asked:
+        calm.add_request(each)
+        reset.add_request(each)
+    for _ in range(5):
+        for output in reset.step()[0].outputs:
+            heard.setdefault(output.request_id, []).append(output)
+    assert reset.reset_prefix_cache() is False
+    assert reset.reset_prefix_cache(running_too=True) is True
+    assert reset.scheduler.kv_cache.pool.usage == 0
+    for i, outputs in run(reset).items():
+        heard.setdefault(i, []).extend(outputs)
+
+    def tokens(heard: dict[str, list]) -> dict[str, list[int]]:
+        return {i: [token for output in outputs for token in output.new_token_ids] for i, outputs in heard.items()}
+
+    assert tokens(heard) == tokens(run(calm))
+
+
+def test_a_core_reads_the_vocabulary_at_its_start_if_it_is_told_to(monkeypatch: pytest.MonkeyPatch):
+    read = []
+    monkeypatch.setattr(LazyGrammars, "preload", lambda self: read.append(1))
+    make_core()
+    assert read == []
+    config = replace(
+        make_config("tests.fakes:FakeExecutor", skip_tokenizer_init=False),
+        structured_outputs=StructuredOutputsConfig(structured_outputs_config={"preload": True}),
+    )
+    EngineCore(config, on_death=lambda cause: None, on_progress=lambda phase: None)
+    assert read == [1]

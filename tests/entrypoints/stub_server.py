@@ -10,6 +10,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 MODEL = "canned"
+# What is not streamed, by path.
+_ANSWERS = {
+    "/detokenize": {"prompt": "some words"},
+    "/start_profile": {"status": "profiling"},
+    "/stop_profile": {"status": "stopped", "files": ["/there/trace.json"]},
+}
 
 
 class StubServer(ThreadingHTTPServer):
@@ -25,6 +31,7 @@ class StubServer(ThreadingHTTPServer):
         self.error: str | None = None
         self.asked: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
+        self.paths: list[str] = []
 
     @property
     def url(self) -> str:
@@ -39,9 +46,13 @@ class _Handler(BaseHTTPRequestHandler):
         self._send_json({"data": [{"id": MODEL, "root": "/nowhere"}]})
 
     def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or "{}")
         self.server.asked.append(body)
         self.server.headers.append({name.lower(): value for name, value in self.headers.items()})
+        self.server.paths.append(self.path)
+        if (answer := _ANSWERS.get(self.path)) is not None:
+            self._send_json(answer)
+            return
         if self.server.refusal is not None:
             status, message = self.server.refusal
             self._send_json({"error": {"message": message, "code": status}}, status)
@@ -51,6 +62,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
         chat = self.path.endswith("chat/completions")
+        if chat:
+            self._chunk(b'data: {"choices":[{"index":0,"delta":{"role":"assistant","content":""}}]}\n\n')
         for word in self.server.words:
             self._event({"choices": [{"index": 0, **({"delta": {"content": word}} if chat else {"text": word})}]})
         if self.server.error is not None:

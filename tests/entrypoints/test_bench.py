@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minivllm.entrypoints.cli.bench import datasets, latency, serve, throughput
+from minivllm.entrypoints.cli.bench.arrivals import RampUp, gaps
 from minivllm.entrypoints.cli.bench.report import percentile, save, summarize
-from minivllm.entrypoints.cli.bench.serve import Load, gaps, measure, run_load
+from minivllm.entrypoints.cli.bench.serve import Load, measure, run_load
 from minivllm.entrypoints.cli.bench.stream_client import Answer, Endpoint, _read_answer, _Unchunker, ask
 from minivllm.entrypoints.cli.bench.timeline import timeline
 from minivllm.entrypoints.cli.main import main
@@ -266,6 +267,55 @@ def test_bench_serve_prints_and_saves_its_result(tmp_path: Path, capsys):
     assert len(saved["requests"]) == 5
 
 
+def bench_serve(*args: str) -> tuple[list[dict], list[dict], list[str]]:
+    """Bodies, headers and paths of all that was asked."""
+    with stub_server() as server:
+        main(["bench", "serve", "--base-url", server.url, "--num-prompts", "3", "--disable-tqdm", *args])
+        return server.asked, server.headers, server.paths
+
+
+def test_the_chat_backend_sends_conversations_and_does_not_count_the_role_as_a_token(tmp_path: Path, capsys):
+    result = ["--save-detailed", "--result-dir", str(tmp_path), "--result-filename", "r.json"]
+    asked, _, paths = bench_serve("--backend", "openai-chat", "--logprobs", "2", "--top-p", "0.5", *result)
+    chats = [body for body, path in zip(asked, paths) if path == "/v1/chat/completions"]
+    assert len(chats) == 3
+    assert chats[0]["messages"] == [{"role": "user", "content": "some words"}]
+    assert (chats[0]["max_completion_tokens"], chats[0]["top_p"]) == (128, 0.5)
+    assert (chats[0]["logprobs"], chats[0]["top_logprobs"]) == (True, 2) and "top_k" not in chats[0]
+    saved = json.loads((tmp_path / "r.json").read_text())
+    assert all(len(request["inter_token_s"]) == 2 for request in saved["requests"])  # of three words
+    assert saved["total_input_tokens"] == 3 * 4  # as the server's usage says
+
+
+def test_requests_have_ids_results_are_lines_and_the_server_is_profiled(tmp_path: Path, capsys):
+    for _ in range(2):
+        args = ["--append-result", "--result-dir", str(tmp_path), "--result-filename", "r.jsonl"]
+        _, headers, paths = bench_serve("--request-id-prefix", "run-", "--profile", *args)
+    assert paths[0] == "/start_profile" and paths[-1] == "/stop_profile"
+    assert {each.get("x-request-id") for each in headers[1:-1]} == {"run-0", "run-1", "run-2"}
+    assert [json.loads(line)["completed"] for line in (tmp_path / "r.jsonl").read_text().splitlines()] == [3, 3]
+    assert "/there/trace.json" in capsys.readouterr().out
+
+
+def test_a_ramp_goes_from_one_rate_to_the_other():
+    for strategy, middle in (("linear", 10.5), ("exponential", 20**0.5)):
+        ramp = RampUp(strategy, 1.0, 20.0)
+        assert [ramp.rate(p) for p in (0, 0.5, 1)] == pytest.approx([1.0, middle, 20.0])
+        drawn = gaps(4001, ramp, 1e6, seed=1)  # so even that each gap is the mean
+        assert (drawn[1], drawn[-1]) == pytest.approx((1.0, 1 / 20), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["--tokenizer x", "--lora-modules a=b", "--probe-request-rate 1", "--hf-split train", "--random-mm-limit 1"],
+)
+def test_an_option_of_vllms_that_is_not_here_says_what_to_do(option: str, capsys):
+    with pytest.raises(SystemExit):
+        serve.make_parser().parse_args(option.split())
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert option.split()[0] in line and "is an option of vLLM that minivllm does not have; " in line
+
+
 def test_bench_serve_ends_with_an_error_when_requests_fail(capsys):
     with stub_server() as server, pytest.raises(SystemExit) as exit_:
         server.refusal = (400, "too long")
@@ -285,6 +335,11 @@ def test_bench_serve_ends_with_an_error_when_requests_fail(capsys):
         (["--max-concurrency", "0"], "max_concurrency"),
         (["--goodput", "itl:5"], "--goodput"),
         (["--goodput", "ttft:soon"], "soon"),
+        (["--ramp-up-start-rps", "1"], "need --ramp-up-strategy"),
+        (["--ramp-up-strategy", "linear"], "needs --ramp-up-start-rps"),
+        (["--ramp-up-strategy", "linear", "--ramp-up-start-rps", "5", "--ramp-up-end-rps", "1"], "at most"),
+        (["--ramp-up-strategy", "linear", "--ramp-up-start-rps", "1", "--ramp-up-end-rps", "5", "--request-rate", "3"],
+         "does not go together"),
     ],
 )
 def test_bench_serve_names_a_wrong_argument(args: list[str], reason: str):

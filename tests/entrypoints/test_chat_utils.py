@@ -98,3 +98,11 @@ def test_one_conversation_is_told_from_several():
     one = [{"role": "user", "content": "hi"}]
     assert is_conversation(one)
     assert not is_conversation([one, one])
+
+
+def test_the_role_developer_is_system_to_a_template_that_does_not_know_it():
+    messages = [{"role": "developer", "content": "a"}, {"role": "user", "content": "b"}]
+    for template, role in {"{{ message.role }}": "system", "{% if role == 'developer' %}": "developer"}.items():
+        assert [m["role"] for m in parse_messages(messages, template=template)] == [role, "user"]
+    assert parse_messages(messages)[0]["role"] == "developer"
+    assert messages[0]["role"] == "developer"

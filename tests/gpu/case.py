@@ -37,11 +37,12 @@ def max_diff(got: Result, expected: Result) -> float:
     return torch.where(same, 0.0, diff).max().item()
 
 
-
 def randn(device: str, *shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
-    """The same numbers on every device."""
-    numbers = torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)))
-    return numbers.to(dtype).to(device)
+    """The same numbers each time, though others on another device."""
+    numbers = torch.randn(
+        shape, device=device, generator=torch.Generator(device).manual_seed(seed + sum(shape))
+    )
+    return numbers.to(dtype)
 
 
 def ints(device: str, *values: int) -> torch.Tensor:

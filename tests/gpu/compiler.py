@@ -3,7 +3,8 @@
     python -m tests.gpu.compiler [--arch 90] [--only attention] [--resources]
 
 Wrappers run on CPU tensors, with one change: what would launch a kernel compiles it, for the types and constants of
-that call. Needs triton alone; results are not computed. --resources prints registers and spills, which takes as long again.
+that call. Needs triton alone; results are not computed. --resources prints registers and spills, and takes as
+long again.
 """
 
 from __future__ import annotations
@@ -75,7 +76,8 @@ class Compiler:
             is_aligned = value.data_ptr() % 16 == 0 if isinstance(value, torch.Tensor) else value % 16 == 0
             if is_aligned and type(value) is not float:
                 attributes[(i,)] = [["tt.divisibility", 16]]
-        key = (kernel.__name__, *sorted(map(str, [*signature.items(), *constants.items(), *attributes, *options.items()])))
+        said = [*signature.items(), *constants.items(), *attributes, *options.items()]
+        key = (kernel.__name__, *sorted(map(str, said)))
         if key not in self.compiled:
             start = time.perf_counter()
             source = ASTSource(kernel, signature, constants, attributes)
@@ -105,7 +107,10 @@ def _resources(ptx: str, arch: int) -> tuple[int, int]:
         gpu = f"--gpu-name=sm_{arch}{'a' if arch >= 90 else ''}"
         command = [get_ptxas(arch).path, "-v", gpu, file.name, "-o", "/dev/null"]
         said = subprocess.run(command, capture_output=True, text=True).stderr
-    registers, spilled = re.search(r"Used (\d+) registers", said), re.search(r"(\d+) bytes spill stores", said)
+    registers, spilled = (
+        re.search(r"Used (\d+) registers", said),
+        re.search(r"(\d+) bytes spill stores", said),
+    )
     return int(registers[1]) if registers else 0, int(spilled[1]) if spilled else 0
 
 
@@ -113,10 +118,14 @@ def _is_wanted(name: str, only: list[str]) -> bool:
     """Whether a name begins with one of `only`, or with none of those that have a tilde before them."""
     wanted = [each for each in only if not each.startswith("~")]
     others = [each[1:] for each in only if each.startswith("~")]
-    return name.startswith(tuple(wanted)) or (bool(others) or not wanted) and not name.startswith(tuple(others))
+    return (
+        name.startswith(tuple(wanted)) or (bool(others) or not wanted) and not name.startswith(tuple(others))
+    )
 
 
-def compile_cases(arch: int, only: list[str], *, is_verbose: bool = False) -> tuple[list[Compiled], list[str]]:
+def compile_cases(
+    arch: int, only: list[str], *, is_verbose: bool = False
+) -> tuple[list[Compiled], list[str]]:
     """Every kernel that the cases that are wanted launch, and what was refused."""
     from tests.gpu.cases import ALL_CASES
 
@@ -133,14 +142,18 @@ def compile_cases(arch: int, only: list[str], *, is_verbose: bool = False) -> tu
             for each in list(compiler.compiled.values())[before:]:
                 done.append(each)
                 if each.shared > SHARED_LIMIT[arch]:
-                    refused.append(f"{name} for sm_{arch}: {each.kernel} wants {each.shared} bytes of shared memory")
+                    refused.append(
+                        f"{name} for sm_{arch}: {each.kernel} wants {each.shared} bytes of shared memory"
+                    )
     return done, refused
 
 
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--arch", type=int, nargs="*", default=[80, 90])
-    parser.add_argument("--only", nargs="*", default=[], help="beginnings of names; ~x: all that do not begin with x")
+    parser.add_argument(
+        "--only", nargs="*", default=[], help="beginnings of names; ~x: all that do not begin with x"
+    )
     parser.add_argument("--resources", action="store_true")
     args = parser.parse_args()
     status = 0
@@ -148,7 +161,8 @@ def main() -> int:
         done, refused = compile_cases(arch, args.only, is_verbose=args.resources)
         print(f"{'kernel':<32} {'sm':>3} {'s':>6} {'shared':>7} {'registers':>9} {'spilled':>7}")
         for each in done:
-            print(f"{each.kernel:<32} {arch:>3} {each.seconds:6.1f} {each.shared:>7} {each.registers:>9} {each.spilled:>7}")
+            numbers = f"{each.seconds:6.1f} {each.shared:>7} {each.registers:>9} {each.spilled:>7}"
+            print(f"{each.kernel:<32} {arch:>3} {numbers}")
         for reason in refused:
             print(reason, file=sys.stderr)
         status |= bool(refused)

@@ -1,7 +1,7 @@
 """Triton's interpreter, so that kernels run on a CPU, with what it gets wrong put right.
 
-It keeps bfloat16 and float8 as whole numbers, which it would multiply as such, truncates where cards round to nearest, and
-makes a number of a truth value that meets a tensor of them.
+It keeps bfloat16 and float8 as whole numbers, which it would multiply as such, truncates where cards round to
+nearest, and makes a number of a truth value that meets a tensor of them.
 Import this before any kernel: whether a kernel is interpreted is decided where it is defined.
 """
 
@@ -14,6 +14,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import triton.language as tl  # noqa: E402
+from triton.runtime import interpreter  # noqa: E402
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, _get_np_dtype  # noqa: E402
 
 _KEPT_AS_WHOLE_NUMBERS = {
@@ -45,7 +46,8 @@ def _cast(self, src, dst_type, *rest):
         return TensorHandle(wide.data.astype(_get_np_dtype(dst_type)), dst_type.scalar)
     whole, dtype, stored = kept
     numbers = torch.from_numpy(np.ascontiguousarray(wide.data, dtype=np.float32)).to(dtype)
-    return TensorHandle(numbers.view(getattr(torch, np.dtype(whole).name)).numpy().view(stored).reshape(wide.data.shape), dst_type.scalar)
+    bits = numbers.view(getattr(torch, np.dtype(whole).name)).numpy().view(stored)
+    return TensorHandle(bits.reshape(wide.data.shape), dst_type.scalar)
 
 
 def _check_truth(self):
@@ -54,6 +56,16 @@ def _check_truth(self):
     _check_handle(self)
 
 
+_patch_lang_tensor = interpreter._patch_lang_tensor
+
+
+def _patch_tensor(tensor, scope):
+    _patch_lang_tensor(tensor, scope)
+    # The bounds of a loop: new numpy makes no number of an array of one, which triton 3.6 asks of it.
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+
+interpreter._patch_lang_tensor = _patch_tensor
 TensorHandle.__post_init__ = _check_truth
 InterpreterBuilder.create_dot = _dot
 for _name in (

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections import deque
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from minivllm.config.cache import CacheConfig
+from minivllm.config.device import DeviceConfig
 from minivllm.config.engine import EngineConfig
 from minivllm.config.hf_config import HFConfig
 from minivllm.config.load import LoadConfig
@@ -15,7 +18,9 @@ from minivllm.config.model import ModelConfig
 from minivllm.config.scheduler import SchedulerConfig
 from minivllm.core.sched.scheduler import Scheduler
 from minivllm.messages.engine import EngineCoreOutput, EngineCoreRequest
+from minivllm.messages.worker import SchedulerOutput
 from minivllm.models.registry import ModelRegistry
+from minivllm.platforms.platform import Platform
 from minivllm.sampling_params import SamplingParams
 from minivllm.worker.worker import Worker
 
@@ -28,6 +33,7 @@ def engine_config(model: Path, **options: Any) -> EngineConfig:
     hf_config = HFConfig.from_dict(json.loads((model / "config.json").read_text()))
     parts = {
         "cache": (CacheConfig, {"block_size": BLOCK_SIZE}),
+        "device": (DeviceConfig, {"device": "cpu"}),
         "scheduler": (SchedulerConfig, {}),
         "load": (LoadConfig, {"use_tqdm_on_load": False}),
         "model": (ModelConfig, {"model": str(model), "max_model_len": "auto"}),
@@ -71,9 +77,11 @@ class Answer:
 class Loop:
     """`run` answers requests; what the prefix cache holds stays from one run to the next."""
 
-    def __init__(self, model: Path, **options: Any) -> None:
+    def __init__(
+        self, model: Path, *, platform: Platform | None = None, plans_in_flight: int = 1, **options: Any
+    ) -> None:
         self.config = engine_config(model, **{"num_gpu_blocks_override": 128, "max_num_seqs": 16} | options)
-        self.worker = Worker(self.config)
+        self.worker = Worker(self.config, platform)
         self.ready = self.worker.initialize(lambda phase: None)
         self.scheduler = Scheduler(
             max_num_batched_tokens=self.ready.max_num_batched_tokens,
@@ -84,7 +92,10 @@ class Loop:
             kv_cache_groups=self.ready.kv_cache_groups,
             enable_prefix_caching=self.config.cache.enable_prefix_caching,
             enable_chunked_prefill=self.config.scheduler.enable_chunked_prefill,
+            max_plans_in_flight=plans_in_flight,
         )
+        self._plans_in_flight = plans_in_flight
+        self._in_flight: deque[tuple[SchedulerOutput, Any]] = deque()
         self.num_preemptions = 0
         self._num_requests = 0
 
@@ -116,7 +127,7 @@ class Loop:
                 )
             )
         num_steps = 0
-        while arriving or self.scheduler.has_requests():
+        while arriving or self.scheduler.has_requests() or self._in_flight:
             while arriving and (not stagger or num_steps >= stagger * (len(answers) - len(arriving))):
                 self.scheduler.add_request(arriving.pop(0))
             self._step(answers)
@@ -125,10 +136,18 @@ class Loop:
         return list(answers.values())
 
     def _step(self, answers: dict[str, Answer]) -> None:
-        plan = self.scheduler.schedule()
-        self.num_preemptions += len(plan.preempted_req_ids)
-        self.worker.execute_model(plan)
-        result = self.worker.sample_tokens(None)
+        while self.scheduler.has_requests() and len(self._in_flight) < self._plans_in_flight:
+            plan = self.scheduler.schedule()
+            self.num_preemptions += len(plan.preempted_req_ids)
+            self.worker.execute_model(plan)
+            if self._plans_in_flight > 1:
+                self._in_flight.append((plan, self.worker.start_sampling(None).result))
+            else:
+                self._in_flight.append((plan, partial(self.worker.sample_tokens, None)))
+            if not plan.num_scheduled_tokens:
+                break
+        plan, result_of = self._in_flight.popleft()
+        result = result_of()
         for outputs in self.scheduler.update_from_output(plan, result).values():
             for output in outputs:
                 answers[output.request_id].take(output)

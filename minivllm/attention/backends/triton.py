@@ -49,7 +49,6 @@ class TritonBackend(AttentionBackend):
         self._shape_class, self._scratch_shape = BatchShape, scratch_shape
         kv_dtype = KV_CACHE_DTYPES.get(spec.kv_cache_dtype, _SAME_AS_MODEL[spec.dtype])
         self.layout = RowLayout(kv_dtype, spec.num_kv_heads, spec.head_dim, spec.block_size)
-        self._scratch = torch.empty(0, dtype=torch.float32, device=spec.device)
 
     @classmethod
     def why_not(cls, spec: AttentionSpec) -> str | None:
@@ -107,22 +106,12 @@ class TritonBackend(AttentionBackend):
             layout=self.layout, k_scale=options.k_scale, v_scale=options.v_scale,
         )  # fmt: skip
         shape = self._shape_class(metadata.max_query_len, metadata.max_seq_len)
+        # Its scratch is allocated anew each time: what is captured in a graph must be the graph's own.
         return self._attend(
             q, kv_cache, step.block_table, step.seq_lens, step.query_start_loc,
-            layout=self.layout, options=options, shape=shape, scratch=self._room_for(len(step.seq_lens), shape),
-            batch_invariant=self.spec.batch_invariant,
+            layout=self.layout, options=options, shape=shape, batch_invariant=self.spec.batch_invariant,
         )  # fmt: skip
 
     def scratch_bytes(self, num_reqs: int, max_seq_len: int) -> int:
-        """What a step of so many requests needs beside the cache: for whoever plans the memory."""
-        return 4 * torch.Size(self._parts(num_reqs, self._shape_class(1, max_seq_len))).numel()
-
-    def _parts(self, num_reqs: int, shape: object) -> tuple[int, ...]:
-        return self._scratch_shape(num_reqs, shape, self.spec.num_heads, self.spec.head_dim)
-
-    def _room_for(self, num_reqs: int, shape: object) -> torch.Tensor:
-        """Memory for the parts of split requests, kept from one layer and step to the next."""
-        needed = torch.Size(self._parts(num_reqs, shape)).numel()
-        if self._scratch.numel() < needed:
-            self._scratch = torch.empty(needed, dtype=torch.float32, device=self.spec.device)
-        return self._scratch
+        shape = self._shape_class(1, max_seq_len)
+        return 4 * torch.Size(self._scratch_shape(num_reqs, shape, self.spec.num_heads, self.spec.head_dim)).numel()

@@ -134,14 +134,9 @@ def _is_unicode(text: str) -> bool:
 
 
 async def _answer_all(args: Namespace, lines: list[BatchLine]) -> list[dict[str, Any]]:
-    from minivllm.entrypoints.openai.api_server import (
-        StatLoggers,
-        api_keys,
-        build_app,
-        build_async_engine_client,
-        frontend_config,
-        init_app_state,
-    )
+    from minivllm.entrypoints.openai.api_server import build_async_engine_client
+    from minivllm.entrypoints.openai.app import api_keys, build_app, frontend_config
+    from minivllm.entrypoints.openai.app_state import StatLoggers, init_app_state
 
     stats = StatLoggers()
     async with build_async_engine_client(args, stats) as engine:

@@ -103,7 +103,8 @@ async def _serve(
 ) -> None:
     from minivllm.engine.async_llm import AsyncLLM
     from minivllm.engine.core_launcher import CoreConnection
-    from minivllm.entrypoints.openai.api_server import StatLoggers, serve_app
+    from minivllm.entrypoints.openai.api_server import serve_app
+    from minivllm.entrypoints.openai.app_state import StatLoggers
 
     stats = StatLoggers()
     loggers: list[Any] = [] if config.observability.disable_log_stats else [stats]

@@ -1,6 +1,7 @@
 """What every request passes before its route. Plain ASGI: bodies are counted, streamed chunks not touched.
 
-    CORS ─▶ RequestId ─▶ HttpMetrics ─▶ Failures ─▶ --middleware ─▶ Authentication ─▶ Admission ─▶ BodyLimit ─▶ routes
+    RootPath ─▶ CORS ─▶ RequestId ─▶ HttpMetrics ─▶ Failures ─▶ --middleware ─▶ Authentication ─▶ Admission
+        ─▶ BodyLimit ─▶ routes
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from starlette.exceptions import HTTPException
 from minivllm.entrypoints.openai.errors import ServerClosingError, error_response
 from minivllm.entrypoints.openai.lifecycle import Lifecycle
 from minivllm.exceptions import ConfigError
+from minivllm.metrics.http import content_length
 
 MAX_BODY_BYTES = 64 << 20
 MAX_ID_CHARS = 256
@@ -26,12 +28,25 @@ MAX_ID_CHARS = 256
 OPEN_PATHS = frozenset({"/health", "/ping", "/metrics"})
 
 
+class RootPath:
+    """Tells the app the prefix that a proxy has before its paths, kept or stripped. Outermost: keys depend on it."""
+
+    def __init__(self, app: Any, path: str) -> None:
+        self.app = app
+        self._path = path
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] in ("http", "websocket"):
+            scope["root_path"] = self._path
+        await self.app(scope, receive, send)
+
+
 class RequestId:
     """Gives every request an id, its own X-Request-Id or a new one, and sends it back: always, or with errors only.
 
-    It stands in the scope as "minivllm.request_id", and once an answer has begun, its status as "minivllm.status":
-    those inside need not watch every message of a stream for it. A header that is too long or not printable is not
-    taken.
+    It stands in the scope as "minivllm.request_id", and once an answer has begun, its status as "minivllm.status" and
+    the length that it announces as "minivllm.num_bytes": those inside need not watch every message of a stream for
+    them. A header that is too long or not printable is not taken.
     """
 
     def __init__(self, app: Any, *, always: bool) -> None:
@@ -49,6 +64,7 @@ class RequestId:
         async def with_id(message: Any) -> None:
             if message["type"] == "http.response.start":
                 scope["minivllm.status"] = message["status"]
+                scope["minivllm.num_bytes"] = content_length(message.get("headers", ()))
                 if self._always or message["status"] >= 400:
                     MutableHeaders(scope=message)["X-Request-Id"] = request_id
             await send(message)

@@ -124,7 +124,7 @@ class Renderer:
                 param="chat_template",
             )
         template = own or self._templates.chat_template or self.tokenizer.template_for(conversation.tools)
-        messages = parse_messages(conversation.messages, self._content_format(template))
+        messages = parse_messages(conversation.messages, self._content_format(template), template=template)
         text = await self._off_loop(
             lambda: self._render(messages, conversation), self._apart if own is not None else None
         )

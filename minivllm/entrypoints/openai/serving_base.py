@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from starlette.responses import Response
 
     from minivllm.engine.async_llm import AsyncLLM
+    from minivllm.metrics.serving import ToolCallMetrics
     from minivllm.outputs import RequestOutput
     from minivllm.sampling_params import SamplingParams
     from minivllm.utils.torch_file import SavedTensor
@@ -46,6 +47,7 @@ class ServingSettings:
     keep_alive_s: float = 0  # see sse.EventStream
     request_log: RequestLog | None = None
     tracer: RequestTracer | None = None
+    tool_metrics: ToolCallMetrics | None = None
 
 
 @dataclass(frozen=True)

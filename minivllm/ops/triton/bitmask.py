@@ -36,7 +36,9 @@ def apply_bitmask(logits: torch.Tensor, rows: np.ndarray, bitmask: np.ndarray) -
     if len(rows) and not (0 <= rows.min() and rows.max() < logits.shape[0]):
         raise ValueError(f"rows {rows.min()} … {rows.max()} are not all among {logits.shape[0]}")
     if len(rows):
-        words = torch.from_numpy(np.ascontiguousarray(bitmask).view(np.int32)).to(logits.device, non_blocking=True)
+        words = torch.from_numpy(np.ascontiguousarray(bitmask).view(np.int32)).to(
+            logits.device, non_blocking=True
+        )
         which = torch.from_numpy(rows).to(logits.device, non_blocking=True)
         _bitmask_kernel[(len(rows), triton.cdiv(logits.shape[1], _BLOCK))](
             logits, which, words, logits.stride(0), num_words, logits.shape[1], BLOCK=_BLOCK, num_warps=4

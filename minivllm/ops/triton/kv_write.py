@@ -14,12 +14,16 @@ _FP8_MAX = tl.constexpr(448.0)
 
 
 @triton.jit
-def store_rows(values, is_element, is_row, places, scale_places, scale, IS_FP8: tl.constexpr, IS_INT8: tl.constexpr):
+def store_rows(
+    values, is_element, is_row, places, scale_places, scale, IS_FP8: tl.constexpr, IS_INT8: tl.constexpr
+):
     """Store float32 rows [n, dims] as the cache's type. int8: a row has a scale, NaN (and codes of 0) if not finite."""
     if IS_INT8:
         largest = tl.max(tl.abs(values), 1)
         is_broken = tl.max(tl.where(values - values == 0.0, 0, 1), 1) > 0
-        scales = tl.where(is_broken, float("nan"), tl.div_rn(largest, tl.full(largest.shape, 127.0, tl.float32)))
+        scales = tl.where(
+            is_broken, float("nan"), tl.div_rn(largest, tl.full(largest.shape, 127.0, tl.float32))
+        )
         divisors = tl.where(scales > 0.0, scales, 1.0)[:, None] + tl.zeros_like(values)
         codes = round_half_even(tl.div_rn(values, divisors))
         codes = tl.where((scales > 0.0)[:, None], codes, 0.0)
@@ -27,7 +31,9 @@ def store_rows(values, is_element, is_row, places, scale_places, scale, IS_FP8: 
         tl.store(scale_places, scales, mask=is_row)
     elif IS_FP8:
         scaled = tl.div_rn(values, tl.zeros_like(values) + scale)
-        scaled = tl.where(scaled > _FP8_MAX, _FP8_MAX, tl.where(scaled < -_FP8_MAX, -_FP8_MAX, scaled))  # keeps NaN
+        scaled = tl.where(
+            scaled > _FP8_MAX, _FP8_MAX, tl.where(scaled < -_FP8_MAX, -_FP8_MAX, scaled)
+        )  # keeps NaN
         tl.store(places, scaled.to(tl.float8e4nv), mask=is_element)
     else:
         tl.store(places, values.to(places.dtype.element_ty), mask=is_element)
@@ -85,7 +91,7 @@ def kv_write(
     k_scale: float = 1.0,
     v_scale: float = 1.0,
 ) -> None:
-    """`reference` of `ops/kv_write.py`, to the bit. k and v may have any token and head stride; slots are not checked."""
+    """`reference` of `ops/kv_write.py`, to the bit. k and v may have any strides; slots are not checked."""
     num_tokens, num_heads, head_dim = k.shape
     require("k", k, k.dtype, (num_tokens, layout.num_kv_heads, layout.head_dim), dense=1)
     require("v", v, k.dtype, k.shape, dense=1)

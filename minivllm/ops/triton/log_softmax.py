@@ -40,7 +40,15 @@ def _log_softmax_kernel(out, logits, row_stride, vocab_size, CHUNK: tl.constexpr
 
 @triton.jit
 def _token_logprobs_kernel(
-    logprobs, ranks, logits, token_ids, row_stride, vocab_size, num_asked, CHUNK: tl.constexpr, BLOCK: tl.constexpr
+    logprobs,
+    ranks,
+    logits,
+    token_ids,
+    row_stride,
+    vocab_size,
+    num_asked,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Grid: (num_rows,)."""
     at = tl.program_id(0).to(tl.int64)
@@ -65,7 +73,9 @@ def log_softmax(logits: torch.Tensor) -> torch.Tensor:
     require("logits", logits, torch.float32, logits.shape, dense=1)
     out = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
     if out.numel():
-        _log_softmax_kernel[(len(logits),)](out, logits, logits.stride(0), logits.shape[1], CHUNK=_CHUNK, num_warps=8)
+        _log_softmax_kernel[(len(logits),)](
+            out, logits, logits.stride(0), logits.shape[1], CHUNK=_CHUNK, num_warps=8
+        )
     return out
 
 

@@ -54,8 +54,8 @@ class BatchShape:
     max_split_query_len: int = 1  # requests of more query rows are not split along their keys
 
 
-# By kind of batch and head_dim, rounded up to a power of two: rows, keys, warps, stages. float32 has tiles of its own: it
-# uses no tensor cores, and its keys take twice the room.
+# By kind of batch and head_dim, rounded up to a power of two: rows, keys, warps, stages. float32 has tiles of its own:
+# it uses no tensor cores, and its keys take twice the room.
 _TILES = {
     "decode": {64: Tiles(16, 128, 4, 4), 128: Tiles(16, 64, 4, 4), 256: Tiles(16, 64, 4, 3)},
     "prefill": {64: Tiles(128, 128, 4, 3), 128: Tiles(128, 64, 8, 3), 256: Tiles(64, 64, 8, 2)},
@@ -171,7 +171,9 @@ def _walk(
         total = total * shrink + tl.sum(weights, 1)
         if IS_INT8:
             weights = weights * value_scales[None, :]
-        acc = tl.dot(weights.to(DOT_DTYPE), values.to(DOT_DTYPE), acc * shrink[:, None], input_precision="ieee")
+        acc = tl.dot(
+            weights.to(DOT_DTYPE), values.to(DOT_DTYPE), acc * shrink[:, None], input_precision="ieee"
+        )
         top = new_top
     return acc, top, total
 
@@ -209,7 +211,7 @@ def _attend_kernel(
     TOKENS: tl.constexpr = ROWS // GROUP
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     kv_head, segment = tl.program_id(1), tl.program_id(2)
-    req, last = 0, num_reqs - 1
+    req, last = tl.program_id(0) * 0, num_reqs - 1  # a tensor, in the interpreter too
     while req < last:
         middle = (req + last + 1) // 2
         is_before = tl.load(query_start_loc + middle) // TOKENS + middle <= tile
@@ -300,7 +302,9 @@ def _attend_kernel(
         )  # fmt: skip
 
     if is_split & (seq_len > SEGMENT):
-        part = (req.to(tl.int64) * max_segments + segment) * SPLIT_LEN * NUM_HEADS + queries * NUM_HEADS + heads
+        part = (
+            (req.to(tl.int64) * max_segments + segment) * SPLIT_LEN * NUM_HEADS + queries * NUM_HEADS + heads
+        )
         tl.store(part_acc + part[:, None] * HEAD_DIM + dims[None, :], acc, mask=is_element)
         tl.store(part_top + part * 2, top, mask=is_row)
         tl.store(part_top + part * 2 + 1, total, mask=is_row)
@@ -344,7 +348,9 @@ def _merge_kernel(
             part_top_ = tl.load(part_top + part * 2, mask=is_there, other=_NEGATIVE_INFINITY)
             part_total_ = tl.load(part_top + part * 2 + 1, mask=is_there, other=0.0)
             places = part[:, None] * HEAD_DIM + dims[None, :]
-            part_acc_ = tl.load(part_acc + places, mask=is_there[:, None] & (dims < HEAD_DIM)[None, :], other=0.0)
+            part_acc_ = tl.load(
+                part_acc + places, mask=is_there[:, None] & (dims < HEAD_DIM)[None, :], other=0.0
+            )
             new_top = tl.maximum(top, part_top_)
             old_weight, part_weight = _weight(top, new_top), _weight(part_top_, new_top)
             acc = acc * old_weight[:, None] + part_acc_ * part_weight[:, None]

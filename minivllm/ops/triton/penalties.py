@@ -15,7 +15,16 @@ _IN_PROMPT = tl.constexpr(IN_PROMPT)
 
 @triton.jit
 def _penalise_kernel(
-    logits, counts, rows, repetition, frequency, presence, row_stride, counts_stride, vocab_size, BLOCK: tl.constexpr
+    logits,
+    counts,
+    rows,
+    repetition,
+    frequency,
+    presence,
+    row_stride,
+    counts_stride,
+    vocab_size,
+    BLOCK: tl.constexpr,
 ):
     """Grid: (num_rows, blocks of tokens)."""
     at = tl.program_id(0).to(tl.int64)
@@ -35,7 +44,9 @@ def _penalise_kernel(
 
 
 @triton.jit
-def _count_kernel(counts, rows, token_ids, is_prompt, counts_stride, vocab_size, num_tokens, BLOCK: tl.constexpr):
+def _count_kernel(
+    counts, rows, token_ids, is_prompt, counts_stride, vocab_size, num_tokens, BLOCK: tl.constexpr
+):
     """Grid: (blocks of tokens,)."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     is_there = at < num_tokens

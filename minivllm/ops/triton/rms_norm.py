@@ -20,8 +20,12 @@ def _rms_norm_kernel(
     x_places = x + outer_index * x_outer_stride + inner_index * x_inner_stride + columns
     wide = tl.load(x_places, mask=is_column, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
-        places = residual + outer_index * residual_outer_stride + inner_index * residual_inner_stride + columns
-        total = (tl.load(places, mask=is_column, other=0.0).to(tl.float32) + wide).to(residual.dtype.element_ty)
+        places = (
+            residual + outer_index * residual_outer_stride + inner_index * residual_inner_stride + columns
+        )
+        total = (tl.load(places, mask=is_column, other=0.0).to(tl.float32) + wide).to(
+            residual.dtype.element_ty
+        )
         tl.store(places, total, mask=is_column)
         wide = total.to(tl.float32)
     factors = tl.load(weight + columns, mask=is_column, other=0.0, eviction_policy="evict_last")
@@ -38,15 +42,23 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """`add_reference` of it. x, residual: [..., H], at most three dimensions, the last one contiguous."""
     if residual.shape != x.shape or residual.dtype != x.dtype:
-        raise ValueError(f"residual is {tuple(residual.shape)} {residual.dtype}; x needs {tuple(x.shape)} {x.dtype}")
+        raise ValueError(
+            f"residual is {tuple(residual.shape)} {residual.dtype}; x needs {tuple(x.shape)} {x.dtype}"
+        )
     if residual.dim() > 3 or residual.stride(-1) != 1:
-        raise ValueError(f"residual of strides {residual.stride()} cannot be changed in place; make it contiguous")
+        raise ValueError(
+            f"residual of strides {residual.stride()} cannot be changed in place; make it contiguous"
+        )
     return _run(x, residual, weight, eps)
 
 
 def _run(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float) -> torch.Tensor:
     hidden = x.shape[-1]
-    if weight.shape != (hidden,) or weight.dtype not in (x.dtype, torch.float32) or not weight.is_contiguous():
+    if (
+        weight.shape != (hidden,)
+        or weight.dtype not in (x.dtype, torch.float32)
+        or not weight.is_contiguous()
+    ):
         raise ValueError(
             f"weight is {tuple(weight.shape)} {weight.dtype}; x needs ({hidden},) {x.dtype} or float32, contiguous"
         )

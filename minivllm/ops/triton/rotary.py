@@ -38,7 +38,9 @@ def _rotate(
         first = ((first * factor).to(dtype).to(tl.float32) * first_weight).to(dtype).to(tl.float32)
         second = ((second * factor).to(dtype).to(tl.float32) * second_weight).to(dtype).to(tl.float32)
         if REST > 0:
-            rest_weight = tl.load(weight + 2 * HALF + rest_dims, mask=rest_dims < REST, other=0.0).to(tl.float32)
+            rest_weight = tl.load(weight + 2 * HALF + rest_dims, mask=rest_dims < REST, other=0.0).to(
+                tl.float32
+            )
             rest = ((rest * factor).to(dtype).to(tl.float32) * rest_weight[None, :]).to(dtype).to(tl.float32)
             tl.store(rest_places, rest.to(dtype), mask=is_rest)
     turned_first = (first * cos[None, :] - second * sin[None, :]).to(dtype)
@@ -81,7 +83,9 @@ def _rotary_kernel(
         slot = tl.load(slot_mapping + token)
         if slot >= 0:
             block, offset = slot // BLOCK_SIZE, slot % BLOCK_SIZE
-            row = cache + block * block_stride + kv_head.to(tl.int64) * head_stride + offset * (2 * HALF + REST)
+            row = (
+                cache + block * block_stride + kv_head.to(tl.int64) * head_stride + offset * (2 * HALF + REST)
+            )
             scale_place = row + one
             if IS_INT8:
                 scale_place = scales + block * scale_block_stride + kv_head * scale_head_stride + offset + one
@@ -89,15 +93,21 @@ def _rotary_kernel(
             all_dims = tl.arange(0, BLOCK_DIM)
             is_element = (one < 1)[:, None] & (all_dims < 2 * HALF + REST)[None, :]
             tl.debug_barrier()
-            key_places = k + token * k_token_stride + kv_head * k_head_stride + all_dims[None, :] + one[:, None]
+            key_places = (
+                k + token * k_token_stride + kv_head * k_head_stride + all_dims[None, :] + one[:, None]
+            )
             keys = tl.load(key_places, mask=is_element, other=0.0).to(tl.float32)
             places = row + all_dims[None, :] + one[:, None]
             store_rows(keys, is_element, one < 1, places, scale_place, k_scale, IS_FP8, IS_INT8)
-            value_places = v + token * v_token_stride + kv_head * v_head_stride + all_dims[None, :] + one[:, None]
+            value_places = (
+                v + token * v_token_stride + kv_head * v_head_stride + all_dims[None, :] + one[:, None]
+            )
             values = tl.load(value_places, mask=is_element, other=0.0).to(tl.float32)
             if IS_INT8:
                 scale_place += scale_half_stride
-            store_rows(values, is_element, one < 1, places + half_stride, scale_place, v_scale, IS_FP8, IS_INT8)
+            store_rows(
+                values, is_element, one < 1, places + half_stride, scale_place, v_scale, IS_FP8, IS_INT8
+            )
 
 
 def rotary(
@@ -152,7 +162,9 @@ def _run(
     require("positions", positions, torch.int64, (num_tokens,))
     require("cos_sin", cos_sin, torch.float32, cos_sin.shape)
     if num_heads % num_kv_heads or 2 * half > head_dim:
-        raise ValueError(f"{num_heads} heads of {head_dim} do not fit {num_kv_heads} KV heads or a table of {2 * half}")
+        raise ValueError(
+            f"{num_heads} heads of {head_dim} do not fit {num_kv_heads} KV heads or a table of {2 * half}"
+        )
     for name, weight in zip(("q_weight", "k_weight"), norms or ()):
         require(name, weight, q.dtype, (head_dim,))
     if not num_tokens:

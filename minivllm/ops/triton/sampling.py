@@ -45,7 +45,9 @@ def _peak_kernel(
     index = chunk * CHUNK + tl.arange(0, CHUNK)
     is_token = index < vocab_size
     # Read once, and of no use to anyone after this.
-    x = tl.load(logits + row * row_stride + index, mask=is_token, other=float("-inf"), eviction_policy="evict_first")
+    x = tl.load(
+        logits + row * row_stride + index, mask=is_token, other=float("-inf"), eviction_policy="evict_first"
+    )
     broken = tl.max(tl.where((x != x) | (x == float("inf")), 1, 0), 0)
     t = tl.load(temperature + row)
     if t > 0.0:
@@ -94,7 +96,14 @@ def gumbel_argmax(
         PURPOSE=SAMPLE, CHUNK=_CHUNK, num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip
     _choose_kernel[(num_rows,)](
-        tokens, broken, best, best_index, is_broken, num_chunks, BLOCK=triton.next_power_of_2(num_chunks), num_warps=1
+        tokens,
+        broken,
+        best,
+        best_index,
+        is_broken,
+        num_chunks,
+        BLOCK=triton.next_power_of_2(num_chunks),
+        num_warps=1,
     )
     return tokens, broken
 
@@ -117,7 +126,14 @@ def _number(key):
 
 @triton.jit
 def _find(
-    row, vocab_size, least, most, needed, BY_WEIGHT: tl.constexpr, TILE: tl.constexpr, DIGIT_BITS: tl.constexpr
+    row,
+    vocab_size,
+    least,
+    most,
+    needed,
+    BY_WEIGHT: tl.constexpr,
+    TILE: tl.constexpr,
+    DIGIT_BITS: tl.constexpr,
 ):
     """The largest value such that it and those above, none below `least`, come to `needed`, and what is then missing.
 
@@ -132,7 +148,9 @@ def _find(
         sums = tl.zeros([1 << DIGIT_BITS], tl.float64)
         for start in range(0, vocab_size, TILE):
             index = start + tl.arange(0, TILE)
-            x = tl.load(row + index, mask=index < vocab_size, other=float("-inf"), eviction_policy="evict_last")
+            x = tl.load(
+                row + index, mask=index < vocab_size, other=float("-inf"), eviction_policy="evict_last"
+            )
             key = _key(x)
             is_counted = (index < vocab_size) & (x >= least) & ((key & known) == prefix)
             digit = ((key >> shift) & ((1 << DIGIT_BITS) - 1)).to(tl.int32)
@@ -155,7 +173,9 @@ def _find(
 
 
 @triton.jit
-def _truncate_kernel(logits, top_k, top_p, log_ratio, row_stride, vocab_size, TILE: tl.constexpr, DIGIT_BITS: tl.constexpr):
+def _truncate_kernel(
+    logits, top_k, top_p, log_ratio, row_stride, vocab_size, TILE: tl.constexpr, DIGIT_BITS: tl.constexpr
+):
     """Grid: (num_rows,)."""
     at = tl.program_id(0).to(tl.int64)
     row = logits + at * row_stride
@@ -182,7 +202,9 @@ def _truncate_kernel(logits, top_k, top_p, log_ratio, row_stride, vocab_size, TI
         mass = tl.zeros([1], tl.float64)
         for start in range(0, vocab_size, TILE):
             index = start + tl.arange(0, TILE)
-            x = tl.load(row + index, mask=index < vocab_size, other=float("-inf"), eviction_policy="evict_last")
+            x = tl.load(
+                row + index, mask=index < vocab_size, other=float("-inf"), eviction_policy="evict_last"
+            )
             is_left = (index < vocab_size) & (x >= least)
             mass += tl.sum(tl.where(is_left, tl.exp(x - most), 0.0), 0).to(tl.float64)
         target = p.to(tl.float64) * tl.sum(mass, 0)
@@ -197,11 +219,15 @@ def _truncate_kernel(logits, top_k, top_p, log_ratio, row_stride, vocab_size, TI
         is_tie = ((x == least) & (index < vocab_size)).to(tl.int32)
         place = num_seen + tl.cumsum(is_tie, 0)
         is_dropped = (x < least) | ((is_tie > 0) & (place > num_ties))
-        tl.store(row + index, tl.full([TILE], float("-inf"), tl.float32), mask=is_dropped & (index < vocab_size))
+        tl.store(
+            row + index, tl.full([TILE], float("-inf"), tl.float32), mask=is_dropped & (index < vocab_size)
+        )
         num_seen += tl.sum(is_tie, 0)
 
 
-def top_k_top_p_min_p(logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor) -> None:
+def top_k_top_p_min_p(
+    logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
+) -> None:
     """`top_k_top_p_min_p_reference` of `ops/sampling.py`, by selection instead of a sort. Any row stride.
 
     Keeps the same set, unless the cumulated probability lies within about 1e-7 of p. Rows that ask for nothing cost

@@ -35,4 +35,6 @@ def soft_cap(x: torch.Tensor, cap: float) -> None:
 def _run(x: torch.Tensor, factor: float, *, is_cap: bool) -> None:
     require("x", x, x.dtype, x.shape)
     if x.numel():
-        _scale_kernel[(triton.cdiv(x.numel(), _BLOCK),)](x, x.numel(), float(factor), IS_CAP=is_cap, BLOCK=_BLOCK)
+        _scale_kernel[(triton.cdiv(x.numel(), _BLOCK),)](
+            x, x.numel(), float(factor), IS_CAP=is_cap, BLOCK=_BLOCK
+        )

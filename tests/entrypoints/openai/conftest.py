@@ -10,7 +10,8 @@ from typing import Any
 import httpx
 import pytest
 
-from minivllm.entrypoints.openai.api_server import StatLoggers, build_app, init_app_state
+from minivllm.entrypoints.openai.app import build_app
+from minivllm.entrypoints.openai.app_state import StatLoggers, init_app_state
 from tests.entrypoints.openai.fakes import FakeEngine, server_args
 
 

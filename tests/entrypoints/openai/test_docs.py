@@ -13,6 +13,7 @@ import pytest
 from minivllm.config.frontend import FrontendConfig
 from tests.entrypoints.openai.conftest import Api
 from tests.entrypoints.openai.fakes import FakeEngine
+from tests.entrypoints.openai.test_limits import rows
 
 ROOT = Path(__file__).resolve().parents[3]
 PAGE = (ROOT / "docs" / "server.md").read_text()
@@ -26,10 +27,10 @@ def test_every_flag_is_in_the_table(name: str):
 
 def test_every_route_is_in_the_table(engine: FakeEngine):
     app = Api(engine, enable_dev_endpoints=True, enable_tokenizer_info_endpoint=True).app
-    paths = {route.path.rstrip("/").replace(":path", "") or "/" for route in flat(app.routes) if hasattr(route, "methods")}
+    routes = [route for route in flat(app.routes) if hasattr(route, "methods")]
+    paths = {route.path.rstrip("/").replace(":path", "") or "/" for route in routes}
     shown = {re.sub(r"{\w+}", "{id}", path) for path in paths}
     shown -= {"/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json"}  # FastAPI's own
-    shown -= {"/v1/responses/{id}/cancel"}  # "…/cancel" there
     assert [path for path in sorted(shown) if path not in WORDS] == []
 
 
@@ -37,6 +38,12 @@ def flat(routes: Iterable[Any]) -> Iterator[Any]:
     for route in routes:
         inner = getattr(route, "original_router", None)
         yield from [route] if inner is None else flat(inner.routes)
+
+
+@pytest.mark.parametrize("title", ["Flags of the server", "Routes"])
+def test_every_row_names_a_test(title: str):
+    for row in rows(title):
+        assert re.search(r"`(tests/[\w/]+/|[\w/]*test_\w+\.py)", row[-1]), row
 
 
 def test_the_tests_it_names_are_there():

@@ -18,7 +18,7 @@ from minivllm import logger as minivllm_logger
 from minivllm.config.frontend import FrontendConfig
 from minivllm.entrypoints.openai import http_protocol, sse, tls
 from minivllm.entrypoints.openai.access_log import WithoutPaths, read_paths
-from minivllm.entrypoints.openai.api_server import api_keys
+from minivllm.entrypoints.openai.app import api_keys
 from minivllm.entrypoints.openai.launcher import serve_http
 from minivllm.entrypoints.openai.listen import create_server_socket, create_unix_socket, remove_unix_socket
 from minivllm.entrypoints.openai.request_log import RequestLog

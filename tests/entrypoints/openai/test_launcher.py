@@ -18,7 +18,7 @@ import pytest
 
 from minivllm.config.frontend import FrontendConfig
 from minivllm.engine.async_llm import AsyncLLM
-from minivllm.entrypoints.openai import api_server, launcher, middleware
+from minivllm.entrypoints.openai import api_server, app_state, launcher, middleware
 from minivllm.entrypoints.openai.launcher import serve_http
 from minivllm.exceptions import EngineDeadError
 from tests.engine.engines import make_config
@@ -250,8 +250,8 @@ def test_the_curl_line_names_the_server_and_the_model(engine: FakeEngine, capsys
 def test_a_chat_template_is_a_file_or_the_text_itself(tmp_path: Path):
     path = tmp_path / "template.jinja"
     path.write_text("{{ messages }}")
-    assert api_server.read_chat_template(str(path)) == api_server.read_chat_template("{{ messages }}")
-    assert api_server.read_chat_template(None) is None
+    assert app_state.read_chat_template(str(path)) == app_state.read_chat_template("{{ messages }}")
+    assert app_state.read_chat_template(None) is None
 
 
 @pytest.mark.parametrize(

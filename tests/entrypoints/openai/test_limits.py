@@ -1,9 +1,8 @@
-"""docs/server.md: the table of limits is true, and those of flags and routes name every one, with a test."""
+"""docs/server.md's table of limits is true."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from tests.entrypoints.openai.fakes import MAX_MODEL_LEN, VOCAB_SIZE, FakeEngine
 
 ROOT = Path(__file__).resolve().parents[3]
 PAGE = (ROOT / "docs" / "server.md").read_text()
-HERE = Path(__file__).parent
 COMPLETE, CHAT = "/v1/completions", "/v1/chat/completions"
 USER = {"role": "user", "content": "x"}
 
@@ -27,9 +25,6 @@ def rows(title: str) -> list[list[str]]:
     lines = [line for line in section.splitlines() if line.startswith("|")]
     # A | within code is no border.
     return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines[2:]]
-
-
-# Limits ----------------------------------------------------------------------
 
 
 def nested(levels: int) -> dict:
@@ -120,50 +115,3 @@ def test_a_limit_is_the_one_of_the_table(engine: FakeEngine, what: str):
     if at_limit is not None and at_limit.status_code != 200 and path not in ("/abort_requests",):
         assert at_limit.json()["error"]["message"] != error["message"]
         assert str(MAX_MODEL_LEN) in at_limit.text or "vocabulary" in at_limit.text, at_limit.text
-
-
-# Flags and routes ------------------------------------------------------------
-
-
-def names_in(cells: list[str], pattern: str) -> set[str]:
-    return {name for cell in cells for code in re.findall(r"`([^`]+)`", cell) for name in re.findall(pattern, code)}
-
-
-def test_the_table_of_flags_names_every_flag_of_the_server():
-    told = names_in([row[0] for row in rows("Flags of the server")], r"--[a-z0-9-]+")
-    ours = {f"--{field.name.replace('_', '-')}" for field in fields(FrontendConfig)}
-    assert ours - told == set()
-    engines = {"--otlp-traces-endpoint", "--log-level", "--config", "--enable-sleep-mode", "--profiler-config"}
-    assert told - ours - engines <= {"--served-model-name", "--disable-log-stats", "--reasoning-parser"}
-
-
-def test_the_table_of_routes_names_every_route(engine: FakeEngine):
-    section = PAGE.split("## Routes\n", 1)[1].split("\n## ", 1)[0]
-    told = set(re.findall(r"/[a-z_0-9/{}]*[a-z_0-9{}]", section)) | {"/"}
-    told |= {f"/v1{path}" for path in told}
-    app = Api(engine, enable_dev_endpoints=True, enable_tokenizer_info_endpoint=True).app
-    routes = {re.sub(r"\{\w+(:path)?\}", "{id}", path).rstrip("/") or "/" for path in paths(app.routes)}
-    own = {"/openapi.json", "/docs", "/docs/oauth2-redirect", "/redoc"}  # FastAPI's
-    assert routes - own - told == set()
-
-
-def paths(routes: Any) -> set[str]:
-    found: set[str] = set()
-    for route in routes:
-        inner = getattr(route, "original_router", None)
-        found |= {route.path} if inner is None else paths(inner.routes)
-    return found
-
-
-@pytest.mark.parametrize("title", ["Flags of the server", "Routes"])
-def test_every_row_names_a_test_that_is_there(title: str):
-    for row in rows(title):
-        names = re.findall(r"`([\w/]+\.py)(?:::(\w+))?`|`(tests/[\w/]+/)`", row[-1])
-        assert names, row
-        for file, function, directory in names:
-            if directory:
-                assert (ROOT / directory).is_dir(), row
-                continue
-            path = ROOT / file if file.startswith("tests/") else HERE / file
-            assert path.is_file(), row
-            assert not function or f"def {function}(" in path.read_text(), row

@@ -19,6 +19,7 @@ from minivllm.metrics.prometheus import (
     request_tokens_buckets,
 )
 from tests.entrypoints.openai.conftest import Api
+from tests.entrypoints.openai.fakes import FakeEngine
 
 ROOT = Path(__file__).resolve().parents[3]
 FINISHED = FinishedRequestStats("stop", 10, 5, 4, 16, 1, 2.0, 0.25, 0.5, 1.0)
@@ -162,3 +163,131 @@ def test_http_requests_are_counted_by_route_and_never_by_what_clients_write(api:
     assert 'http_requests_total{handler="none",method="GET",status="4xx"} 1.0' in text
     assert 'http_request_duration_seconds_count{handler="/v1/completions",method="POST"} 2.0' in text
     assert "secret" not in text and 'handler="/health"' not in text
+
+
+# Every metric of vLLM 0.32, and why it is not here, if it is not. A family of several stands for all of its names.
+NO = {
+    "kv connector": "no KV comes from elsewhere",
+    "lora": "no adapters are served",
+    "media": "no multimodal model is served",
+    "speculation": "nothing is speculated",
+    "other models": "no diffusion models, no watermarks",
+    "finite": "a request whose logits are not finite ends with an error, and is counted as such",
+    "not measured": "asked for by an option that is refused by name",
+    "no such route": "there are no WebSockets and no weight updates",
+}
+VLLMS: dict[str, str | None] = {
+    "vllm:num_requests_running": None,
+    "vllm:num_requests_waiting": None,
+    "vllm:num_requests_waiting_by_reason": None,
+    "vllm:num_requests_kv_fetch_by_stage": "kv connector",
+    "vllm:engine_sleep_state": None,
+    "vllm:kv_cache_usage_perc": None,
+    "vllm:cache_config_info": None,
+    "vllm:lora_requests_info": "lora",
+    "vllm:prefix_cache_queries": None,
+    "vllm:prefix_cache_hits": None,
+    "vllm:external_prefix_cache_queries": "kv connector",
+    "vllm:external_prefix_cache_hits": "kv connector",
+    "vllm:mm_cache_queries": "media",
+    "vllm:mm_cache_hits": "media",
+    "vllm:num_preemptions": None,
+    "vllm:prompt_tokens": None,
+    "vllm:generation_tokens": None,
+    "vllm:prompt_tokens_by_source": None,
+    "vllm:prompt_tokens_cached": None,
+    "vllm:prompt_tokens_cached_by_source": None,
+    "vllm:request_success": None,
+    "vllm:admission_rejections": None,
+    "vllm:corrupted_requests": "finite",
+    "vllm:watermark_requests": "other models",
+    "vllm:request_prompt_tokens": None,
+    "vllm:request_generation_tokens": None,
+    "vllm:request_max_num_generation_tokens": None,
+    "vllm:request_params_max_tokens": None,
+    "vllm:request_prefill_kv_computed_tokens": None,
+    "vllm:iteration_tokens_total": None,
+    "vllm:request_params_n": None,
+    "vllm:request_num_preemptions": None,
+    "vllm:time_to_first_token_seconds": None,
+    "vllm:inter_token_latency_seconds": None,
+    "vllm:request_time_per_output_token_seconds": None,
+    "vllm:e2e_request_latency_seconds": None,
+    "vllm:request_queue_time_seconds": None,
+    "vllm:request_inference_time_seconds": None,
+    "vllm:request_prefill_time_seconds": None,
+    "vllm:request_decode_time_seconds": None,
+    "vllm:kv_block_lifetime_seconds": "not measured",
+    "vllm:kv_block_idle_before_evict_seconds": "not measured",
+    "vllm:kv_block_reuse_gap_seconds": "not measured",
+    "vllm:spec_decode_num_drafts": "speculation",
+    "vllm:spec_decode_num_draft_tokens": "speculation",
+    "vllm:spec_decode_num_accepted_tokens": "speculation",
+    "vllm:spec_decode_num_accepted_tokens_per_pos": "speculation",
+    "vllm:diffusion_num_denoising_steps": "other models",
+    "vllm:diffusion_num_canvas_positions": "other models",
+    "vllm:diffusion_num_committed_tokens": "other models",
+    "vllm:estimated_flops_per_gpu": "not measured",
+    "vllm:estimated_read_bytes_per_gpu": "not measured",
+    "vllm:estimated_write_bytes_per_gpu": "not measured",
+    "vllm:tool_call_parser_invocations": None,
+    "vllm:sleep_mode_operation_duration_seconds": None,
+    "vllm:sleep_mode_operations_in_flight": None,
+    "vllm:rl_weight_update_operation_duration_seconds": "no such route",
+    "vllm:rl_weight_update_operations_in_flight": "no such route",
+    "vllm:websocket_connections_active": "no such route",
+    "vllm:websocket_connections": "no such route",
+    "vllm:websocket_connection_duration_seconds": "no such route",
+    "http_requests": None,
+    "http_request_duration_seconds": None,
+    "http_request_duration_highr_seconds": None,
+    "http_request_size_bytes": None,
+    "http_response_size_bytes": None,
+    "process_resident_memory_bytes": None,
+    "python_gc_objects_collected": None,
+}
+
+
+def test_every_metric_of_vllm_is_exposed_or_not_for_a_reason(engine: FakeEngine):
+    api = Api(engine, enable_auto_tool_choice=True, tool_call_parser="hermes")
+    api.chat()
+    found = {family.name for family in text_string_to_metric_families(api.get("/metrics").text)}
+    assert {name for name, reason in VLLMS.items() if reason is None} <= found
+    assert {name for name, reason in VLLMS.items() if reason is not None} & found == set()
+    assert {reason for reason in VLLMS.values() if reason is not None} == NO.keys()
+    ours = {name.removesuffix("_created") for name in found if name.startswith("vllm:")}
+    assert ours <= VLLMS.keys()
+
+
+def test_preemptions_of_a_request_and_the_source_of_cached_tokens_are_counted(api: Api):
+    preempted = FinishedRequestStats("stop", 10, 5, 4, 16, 1, 2.0, 0.25, 0.5, 1.0, num_preemptions=3)
+    api.stats.record(SCHEDULER, IterationStats(10, 4, 7, [], [], [preempted]))
+    found = samples(api)
+    assert found["vllm:request_num_preemptions_bucket{2.0}"] == 0
+    assert found["vllm:request_num_preemptions_bucket{3.0}"] == 1
+    assert found["vllm:prompt_tokens_cached_by_source_total{device}"] == 4
+    assert found["vllm:prompt_tokens_cached_by_source_total{disk}"] == 0
+
+
+def test_answers_read_for_calls_are_counted_by_what_was_in_them(engine: FakeEngine):
+    api = Api(engine, enable_auto_tool_choice=True, tool_call_parser="hermes")
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    call = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
+    for answer in (call, "no call", call[:-20]):
+        engine.answer = answer
+        api.chat(tools=tools)
+        api.stream("/v1/chat/completions", tools=tools)
+    engine.answer = call
+    named = [{"type": "function", "name": "f"}]
+    api.post("/v1/responses", {"input": "x", "tools": named})
+    messages = [{"role": "user", "content": "x"}]
+    api.post("/v1/messages", {"messages": messages, "max_tokens": 99, "tools": [{"name": "f"}]})
+    api.chat(tools=tools, tool_choice="none")  # nobody looks
+    found = {name: value for name, value in samples(api).items() if "invocations_total" in name}
+    head = "vllm:tool_call_parser_invocations_total"
+    expected = {
+        f"{head}{{{mode}}}{{{outcome}}}{{chat}}": 1
+        for mode in ("streaming", "non_streaming") for outcome in ("tool_calls", "no_tool_calls", "incomplete")
+    }  # fmt: skip
+    expected |= {f"{head}{{non_streaming}}{{tool_calls}}{{{api}}}": 1 for api in ("responses", "messages")}
+    assert found == expected

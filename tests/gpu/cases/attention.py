@@ -23,10 +23,10 @@ BATCHES = {
     "long": [(2100, 3), (2049, 1)],
 }
 LARGE = {
-    "decode": [(8192, 1)] * 32 + [(131072, 1), (1, 1), (1025, 1)],
-    "prefill": [(4096, 4096), (1000, 300), (20000, 2048)],
-    "mixed": [(2048, 2048), (33, 1), (100000, 1), (1050, 9), (5000, 4)],
-    "long": [(100000, 3), (131072, 1)],
+    "decode": [(8192, 1)] * 16 + [(65536, 1), (1, 1), (1025, 1)],
+    "prefill": [(4096, 4096), (1000, 300), (9000, 1024)],
+    "mixed": [(2048, 2048), (33, 1), (50000, 1), (1050, 9), (5000, 4)],
+    "long": [(60000, 3), (70000, 1)],
 }
 
 
@@ -93,6 +93,27 @@ def attention(
     return Check(run, expected, 2e-5 if exact else TOLERANCE[torch_dtype] + 8e-3 * (kv_dtype is not None))
 
 
+def any_schedule(device: str, large: bool, *, dtype: str, option: str) -> Check:
+    """Batch invariant: rows have the bits of one chunk when they come in several, or one by one, among others."""
+    seq_len, heads, torch_dtype = 40000 if large else 1100, 6, DTYPES[dtype]
+    layout = RowLayout(NAMES[torch_dtype], 2, 64, 16)
+    options = Options(scale=64**-0.5, **some_options(heads, device)[option])
+    cache, table = filled_cache([(seq_len, 1), (50, 1)], layout, torch_dtype, options, device)
+    q, stranger = (randn(device, rows, heads, 64, dtype=torch_dtype) for rows in (90, 3))
+
+    def attend(rows: range) -> torch.Tensor:
+        """Of the last 90 rows some, beside another request."""
+        ends = seq_len - 90 + rows.stop
+        return paged_attention(
+            torch.cat([q[rows.start : rows.stop], stranger]), cache, table, ints(device, ends, 50),
+            ints(device, 0, len(rows), len(rows) + 3), layout=layout, options=options, batch_invariant=True,
+            shape=BatchShape(max(3, len(rows)), ends),
+        )[: len(rows)]  # fmt: skip
+
+    parts = [range(0, 7), range(7, 8), range(8, 60), *(range(i, i + 1) for i in range(60, 64)), range(64, 90)]
+    return Check(lambda: torch.cat([attend(part) for part in parts]), lambda: attend(range(90)), 0.0)
+
+
 def rows_of_request(rows: list[tuple[int, torch.Tensor]], b: int) -> list[torch.Tensor]:
     return [row for request, row in rows if request == b]
 
@@ -109,7 +130,10 @@ def filled_cache(
         start = sum(num_blocks[:b])
         table[b, : num_blocks[b]] = order[start : start + num_blocks[b]]
         positions = torch.arange(seq_len)
-        slots = table[b].long()[positions // layout.block_size] * layout.block_size + positions % layout.block_size
+        slots = (
+            table[b].long()[positions // layout.block_size] * layout.block_size
+            + positions % layout.block_size
+        )
         rows = randn(device, seq_len, 2 * layout.num_kv_heads, layout.head_dim, dtype=dtype, seed=b)
         k, v = rows.split(layout.num_kv_heads, dim=1)
         kv_write.reference(
@@ -122,7 +146,9 @@ def _cases() -> dict[str, Case]:
     found: dict[str, Case] = {}
 
     def add(**chosen) -> None:
-        name = "_".join(f"{key}-{value}" if isinstance(value, (int, bool)) else value for key, value in chosen.items())
+        name = "_".join(
+            f"{key}-{value}" if isinstance(value, (int, bool)) else value for key, value in chosen.items()
+        )
         found[f"attention_{name}"] = partial(attention, **chosen)
 
     for batch in ("decode", "prefill", "mixed"):
@@ -143,6 +169,11 @@ def _cases() -> dict[str, Case]:
         add(batch="prefill", head_dim=head_dim, group=group)
         add(batch="decode", head_dim=head_dim, group=group)
     add(batch="mixed", dtype="f32", kv_dtype="bfloat16")
+    for dtype in ("bf16", "f32"):
+        for option in ("plain", "all", "window_1100"):
+            found[f"attention_any_schedule_{dtype}_{option}"] = partial(
+                any_schedule, dtype=dtype, option=option
+            )
     return found
 
 

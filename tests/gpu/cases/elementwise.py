@@ -26,7 +26,9 @@ def norm(device: str, large: bool, *, dtype: str, hidden: int, wide: bool = Fals
     x = randn(device, rows, hidden + 7, dtype=DTYPES[dtype])[:, :hidden]
     weight = randn(device, hidden).add(1).to(torch.float32 if wide else DTYPES[dtype])
     return Check(
-        lambda: triton_rms_norm.rms_norm(x, weight, EPS), lambda: norm_in_double(x, weight), TOLERANCE[DTYPES[dtype]]
+        lambda: triton_rms_norm.rms_norm(x, weight, EPS),
+        lambda: norm_in_double(x, weight),
+        TOLERANCE[DTYPES[dtype]],
     )
 
 
@@ -56,12 +58,22 @@ def head_norm(device: str, large: bool) -> Check:
     heads = randn(device, 64 if large else 3, 9 * 128)[:, 128:].unflatten(1, (8, 128))
     weight = randn(device, 128)
     return Check(
-        lambda: triton_rms_norm.rms_norm(heads, weight, EPS), lambda: rms_norm.reference(heads, weight, EPS), 1e-5
+        lambda: triton_rms_norm.rms_norm(heads, weight, EPS),
+        lambda: rms_norm.reference(heads, weight, EPS),
+        1e-5,
     )
 
 
 def turning(
-    device: str, large: bool, *, dtype: str, head_dim: int, rot_dim: int, group: int, norms: bool, kv: str | None
+    device: str,
+    large: bool,
+    *,
+    dtype: str,
+    head_dim: int,
+    rot_dim: int,
+    group: int,
+    norms: bool,
+    kv: str | None,
 ) -> Check:
     """rotary, or with `kv` (a cache type) rotary_kv_write."""
     num_tokens, kv_heads, max_position, torch_dtype = 2048 if large else 6, 2, 300, DTYPES[dtype]
@@ -69,7 +81,9 @@ def turning(
     qkv = randn(device, num_tokens, heads, head_dim, dtype=torch_dtype)
     positions = torch.arange(num_tokens, device=device) * 37 % max_position
     cos_sin = randn(device, max_position, rot_dim)
-    weights = HeadNorms(*(randn(device, head_dim, seed=i).to(torch_dtype) for i in (1, 2)), EPS) if norms else None
+    weights = (
+        HeadNorms(*(randn(device, head_dim, seed=i).to(torch_dtype) for i in (1, 2)), EPS) if norms else None
+    )
     layout = RowLayout(kv or "float32", kv_heads, head_dim, 16)
     slots = torch.randperm(num_tokens, generator=torch.Generator().manual_seed(0)).to(device)
     slots[1] = -1
@@ -97,7 +111,9 @@ def writing(device: str, large: bool, *, dtype: str, kv: str, head_dim: int) -> 
     """The same numbers as the reference's, to the bit."""
     num_tokens, kv_heads = 4096 if large else 6, 3
     layout = RowLayout(kv, kv_heads, head_dim, 16)
-    k, v = randn(device, num_tokens, 2 * kv_heads, head_dim, dtype=DTYPES[dtype]).mul(9).split(kv_heads, dim=1)
+    k, v = (
+        randn(device, num_tokens, 2 * kv_heads, head_dim, dtype=DTYPES[dtype]).mul(9).split(kv_heads, dim=1)
+    )
     k[0, 0, 0], k[2, 1, 3], v[3] = 5000.0, float("nan"), 0.0
     slots = torch.randperm(num_tokens, generator=torch.Generator().manual_seed(0)).to(device)
     slots[1] = -1
@@ -127,7 +143,11 @@ def gather(device: str, large: bool) -> Check:
 
 
 def scaled(device: str, large: bool, *, dtype: str, kind: str) -> Check:
-    x = randn(device, 1 << 24 if large else 3, 371, dtype=DTYPES[dtype]) if not large else randn(device, 4096, 4096)
+    x = (
+        randn(device, 1 << 24 if large else 3, 371, dtype=DTYPES[dtype])
+        if not large
+        else randn(device, 4096, 4096)
+    )
     kernel, reference = {
         "scale": (triton_scaling.scale, scaling.scale_reference),
         "soft_cap": (triton_scaling.soft_cap, scaling.soft_cap_reference),

@@ -46,8 +46,12 @@ def truncation(device: str, large: bool, *, vocab_size: int) -> Check:
     logits[12] = 1.5  # nothing but ties
     logits[13, :50] = 0.0
     logits[13, 10] = -0.0
-    top_k = torch.tensor([0, 5, 5, 5, 1, 20, 0, 0, 0, 50, 1 << 20, 17, 3, 30, 0, 7], dtype=torch.int32, device=device)
-    top_p = torch.tensor([1, 0.9, 0.9, 0.9, 1, 1, 0.01, 0.5, 0.95, 0.8, 0.9, 1, 0.5, 0.9, 1, 1e-9], device=device)
+    top_k = torch.tensor(
+        [0, 5, 5, 5, 1, 20, 0, 0, 0, 50, 1 << 20, 17, 3, 30, 0, 7], dtype=torch.int32, device=device
+    )
+    top_p = torch.tensor(
+        [1, 0.9, 0.9, 0.9, 1, 1, 0.01, 0.5, 0.95, 0.8, 0.9, 1, 0.5, 0.9, 1, 1e-9], device=device
+    )
     min_p = torch.tensor([0, 0.1, 0.1, 0.1, 0, 0, 0, 0, 0, 0.01, 0, 0.2, 0, 0, 0.1, 0.0], device=device)
 
     def kept(truncate) -> torch.Tensor:
@@ -56,7 +60,9 @@ def truncation(device: str, large: bool, *, vocab_size: int) -> Check:
         return changed
 
     return Check(
-        lambda: kept(triton_sampling.top_k_top_p_min_p), lambda: kept(sampling.top_k_top_p_min_p_reference), 0.0
+        lambda: kept(triton_sampling.top_k_top_p_min_p),
+        lambda: kept(sampling.top_k_top_p_min_p_reference),
+        0.0,
     )
 
 

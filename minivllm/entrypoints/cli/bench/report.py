@@ -57,15 +57,19 @@ def machine() -> dict[str, Any]:
     }
 
 
-def save(path: str | Path, result: dict[str, Any]) -> None:
-    """Write a result as JSON; what is no number there (nan) becomes null.
+def save(path: str | Path, result: dict[str, Any], *, append: bool = False) -> None:
+    """Write a result as JSON; what is no number there (nan) becomes null. append: as one more line of the file.
 
     Raises:
         ConfigError: the file cannot be written.
     """
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(json.dumps(_jsonable(result), indent=2) + "\n")
+        if append:
+            with Path(path).open("a") as file:
+                file.write(json.dumps(_jsonable(result)) + "\n")
+        else:
+            Path(path).write_text(json.dumps(_jsonable(result), indent=2) + "\n")
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror}") from error
 

@@ -9,24 +9,25 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import random
 import resource
 import time
 from argparse import Namespace
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import httpx
-
 from minivllm import envs
 from minivllm.config.model_files import CONFIG
 from minivllm.entrypoints.cli.bench import datasets
+from minivllm.entrypoints.cli.bench.arrivals import STRATEGIES, RampUp, gaps, paced, ramp_up_of
+from minivllm.entrypoints.cli.bench.bodies import ENDPOINTS, make_body
 from minivllm.entrypoints.cli.bench.datasets import BenchRequest
+from minivllm.entrypoints.cli.bench.not_here import refuse_option
 from minivllm.entrypoints.cli.bench.report import WIDTH, machine, row, save, summarize, title
+from minivllm.entrypoints.cli.bench.server import Server
 from minivllm.entrypoints.cli.bench.stream_client import Answer, Endpoint, ask
 from minivllm.entrypoints.cli.bench.timeline import write_timeline
 from minivllm.exceptions import ConfigError, MinivllmError
@@ -43,14 +44,28 @@ BUSY_CLIENT = 0.7  # share of a processor above which the client may be what is 
 
 def make_parser() -> FlexibleArgumentParser:
     parser = FlexibleArgumentParser(prog="minivllm bench serve", description="Measure a running server under load.")
+    parser.refuse = refuse_option
     server = parser.add_argument_group("server")
-    server.add_argument("--backend", choices=("openai", "vllm"), default="openai", help="Both mean /v1/completions.")
+    server.add_argument(
+        "--backend", choices=tuple(ENDPOINTS), default="openai",
+        help="openai and vllm: /v1/completions; openai-chat: /v1/chat/completions.",
+    )  # fmt: skip
     server.add_argument("--base-url", metavar="URL", help="Instead of --host and --port.")
     server.add_argument("--host", default="127.0.0.1", metavar="TEXT", help="Where the server is.")
     server.add_argument("--port", type=size, default=8000, metavar="N", help="Its port.")
-    server.add_argument("--endpoint", default="/v1/completions", metavar="PATH", help="The route.")
+    server.add_argument("--endpoint", metavar="PATH", help="The route; default: the backend's.")
     server.add_argument("--model", metavar="NAME", help="Name of the model; default: the first the server lists.")
     server.add_argument("--header", nargs="+", default=[], metavar="NAME=VALUE", help="Headers to send.")
+    server.add_argument("--insecure", action="store_true", help="Take any certificate of an https server.")
+    server.add_argument(
+        "--ready-check-timeout-sec", type=size, default=0, metavar="S", help="Wait so long for the server to answer."
+    )
+    server.add_argument(
+        "--request-id-prefix", default="", metavar="TEXT", help="Send X-Request-Id: this and the request's number."
+    )
+    server.add_argument(
+        "--profile", action="store_true", help="Have the server record itself meanwhile (its --profiler-config)."
+    )
     datasets.add_dataset_arguments(parser, input_len=1024, output_len=128, num=1000, texts=True)
     requests = parser.add_argument_group("load")
     requests.add_argument("--seed", type=size, default=0, metavar="N", help="Seed of prompts and arrivals.")
@@ -66,10 +81,20 @@ def make_parser() -> FlexibleArgumentParser:
         "--burstiness", type=number, default=1.0, metavar="B",
         help="Shape of the gamma-distributed gaps: 1 is a Poisson process, less is burstier.",
     )  # fmt: skip
+    requests.add_argument(
+        "--ramp-up-strategy", choices=STRATEGIES, help="Let the rate grow from the start's to the end's."
+    )
+    requests.add_argument("--ramp-up-start-rps", type=number, metavar="R", help="Requests per second at the start.")
+    requests.add_argument("--ramp-up-end-rps", type=number, metavar="R", help="Requests per second at the end.")
     requests.add_argument("--max-concurrency", type=size, metavar="N", help="Requests open at once, at most.")
     requests.add_argument("--num-warmups", type=size, default=0, metavar="N", help="Requests before measuring.")
     requests.add_argument("--ignore-eos", action="store_true", help="Generate to the full length.")
     requests.add_argument("--temperature", type=number, default=0.0, metavar="T", help="Sampling temperature.")
+    for name, kind in {"top-p": number, "top-k": size, "min-p": number}.items():
+        requests.add_argument(f"--{name}", type=kind, metavar="N", help="Of sampling; default: the server's.")
+    for name in ("frequency-penalty", "presence-penalty", "repetition-penalty"):
+        requests.add_argument(f"--{name}", type=number, metavar="N", help="Default: the server's.")
+    requests.add_argument("--logprobs", type=size, metavar="N", help="Likeliest tokens to ask for at each place.")
     requests.add_argument("--extra-body", type=json_object, default={}, metavar="JSON", help="More request fields.")
     results = parser.add_argument_group("results")
     results.add_argument(
@@ -82,6 +107,7 @@ def make_parser() -> FlexibleArgumentParser:
     )  # fmt: skip
     results.add_argument("--plot-timeline", action="store_true", help="Draw each request over time, as an HTML page.")
     results.add_argument("--save-result", action="store_true", help="Write the result as JSON.")
+    results.add_argument("--append-result", action="store_true", help="Add the result as a line of the file.")
     results.add_argument("--save-detailed", action="store_true", help="With it, every request's times.")
     results.add_argument("--result-dir", metavar="DIR", help="Where to; default: here.")
     results.add_argument("--result-filename", metavar="FILE", help="Its name; default: made from rate, model and time.")
@@ -103,28 +129,37 @@ def run(args: Namespace) -> None:
         raise ConfigError("request_rate and burstiness must be above 0")
     if args.max_concurrency is not None and args.max_concurrency < 1:
         raise ConfigError(f"max_concurrency={args.max_concurrency} must be at least 1")
+    rate = ramp_up_of(args) or args.request_rate
     metadata = _pairs("--metadata", args.metadata)
-    card = first_model(base_url, headers, args.model)
+    server = Server(base_url, headers, verify=not args.insecure)
+    card = server.model(args.model, patience_s=args.ready_check_timeout_sec)
     model = card["id"]
     if args.dataset_name == datasets.SHAREGPT:
         requests = datasets.sharegpt_requests(
             args.dataset_path,
             args.num_prompts,
             output_len=args.sharegpt_output_len,
-            count_tokens=lambda text: count_tokens(base_url, headers, model, text),
+            count_tokens=lambda text: server.count_tokens(model, text),
             seed=args.seed,
         )
     else:
         requests = datasets.from_args(args, args.vocab_size or _vocab_size(card))
-    bodies = [_body(request, model, args) for request in requests]
-    endpoint = Endpoint(base_url + args.endpoint, headers)
+    bodies = [make_body(request, model, args, lambda ids: server.text_of(model, ids)) for request in requests]
+    endpoint = Endpoint(
+        base_url + (args.endpoint or ENDPOINTS[args.backend]),
+        headers,
+        id_prefix=args.request_id_prefix,
+        insecure=args.insecure,
+    )
     _allow_many_connections()
-    load = asyncio.run(_run_load(endpoint, requests, bodies, args))
+    with server.profiled() if args.profile else contextlib.nullcontext():
+        load = asyncio.run(_run_load(endpoint, requests, bodies, rate, args))
     result = measure(load, percents, limits)
     report(result, args.request_rate, args.max_concurrency, metrics)
-    if args.save_result or args.save_detailed:
+    if args.save_result or args.save_detailed or args.append_result:
         path = _result_path(args, model)
-        save(path, {**_describe(args, model, metadata), **result, **(_details(load) if args.save_detailed else {})})
+        whole = {**_describe(args, model, metadata), **result, **(_details(load) if args.save_detailed else {})}
+        save(path, whole, append=args.append_result)
         print(f"saved to {path}")
     if args.plot_timeline:
         path = _result_path(args, model).with_suffix(".timeline.html")
@@ -145,7 +180,9 @@ class Load:
     peak_concurrency: int
 
 
-async def _run_load(endpoint: Endpoint, requests: list[BenchRequest], bodies: list[bytes], args: Namespace) -> Load:
+async def _run_load(
+    endpoint: Endpoint, requests: list[BenchRequest], bodies: list[bytes], rate: float | RampUp, args: Namespace
+) -> Load:
     for request, body in list(zip(requests, bodies))[: args.num_warmups]:
         answer = await ask(endpoint, body, request.prompt_len)
         if answer.error:
@@ -154,7 +191,7 @@ async def _run_load(endpoint: Endpoint, requests: list[BenchRequest], bodies: li
         return await run_load(
             endpoint,
             [(body, request.prompt_len) for request, body in zip(requests, bodies)],
-            gaps=gaps(len(requests), args.request_rate, args.burstiness, args.seed),
+            gaps=gaps(len(requests), rate, args.burstiness, args.seed),
             max_concurrency=args.max_concurrency,
             on_done=lambda: bar.update(1),
         )
@@ -183,28 +220,9 @@ async def run_load(
         return answer
 
     start, cpu_start = time.perf_counter(), time.process_time()
-    tasks = [asyncio.ensure_future(one(*request)) async for request in _arrivals(requests, gaps, start)]
+    tasks = [asyncio.ensure_future(one(*request)) async for request in paced(requests, gaps, start)]
     answers = await asyncio.gather(*tasks)
     return Load(list(answers), time.perf_counter() - start, time.process_time() - cpu_start, peak)
-
-
-async def _arrivals(requests: list[Any], gaps: Sequence[float], start: float) -> AsyncIterator[Any]:
-    """Each request at its time. Times are added up from the start, so that lateness does not pile up."""
-    due = start
-    for request, gap in zip(requests, gaps):
-        due += gap
-        wait = due - time.perf_counter()
-        if wait > 0:
-            await asyncio.sleep(wait)
-        yield request
-
-
-def gaps(num: int, rate: float, burstiness: float, seed: int) -> list[float]:
-    """Seconds before each arrival: the first comes at once, the mean of the rest is 1 / rate."""
-    if rate == float("inf"):
-        return [0.0] * num
-    draw = random.Random(seed)
-    return [0.0, *(draw.gammavariate(burstiness, 1 / (rate * burstiness)) for _ in range(num - 1))]
 
 
 def measure(
@@ -279,64 +297,12 @@ def report(result: dict[str, Any], rate: float, max_concurrency: int | None, met
         print("The client kept a processor busy: these numbers may be its own. Use fewer requests or another machine.")
 
 
-def first_model(base_url: str, headers: dict[str, str], name: str | None) -> dict[str, Any]:
-    """The server's card of the model, the first if none is named.
-
-    Raises:
-        ConfigError: nobody answers there, or there is no such model.
-    """
-    try:
-        values = {name: value.encode() for name, value in headers.items()}  # a str would have to be ASCII
-        response = httpx.get(f"{base_url}/v1/models", headers=values, timeout=10, trust_env=False)
-        response.raise_for_status()
-        cards = response.json()["data"]
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"no server answers at {base_url}/v1/models ({error}); start one with: minivllm serve MODEL, "
-            "or pass --base-url"
-        ) from error
-    for card in cards:
-        if name is None or card["id"] == name:
-            return card
-    raise ConfigError(f"{base_url} does not serve {name}; it serves {', '.join(card['id'] for card in cards)}")
-
-
-def count_tokens(base_url: str, headers: dict[str, str], model: str, text: str) -> int:
-    """How many tokens the server makes of a text.
-
-    Raises:
-        ConfigError: it does not say.
-    """
-    try:
-        values = {name: value.encode() for name, value in headers.items()}
-        body = {"model": model, "prompt": text}
-        response = httpx.post(f"{base_url}/tokenize", json=body, headers=values, timeout=60, trust_env=False)
-        response.raise_for_status()
-        return int(response.json()["count"])
-    except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{base_url}/tokenize does not count tokens, as sharegpt needs: {error}") from error
-
-
 def _vocab_size(card: dict[str, Any]) -> int:
     """The model's, if the server runs from a directory that we see too; else the bytes that every vocabulary has."""
     try:
         return int(json.loads((Path(card["root"]) / CONFIG).read_text())["vocab_size"])
     except (OSError, ValueError, KeyError, TypeError):
         return 256
-
-
-def _body(request: BenchRequest, model: str, args: Namespace) -> bytes:
-    body = {
-        "model": model,
-        "prompt": request.prompt,
-        "max_tokens": request.output_len,
-        "temperature": args.temperature,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
-    if args.ignore_eos:
-        body["ignore_eos"] = True
-    return json.dumps({**body, **args.extra_body}).encode()
 
 
 def _allow_many_connections() -> None:
@@ -398,6 +364,9 @@ def _describe(args: Namespace, model: str, metadata: dict[str, str]) -> dict[str
         "num_prompts": args.num_prompts,
         "request_rate": args.request_rate if args.request_rate != float("inf") else "inf",
         "burstiness": args.burstiness,
+        "ramp_up_strategy": args.ramp_up_strategy,
+        "ramp_up_start_rps": args.ramp_up_start_rps,
+        "ramp_up_end_rps": args.ramp_up_end_rps,
         "max_concurrency": args.max_concurrency,
         "dataset_name": args.dataset_name,
         "random_input_len": args.random_input_len,

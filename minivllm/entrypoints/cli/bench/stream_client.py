@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import ssl
 import time
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
@@ -40,14 +41,19 @@ class Answer:
 
 
 class Endpoint:
-    """Where requests go: a URL taken apart once, and the headers that each repeats."""
+    """Where requests go: a URL taken apart once, and the headers that each repeats.
 
-    def __init__(self, url: str, headers: dict[str, str]) -> None:
+    id_prefix: with it every request has an X-Request-Id, this and its number. insecure: take any certificate.
+    """
+
+    def __init__(self, url: str, headers: dict[str, str], *, id_prefix: str = "", insecure: bool = False) -> None:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ConfigError(f"{url} is no http URL, such as http://127.0.0.1:8000")
         self.host = parts.hostname
-        self.tls = parts.scheme == "https"
+        self.tls: ssl.SSLContext | bool = parts.scheme == "https"
+        if self.tls and insecure:
+            self.tls = ssl._create_unverified_context()
         self.port = parts.port or (443 if self.tls else 80)
         lines = [
             f"POST {parts.path or '/'}{'?' + parts.query if parts.query else ''} HTTP/1.1",
@@ -56,12 +62,17 @@ class Endpoint:
             "Connection: close",
             *(f"{name}: {value}" for name, value in headers.items()),
         ]
-        if any("\n" in line or "\r" in line for line in lines):
+        self._id_prefix, self._num_requests = id_prefix, 0
+        if any("\n" in line or "\r" in line for line in [*lines, id_prefix]):
             raise ConfigError("a header must not contain a line break")
         self._head = "\r\n".join(lines)
 
     def request(self, body: bytes) -> bytes:
-        return f"{self._head}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+        head = f"{self._head}\r\nContent-Length: {len(body)}"
+        if self._id_prefix:
+            head += f"\r\nX-Request-Id: {self._id_prefix}{self._num_requests}"
+            self._num_requests += 1
+        return f"{head}\r\n\r\n".encode() + body
 
 
 async def ask(endpoint: Endpoint, body: bytes, prompt_len: int) -> Answer:
@@ -115,6 +126,8 @@ def _take(event: bytes, now: float, answer: Answer) -> bool:
     if b'"choices":[]' in event or b'"choices": []' in event or event.startswith((b'data: {"error"', b'data:{"error"')):
         _take_last_words(json.loads(event[5:]), answer)
         return False
+    if b'"role"' in event and b'"content":""' in event:
+        return False  # a chat begins with the role of who answers, before there is a token
     elapsed = now - answer.start
     if answer.first_token_s == 0.0:
         answer.first_token_s = elapsed
@@ -130,6 +143,7 @@ def _take_last_words(event: dict, answer: Answer) -> None:
         answer.error = str(error.get("message", error) if isinstance(error, dict) else error)
     elif event.get("usage"):
         answer.num_output_tokens = event["usage"]["completion_tokens"]
+        answer.prompt_len = event["usage"].get("prompt_tokens", answer.prompt_len)
 
 
 class _Unchunker:

@@ -25,6 +25,7 @@ from minivllm.reasoning.counter import ReasoningCounter
 from minivllm.tool_parsers.pieces import Piece
 
 if TYPE_CHECKING:
+    from minivllm.metrics.serving import ToolCallMetrics
     from minivllm.tokenizer.tokenizer import Tokenizer
 
 
@@ -65,6 +66,8 @@ class ChatJob:
     tokenizer: Tokenizer
     outputs: AsyncGenerator[RequestOutput, None]
     shows_cached: bool = False
+    api: str = "chat"  # through which it came
+    tool_metrics: ToolCallMetrics | None = None
     prompt_logprobs: PromptLogprobs | None = None
     _num_tokens: dict[int, int] = field(default_factory=dict)  # generated so far, by answer
     _parsers: dict[int, AnswerParser] = field(default_factory=dict)  # by answer
@@ -108,6 +111,13 @@ class ChatJob:
         pieces = parser.feed(answer.text)
         if answer.finish_reason is not None:
             pieces += parser.finish()
+            if self.tool_metrics is not None and parser.reads_calls:
+                self.tool_metrics.count(
+                    self.api,
+                    is_stream=self.request.stream,
+                    num_complete=parser.num_complete_calls,
+                    num_cut=parser.num_cut_calls,
+                )
         return AnswerDelta(
             index=index,
             pieces=pieces,

@@ -61,8 +61,8 @@ class ServingChat(ServingBase):
         self._models.resolve(request.model)
         return len((await self._prompt(request)).token_ids)
 
-    async def begin(self, request: ChatCompletionRequest, raw_request: Request) -> ChatJob:
-        """Ask the engine.
+    async def begin(self, request: ChatCompletionRequest, raw_request: Request, *, api: str = "chat") -> ChatJob:
+        """Ask the engine. api: through which one the request came.
 
         Raises:
             RequestError: the request is wrong.
@@ -105,6 +105,8 @@ class ServingChat(ServingBase):
             tokenizer=tokenizer,
             outputs=self._generate(token_ids, params, request, answering, request.num_logprobs),
             shows_cached=self._settings.shows_cached_tokens,
+            api=api,
+            tool_metrics=self._settings.tool_metrics,
         )
 
     async def _prompt(self, request: ChatCompletionRequest) -> ChatPrompt:

@@ -36,10 +36,10 @@ class AbortRequest(BaseModel):
 async def reset_prefix_cache(
     raw_request: Request, reset_running_requests: bool = False, reset_external: bool = False
 ) -> Response:
-    """{"success": false} while a request still holds cached blocks. There is no external cache to reset."""
-    if reset_running_requests:
-        raise NotImplementedHereError("reset_running_requests is not supported; POST /pause first, then reset")
-    return JSONResponse({"success": await raw_request.app.state.engine.reset_prefix_cache()})
+    """{"success": false} while a request still holds cached blocks, unless those are reset too: they compute again what
+    they had. There is no external cache to reset."""
+    done = await raw_request.app.state.engine.reset_prefix_cache(reset_running_requests)
+    return JSONResponse({"success": done})
 
 
 @router.post("/pause")
@@ -71,14 +71,18 @@ async def is_paused(raw_request: Request) -> Response:
 async def sleep(raw_request: Request, level: int = 1, mode: Literal["abort", "wait", "keep"] = "abort") -> Response:
     """Give back the KV cache's memory, at level 2 the weights' too. Open requests are aborted, waited for, or kept;
     those that are kept, and those that come, wait for /wake_up."""
-    await raw_request.app.state.engine.sleep(level, mode)
+    state = raw_request.app.state
+    with state.sleep_metrics.operation("sleep"):
+        await state.engine.sleep(level, mode)
     return JSONResponse({"status": "sleeping", "level": level})
 
 
 @router.post("/wake_up")
 async def wake_up(raw_request: Request, tags: Annotated[list[str] | None, Query()] = None) -> Response:
     """Have memory again: what the tags name (weights, kv_cache), or all of it; requests go on when all is back."""
-    is_awake = await raw_request.app.state.engine.wake_up(tags)
+    state = raw_request.app.state
+    with state.sleep_metrics.operation("wake_up"):
+        is_awake = await state.engine.wake_up(tags)
     return JSONResponse({"status": "awake" if is_awake else "sleeping", "tags": tags})
 
 

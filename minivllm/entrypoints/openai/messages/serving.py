@@ -66,7 +66,7 @@ class ServingMessages:
         """
         asked = to_chat(request)
         try:
-            job = await self._chat.begin(asked, raw_request)
+            job = await self._chat.begin(asked, raw_request, api="messages")
             message = Message("msg_" + job.answering.id.removeprefix("chatcmpl-"), job.answering.model, [])
             events = _events(job, _Maker(message))
             if not request.stream:

@@ -77,7 +77,7 @@ class ServingResponses:
         body = _begin(request)
         body.store = body.store and self._stores
         try:
-            job = await self._chat.begin(asked, raw_request)
+            job = await self._chat.begin(asked, raw_request, api="responses")
             body.model = job.answering.model
             maker = _Maker(body)
             events = self._events(job, maker, messages)

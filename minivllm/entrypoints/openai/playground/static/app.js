@@ -95,7 +95,7 @@ const THEMES = { auto: "Auto", light: "Light", dark: "Dark" };
 function setTheme(name) {
   if (name === "auto") delete document.documentElement.dataset.theme;
   else document.documentElement.dataset.theme = name;
-  byId("theme").textContent = `◐ ${THEMES[name]}`;
+  byId("theme").textContent = THEMES[name];
   byId("theme").setAttribute("aria-label", `Theme: ${THEMES[name]}`);
   engine.draw();
 }

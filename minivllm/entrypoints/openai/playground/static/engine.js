@@ -4,7 +4,8 @@ import { colourOf, drawBars, drawLines, drawMap } from "./draw.js";
 import { Meter, countBlocks, mapSquares, niceTop, readBlocks, show } from "./meter.js";
 import { readEvents } from "./stream.js";
 
-const MAP_HEIGHT = 240; // pixels, for all engines together
+const MAP_HEIGHTS = [120, 320]; // pixels, for all engines together: at least, at most
+const BELOW_MAP = 48; // its caption, and the panel's padding
 const RETRY_MS = [500, 1000, 2000, 5000];
 const STATES = ["free", "cached", "in use", "shared"];
 const SPEAK_EVERY_MS = 4000; // how often a canvas's description may change under a screen reader
@@ -132,7 +133,9 @@ export class EngineView {
       maps.append(canvas);
     }
     const colours = STATES.map((_, state) => colourOf(`.swatch.block${state}`));
-    const drawn = this.#maps.map((states) => mapSquares(states, maps.clientWidth, MAP_HEIGHT / engines.length));
+    const room = this.panel.clientHeight - maps.offsetTop - BELOW_MAP;
+    const height = Math.min(Math.max(room, MAP_HEIGHTS[0]), MAP_HEIGHTS[1]) / engines.length;
+    const drawn = this.#maps.map((states) => mapSquares(states, maps.clientWidth, height));
     drawn.forEach((map, i) => drawMap(maps.children[i], map, colours));
     const each = drawn[0].each * engines[0].block_stride;
     const square = each > 1 ? `A square is ${each} blocks, as the busiest of them is` : "A square is a block";

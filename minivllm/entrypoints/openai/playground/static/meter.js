@@ -42,8 +42,10 @@ export class Meter {
     while (this.readings.length > 2 && this.readings[1].time < now.time - WINDOW_S) this.readings.shift();
     if (previous && now.time - previous.time < GAP_S) this.#spread(previous, now);
     const bucket = this.#bucket(Math.floor(now.time / BUCKET_S));
-    bucket.running = Math.max(bucket.running, now.running);
-    bucket.waiting = Math.max(bucket.waiting, now.waiting);
+    if (now.running + now.waiting >= bucket.running + bucket.waiting) {
+      bucket.running = now.running; // the fullest moment of a bucket stands for it
+      bucket.waiting = now.waiting;
+    }
     const oldest = Math.floor(now.time / BUCKET_S) - WINDOW_S / BUCKET_S;
     for (const number of this.buckets.keys()) if (number < oldest) this.buckets.delete(number);
     return now;
@@ -117,16 +119,17 @@ export function countBlocks(states, numBlocks) {
 }
 
 /** A square for each block or, where that would be too small to see, for several, as the busiest of them is. */
-export function mapSquares(states, width, maxHeight, least = 7) {
+export function mapSquares(states, width, maxHeight, least = 6) {
   const most = Math.max(1, Math.floor(width / least) * Math.max(1, Math.floor(maxHeight / least)));
   const each = Math.max(1, Math.ceil(states.length / most));
   const squares = new Uint8Array(Math.ceil(states.length / each));
   for (let i = 0; i < squares.length; i++) squares[i] = Math.max(...states.subarray(i * each, (i + 1) * each));
   const columnsOf = (side) => Math.max(1, Math.floor(width / side));
   const rowsOf = (side) => Math.ceil(squares.length / columnsOf(side));
+  const sizeOf = (side) => width / columnsOf(side); // a little larger, so that the rows are full
   let side = 18;
-  while (side > least && rowsOf(side) * side > maxHeight) side--;
-  return { squares, each, size: width / columnsOf(side), columns: columnsOf(side), rows: rowsOf(side) };
+  while (side > least && rowsOf(side) * sizeOf(side) > maxHeight) side--;
+  return { squares, each, size: sizeOf(side), columns: columnsOf(side), rows: rowsOf(side) };
 }
 
 /** A round number at or above the largest value, for the top of a chart. */

@@ -1,0 +1,161 @@
+"""Each kernel alone, at sizes of an 8B-shape model: bytes or operations a second, as a share of the card's ceiling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+
+from benchmarks.gpu.clock import Ceilings, Clock
+from minivllm.ops import cuda
+from minivllm.ops.kv_layout import RowLayout
+from minivllm.ops.op import OpSpec
+from minivllm.ops.paged_attention import Options
+
+HIDDEN, INNER, HEADS, KV_HEADS, HEAD_DIM = 4096, 14336, 32, 8, 128
+
+
+class Kernel(NamedTuple):
+    name: str
+    work: Callable[[], object]
+    num_bytes: int = 0  # that must be read and written
+    num_flops: int = 0
+
+
+class Result(NamedTuple):
+    name: str
+    seconds: float
+    rate: str
+    share: float  # of the ceiling that binds
+
+
+def measure(kernel: Kernel, clock: Clock, ceilings: Ceilings) -> Result:
+    seconds = clock.seconds(kernel.work)
+    by_bytes, by_flops = kernel.num_bytes / ceilings.bandwidth, kernel.num_flops / ceilings.flops
+    if by_bytes >= by_flops:
+        rate = f"{kernel.num_bytes / seconds / 1e9:,.0f} GB/s"
+    else:
+        rate = f"{kernel.num_flops / seconds / 1e12:,.0f} TFLOP/s"
+    return Result(kernel.name, seconds, rate, max(by_bytes, by_flops) / seconds)
+
+
+class Attention:
+    """A cache that is full of requests of one length, each in blocks of its own, dealt at random."""
+
+    def __init__(
+        self, batch: int, context: int, query_len: int, kv_dtype: str = "bfloat16", block_size: int = 64
+    ) -> None:
+        device = "cuda"
+        self.layout = RowLayout(kv_dtype, KV_HEADS, HEAD_DIM, block_size)
+        blocks = -(-context // block_size)
+        order = torch.randperm(batch * blocks, device=device).int()
+        self.table = order.view(batch, blocks)
+        shape = self.layout.shape(batch * blocks)
+        self.cache = torch.randint(
+            0, 64, shape, dtype=torch.uint8, device=device
+        )  # small numbers in any type
+        self.q = torch.randn(batch * query_len, HEADS, HEAD_DIM, device=device).bfloat16()
+        self.seq_lens = torch.full((batch,), context, dtype=torch.int32, device=device)
+        self.starts = torch.arange(batch + 1, dtype=torch.int32, device=device) * query_len
+        self.context, self.query_len, self.batch = context, query_len, batch
+        self.options = Options(scale=HEAD_DIM**-0.5)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.cache.nbytes + 2 * self.q.nbytes
+
+    @property
+    def num_flops(self) -> int:
+        """Of what is seen: two products."""
+        seen = self.query_len * self.context - self.query_len * (self.query_len - 1) // 2
+        return 4 * HEADS * HEAD_DIM * seen * self.batch
+
+    def triton(self, *, batch_invariant: bool = False) -> object:
+        from minivllm.ops.triton.paged_attention import BatchShape, paged_attention
+
+        return paged_attention(
+            self.q, self.cache, self.table, self.seq_lens, self.starts, layout=self.layout, options=self.options,
+            shape=BatchShape(self.query_len, self.context), batch_invariant=batch_invariant,
+        )  # fmt: skip
+
+    def cuda(self) -> object:
+        return cuda.decode_attention(
+            self.q, self.cache, self.table, self.seq_lens,
+            layout=self.layout, options=self.options, max_seq_len=self.context,
+        )  # fmt: skip
+
+    def kernels(self) -> Iterator[Kernel]:
+        what = f"{self.batch} × {self.query_len} rows over {self.context:,} tokens, {self.layout.dtype}"
+        yield Kernel(f"attention (triton), {what}", self.triton, self.num_bytes, self.num_flops)
+        yield Kernel(
+            f"attention (triton, batch invariant), {what}",
+            lambda: self.triton(batch_invariant=True), self.num_bytes, self.num_flops,
+        )  # fmt: skip
+        if self.query_len == 1:
+            why_not = cuda.decode_why_not(self.q.dtype, self.layout, HEADS // KV_HEADS)
+            if why_not is None:
+                yield Kernel(f"attention (CUDA C++), {what}", self.cuda, self.num_bytes, self.num_flops)
+            else:
+                print(f"attention (CUDA C++) is left out: {why_not}")
+
+
+def attention_kernels() -> Iterator[Kernel]:
+    for batch, context in ((1, 131072), (8, 32768), (64, 8192), (256, 2048)):
+        yield from Attention(batch, context, 1).kernels()
+    for kv_dtype in ("fp8_e4m3", "int8"):
+        yield from Attention(64, 8192, 1, kv_dtype).kernels()
+    for batch, length in ((1, 8192), (4, 2048)):
+        yield from Attention(batch, length, length).kernels()
+
+
+def other_kernels() -> Iterator[Kernel]:
+    from minivllm.layers.linear import linear_class
+    from minivllm.ops.activation import silu_mul
+    from minivllm.ops.kv_write import kv_write
+    from minivllm.ops.rms_norm import rms_norm
+    from minivllm.ops.rotary import rotary
+
+    device, dtype = "cuda", torch.bfloat16
+    for rows in (1, 64, 8192):
+        spec = OpSpec(device, dtype)
+        x = torch.randn(rows, HIDDEN, device=device).to(dtype)
+        weight = torch.ones(HIDDEN, device=device).to(dtype)
+        norm = rms_norm.select(spec)
+        yield Kernel(f"RMSNorm, {rows} rows", lambda x=x, w=weight, f=norm: f(x, w, 1e-5), 2 * x.nbytes)
+        gate_up = torch.randn(rows, 2 * INNER, device=device).to(dtype)
+        activate = silu_mul.select(spec)
+        yield Kernel(f"SiLU·mul, {rows} rows", lambda g=gate_up, f=activate: f(g), 3 * gate_up.nbytes // 2)
+        qkv = torch.randn(rows, HEADS + 2 * KV_HEADS, HEAD_DIM, device=device).to(dtype)
+        q, k, v = qkv.split([HEADS, KV_HEADS, KV_HEADS], dim=1)
+        positions = torch.arange(rows, device=device)
+        table = torch.randn(max(rows, 2), HEAD_DIM, device=device)
+        turn = rotary.select(spec)
+        yield Kernel(
+            f"rotary, {rows} rows", lambda a=(positions, q, k, table, None), f=turn: f(*a),
+            2 * (q.numel() + k.numel()) * 2,
+        )  # fmt: skip
+        layout = RowLayout("bfloat16", KV_HEADS, HEAD_DIM, 64)
+        cache = torch.zeros(layout.shape(-(-rows // 64)), dtype=torch.uint8, device=device)
+        write = kv_write.select(
+            OpSpec(device, dtype, {"head_dim": HEAD_DIM, "block_size": 64, "group": HEADS // KV_HEADS})
+        )
+        yield Kernel(
+            f"KV write, {rows} rows", lambda a=(k, v, cache, positions), f=write, y=layout: f(*a, layout=y),
+            4 * k.numel() * 2,
+        )  # fmt: skip
+        for format_, label in ((None, "cuBLAS"), ("int8", "int8"), ("batch_invariant", "batch invariant")):
+            try:
+                make = linear_class(INNER, HIDDEN, dtype=dtype, device=device, quantization=format_)
+            except (KeyError, ValueError) as error:
+                print(f"linear ({label}) is left out: {error}")
+                continue
+            linear = make(INNER, HIDDEN, dtype)
+            linear.load_rows(0, torch.randn(INNER, HIDDEN, device=device))
+            num_bytes = linear.nbytes + x.nbytes + rows * INNER * 2
+            yield Kernel(
+                f"linear ({label}), {rows} rows",
+                lambda f=linear, x=x: f(x),
+                num_bytes,
+                2 * rows * HIDDEN * INNER,
+            )

@@ -1,0 +1,16 @@
+"""What the model runs on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class DeviceConfig:
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: an NVIDIA GPU (compute capability 8.0 or above, with Triton installed) where torch finds one, else the
+    CPU."""
+    batch_invariant: bool = False
+    """On a GPU: a row's bits never depend on what else is in the batch, on how a prompt was chunked or on what was
+    cached. Slower; docs/gpu.md says by how much, once it is measured. On a CPU this is always so."""

@@ -1,0 +1,98 @@
+"""`ops/linear.py` by cuBLAS: a plain matrix on the device, multiplied in its own type with float32 sums.
+
+cuBLAS chooses its kernel by the number of rows, so a row's bits may depend on how many others there are. With
+`--batch-invariant` one Triton kernel serves every number of rows instead.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from minivllm.ops.activation import silu_mul
+from minivllm.ops.linear import DenseLinear, check_input
+from minivllm.ops.op import OpSpec
+
+
+class CublasLinear(DenseLinear):
+    def __init__(
+        self,
+        out_features: int,
+        in_features: int,
+        dtype: torch.dtype,
+        *,
+        gated: bool = False,
+        device: str = "cuda",
+    ) -> None:
+        super().__init__(out_features, in_features, dtype, gated=gated, device=device)
+        self._silu_mul = silu_mul.select(OpSpec(device, dtype)) if gated else None
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+        *,
+        addend: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        check_input(self, x, bias, addend)
+        out_dtype = out_dtype or x.dtype
+        if addend is not None:
+            y = self._sums(x, bias, addend).to(out_dtype)
+        elif out_dtype == x.dtype:
+            y = self._multiply(x, bias)
+        else:
+            y = self._multiply_to(x, out_dtype)
+            if bias is not None:
+                y += bias
+        return y if out is None else out.copy_(y)
+
+    def add_to(
+        self,
+        residual: torch.Tensor,
+        x: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        *,
+        addend: torch.Tensor | None = None,
+    ) -> None:
+        if bias is not None or addend is not None:
+            residual += self(x, bias, addend=addend)
+            return
+        check_input(self, x, None, None)
+        self._add(residual, x)
+
+    def silu_mul(
+        self,
+        x: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        *,
+        addend: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        y = self._silu_mul(self(x, bias, addend=addend))
+        return y if out is None else out.copy_(y)
+
+    def _sums(self, x: torch.Tensor, bias: torch.Tensor | None, addend: torch.Tensor | None) -> torch.Tensor:
+        y = self._multiply_to(x, torch.float32)
+        if addend is not None:
+            y += addend
+        if bias is not None:
+            y += bias
+        return y
+
+    # The product itself ------------------------------------------------------------
+
+    def _multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return torch.nn.functional.linear(x, self._weight, bias)
+
+    def _multiply_to(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The product, rounded once to a wider type than x's."""
+        if x.dtype == dtype:
+            return self._multiply(x, None)
+        if x.is_cuda and dtype == torch.float32:
+            return torch.mm(x, self._weight.t(), out_dtype=dtype)
+        return (x.float() @ self._weight.float().t()).to(dtype)  # only where a test runs this on a CPU
+
+    def _add(self, residual: torch.Tensor, x: torch.Tensor) -> None:
+        """residual += the product, rounded once."""
+        residual.addmm_(x, self._weight.t())

@@ -1,0 +1,201 @@
+"""What an engine on a GPU must keep, checked with tiny random models; part of `python -m tests.gpu`.
+
+Each check takes a `Device` and gives a `Finding`. On a CPU the same checks run on the device that is none
+(tests/worker/test_gpu_checks.py), which proves the checks, not the card.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from minivllm.config.device import DeviceConfig
+from minivllm.platforms.platform import Platform, detect
+from minivllm.sampling_params import SamplingParams
+from tests.models.loop import Answer, Loop
+
+_EXAMPLES = str(Path(__file__).resolve().parents[2] / "examples")
+PROMPT_LENGTHS = (150, 33, 64, 5, 97, 1)
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"arch": "llama"},
+    "mistral with a window": {"arch": "mistral", "sliding_window": 40},
+    "qwen2": {"arch": "qwen2"},
+    "qwen3": {"arch": "qwen3"},
+    "gemma2": {"arch": "gemma2", "num_layers": 3, "sliding_window": 40},
+    "gemma3": {"arch": "gemma3", "num_layers": 3, "sliding_window_pattern": 3, "sliding_window": 40},
+}
+
+
+class Finding(NamedTuple):
+    difference: float
+    tolerance: float  # good if the difference is no larger
+
+
+@dataclass
+class Device:
+    """Where the engine runs. One platform for all checks of a card; of the fake one, one a model."""
+
+    name: str = "cuda"
+    new_platform: Callable[[bool], Platform] = field(
+        default=lambda batch_invariant: detect(DeviceConfig("cuda", batch_invariant))
+    )
+    dtype: str = "bfloat16"  # where bits are compared
+
+    def loop(self, model: Path, *, batch_invariant: bool = False, **options: Any) -> Loop:
+        options.setdefault("max_model_len", 512)
+        return Loop(
+            model, platform=self.new_platform(batch_invariant), batch_invariant=batch_invariant, **options
+        )
+
+
+def _model(directory: str, dtype: str = "float32", **shape: Any) -> Path:
+    if _EXAMPLES not in sys.path:
+        sys.path.insert(0, _EXAMPLES)
+    from make_random_model import make_model
+
+    return make_model(Path(directory), dtype=dtype, **{"arch": "qwen3", "seed": 3, **shape})
+
+
+def _prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(7)
+    return [torch.randint(0, 490, (n,), generator=generator).tolist() for n in PROMPT_LENGTHS]
+
+
+def _mixed() -> list[SamplingParams]:
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 0}, {"temperature": 0.9}, {"temperature": 0.8, "top_p": 0.9, "top_k": 40},
+        {"temperature": 0.7, "repetition_penalty": 1.2}, {"temperature": 0, "logprobs": 3}, {"temperature": 1.1, "min_p": 0.05},
+    ]  # fmt: skip
+    return [SamplingParams(max_tokens=16 + 3 * i, ignore_eos=True, **kind) for i, kind in enumerate(kinds)]
+
+
+def _num_different(answers: list[Answer], expected: list[Answer]) -> float:
+    """How many requests have other tokens or logprobs, to the bit."""
+    return float(sum(ours != its for ours, its in zip(answers, expected, strict=True)))
+
+
+# Checks ----------------------------------------------------------------------
+
+
+def parity(device: Device, shape: dict[str, Any]) -> Finding:
+    """Logprobs of greedy tokens beside transformers' in float32; 1 and more: a token that is not its best."""
+    from transformers import AutoModelForCausalLM
+
+    with tempfile.TemporaryDirectory() as directory:
+        path = _model(directory, **shape)
+        where = "cuda" if device.name == "cuda" else "cpu"
+        hf = (
+            AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+            .to(where)
+            .eval()
+        )
+        params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logprobs=3)
+        worst = 0.0
+        for prompt, answer in zip(_prompts(), device.loop(path).run(_prompts(), params)):
+            with torch.inference_mode():
+                logits = hf(torch.tensor([prompt + answer.tokens], device=where)).logits[0].float().cpu()
+            expected = logits.log_softmax(-1)[len(prompt) - 1 : -1]
+            for row, token, found in zip(expected, answer.tokens, answer.logprobs):
+                worst = max(worst, *(abs(value - row[i].item()) for i, value in found.items()))
+                if row.max() - row[token] > 1e-4:
+                    worst = max(worst, 1.0)
+    return Finding(worst, 1e-3)
+
+
+def schedule_independence(device: Device) -> Finding:
+    """With --batch-invariant: requests alone, and the same together, in chunks, preempted, ahead of their tokens."""
+    with tempfile.TemporaryDirectory() as directory:
+        path, prompts, params = _model(directory, device.dtype), _prompts(), _mixed()
+
+        def loop(**options: Any) -> Loop:
+            return device.loop(path, batch_invariant=True, **options)
+
+        alone = loop(enable_prefix_caching=False)
+        expected = [
+            alone.run([prompt], [each], seeds=[i])[0] for i, (prompt, each) in enumerate(zip(prompts, params))
+        ]
+        different = 0.0
+        for options in (
+            {}, {"max_num_batched_tokens": 48}, {"plans_in_flight": 2}, {"enforce_eager": True},
+            {"num_gpu_blocks_override": 10, "max_model_len": 256, "plans_in_flight": 2},
+        ):  # fmt: skip
+            different += _num_different(loop(**options).run(prompts, params, stagger=2), expected)
+    return Finding(different, 0.0)
+
+
+def graphs_against_eager(device: Device) -> Finding:
+    """The same answers, to the bit, with captured decodes and without: the same kernels on the same rows."""
+    with tempfile.TemporaryDirectory() as directory:
+        path, prompts, params = _model(directory, device.dtype), _prompts(), _mixed()
+        eager = device.loop(path, enforce_eager=True, batch_invariant=True).run(prompts, params)
+        captured = device.loop(path, batch_invariant=True).run(prompts, params)
+    return Finding(_num_different(captured, eager), 0.0)
+
+
+def memory_accounting(device: Device) -> Finding:
+    """Bytes above --gpu-memory-utilization of what was free, after a busy run; a tenth of a percent is let pass."""
+    share = 0.3
+    platform = device.new_platform(False)
+    free = platform.memory_available_bytes()
+    with tempfile.TemporaryDirectory() as directory:
+        loop = device.loop(
+            _model(directory, device.dtype),
+            num_gpu_blocks_override=None,
+            gpu_memory_utilization=share,
+            max_num_seqs=64,
+        )
+        loop.run(_prompts() * 8, _mixed() * 8)
+        used = max(0, free - platform.memory_available_bytes())
+    return Finding(max(0.0, used - share * free), free / 1000)
+
+
+def server(device: Device) -> Finding:
+    """A server of its own process: an answer streams, and is the one that comes whole."""
+    from tests.e2e.server import Server
+
+    with tempfile.TemporaryDirectory() as directory, tempfile.TemporaryDirectory() as run_dir:
+        options = ["--max-model-len", "512", "--async-scheduling", "--device", device.name]
+        running = Server(_model(directory), *options, run_dir=Path(run_dir))
+        try:
+            body = {
+                "model": directory,
+                "prompt": "one two three",
+                "max_tokens": 20,
+                "temperature": 0,
+                "ignore_eos": True,
+            }
+
+            def post(**more: Any) -> str:
+                request = urllib.request.Request(
+                    f"{running.url}/v1/completions", json.dumps({**body, **more}).encode(),
+                    {"Content-Type": "application/json"},
+                )  # fmt: skip
+                with urllib.request.urlopen(request, timeout=60) as answer:
+                    return answer.read().decode()
+
+            whole = json.loads(post())["choices"][0]["text"]
+            events = [line[6:] for line in post(stream=True).splitlines() if line.startswith("data: {")]
+            streamed = "".join(json.loads(event)["choices"][0]["text"] for event in events)
+        finally:
+            running.stop()
+    return Finding(float(not whole or whole != streamed), 0.0)
+
+
+CHECKS: dict[str, Callable[[Device], Finding]] = {
+    **{
+        f"engine_parity_{name.replace(' ', '_')}": (lambda device, shape=shape: parity(device, shape))
+        for name, shape in FAMILIES.items()
+    },
+    "engine_schedule_independence": schedule_independence,
+    "engine_graphs_against_eager": graphs_against_eager,
+    "engine_memory_accounting": memory_accounting,
+    "engine_server": server,
+}

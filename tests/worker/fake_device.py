@@ -1,0 +1,86 @@
+"""A device that is none: tensors apart from the host's, events never early, graphs that know no later step.
+
+What the runner does for a GPU, it does here: copies through pinned memory, padded decodes, tokens that stay there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from minivllm.attention.backend import StepInputs
+from minivllm.attention.backends.cpu_native import CpuNativeBackend, Metadata
+from minivllm.platforms.cpu import CpuPlatform
+from minivllm.platforms.platform import Graphs
+
+
+class FakeEvent:
+    """Never there before it is waited for."""
+
+    def __init__(self) -> None:
+        self.is_waited_for = False
+
+    def query(self) -> bool:
+        return False
+
+    def synchronize(self) -> None:
+        self.is_waited_for = True
+
+
+class FakeGraphs(Graphs):
+    """A replay runs the step as it was captured, and leaves its results where the capture's lie."""
+
+    def __init__(self) -> None:
+        self.num_rows: list[int] = []  # of each capture
+        self.num_replays = 0
+
+    def capture(self, step: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[Callable[[], None], Any]:
+        results = step()
+        self.num_rows.append(len(results[0]))
+
+        def replay() -> None:
+            self.num_replays += 1
+            for place, value in zip(results, step()):
+                place.copy_(value)
+
+        for place in results:
+            place.zero_()  # a capture computes nothing
+        return replay, results
+
+
+class FakeDevice(CpuPlatform):
+    name = "fake"
+    is_host = False
+    block_size_multiple = 16
+    default_memory_utilization = 0.5
+
+    def __init__(self, free_bytes: int = 1 << 30) -> None:
+        super().__init__()
+        self.graphs = FakeGraphs()
+        self.num_events = 0
+        self._free_bytes = free_bytes
+
+    def memory_available_bytes(self) -> int:
+        return self._free_bytes
+
+    def record_event(self) -> FakeEvent:
+        self.num_events += 1
+        return FakeEvent()
+
+    def peak_bytes_of(self, step: Callable[[], object]) -> int:
+        step()
+        return 5 << 20
+
+
+class FakeDeviceBackend(CpuNativeBackend):
+    """The CPU's attention, which learns nothing of a step before it runs, and lets rows of no request see one token."""
+
+    def build_metadata(self, step: StepInputs) -> Metadata:
+        return Metadata(step, None)
+
+    def forward(self, q, k, v, kv_cache, metadata, *, options):
+        step = replace(metadata.step, seq_lens=metadata.step.seq_lens.clamp_min(1))
+        return super().forward(q, k, v, kv_cache, Metadata(step, None), options=options)

@@ -1,0 +1,157 @@
+"""The runner as it serves a GPU, on a device that is none (fake_device.py): the answers are the CPU's, to the bit."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from make_random_model import make_model
+from safetensors.torch import load_file, save_file
+
+from minivllm import LLM
+from minivllm.attention import registry
+from minivllm.exceptions import ConfigError, ModelFilesError
+from minivllm.models.loader import PinnedStream
+from minivllm.sampling_params import SamplingParams
+from minivllm.worker.buffers import Staging
+from minivllm.worker.graphs import padded_size
+from tests.models.loop import Loop
+from tests.worker.fake_device import FakeDevice
+
+PROMPTS = [[(i * 31 + length) % 490 for i in range(length)] for length in (60, 3, 62, 33, 1, 90, 17)]
+MIXED = [
+    SamplingParams(temperature=0, max_tokens=20, ignore_eos=True),
+    SamplingParams(temperature=0.9, max_tokens=30, ignore_eos=True),
+    SamplingParams(temperature=0.8, top_p=0.9, top_k=40, max_tokens=25, ignore_eos=True),
+    SamplingParams(
+        temperature=0.7, repetition_penalty=1.3, frequency_penalty=0.2, max_tokens=25, ignore_eos=True
+    ),
+    SamplingParams(temperature=0, logprobs=3, max_tokens=12, ignore_eos=True),
+    SamplingParams(temperature=1.1, min_p=0.05, logit_bias={7: 3.0}, max_tokens=18, ignore_eos=True),
+    SamplingParams(temperature=0, prompt_logprobs=2, max_tokens=5, ignore_eos=True),
+]
+
+
+@pytest.fixture(autouse=True)
+def its_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_BACKENDS", ["tests.worker.fake_device:FakeDeviceBackend"])
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("device"), arch="qwen3", dtype="float32", seed=3)
+
+
+@pytest.fixture(scope="module")
+def expected(model: Path):
+    return Loop(model, enforce_eager=True).run(PROMPTS, MIXED)
+
+
+def test_its_answers_are_the_cpus_whatever_each_request_asks_for(model: Path, expected):
+    platform = FakeDevice()
+    loop = Loop(model, platform=platform)
+    assert loop.run(PROMPTS, MIXED) == expected
+    assert platform.graphs.num_replays > 10
+
+
+@pytest.mark.parametrize(
+    "options", [{"enforce_eager": True}, {"max_num_batched_tokens": 32}, {"max_num_seqs": 2}]
+)
+def test_neither_graphs_nor_chunks_nor_batches_change_an_answer(model: Path, expected, options):
+    loop = Loop(model, platform=FakeDevice(), **options)
+    assert loop.run(PROMPTS, MIXED, stagger=2) == expected
+
+
+def test_two_plans_in_flight_give_the_same_answers_though_the_host_sees_tokens_late(model: Path, expected):
+    loop = Loop(model, platform=FakeDevice(), plans_in_flight=2)
+    assert loop.run(PROMPTS, MIXED) == expected
+
+
+def test_tokens_that_only_the_device_knows_survive_preemption(model: Path, expected):
+    loop = Loop(model, platform=FakeDevice(), plans_in_flight=2, num_gpu_blocks_override=8, max_model_len=128)
+    assert loop.run(PROMPTS, MIXED) == expected
+    assert loop.num_preemptions > 0
+
+
+def test_decodes_are_padded_to_few_sizes_and_each_is_captured_once(model: Path):
+    platform = FakeDevice()
+    greedy = [SamplingParams(temperature=0, max_tokens=4 + 3 * i, ignore_eos=True) for i in range(11)]
+    Loop(model, platform=platform).run([[i + 1, 5, 9] for i in range(11)], greedy)
+    assert sorted(platform.graphs.num_rows) == sorted(set(platform.graphs.num_rows))
+    assert set(platform.graphs.num_rows) <= {1, 2, 4, 8, 16}
+
+
+def test_sizes_waste_at_most_an_eighth_where_it_matters():
+    sizes = {padded_size(n) for n in range(1, 513)}
+    assert len(sizes) < 40
+    assert all(n <= padded_size(n) <= max(8, n + 31) for n in range(1, 513))
+    assert padded_size(1000) == 1000
+
+
+def test_the_cache_is_a_share_of_what_was_free_when_weights_and_the_largest_step_are_taken_off(model: Path):
+    ready = Loop(model, platform=FakeDevice(256 << 20), num_gpu_blocks_override=None, max_num_seqs=4).ready
+    half, measured = 128 << 20, 5 << 20
+    assert half - 2 * measured < ready.kv_cache_bytes < half - measured
+    with pytest.raises(ConfigError, match="lower it"):
+        Loop(model, platform=FakeDevice(1 << 30), num_gpu_blocks_override=None, kv_cache_memory_bytes=1 << 30)
+
+
+def test_an_upload_takes_what_the_host_had_then_and_its_place_is_not_reused_before_it_was_fetched():
+    platform = FakeDevice()
+    staging = Staging(platform)
+    mirror = staging.mirror((4,), np.int64)
+    for step in range(3):
+        staging.begin()
+        mirror.host[:] = step
+        mirror.upload(4)
+        staging.end()
+        mirror.host[:] = -1  # the next step's, already
+        assert mirror.device.tolist() == [step] * 4
+    assert platform.num_events == 3
+
+
+def test_where_memory_is_the_hosts_nothing_is_copied():
+    mirror = Staging().mirror((3,), np.float32)
+    mirror.host[:] = 5
+    assert mirror.device.tolist() == [5, 5, 5]
+    assert mirror.device.data_ptr() == mirror.host.ctypes.data
+    assert torch.from_numpy(mirror.host).dtype == mirror.device.dtype
+
+
+def test_a_whole_engine_plans_the_next_step_while_the_device_works(model: Path, monkeypatch):
+    prompts = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
+    params = SamplingParams(temperature=0.8, seed=1, max_tokens=20, ignore_eos=True, detokenize=False)
+
+    def answers(**options) -> list[list[int]]:
+        sizes = {"num_gpu_blocks_override": 64, "max_model_len": 256, "block_size": 32}
+        with LLM(
+            str(model), skip_tokenizer_init=True, disable_frontend_multiprocessing=True, **sizes, **options
+        ) as llm:
+            return [
+                list(answer.outputs[0].token_ids) for answer in llm.generate(prompts, params, use_tqdm=False)
+            ]
+
+    expected = answers()
+    platform = FakeDevice()
+    monkeypatch.setattr("minivllm.worker.worker.detect", lambda config: platform)
+    assert answers(async_scheduling=True) == expected
+    assert platform.graphs.num_replays > 10
+
+
+def test_weights_come_to_the_device_through_pinned_memory_piece_by_piece(model: Path, monkeypatch):
+    monkeypatch.setattr(PinnedStream, "_BYTES", 3000)  # rows are smaller, tensors larger
+    platform = FakeDevice()
+    assert Loop(model, platform=platform).run(PROMPTS[:1], MIXED[0]) == Loop(model).run(PROMPTS[:1], MIXED[0])
+    assert platform.num_events > 100
+
+
+def test_a_damaged_checkpoint_is_found_out_on_the_way_to_the_device(model: Path, tmp_path: Path):
+    shutil.copytree(model, tmp_path, dirs_exist_ok=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"][3, 5] = torch.nan
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ModelFilesError, match="down_proj.weight holds a NaN"):
+        Loop(tmp_path, platform=FakeDevice())

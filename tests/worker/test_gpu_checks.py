@@ -1,0 +1,28 @@
+"""The engine's checks of `python -m tests.gpu`, on the device that is none: that they run, and can fail."""
+
+from __future__ import annotations
+
+import pytest
+
+from minivllm.attention import registry
+from minivllm.worker.device_sampling import DeviceSampling
+from tests.gpu import engine
+from tests.worker.fake_device import FakeDevice
+
+DEVICE = engine.Device("cpu", lambda batch_invariant: FakeDevice(), dtype="float32")
+
+
+@pytest.fixture(autouse=True)
+def its_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_BACKENDS", ["tests.worker.fake_device:FakeDeviceBackend"])
+
+
+@pytest.mark.parametrize("name", [name for name in engine.CHECKS if name != "engine_memory_accounting"])
+def test_it_finds_nothing_where_there_is_nothing(name: str):
+    finding = engine.CHECKS[name](DEVICE)
+    assert finding.difference <= finding.tolerance
+
+
+def test_a_token_of_another_request_is_found(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(DeviceSampling, "complete", lambda self, batch: None)
+    assert engine.schedule_independence(DEVICE).difference > 0

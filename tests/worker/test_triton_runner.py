@@ -1,0 +1,57 @@
+"""A model end to end by the Triton kernels, in their interpreter, under the runner as it serves a GPU."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from make_random_model import make_model
+
+import tests.gpu.interpreter  # noqa: F401  before the kernels
+from minivllm.attention import registry
+from minivllm.attention.backends.triton import TritonBackend
+from minivllm.ops.op import Op, OpSpec
+from minivllm.sampling_params import SamplingParams
+from tests.models.loop import Loop
+from tests.worker.fake_device import FakeDevice
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+PROMPTS = [[(i * 31 + length) % 490 for i in range(length)] for length in (30, 3, 17)]
+PARAMS = [
+    SamplingParams(temperature=0, max_tokens=4, ignore_eos=True),
+    SamplingParams(temperature=0.9, max_tokens=3, ignore_eos=True),
+    SamplingParams(temperature=0.8, top_p=0.9, top_k=40, max_tokens=4, ignore_eos=True),
+]
+
+
+class InterpretedBackend(TritonBackend):
+    @classmethod
+    def why_not(cls, spec: Any) -> str | None:
+        return None  # the device is a CPU, and the kernels are interpreted
+
+
+def triton_or_reference(op: Op, spec: OpSpec) -> Any:
+    for impl in op.implementations:
+        if isinstance(impl.fn, str) and impl.fn.startswith("triton."):
+            loaded = impl.load()
+            return partial(loaded, device="cpu") if isinstance(loaded, type) else loaded
+    return op.implementations[-1].load()
+
+
+@pytest.mark.parametrize(("arch", "batch_invariant"), [("qwen3", False), ("gemma3", True)])
+def test_its_tokens_are_the_cpus(
+    arch: str, batch_invariant: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    model = make_model(tmp_path, arch=arch, dtype="float32", seed=3, num_layers=1)
+    expected = [answer.tokens for answer in Loop(model).run(PROMPTS, PARAMS)]
+    monkeypatch.setattr(registry, "_BACKENDS", ["tests.worker.test_triton_runner:InterpretedBackend"])
+    monkeypatch.setattr(Op, "select", triton_or_reference)
+    platform = FakeDevice()
+    sizes = {"block_size": 16, "max_num_batched_tokens": 24}
+    loop = Loop(model, platform=platform, plans_in_flight=2, batch_invariant=batch_invariant, **sizes)
+    assert loop.ready.numerics_id.endswith("rows-float32-v1")
+    assert [answer.tokens for answer in loop.run(PROMPTS, PARAMS)] == expected
+    assert platform.graphs.num_replays > 2
+    assert set(platform.graphs.num_rows) <= {1, 2, 4}
