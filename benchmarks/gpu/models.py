@@ -1,7 +1,7 @@
 """Whole steps of models with made-up weights: decode and prefill, through the worker as a server drives it.
 
-Contexts are made up as well: a request begins at its last known token, its cache holding whatever is there. Numbers of the
-machine do not depend on the numbers in the cache.
+Contexts are made up as well: a request begins at its last known token, its cache holding whatever is there. How long a
+step takes does not depend on the numbers in the cache.
 """
 
 from __future__ import annotations

@@ -13,7 +13,9 @@ import pytest
 
 CUDA = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
 NVCC = shutil.which("nvcc")
-pytestmark = pytest.mark.skipif(NVCC is None, reason="NOT COMPILED: there is no nvcc, so csrc/cuda is not checked at all")
+pytestmark = pytest.mark.skipif(
+    NVCC is None, reason="NOT COMPILED: there is no nvcc, so csrc/cuda is not checked at all"
+)
 SOURCES = sorted(path.name for path in CUDA.glob("*.cu"))
 PTX, ELF = 1, 2  # kinds of what a fat binary holds
 
@@ -31,7 +33,19 @@ def compiled(tmp_path_factory) -> dict[str, Compiled]:
     done = {}
     for name in SOURCES:
         fatbin = directory / f"{name}.fatbin"
-        command = [NVCC, "-std=c++17", "-O3", "-Xptxas", "-v", "--threads=2", *targets, "--fatbin", name, "-o", str(fatbin)]
+        command = [
+            NVCC,
+            "-std=c++17",
+            "-O3",
+            "-Xptxas",
+            "-v",
+            "--threads=2",
+            *targets,
+            "--fatbin",
+            name,
+            "-o",
+            str(fatbin),
+        ]
         ran = subprocess.run(command, cwd=CUDA, capture_output=True, text=True)
         assert ran.returncode == 0, ran.stderr
         done[name] = Compiled(fatbin.read_bytes(), ran.stdout + ran.stderr)

@@ -6,15 +6,19 @@ What this cannot show: what a card does with it. `tests/gpu` runs the same cases
 from __future__ import annotations
 
 import ctypes
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from minivllm.ops import kv_write
+import tests.gpu.interpreter  # noqa: F401  before the kernels that the cases import
+from minivllm.ops import cuda, kv_write
 from minivllm.ops.cuda import block_ranges
 from minivllm.ops.kv_layout import RowLayout
 from minivllm.ops.paged_attention import Options, _attend
 from tests.cuda.emulated import KV_CODES, compiler, library, pointer
+from tests.gpu.case import max_diff
+from tests.gpu.cases.cuda import CASES
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
 NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -25,7 +29,9 @@ SEGMENT = 1024
 class Problem:
     """A decode batch over a cache whose blocks are dealt at random; what no token was written to is NaN."""
 
-    def __init__(self, seq_lens, dtype=torch.bfloat16, kv=None, head_dim=128, group=4, block_size=16, seed=0, **options):
+    def __init__(
+        self, seq_lens, dtype=torch.bfloat16, kv=None, head_dim=128, group=4, block_size=16, seed=0, **options
+    ):
         generator = torch.Generator().manual_seed(seed)
         self.layout = RowLayout(kv or NAMES[dtype], 2, head_dim, block_size)
         self.options = Options(scale=head_dim**-0.5, **options)
@@ -61,7 +67,9 @@ class Problem:
             self.table.stride(0), *self.cache.stride()[:3],
         )  # fmt: skip
         factors = (ctypes.c_float * 3)(
-            options.scale * (options.k_scale if is_fp8 else 1), options.softcap, options.v_scale if is_fp8 else 1
+            options.scale * (options.k_scale if is_fp8 else 1),
+            options.softcap,
+            options.v_scale if is_fp8 else 1,
         )
         served = library().emulated_decode(
             pointer(out), pointer(q), pointer(self.cache), pointer(self.table), pointer(self.seq_lens),
@@ -86,6 +94,50 @@ class Problem:
         assert difference < TOLERANCE[self.q.dtype] + 8e-3 * (self.layout.dtype in KV_CODES), difference
 
 
+class EmulatedExtension:
+    """`minivllm._cuda` with the kernels on fibers: csrc/cuda/bind.cpp in Python."""
+
+    @staticmethod
+    def decode_attention(
+        out, q, cache, tables, parts, sinks, sizes, is_bf16, kv, strides, cache_strides, factors, stream
+    ):
+        numbers = (ctypes.c_int64 * 15)(*sizes, is_bf16, *strides, *cache_strides)
+        addresses = map(ctypes.c_void_p, (out, q, cache, *tables, *parts, sinks))
+        assert library().emulated_decode(*addresses, numbers, (ctypes.c_float * 3)(*factors), kv)
+
+    @staticmethod
+    def copy_blocks(sources, targets, num_layers, pairs, num_pairs, block_bytes, stream):
+        sources, targets, pairs = map(ctypes.c_void_p, (sources, targets, pairs))
+        library().emulated_copy_blocks(
+            sources, targets, num_layers, pairs, num_pairs, ctypes.c_int64(block_bytes)
+        )
+
+
+@pytest.mark.parametrize("name", ["f16_head_dim-64_group-4", "fp8_e4m3_head_dim-128_group-4", "all"])
+def test_the_cards_own_cases_are_right_of_the_emulated_kernels(name: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cuda, "extension", lambda: (EmulatedExtension, None))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    assert cuda.decode_why_not(torch.float16, RowLayout("float16", 2, 64, 64), 4) is None
+    check = CASES[f"cuda_decode_{name}"]("cpu", False)
+    assert max_diff(check.run(), check.expected()) <= check.tolerance
+
+
+def test_a_cache_that_no_kernel_reads_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch):
+    assert "built without CUDA kernels" in (
+        cuda.decode_why_not(torch.float16, RowLayout("float16", 2, 64, 64), 4) or ""
+    )
+    monkeypatch.setattr(cuda, "extension", lambda: (EmulatedExtension, None))
+    reasons = [
+        cuda.decode_why_not(dtype, RowLayout(kv, 2, head_dim, block_size), group)
+        for dtype, kv, head_dim, block_size, group in (
+            (torch.float32, "float32", 128, 64, 4), (torch.float16, "bfloat16", 128, 64, 4),
+            (torch.float16, "int8", 64, 64, 4), (torch.float16, "float16", 128, 64, 17),
+            (torch.float16, "float16", 256, 64, 9), (torch.float16, "float16", 128, 24, 4),
+        )
+    ]  # fmt: skip
+    assert None not in reasons and len(set(reasons)) == 6
+
+
 @pytest.mark.parametrize("dtype", NAMES)
 @pytest.mark.parametrize("head_dim, group", [(64, 1), (64, 12), (128, 4), (128, 8), (128, 16), (256, 2)])
 def test_decode_gives_the_references_rows(dtype, head_dim, group):
@@ -93,7 +145,9 @@ def test_decode_gives_the_references_rows(dtype, head_dim, group):
 
 
 @pytest.mark.parametrize("kv", KV_CODES)
-@pytest.mark.parametrize("dtype, head_dim, group", [(torch.bfloat16, 128, 5), (torch.float16, 128, 12), (torch.bfloat16, 256, 3)])
+@pytest.mark.parametrize(
+    "dtype, head_dim, group", [(torch.bfloat16, 128, 5), (torch.float16, 128, 12), (torch.bfloat16, 256, 3)]
+)
 def test_decode_reads_8_bit_caches(kv, dtype, head_dim, group):
     scales = {"k_scale": 0.75, "v_scale": 1.5} if kv == "fp8_e4m3" else {}
     Problem([33, 1, 70], dtype, kv, head_dim, group, **scales).check()

@@ -2,7 +2,7 @@
 
     python -m tests.gpu [--only attention gumbel] [--small] [--json results.json]
 
-Run from a checkout; needs torch with CUDA, triton, numpy, msgspec and tqdm, but neither pytest nor the native extension.
+Run from a checkout; needs torch with CUDA, triton, numpy, msgspec and tqdm; neither pytest nor the extension.
 Without a GPU it says so and exits with 2: nothing was checked.
 """
 
@@ -35,10 +35,9 @@ def check(name: str, large: bool) -> Row:
     import torch
 
     from tests.gpu.case import max_diff
-    from tests.gpu.cases import ALL_CASES
 
     try:
-        case = ALL_CASES[name]("cuda", large)
+        case = all_cases()[name]("cuda", large)
         difference = max_diff(case.run(), case.expected())
         torch.cuda.synchronize()
         start = time.perf_counter()
@@ -50,6 +49,26 @@ def check(name: str, large: bool) -> Row:
         return Row(name, float("inf"), 0.0, 0.0, f"{type(error).__name__}: {str(error).splitlines()[0][:90]}")
     finally:
         torch.cuda.empty_cache()
+
+
+def check_engine(name: str) -> Row:
+    """A check of the whole engine, on tiny models."""
+    from tests.gpu.engine import CHECKS, Device
+
+    start = time.perf_counter()
+    try:
+        finding = CHECKS[name](Device())
+        return Row(name, finding.difference, finding.tolerance, 1000 * (time.perf_counter() - start))
+    except Exception as error:
+        traceback.print_exc()
+        return Row(name, float("inf"), 0.0, 0.0, f"{type(error).__name__}: {str(error).splitlines()[0][:90]}")
+
+
+def all_cases() -> dict:
+    """Of the Triton kernels, and of the CUDA C++ ones where they are built."""
+    from tests.gpu.cases import ALL_CASES, cuda
+
+    return ALL_CASES if cuda.why_not() else {**ALL_CASES, **cuda.CASES}
 
 
 def why_skipped() -> str | None:
@@ -79,23 +98,26 @@ def main() -> int:
     import torch
     import triton
 
-    from tests.gpu.cases import ALL_CASES
+    from tests.gpu.cases import cuda
+    from tests.gpu.engine import CHECKS
 
+    if reason := cuda.why_not():
+        print(f"*** THE CUDA C++ KERNELS ARE NOT CHECKED: {reason} ***")
     card = torch.cuda.get_device_name()
     print(f"{card}, torch {torch.__version__}, triton {triton.__version__}, {time.strftime('%Y-%m-%d')}")
     has_fp8 = torch.cuda.get_device_capability() >= (8, 9)
     rows: list[Row] = []
     print(f"{'case':<64} {'size':<5} {'max diff':>9} {'allowed':>8} {'ms':>8}")
-    for name in ALL_CASES:
+    for name in all_cases():
         if not name.startswith(tuple(args.only)) or ("fp8" in name and not has_fp8):
             continue
         for large in (False,) if args.small else (False, True):
-            row = check(name, large)
-            rows.append(row)
-            said = "ok" if row.is_good else f"WRONG {row.error}"
-            size = "large" if large else "small"
-            numbers = f"{row.difference:9.2g} {row.tolerance:8.2g} {row.milliseconds:8.3f}"
-            print(f"{name:<64} {size:<5} {numbers} {said}", flush=True)
+            rows.append(check(name, large))
+            show(rows[-1], "large" if large else "small")
+    for name in CHECKS:
+        if name.startswith(tuple(args.only)):
+            rows.append(check_engine(name))
+            show(rows[-1], "")
     bad = [row.name for row in rows if not row.is_good]
     print(
         f"{len(rows) - len(bad)} of {len(rows)} good on {card}"
@@ -105,6 +127,12 @@ def main() -> int:
         with open(args.json, "w") as file:
             json.dump({"card": card, "rows": [row._asdict() for row in rows]}, file, indent=1)
     return bool(bad)
+
+
+def show(row: Row, size: str) -> None:
+    said = "ok" if row.is_good else f"WRONG {row.error}"
+    numbers = f"{row.difference:9.2g} {row.tolerance:8.2g} {row.milliseconds:8.3f}"
+    print(f"{row.name:<64} {size:<5} {numbers} {said}", flush=True)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ Each check takes a `Device` and gives a `Finding`. On a CPU the same checks run 
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 import urllib.request
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from minivllm.platforms.platform import Platform, detect
 from minivllm.sampling_params import SamplingParams
 from tests.models.loop import Answer, Loop
 
+_EXAMPLES = str(Path(__file__).resolve().parents[2] / "examples")
 PROMPT_LENGTHS = (150, 33, 64, 5, 97, 1)
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"arch": "llama"},
@@ -55,6 +57,8 @@ class Device:
 
 
 def _model(directory: str, dtype: str = "float32", **shape: Any) -> Path:
+    if _EXAMPLES not in sys.path:
+        sys.path.insert(0, _EXAMPLES)
     from make_random_model import make_model
 
     return make_model(Path(directory), dtype=dtype, **{"arch": "qwen3", "seed": 3, **shape})
