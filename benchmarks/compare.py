@@ -152,6 +152,8 @@ def main() -> None:
     parser.add_argument("--openvino-python", default=os.environ.get("OPENVINO_PYTHON"))
     parser.add_argument("--openvino-dir", type=Path, help="the model as `optimum-cli export openvino` made it")
     args = parser.parse_args()
+    if any(name.startswith("ours") for name in args.peers) and (why := peers.why_ours_is_slow()):
+        parser.error(f"{why}; build it (pip install .) and run this from a directory without a source tree")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # whatever ends us, the server that runs ends too
     roof = measure(0.2)
     print(table(roof), flush=True)

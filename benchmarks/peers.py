@@ -42,6 +42,21 @@ def ours(model: Path, extra: list[str], name: str = "ours") -> Peer:
     return Peer(name, [*server, *extra], [sys.executable])
 
 
+def why_ours_is_slow() -> str | None:
+    """Why what `ours` starts would compute with torch's references, or None. What a server imports depends on where it is
+    started: a source tree there comes before what is installed.
+    """
+    say = "import minivllm; from minivllm.utils.native import unavailable; print(minivllm.__path__[0], unavailable or '', sep='\\n')"
+    for directory in (Path.cwd(), Path(__file__).parent):  # a server's, and offline.py's
+        found = subprocess.run([sys.executable, "-c", say], capture_output=True, text=True, cwd=directory)
+        if found.returncode:
+            return f"minivllm cannot be imported in {directory}: {found.stderr.strip().splitlines()[-1]}"
+        package, why = found.stdout.split("\n")[:2]
+        if why:
+            return f"what {directory} imports as minivllm, {package}, has no kernels: {why}"
+    return None
+
+
 def vllm(model: Path, python: str) -> Peer:
     """One process for all cores: by default vLLM keeps one of two for itself."""
     libraries = glob.glob(f"{sys_prefix(python)}/lib/libiomp5.so")

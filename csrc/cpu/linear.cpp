@@ -115,7 +115,7 @@ void load(void* packed, const WeightRows& rows) {
     });
 }
 
-void gather(DType dtype, void* out, const void* packed, int64_t k, const int64_t* ids, int64_t num_ids) {
+void gather(DType dtype, void* out, const void* packed, int64_t, int64_t k, const int64_t* ids, int64_t num_ids) {
     with_layout(dtype, [&](auto layout, auto tag) {
         gather_rows<decltype(layout), typename decltype(tag)::type>(out, packed, k, ids, num_ids);
     });

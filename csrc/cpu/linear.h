@@ -42,12 +42,19 @@ struct WeightRows {
     bool interleaved;  // for silu_mul
 };
 
+// A kind of linear layer: how a weight is packed, read back and multiplied by. A dtype is that of x.
 struct LinearKernels {
     int64_t (*packed_bytes)(DType dtype, int64_t n, int64_t k, bool interleaved);
     void (*load_rows)(void* packed, const WeightRows& rows);
-    void (*gather_rows)(DType dtype, void* out, const void* packed, int64_t k, const int64_t* ids, int64_t num_ids);
+    // out: [num_ids, k] of `dtype`: the rows of a weight that is not interleaved.
+    void (*gather_rows)(DType dtype, void* out, const void* packed, int64_t n, int64_t k, const int64_t* ids,
+                        int64_t num_ids);
     void (*multiply)(const LinearCall& call);
 };
-MINIVLLM_KERNELS(LinearKernels, linear_kernels)
+MINIVLLM_KERNELS(LinearKernels, linear_kernels)  // weights of x's dtype
+
+// Weights of int8 (one scale an output feature, whole rows of K loaded at a time), and x made int8 row by row. The sums
+// are int32 and exact; float(sum) × (row's scale × feature's scale) is what `LinearCall` calls the sum.
+MINIVLLM_KERNELS(LinearKernels, int8_linear_kernels)
 
 }  // namespace minivllm

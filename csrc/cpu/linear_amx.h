@@ -154,6 +154,7 @@ public:
           num_groups_((block.num_rows + kRows - 1) / kRows),
           sums_(static_cast<float*>(thread_scratch(1, size_t(num_groups_ + 2) * kGroupSums * sizeof(float)))) {}
 
+    // Adds up the next panel, and finishes most of the one before.
     void multiply(const Element* panel, const End& end) {
         if (num_groups_ == 1) thin(panel, end);
         else thick(panel, end);
@@ -165,7 +166,7 @@ public:
 private:
     static constexpr int64_t kGroupSums = 4 * kTileSums;
 
-    // The finished sums of a group, whose rows go on to the output bit by bit.
+    // The finished sums of a group, whose rows go on to the output little by little.
     struct Late {
         End end;
         const float* sums;

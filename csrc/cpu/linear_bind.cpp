@@ -1,12 +1,25 @@
 #include "linear.h"
 
-#include "linear_format.h"
+#include <stdexcept>
+
+#include "../bindings.h"
 
 namespace minivllm {
+namespace {
 
-struct LinearFormat {
-    LinearFormat(int dtype, int64_t n, int64_t k, bool interleaved)
-        : kernels(linear_kernels()), dtype(DType(dtype)), n(n), k(k), interleaved(interleaved),
+void check_rows(const int64_t* rows, int64_t num_rows, int64_t n) {
+    for (int64_t i = 0; i < num_rows; ++i)
+        if (rows[i] < 0 || rows[i] >= n)
+            throw std::out_of_range("row " + std::to_string(rows[i]) + " is outside the " + std::to_string(n) +
+                                    " rows of the weight");
+}
+
+// How one weight matrix is packed: its sizes, and the instruction set that was in use when it was made, which stays
+// the one that reads it.
+template <const LinearKernels& (*kernels_in_use)()>
+struct Format {
+    Format(int dtype, int64_t n, int64_t k, bool interleaved)
+        : kernels(kernels_in_use()), dtype(DType(dtype)), n(n), k(k), interleaved(interleaved),
           nbytes(kernels.packed_bytes(DType(dtype), n, k, interleaved)) {}
 
     void load_rows(uintptr_t packed, int64_t start, uintptr_t source, int source_dtype, int64_t source_stride,
@@ -17,10 +30,16 @@ struct LinearFormat {
 
     void gather_rows(uintptr_t out, uintptr_t packed, uintptr_t ids, int64_t num_ids) const {
         check_rows(ptr<const int64_t>(ids), num_ids, n);
-        kernels.gather_rows(dtype, ptr<void>(out), ptr<const void>(packed), k, ptr<const int64_t>(ids), num_ids);
+        kernels.gather_rows(dtype, ptr<void>(out), ptr<const void>(packed), n, k, ptr<const int64_t>(ids), num_ids);
     }
 
-    void multiply(const LinearCall& call) const { kernels.multiply(call); }
+    void multiply(uintptr_t out, int out_dtype, int64_t out_stride, int epilogue, uintptr_t x, int64_t x_stride,
+                  int64_t m, uintptr_t packed, uintptr_t bias, int bias_dtype, uintptr_t addend,
+                  int64_t addend_stride) const {
+        kernels.multiply({dtype, m, n, k, ptr<const void>(x), x_stride, ptr<const void>(packed), ptr<const void>(bias),
+                          DType(bias_dtype), ptr<const float>(addend), addend_stride, Epilogue(epilogue),
+                          ptr<void>(out), DType(out_dtype), out_stride});
+    }
 
     const LinearKernels& kernels;
     DType dtype;
@@ -29,6 +48,33 @@ struct LinearFormat {
     int64_t nbytes;
 };
 
-MINIVLLM_BIND(linear, m) { bind_linear_format<LinearFormat>(m, "LinearFormat"); }
+template <class F>
+void bind_format(nb::module_& m, const char* name) {
+    nb::class_<F>(m, name)
+        .def(nb::init<int, int64_t, int64_t, bool>(), nb::arg("dtype"), nb::arg("out_features"),
+             nb::arg("in_features"), nb::arg("interleaved"))
+        .def_ro("nbytes", &F::nbytes)
+        .def("load_rows", &F::load_rows, release_gil)
+        .def("gather_rows", recordable("gather_rows", [](const F& format, uintptr_t out, uintptr_t packed,
+                                                         uintptr_t ids, int64_t num_ids) {
+                 format.gather_rows(out, packed, ids, num_ids);
+             }),
+             release_gil)
+        .def("multiply", recordable("multiply",
+             [](const F& format, uintptr_t out, int out_dtype, int64_t out_stride, int epilogue, uintptr_t x,
+                int64_t x_stride, int64_t m, uintptr_t packed, uintptr_t bias, int bias_dtype, uintptr_t addend,
+                int64_t addend_stride) {
+                 format.multiply(out, out_dtype, out_stride, epilogue, x, x_stride, m, packed, bias, bias_dtype, addend,
+                                 addend_stride);
+             }),
+             release_gil);
+}
+
+}  // namespace
+
+MINIVLLM_BIND(linear, m) {
+    bind_format<Format<&linear_kernels>>(m, "LinearFormat");
+    bind_format<Format<&int8_linear_kernels>>(m, "Int8LinearFormat");
+}
 
 }  // namespace minivllm

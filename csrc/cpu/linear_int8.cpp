@@ -3,7 +3,7 @@
 //
 // A packed weight: a float32 scale for each place of a feature, then the panels,
 // [K/64][vectors of features][16 quads of k][kLanes][4].
-#include "linear_int8.h"
+#include "linear.h"
 
 #include "integers.h"
 #include "linear_tile.h"
@@ -68,7 +68,7 @@ int64_t scales_bytes(const Features& features) {
     return round_up(features.num_panels<Int8Layout>() * Int8Layout::kPanel * int64_t(sizeof(float)), 64);
 }
 
-int64_t packed_bytes(int64_t n, int64_t k, bool interleaved) {
+int64_t packed_bytes(DType, int64_t n, int64_t k, bool interleaved) {
     const Features features{n, interleaved};
     return scales_bytes(features) + features.num_panels<Int8Layout>() * panel_elements<Int8Layout>(k);
 }
@@ -239,6 +239,6 @@ void multiply(const LinearCall& call) { multiply_blocks<Int8Kernel>(call); }
 
 }  // namespace
 
-const Int8LinearKernels int8_linear_kernels = {&packed_bytes, &load_weight, &gather, &multiply};
+const LinearKernels int8_linear_kernels = {&packed_bytes, &load_weight, &gather, &multiply};
 
 }  // namespace minivllm::MINIVLLM_ISA

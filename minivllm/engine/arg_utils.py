@@ -239,6 +239,9 @@ def _check_ranges(values: dict[str, Any]) -> None:
     threshold = values["long_prefill_token_threshold"]
     if threshold < 0:
         raise ConfigError(f"long_prefill_token_threshold={threshold} must be at least 0; 0 sets no limit")
+    mixed = values["max_num_mixed_prefill_tokens"]
+    if mixed < 0:
+        raise ConfigError(f"max_num_mixed_prefill_tokens={mixed} must be at least 0; 0 sets no limit")
     if values["max_logprobs"] < -1:
         raise ConfigError(f"max_logprobs={values['max_logprobs']} must be at least 0, or -1 for the whole vocabulary")
     if not -(2**63) <= values["seed"] < 2**63:
@@ -331,5 +334,10 @@ def _check_scheduler(
     if not scheduler.enable_chunked_prefill and scheduler.long_prefill_token_threshold:
         raise ConfigError(
             f"long_prefill_token_threshold={scheduler.long_prefill_token_threshold} cuts prompts, which needs chunked "
+            "prefill; drop one of the two"
+        )
+    if not scheduler.enable_chunked_prefill and scheduler.max_num_mixed_prefill_tokens:
+        raise ConfigError(
+            f"max_num_mixed_prefill_tokens={scheduler.max_num_mixed_prefill_tokens} cuts prompts, which needs chunked "
             "prefill; drop one of the two"
         )

@@ -150,7 +150,7 @@ class AsyncMPClient(_SocketClient):
         super().__init__(config, **options)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._received: deque[EngineCoreOutputs] = deque()
-        self._news = asyncio.Event()
+        self._reader: asyncio.Future[None] | None = None  # while `get_output` waits
         self._calls: dict[int, asyncio.Future] = {}
 
     def attach(self) -> bool:
@@ -159,13 +159,16 @@ class AsyncMPClient(_SocketClient):
         if self._loop is loop:
             return False
         self._loop = loop
-        self._news = asyncio.Event()
         if self.dead_error is None:
             loop.add_reader(self._core.output_socket.FD, self._on_readable)
             loop.call_soon(self._on_readable)  # what came before: the descriptor signals only changes
         else:
-            self._news.set()
+            self._wake_reader()
         return True
+
+    def _wake_reader(self) -> None:
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
 
     def _on_readable(self) -> None:
         """Read all there is: the descriptor does not signal again for what is left (zmq_getsockopt(3), ZMQ_FD)."""
@@ -176,7 +179,7 @@ class AsyncMPClient(_SocketClient):
             pass
         except (EngineDeadError, zmq.ZMQError):
             self._stop_reading()
-        self._news.set()
+        self._wake_reader()
 
     def _receive(self, frames: list[bytes]) -> None:
         outputs = self._read(frames)
@@ -196,8 +199,8 @@ class AsyncMPClient(_SocketClient):
         """
         while not self._received:
             self._raise_if_dead()
-            self._news.clear()
-            await self._news.wait()
+            self._reader = asyncio.get_running_loop().create_future()
+            await self._reader
         return self._received.popleft()
 
     async def call_utility(self, method: str, *args: Any) -> Any:
@@ -218,7 +221,7 @@ class AsyncMPClient(_SocketClient):
             if not call.done():
                 call.set_exception(self.dead_error or EngineDeadError())
         self._calls.clear()
-        self._news.set()
+        self._wake_reader()
 
     def shutdown(self, timeout_s: float = 0.0) -> None:
         """End the core; idempotent, from any thread. Outputs of the last moments are still read if the loop runs."""

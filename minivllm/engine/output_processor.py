@@ -33,7 +33,7 @@ class RequestOutputCollector:
     def __init__(self, output_kind: RequestOutputKind) -> None:
         self._merge = output_kind is RequestOutputKind.DELTA
         self._waiting: RequestOutput | Exception | None = None
-        self._ready = asyncio.Event()
+        self._consumer: asyncio.Future[None] | None = None  # while it waits
 
     def put(self, output: RequestOutput | Exception) -> None:
         """Never blocks. To be called on the event loop's thread."""
@@ -41,14 +41,15 @@ class RequestOutputCollector:
             self._waiting.add(output)
         elif not isinstance(self._waiting, Exception):
             self._waiting = output
-        self._ready.set()
+        if self._consumer is not None and not self._consumer.done():
+            self._consumer.set_result(None)
 
     async def get(self) -> RequestOutput:
         """The next output; raises the error that came instead."""
         while self._waiting is None:
-            await self._ready.wait()
+            self._consumer = asyncio.get_running_loop().create_future()
+            await self._consumer
         waiting, self._waiting = self._waiting, None
-        self._ready.clear()
         if isinstance(waiting, Exception):
             raise waiting
         return waiting

@@ -1,6 +1,7 @@
 """Where an engine's configuration meets structured output: one vocabulary, on the client's side and on the core's.
 
-llguidance, and on the core's side the tokenizer, are loaded when the first structured request comes.
+llguidance, and on the core's side the tokenizer, are loaded when the first structured request comes, or at the start if
+the operator says `preload`.
 """
 
 from __future__ import annotations
@@ -35,15 +36,22 @@ class LazyGrammars:
         self._config = config
         self._manager: GrammarManager | None = None
 
+    def preload(self) -> None:
+        """Have all of it now."""
+        self._made().preload()
+
     def start(self, request: EngineCoreRequest) -> GrammarState:
+        return self._made().start(request)
+
+    def bitmask(self, states: list) -> bytes:
+        return self._manager.bitmask(states)
+
+    def _made(self) -> GrammarManager:
         if self._manager is None:
             from minivllm.structured_output.manager import GrammarManager
 
             self._manager = GrammarManager(lambda: _load(self._config))
-        return self._manager.start(request)
-
-    def bitmask(self, states: list) -> bytes:
-        return self._manager.bitmask(states)
+        return self._manager
 
     def shutdown(self) -> None:
         if self._manager is not None:

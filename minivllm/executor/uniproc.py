@@ -13,6 +13,30 @@ if TYPE_CHECKING:
     from minivllm.worker.worker import Worker
 
 
+class _Done(Future):
+    """A future of something that has happened. Nobody waits for it, so it has no lock, which is most of what one costs."""
+
+    def __init__(self, value: Any, error: Exception | None = None) -> None:
+        self._value, self._error = value, error
+
+    def result(self, timeout: float | None = None) -> Any:
+        if self._error is not None:
+            raise self._error
+        return self._value
+
+    def exception(self, timeout: float | None = None) -> Exception | None:
+        return self._error
+
+    def done(self) -> bool:
+        return True
+
+    def add_done_callback(self, fn: Callable[[Future], Any]) -> None:
+        fn(self)
+
+    def cancel(self) -> bool:
+        return False
+
+
 class UniProcExecutor(Executor):
     """One worker. Every verb is a call, and every future done; with --async-scheduling the calls are made one after
     another by a thread of their own, which computes most of the time without Python's lock. Where the worker's device
@@ -63,9 +87,7 @@ class UniProcExecutor(Executor):
         """What the call gives or raises, when its turn has come."""
         if self._thread is not None:
             return self._thread.submit(call, *args)
-        future: Future = Future()
         try:
-            future.set_result(call(*args))
+            return _Done(call(*args))
         except Exception as error:
-            future.set_exception(error)
-        return future
+            return _Done(None, error)

@@ -40,6 +40,13 @@ class DrawInputs:
     positions: torch.Tensor  # [M] int64: tokens known
 
 
+class DrawBuffers:
+    """Memory for `DrawInputs` that stays: a step that is replayed reads where it was recorded."""
+
+    def __init__(self, max_num_rows: int) -> None:
+        self.temperature, self.seeds = np.zeros(max_num_rows, np.float32), np.zeros(max_num_rows, np.int64)
+
+
 @dataclass(frozen=True)
 class Drawn:
     """A token for each row, and which rows none can be drawn from."""
@@ -139,7 +146,8 @@ class Sampler:
     ) -> SamplerOutput:
         """One token for each row of `logits` ([M, vocab_size] float32, which is changed)."""
         if grammar is None and self.only_draws(batch.rows):
-            return self.accept(self.draw(logits, self.draw_inputs(batch.rows, batch.num_tokens)), logits, batch.rows)
+            inputs = self.draw_inputs(batch.rows, batch.num_tokens, DrawBuffers(len(batch.rows)))
+            return self.accept(self.draw(logits, inputs), logits, batch.rows)
         columns, asking = self._columns.of(batch.rows), self._asking(batch.rows)
         failed = dict.fromkeys(self._nonfinite_rows(logits), NONFINITE)
         values = self._reported(logits, asking) if self._is_raw else None
@@ -187,14 +195,20 @@ class Sampler:
         """What the requests in these rows ask of temperature, truncation and noise."""
         return self._columns.of(rows)
 
-    def draw_inputs(self, rows: np.ndarray, num_tokens: np.ndarray) -> DrawInputs:
+    def draw_inputs(self, rows: np.ndarray, num_tokens: np.ndarray, buffers: DrawBuffers) -> DrawInputs:
         """num_tokens: [M] int64, known of each request; read when a token is drawn, not here."""
-        columns = self._columns.of(rows)
-        return DrawInputs(columns.temperature, columns.seeds, torch.from_numpy(num_tokens))
+        temperature, seeds = buffers.temperature[: len(rows)], buffers.seeds[: len(rows)]
+        temperature[:], seeds[:] = self._columns.temperature[rows], self._columns.seeds[rows]
+        return DrawInputs(*map(torch.from_numpy, (temperature, seeds, num_tokens)))
 
     def draw(self, logits: torch.Tensor, inputs: DrawInputs) -> Drawn:
         """For requests that `only_draws`; logits stay as they are."""
         return Drawn(*self._choose(logits, inputs.temperature, inputs.seeds, inputs.positions))
+
+    @property
+    def asks_for_logprobs(self) -> bool:
+        """Whether any known request does."""
+        return bool(self._num_logprobs)
 
     def accept(self, drawn: Drawn, logits: torch.Tensor, rows: np.ndarray) -> SamplerOutput:
         """What was drawn, with the logprobs asked for."""

@@ -206,6 +206,12 @@ class GrammarManager:
         self._cache = _CompiledCache()
         self._pool: ThreadPoolExecutor | None = None
 
+    def preload(self) -> None:
+        """Read the vocabulary now. Later it would hold Python's lock, and so every stream, for half a second."""
+        with self._tokenizer_lock:
+            if self._tokenizer is None:
+                self._tokenizer = self._load_tokenizer()
+
     def start(self, request: EngineCoreRequest) -> MatcherState:
         """Begin to compile a request's grammar, or take it from the cache."""
         assert request.grammar is not None
@@ -242,9 +248,7 @@ class GrammarManager:
     def _compile(self, grammar: str) -> _Compiled:
         compiled = self._cache.take(grammar)  # n answers to one prompt arrive together
         if compiled is None:
-            with self._tokenizer_lock:
-                if self._tokenizer is None:
-                    self._tokenizer = self._load_tokenizer()
+            self.preload()
             began = time.perf_counter()
             matcher = self._build(grammar)
             is_quick = time.perf_counter() - began < _QUICK_S

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from minivllm.attention.backend import StepInputs
+from minivllm.ops.decode_step import DecodeBooks, StepColumns
 from minivllm.worker.buffers import Staging
 from minivllm.worker.request_state import RequestTable
 
@@ -37,11 +38,7 @@ class InputBatch:
     input_ids: torch.Tensor  # [num_tokens, or more] int64
     positions: torch.Tensor  # [num_tokens, or more] int64
     steps: list[StepInputs]  # one a KV cache group; they differ in where keys and values lie
-
-    @property
-    def is_decode(self) -> bool:
-        """One token of each request, and each gets the next."""
-        return self.num_tokens == len(self.rows) == len(self.samples)
+    is_decode: bool  # one token of each request, and each gets the next
 
     @property
     def last_rows(self) -> np.ndarray:
@@ -79,6 +76,7 @@ class InputBuffers:
         self._begins = np.zeros(max_num_reqs, np.int64)
         self._ends = np.zeros(max_num_reqs, np.int64)
         self._counting = np.arange(max_num_tokens)
+        self.books: DecodeBooks | None = None  # of the last step, if it was a decode
         self._last: InputBatch | None = None
         self._version = 0  # of the table, when `_last` was made
         self._num_moves = 0  # how many tokens `_last` can move on before somebody's block is full
@@ -86,33 +84,34 @@ class InputBuffers:
     def prepare(self, num_scheduled_tokens: dict[str, int], table: RequestTable) -> InputBatch:
         """The inputs of a step that computes so many tokens of each request, from where each one stands."""
         request_ids = list(num_scheduled_tokens)
-        if self._moves_on(request_ids, num_scheduled_tokens, table):
-            self._move_on(table)
+        if self._is_same(request_ids, num_scheduled_tokens, table) and self.books.move_on():
+            self._num_moves -= 1
         else:
             self._last = self._prepare(request_ids, num_scheduled_tokens, table)
             self._version = table.version
-            self._num_moves = 0 if self._staging.copies else _num_moves(self._last, table)
+            can_move = self._last.is_decode and not self._staging.copies
+            self._num_moves = _num_moves(self._last, table) if can_move else 0
+            self.books = self._open_books(table) if can_move else None
         return self._last
 
-    def _moves_on(self, request_ids: list[str], num_scheduled_tokens: dict[str, int], table: RequestTable) -> bool:
-        """Whether this step is the last one, a token further: of the same requests, in the blocks that they had."""
-        last = self._last
-        if not self._num_moves or self._version != table.version or request_ids != last.request_ids:
+    def _is_same(self, request_ids: list[str], num_scheduled_tokens: dict[str, int], table: RequestTable) -> bool:
+        """Whether this step is one token of the last one's requests, in the blocks that they had."""
+        if not self._num_moves or self._version != table.version or request_ids != self._last.request_ids:
             return False
-        if sum(num_scheduled_tokens.values()) != len(request_ids):
-            return False
-        is_next = table.num_computed_tokens[last.rows] == last.ends
-        is_known = table.num_tokens[last.rows] == last.ends + 1
-        return bool((is_next & is_known).all())
+        return sum(num_scheduled_tokens.values()) == len(request_ids)
 
-    def _move_on(self, table: RequestTable) -> None:
-        self._num_moves -= 1
+    def _open_books(self, table: RequestTable) -> DecodeBooks:
         num_reqs = len(self._last.rows)
-        for numbers in (self._positions.host, self._begins, self._ends, self._seq_lens.host):
-            numbers[:num_reqs] += 1
-        for slot_mapping in self._slot_mapping:
-            slot_mapping.host[:num_reqs] += 1
-        self._input_ids.host[:num_reqs] = table.token_ids[self._last.rows, self._last.begins]
+        step = StepColumns(
+            rows=self._last.rows,
+            begins=self._last.begins,
+            ends=self._last.ends,
+            positions=self._positions.host[:num_reqs],
+            seq_lens=self._seq_lens.host[:num_reqs],
+            slots=[slot_mapping.host[:num_reqs] for slot_mapping in self._slot_mapping],
+            input_ids=self._input_ids.host[:num_reqs],
+        )
+        return DecodeBooks(step, table.columns)
 
     def _prepare(self, request_ids: list[str], num_scheduled_tokens: dict[str, int], table: RequestTable) -> InputBatch:
         num_reqs = len(request_ids)
@@ -167,6 +166,7 @@ class InputBuffers:
             input_ids=self._input_ids.device[:num_tokens_padded],
             positions=self._positions.device[:num_tokens_padded],
             steps=steps,
+            is_decode=is_decode,
         )
 
     def _pad(self, num_reqs: int, num_rows: int) -> None:

@@ -28,7 +28,7 @@ from minivllm.messages.worker import (
 )
 from minivllm.models.decoder import DecoderForCausalLM
 from minivllm.platforms.platform import Platform
-from minivllm.sample.sampler import NONFINITE, DrawInputs, Drawn, Sampler, SamplerOutput
+from minivllm.sample.sampler import NONFINITE, DrawBuffers, Drawn, DrawInputs, Sampler, SamplerOutput
 from minivllm.sample.step import GrammarMask, SampleBatch
 from minivllm.worker.buffers import Staging
 from minivllm.worker.device_sampling import DeviceDraw, DeviceSampling, Handle
@@ -47,6 +47,19 @@ class _Decode:
     ctx: ForwardContext
     draw: DrawInputs | DeviceDraw | None  # None: sampling is more than that, and not part of the step
     key: Hashable | None  # see worker/graphs.py
+
+
+@dataclass(frozen=True)
+class _Decoded:
+    """What came of it. A replay gives the same tensors as the one before, so this serves for as long."""
+
+    outputs: tuple[torch.Tensor, ...]
+    drawn: Drawn | None  # good if no grammar comes
+    on_host: tuple[np.ndarray, np.ndarray] | None  # the same, if that is where it is
+
+    @property
+    def logits(self) -> torch.Tensor:
+        return self.outputs[0]
 
 
 class ModelRunner:
@@ -83,6 +96,7 @@ class ModelRunner:
             staging=self._staging,
             **({"padded_size": padded_size} if is_captured else {}),
         )
+        self._draw_buffers = DrawBuffers(max_num_seqs)
         self._sampling: DeviceSampling | None = None
         if self._staging.copies:
             self._sampling = DeviceSampling(
@@ -98,14 +112,13 @@ class ModelRunner:
             self._graphs = StepGraphs()
         self._batch: InputBatch | None = None
         self._hidden: torch.Tensor | None = None
-        self._logits: torch.Tensor | None = None  # of a decode step, computed with the rest of it
-        self._drawn: Drawn | None = None  # and tokens, which are good if no grammar comes
         self._decode: _Decode | None = None  # the last one
+        self._decoded: _Decoded | None = None
 
     def execute_model(self, plan: SchedulerOutput) -> None:
         """Take in the plan and run the model on its tokens; `sample_tokens` follows."""
         self._follow(plan)
-        self._batch = self._hidden = self._logits = self._drawn = None
+        self._batch = self._hidden = None
         if not plan.num_scheduled_tokens:
             return
         self._batch = batch = self._prepare(plan.num_scheduled_tokens)
@@ -131,21 +144,25 @@ class ModelRunner:
         self._hidden = self.model.forward(batch.input_ids, batch.positions, ctx, given)
 
     def _run_decode(self, batch: InputBatch) -> None:
-        draws = self._sampling is not None or self.sampler.only_draws(batch.rows)
-        known = self._decode
-        if known is None or known.batch is not batch or (known.draw is not None) != draws:
-            known = self._decode = self._describe(batch, draws)
-        self._logits, *drawn = self._graphs.run(known.key, partial(self._step, known))
-        self._drawn = Drawn(*drawn) if drawn else None
+        if self._decode is None or self._decode.batch is not batch:
+            self._decode = self._describe(batch)
+        decode = self._decode
+        outputs = self._graphs.run(decode.key, partial(self._step, decode))
+        if self._decoded is None or self._decoded.outputs is not outputs:
+            drawn = Drawn(outputs[1], outputs[2]) if decode.draw is not None else None
+            on_host = None
+            if drawn is not None and self._sampling is None:
+                on_host = drawn.token_ids.numpy(), drawn.broken.numpy()
+            self._decoded = _Decoded(outputs, drawn, on_host)
 
-    def _describe(self, batch: InputBatch, draws: bool) -> _Decode:
+    def _describe(self, batch: InputBatch) -> _Decode:
         metadata = self._metadata(batch)
         draw: DrawInputs | DeviceDraw | None = None
         if self._sampling is not None:
             with torch.inference_mode():
                 draw = self._sampling.inputs(batch.rows, batch.ends, len(batch.input_ids))
-        elif draws:
-            draw = self.sampler.draw_inputs(batch.rows, batch.ends)
+        elif self.sampler.only_draws(batch.rows):
+            draw = self.sampler.draw_inputs(batch.rows, batch.ends, self._draw_buffers)
         key = key_of(batch.input_ids, batch.positions, metadata, draw)
         return _Decode(batch, self._context(metadata), draw, key)
 
@@ -170,14 +187,15 @@ class ModelRunner:
         """One token for each request whose last known token was in the step, and the logprobs asked for."""
         if self._sampling is not None:
             return self.start_sampling(grammar).result()
-        batch, hidden, logits, drawn = self._batch, self._hidden, self._logits, self._drawn
-        self._batch = self._hidden = self._logits = self._drawn = None
+        batch, hidden = self._batch, self._hidden
+        self._batch = self._hidden = None
         if batch is None:
             return ModelRunnerOutput()
-        if drawn is not None and grammar is None:
-            sampled = self.sampler.accept(drawn, logits, batch.rows)
-            return self._accept(batch, batch.rows, sampled, ModelRunnerOutput(batch.request_ids))
-        return self._sample(batch, hidden, logits, grammar)
+        if hidden is not None:
+            return self._sample(batch, hidden, None, grammar)
+        if self._decoded.drawn is not None and grammar is None:
+            return self._accept_drawn(batch, self._decoded)
+        return self._sample(batch, None, self._decoded.logits, grammar)
 
     @property
     def is_asynchronous(self) -> bool:
@@ -187,10 +205,11 @@ class ModelRunner:
     @torch.inference_mode()
     def start_sampling(self, grammar: GrammarOutput | None = None) -> Handle:
         """As `sample_tokens`, which need not be waited for: the next step takes its tokens from the device."""
-        batch, hidden, logits, drawn = self._batch, self._hidden, self._logits, self._drawn
-        self._batch = self._hidden = self._logits = self._drawn = None
+        batch, hidden = self._batch, self._hidden
+        self._batch = self._hidden = None
         if batch is None:
             return Handle(ModelRunnerOutput)
+        logits, drawn = (None, None) if hidden is not None else (self._decoded.logits, self._decoded.drawn)
         sampling, table = self._sampling, self.table
         result = ModelRunnerOutput(batch.request_ids, [[] for _ in batch.request_ids])
         rows = batch.rows[batch.samples]
@@ -263,6 +282,8 @@ class ModelRunner:
     def _continue(self, known: CachedRequestData) -> None:
         rows = self.table.rows(known.request_ids)
         self.table.num_computed_tokens[rows] = known.num_computed_tokens
+        if not any(known.new_block_ids) and not any(known.resumed):
+            return
         for row, block_ids, resumed in zip(rows.tolist(), known.new_block_ids, known.resumed):
             if resumed:
                 self.table.replace_blocks(row, block_ids)
@@ -327,6 +348,13 @@ class ModelRunner:
                 {ids[c]: lists for c, lists in sampled.logprobs.items() if c not in sampled.failed}
             )
         return result
+
+    def _accept_drawn(self, batch: InputBatch, decoded: _Decoded) -> ModelRunnerOutput:
+        """As `_accept`, for all requests of a decode step."""
+        if not self.sampler.asks_for_logprobs and self.buffers.books.append_drawn(*decoded.on_host):
+            return ModelRunnerOutput(batch.request_ids, [[token] for token in decoded.on_host[0].tolist()])
+        sampled = self.sampler.accept(decoded.drawn, decoded.logits, batch.rows)
+        return self._accept(batch, batch.rows, sampled, ModelRunnerOutput(batch.request_ids))
 
     def _has_vectors(self, rows: np.ndarray) -> np.ndarray | None:
         """Whose prompts are vectors, [len(rows)] bool; None where nobody's are."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from minivllm.messages.worker import NewRequestData
+from minivllm.ops.decode_step import TableColumns
 from minivllm.worker.block_table import BlockTable, longer
 
 
@@ -68,6 +69,11 @@ class RequestTable:
         rows, token_ids = rows[fits], token_ids[fits]
         self.token_ids[rows, self.num_tokens[rows]] = token_ids
         self.num_tokens[rows] += 1
+
+    @property
+    def columns(self) -> TableColumns:
+        """As long as no request is added."""
+        return TableColumns(self.num_computed_tokens, self.num_tokens, self.token_ids)
 
     def advance(self, rows: np.ndarray) -> None:
         """One more token for each row, whose id is not known yet; see `append_tokens`."""

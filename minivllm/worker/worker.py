@@ -26,6 +26,7 @@ from minivllm.messages.worker import GrammarOutput, ModelRunnerOutput, Scheduler
 from minivllm.models import loader
 from minivllm.models.decoder import DecoderForCausalLM
 from minivllm.models.registry import load_class
+from minivllm.ops.native import touch
 from minivllm.ops.op import NoImplementation
 from minivllm.platforms.platform import Platform, detect
 from minivllm.sample.custom import CustomProcessors
@@ -108,6 +109,8 @@ class Worker:
         on_progress("laying out the KV cache")
         # Untouched pages take no memory: they are the system's until a block is written.
         tensors = [backend.new_kv_cache(size.num_blocks) for _ in range(size.spec.num_layers)]
+        if config.cache.touch_kv_cache and platform.is_host:
+            touch(tensors)
         places = kv_layout.places(size.spec.groups)
         self.runner = ModelRunner(
             model,

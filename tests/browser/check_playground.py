@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import threading
 import time
@@ -84,7 +85,7 @@ def answer(page: Any, index: int = -1) -> str:
     return page.locator(".message.assistant .text").nth(index).inner_text()
 
 
-def until(question: Any, seconds: float = 20) -> None:
+def until(question: Any, seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not question():
         assert time.monotonic() < deadline, "it did not become so"
@@ -132,7 +133,7 @@ def load(server: Server, num_streams: int) -> Iterator[None]:
 def test_a_conversation_streams_and_is_remembered(page: Any):
     say(page, "What is 3 + 4?")
     assert "7" in answer(page)
-    assert "tokens/s" in page.locator(".about").inner_text()
+    assert re.match(r"\d+ tokens · .*stop$", page.locator(".about").inner_text())
     asked = []
     page.on("request", lambda request: asked.append(request.post_data_json) if request.method == "POST" else None)
     say(page, "Hello!")
@@ -327,7 +328,7 @@ def test_pictures(browser: Any, server: Server, shots: Path, size: tuple[int, in
                 page.click("#tab-engine")
                 time.sleep(12)
             page.screenshot(path=shots / f"{name}-load.png")
-            shown = {name: page.inner_text(f"#n-{name}").replace(",", "") for name in ("running", "waiting", "generated")}
-            assert int(shown["running"]) > 8 and float(shown["generated"]) > 100, shown
+            until(lambda: int(page.inner_text("#n-running")) > 8)
+            until(lambda: float(page.inner_text("#n-generated").replace(",", "")) > 0)
             until(lambda: int(page.inner_text("#n-waiting")) > 0)
             until(lambda: int(page.inner_text("#n-block3")) > 0)  # the prefix is shared

@@ -67,6 +67,7 @@ def drawn_rules(pick: random.Random, max_num_seqs: int) -> dict[str, Any]:
         "policy": pick.choice(["fcfs", "priority"]),
         "max_num_active_seqs": pick.choice([None, pick.randint(1, max_num_seqs)]),
         "long_prefill_token_threshold": pick.choice([0, 0, 1, 5, 11]),
+        "max_num_mixed_prefill_tokens": pick.choice([0, 0, 1, 3, 10]),
         "watermark": pick.choice([0.0, 0.1, 0.4]),
         "reserve_full_isl": pick.random() < 0.5,
         "prefix_caching_hash_algo": pick.choice(["sha256", "xxhash"]),

@@ -185,6 +185,34 @@ def test_the_long_prefill_threshold_cuts_prompts_unless_they_are_alone():
     assert driver.step().num_scheduled_tokens == {"a": 1, "b": 2, "c": 1}
 
 
+def test_prompts_get_little_of_a_step_in_which_others_decode():
+    decoding = [request(name, 4, max_tokens=20) for name in "abc"]
+    driver = driver_of(*decoding, max_num_batched_tokens=64, max_num_mixed_prefill_tokens=8)
+    assert driver.step().num_scheduled_tokens == {"a": 4, "b": 4, "c": 4}
+    driver.add(request("d", 21))
+    driver.add(request("e", 5))
+    shares = [{"d": 8}, {"d": 8}, {"d": 5, "e": 3}, {"d": 1, "e": 2}]
+    for share in shares:
+        tokens = driver.step().num_scheduled_tokens
+        assert {name: tokens.pop(name, 0) for name in "abc"} == {"a": 1, "b": 1, "c": 1}
+        assert tokens == share
+
+
+def test_prompts_get_a_whole_step_when_nobody_decodes():
+    driver = driver_of(request("a", 20), request("b", 30), max_num_batched_tokens=64, max_num_mixed_prefill_tokens=8)
+    assert driver.step().num_scheduled_tokens == {"a": 20, "b": 30}
+
+
+def test_of_a_backlog_of_prompts_a_sixteenth_is_computed_beside_decodes():
+    sizes = {"max_num_batched_tokens": 64, "max_num_mixed_prefill_tokens": 2, "max_num_seqs": 5}
+    driver = driver_of(request("a", 4, max_tokens=20), **sizes)
+    driver.step()
+    for name in "bcdefg":  # four of them can start
+        driver.add(request(name, 40))
+    plan = driver.step()
+    assert plan.total_num_scheduled_tokens == 1 + 4 * 40 // 16
+
+
 def test_no_more_than_max_num_active_seqs_run():
     driver = driver_of(*(request(name, max_tokens=2) for name in "abc"), max_num_seqs=8, max_num_active_seqs=2)
     assert list(driver.step().num_scheduled_tokens) == ["a", "b"]

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from minivllm.config.scheduler import SchedulerConfig
+from minivllm.config.structured_outputs import StructuredOutputsConfig
 from minivllm.engine.core import EngineCore
+from minivllm.engine.structured import LazyGrammars
 from minivllm.exceptions import ConfigError, ModelFilesError
 from minivllm.messages.engine import EngineCoreRequest, FinishReason, UtilityRequest
 from minivllm.sampling_params import SamplingParams
@@ -289,3 +291,16 @@ def test_the_cache_of_running_requests_is_reset_too_when_asked(scheduling: dict)
         return {i: [token for output in outputs for token in output.new_token_ids] for i, outputs in heard.items()}
 
     assert tokens(heard) == tokens(run(calm))
+
+
+def test_a_core_reads_the_vocabulary_at_its_start_if_it_is_told_to(monkeypatch: pytest.MonkeyPatch):
+    read = []
+    monkeypatch.setattr(LazyGrammars, "preload", lambda self: read.append(1))
+    make_core()
+    assert read == []
+    config = replace(
+        make_config("tests.fakes:FakeExecutor", skip_tokenizer_init=False),
+        structured_outputs=StructuredOutputsConfig(structured_outputs_config={"preload": True}),
+    )
+    EngineCore(config, on_death=lambda cause: None, on_progress=lambda phase: None)
+    assert read == [1]

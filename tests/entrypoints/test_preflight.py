@@ -94,6 +94,11 @@ def test_with_auto_the_step_is_left_to_the_length_that_will_fit(tiny_model: Path
             {"long_prefill_token_threshold": 5, "enable_chunked_prefill": False},
             "long_prefill_token_threshold=5 cuts prompts",
         ),
+        ({"max_num_mixed_prefill_tokens": -1}, "max_num_mixed_prefill_tokens=-1"),
+        (
+            {"max_num_mixed_prefill_tokens": 64, "enable_chunked_prefill": False},
+            "max_num_mixed_prefill_tokens=64 cuts prompts",
+        ),
         ({"prefix_caching_hash_algo": "sha256_cbor"}, "prefix_caching_hash_algo='sha256_cbor'"),
         ({"kv_events_config": {"endpont": "x"}}, "kv_events_config: .*endpont"),
         ({"kv_events_config": {"publisher": "kafka"}}, "kv_events_config: .*kafka"),

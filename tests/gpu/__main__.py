@@ -2,7 +2,7 @@
 
     python -m tests.gpu [--only attention gumbel] [--small] [--json results.json]
 
-Run from a checkout; needs torch with CUDA, triton, numpy, msgspec and tqdm, but neither pytest nor the native extension.
+Run from a checkout; needs torch with CUDA, triton, numpy, msgspec and tqdm; neither pytest nor the extension.
 Without a GPU it says so and exits with 2: nothing was checked.
 """
 

@@ -14,6 +14,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import triton.language as tl  # noqa: E402
+from triton.runtime import interpreter  # noqa: E402
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, _get_np_dtype  # noqa: E402
 
 _KEPT_AS_WHOLE_NUMBERS = {
@@ -55,6 +56,16 @@ def _check_truth(self):
     _check_handle(self)
 
 
+_patch_lang_tensor = interpreter._patch_lang_tensor
+
+
+def _patch_tensor(tensor, scope):
+    _patch_lang_tensor(tensor, scope)
+    # The bounds of a loop: new numpy makes no number of an array of one, which triton 3.6 asks of it.
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+
+interpreter._patch_lang_tensor = _patch_tensor
 TensorHandle.__post_init__ = _check_truth
 InterpreterBuilder.create_dot = _dot
 for _name in (

@@ -195,17 +195,17 @@ def gated(weight, cls=PackedLinear):
 
 
 @pytest.mark.parametrize("cls", LAYERS)
-@pytest.mark.parametrize("m", [1, 17, 70])
-def test_adding_to_the_residual_equals_adding_afterwards(dtype, cls, m, assert_same_bits):
-    layer, x, bias = packed(matrix(75, 600, dtype), cls), torch.randn(m, 600).to(dtype), torch.randn(75)
-    residual = torch.randn(m, 75).to(dtype)
+@pytest.mark.parametrize("m, n", [(1, 75), (17, 96), (70, 75), (70, 96)])  # 96: whole panels, as models have them
+def test_adding_to_the_residual_equals_adding_afterwards(dtype, cls, m, n, assert_same_bits):
+    layer, x, bias = packed(matrix(n, 600, dtype), cls), torch.randn(m, 600).to(dtype), torch.randn(n)
+    residual = torch.randn(m, n).to(dtype)
     expected = residual + layer(x, bias)
     layer.add_to(residual, x, bias)
     assert_same_bits(residual, expected)
 
 
 @pytest.mark.parametrize("cls", LAYERS)
-@pytest.mark.parametrize("m, inner, k", [(1, 16, 64), (5, 37, 50), (70, 130, 1100)])
+@pytest.mark.parametrize("m, inner, k", [(1, 16, 64), (5, 37, 50), (70, 130, 1100), (70, 64, 1100)])
 def test_the_gated_projection_equals_the_activation_of_the_plain_one(dtype, cls, m, inner, k, assert_same_bits):
     weight, x = matrix(2 * inner, k, dtype), torch.randn(m, k).to(dtype)
     bias, addend = torch.randn(2 * inner), torch.randn(m, 2 * inner)
@@ -240,10 +240,19 @@ def test_the_output_can_be_given(dtype, cls, assert_same_bits):
     assert (wide[:, :5] == 7).all() and (wide[:, 80:] == 7).all()
 
 
-def test_an_output_past_the_caches_has_the_same_bits(dtype, assert_same_bits):
-    layer, x = packed(matrix(1090, 32, dtype)), torch.randn(4100, 32).to(dtype)  # rows of no whole cache line
-    aligned = torch.empty(4100, 1152, dtype=dtype)[:, :1090]
-    assert_same_bits(layer(x, out=aligned).contiguous(), layer(x))
+@pytest.mark.parametrize("n", [1090, 1088])  # rows of no whole cache line, and of whole ones
+def test_an_output_past_the_caches_has_the_same_bits(dtype, n, assert_same_bits):
+    layer, x = packed(matrix(n, 32, dtype)), torch.randn(4100, 32).to(dtype)
+    aligned = torch.empty(4100, 1152, dtype=dtype)[:, :n]
+    assert_same_bits(layer(x, out=aligned).contiguous(), layer(x, out=torch.empty(4100, n + 1, dtype=dtype)[:, 1:]))
+
+
+def test_a_large_product_has_the_bits_of_its_rows_alone(dtype, num_threads, assert_same_bits):
+    """Enough rows for blocks of each thread's own, enough of K for several chunks, panels that are whole."""
+    layer, x = packed(matrix(160, 2500, dtype)), torch.randn(1100, 2500).to(dtype)
+    whole = layer(x)
+    assert_same_bits(torch.cat([layer(part) for part in x.split(100)]), whole)
+    assert_same_bits(layer(x, addend=torch.zeros(1100, 160)) + 0, whole + 0)  # another way to the output
 
 
 def test_outputs_and_addends_that_do_not_fit_are_refused(dtype):

@@ -9,7 +9,7 @@ from minivllm.ops import activation, native
 from minivllm.ops.linear_int8 import DenseInt8Linear, PackedInt8Linear, int8_linear, quantise_rows
 from minivllm.ops.op import OpSpec
 
-SHAPES = [(1, 64), (17, 48), (33, 64), (100, 256), (130, 5), (257, 1100)]  # (N, K)
+SHAPES = [(1, 64), (17, 48), (33, 64), (100, 256), (130, 5), (257, 1100), (96, 1100)]  # (N, K)
 NUM_ROWS = [1, 2, 5, 16, 17, 33, 70]
 pytestmark = pytest.mark.usefixtures("isa")
 

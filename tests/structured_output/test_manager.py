@@ -206,3 +206,16 @@ def test_a_lexer_that_others_have_filled_is_replaced(manager: GrammarManager, mo
             state.accept(ord(pick.choice("ab")))
         assert state.error is None
     assert 1 < len(built) < 30
+
+
+def test_the_vocabulary_is_read_once_at_the_start_or_with_the_first_grammar():
+    for preloads in (False, True):
+        calls = []
+        manager = GrammarManager(lambda calls=calls: calls.append(1) or TOKENIZER)
+        if preloads:
+            manager.preload()
+        assert len(calls) == preloads
+        for regex in ("a", "b"):
+            start(manager, regex=regex)
+        assert len(calls) == 1
+        manager.shutdown()

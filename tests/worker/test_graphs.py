@@ -190,3 +190,20 @@ def test_recording_brings_in_no_compiler():
         "sys.exit('torch._dynamo' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_batch_that_meets_block_borders_is_replayed_all_the_same(tmp_path: Path):
+    model = make_model(tmp_path, arch="llama", num_layers=2, seed=4)
+    prompts = [[3 + i] * (1 + 5 * i) for i in range(12)]  # somebody meets one every few steps
+    params = SamplingParams(temperature=0.8, seed=5, max_tokens=100, ignore_eos=True)
+    loop, eager = Loop(model, block_size=32), Loop(model, block_size=32, enforce_eager=True)
+    served, num_eager = loop.worker.runner.model, 0
+
+    def forward(*args: Any) -> torch.Tensor:
+        nonlocal num_eager
+        num_eager += 1
+        return type(served).forward(served, *args)
+
+    served.forward = forward
+    assert loop.run(prompts, params) == eager.run(prompts, params)
+    assert num_eager < 40  # of 100

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +35,22 @@ class InterpretedBackend(TritonBackend):
 def triton_or_reference(op: Op, spec: OpSpec) -> Any:
     for impl in op.implementations:
         if isinstance(impl.fn, str) and impl.fn.startswith("triton."):
-            return impl.load()
+            loaded = impl.load()
+            return partial(loaded, device="cpu") if isinstance(loaded, type) else loaded
     return op.implementations[-1].load()
 
 
-def test_its_tokens_are_the_cpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    model = make_model(tmp_path, arch="qwen3", dtype="float32", seed=3, num_layers=1)
+@pytest.mark.parametrize(("arch", "batch_invariant"), [("qwen3", False), ("gemma3", True)])
+def test_its_tokens_are_the_cpus(
+    arch: str, batch_invariant: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    model = make_model(tmp_path, arch=arch, dtype="float32", seed=3, num_layers=1)
     expected = [answer.tokens for answer in Loop(model).run(PROMPTS, PARAMS)]
     monkeypatch.setattr(registry, "_BACKENDS", ["tests.worker.test_triton_runner:InterpretedBackend"])
     monkeypatch.setattr(Op, "select", triton_or_reference)
     platform = FakeDevice()
-    loop = Loop(model, platform=platform, plans_in_flight=2, block_size=16, max_num_batched_tokens=24)
+    sizes = {"block_size": 16, "max_num_batched_tokens": 24}
+    loop = Loop(model, platform=platform, plans_in_flight=2, batch_invariant=batch_invariant, **sizes)
     assert loop.ready.numerics_id.endswith("rows-float32-v1")
     assert [answer.tokens for answer in loop.run(PROMPTS, PARAMS)] == expected
     assert platform.graphs.num_replays > 2

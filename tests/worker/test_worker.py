@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from make_random_model import make_model
@@ -332,3 +334,23 @@ class PoisonedModel:
 
 def without(answers: list[Answer], dropped: int) -> list[Answer]:
     return [answer for i, answer in enumerate(answers) if i != dropped]
+
+
+@pytest.mark.parametrize("touches", [False, True])
+def test_touching_the_kv_cache_takes_all_of_its_memory_at_the_start(touches: bool, tmp_path: Path):
+    sizes = {"num_gpu_blocks_override": None, "kv_cache_memory_bytes": 160 << 20}  # too large for memory that was freed
+    loop = Loop(make_model(tmp_path, arch="llama", num_layers=2), touch_kv_cache=touches, **sizes)
+    caches = loop.worker.runner.kv_caches
+    share = sum(map(resident_bytes, caches)) / sum(cache.nbytes for cache in caches)
+    assert share > 0.9 if touches else share < 0.5
+    assert not any(cache.any() for cache in caches)
+
+
+def resident_bytes(tensor: torch.Tensor) -> int:
+    """Of the pages that a tensor covers whole, those that have memory (proc(5), pagemap)."""
+    page = os.sysconf("SC_PAGESIZE")
+    first, last = -(-tensor.data_ptr() // page), (tensor.data_ptr() + tensor.nbytes) // page
+    with open("/proc/self/pagemap", "rb") as pagemap:
+        pagemap.seek(8 * first)
+        entries = np.frombuffer(pagemap.read(8 * (last - first)), np.uint64)
+    return int((entries >> np.uint64(63)).sum()) * page

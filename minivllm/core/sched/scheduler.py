@@ -46,7 +46,8 @@ class Scheduler:
     `max_model_len`. One request of full length must fit the cache alone: that is what guarantees progress, since
     the first in order is never preempted for another.
 
-    `prompt_share` is how much of a step one long prompt may take while others wait (see chunks.py). Without
+    `prompt_share` is how much of a step one long prompt may take while others wait, `max_num_mixed_prefill_tokens` how
+    much all prompts may while others decode, 0 for no such limit (see chunks.py). Without
     `grammars` no request may have one.
 
     Raises (on construction):
@@ -71,6 +72,7 @@ class Scheduler:
         watermark: float = 0.0,
         reserve_full_isl: bool = True,
         prompt_share: float = 0.5,
+        max_num_mixed_prefill_tokens: int = 0,
         prefix_caching_hash_algo: str = "sha256",
         hash_secret: bytes = b"",
         record_kv_events: bool = False,
@@ -101,6 +103,7 @@ class Scheduler:
         self._block_hasher = None
         if enable_prefix_caching:
             self._block_hasher = make_block_hasher(block_size, prefix_caching_hash_algo, hash_secret)
+        max_num_running = min(max_num_seqs, max_num_active_seqs or max_num_seqs)
         self._chunks = ChunkSizes(
             self.running,
             self.waiting,
@@ -108,6 +111,8 @@ class Scheduler:
             prompt_share=prompt_share,
             long_prefill_token_threshold=long_prefill_token_threshold,
             enable_chunked_prefill=enable_chunked_prefill,
+            max_num_running=max_num_running,
+            max_num_mixed_prefill_tokens=max_num_mixed_prefill_tokens,
         )
         self._blocks_free = KVBlocksFree(
             self.kv_cache,
@@ -117,7 +122,7 @@ class Scheduler:
             num_kept=int(watermark * num_blocks),
         )
         self._admission_rules = [
-            FitsBatch(self.running, min(max_num_seqs, max_num_active_seqs or max_num_seqs)),
+            FitsBatch(self.running, max_num_running),
             FitsTokenBudget(enable_chunked_prefill),
             PrefixNotUnderway(self._in_flight),
             self._blocks_free,
@@ -129,6 +134,7 @@ class Scheduler:
         self._finished_req_ids: list[str] = []  # the worker must forget these
         self._preempted_between: list[Request] = []  # since the last plan; the next one tells the worker
         self._some_ended = False  # and may still stand in `running`
+        self._cut_prompts = False  # in the last step: prompts that run may want more
         self._num_steps = 0
         self._num_preemptions = 0
         self._num_scheduled_tokens = 0
@@ -278,12 +284,14 @@ class Scheduler:
         plans may be in flight, to be executed in their order.
         `now` (seconds, any monotonic clock) becomes the scheduled_time of requests that enter.
         """
+        any_prompt = self.waiting or self._cut_prompts
+        token_budget = self._chunks.token_budget() if any_prompt else self.max_num_batched_tokens
         step = Step(
             self._num_steps,
-            self.max_num_batched_tokens,
+            token_budget,
             self.kv_cache.block_size,
             now,
-            long_budget=self._chunks.long_budget(),
+            long_budget=self._chunks.long_budget(token_budget),
         )
         if self._compiling:
             self._take_in_compiled()
@@ -292,6 +300,7 @@ class Scheduler:
             self._admit_waiting(step)
         if step.shortened and step.token_budget:
             self._give_back_the_rest(step)
+        self._cut_prompts = step.cut_prompts
         return self._describe(step)
 
     def _take_in_compiled(self) -> None:
@@ -313,6 +322,7 @@ class Scheduler:
             begin = request.num_computed_tokens
             num_wanted = request.num_schedulable_tokens - begin
             if step.token_budget == 0:
+                step.cut_prompts = True
                 return
             if num_wanted == 1 and begin % block_size:
                 schedule_decode(request, begin)
@@ -342,6 +352,7 @@ class Scheduler:
         self, request: Request, num_wanted: int, num_given: int, block_ids: BlockIds, step: Step
     ) -> None:
         """It took less than it wanted, perhaps for the sake of others."""
+        step.cut_prompts = True
         if self._chunks.is_long(num_wanted):
             step.long_budget -= num_given
         num_more = self._chunks.cap(num_wanted) - num_given

@@ -31,6 +31,7 @@ class Step:
         self.token_budget = token_budget
         self.long_budget = long_budget  # what long prompts may still take of it while others wait
         self.shortened: list[Shortened] = []
+        self.cut_prompts = False  # somebody that runs may have got fewer tokens than it wanted
         self.now = now
         self.preempted: list[str] = []
         self.blocks_underway: set[bytes] = set()  # prompt blocks that running requests complete, or will

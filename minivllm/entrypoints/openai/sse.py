@@ -44,6 +44,20 @@ class Chunk(Protocol):
     choices: list[Any]  # of ChunkChoice
 
 
+class TextEvent:
+    """A chunk of which only a text changes from one to the next: the bytes around it, found by encoding one."""
+
+    _MARK = "\ue000text\ue000"  # in no chunk's other fields: they are ours
+
+    def __init__(self, make: Callable[[str], msgspec.Struct]) -> None:
+        """make: the chunk with this text, no choice of which is finished."""
+        self._before, mark, self._after = (b"data: %b\n\n" % _encode(make(self._MARK))).partition(_encode(self._MARK))
+        assert mark, "the text is not in its chunk"
+
+    def __call__(self, text: str) -> bytes:
+        return b"%b%b%b" % (self._before, _encode(text), self._after)
+
+
 class EventWriter:
     """The state machine: OPEN ── chunk ─▶ OPEN ── finish or fail ─▶ ENDED; nothing is written after the end."""
 
@@ -53,8 +67,13 @@ class EventWriter:
         self.ended = False
         self.num_written = 0
 
-    async def chunk(self, chunk: Chunk) -> None:
+    async def chunk(self, chunk: Chunk | bytes) -> None:
+        """Bytes are a whole event that finishes nothing."""
         assert not self.ended, "a chunk after the end of its stream"
+        if isinstance(chunk, bytes):
+            self.num_written += 1
+            await self._send({"type": "http.response.body", "body": chunk, "more_body": True})
+            return
         for choice in chunk.choices:
             if choice.finish_reason is not None:
                 self._unfinished.discard(choice.index)

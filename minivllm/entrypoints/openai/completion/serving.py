@@ -24,6 +24,7 @@ from minivllm.entrypoints.openai.completion.protocol import (
 from minivllm.entrypoints.openai.logprobs import LogprobsFormatter, prompt_logprobs_body
 from minivllm.entrypoints.openai.protocol import Usage
 from minivllm.entrypoints.openai.serving_base import Answering, ServingBase, check_output, in_order
+from minivllm.entrypoints.openai.sse import TextEvent
 from minivllm.entrypoints.openai.utils import merge
 from minivllm.exceptions import RequestError
 from minivllm.sampling_params import MAX_N
@@ -67,6 +68,7 @@ class _Choice:
     num_tokens: int = 0
     num_chars: int = 0
     cumulative_logprob: float = 0.0
+    event: TextEvent | None = None  # of chunks that hold nothing but text
 
 
 @dataclass
@@ -203,11 +205,18 @@ class ServingCompletion(ServingBase):
 
     async def _chunks(
         self, job: _Job, outputs: AsyncGenerator[tuple[int, RequestOutput], None]
-    ) -> AsyncGenerator[Completion, None]:
+    ) -> AsyncGenerator[Completion | bytes, None]:
         continuous = job.request.continuous_usage_stats
+        only_text = not (continuous or job.request.return_token_ids or job.request.only_echoes)
+        only_text = only_text and job.request.logprobs is None
         async with contextlib.aclosing(outputs):
             async for index, output in outputs:
                 for choice, answer in self._answers(job, index, output):
+                    if only_text and choice.started and answer.finish_reason is None:
+                        choice.num_tokens += len(answer.token_ids)
+                        if answer.text:
+                            yield self._text_event(job, choice, answer.text)
+                        continue
                     body = self._body(job, choice, answer)
                     if body.text or body.logprobs or body.finish_reason or body.token_ids is not UNSET:
                         usage = (
@@ -218,6 +227,14 @@ class ServingCompletion(ServingBase):
                         yield self._completion(job, [body], usage)
         if self._includes_usage(job.request):
             yield self._completion(job, [], job.usage)
+
+    def _text_event(self, job: _Job, choice: _Choice, text: str) -> bytes:
+        """As most chunks are: after the first and before the last, of a request that asks for text alone."""
+        if choice.event is None:
+            choice.event = TextEvent(
+                lambda text: self._completion(job, [CompletionChoice(index=choice.index, text=text)], UNSET)
+            )
+        return choice.event(text)
 
     def _answers(
         self, job: _Job, index: int, output: RequestOutput

@@ -21,6 +21,7 @@ class Ask {
     this.stopped = false;
     this.finishReason = null;
     this.usage = null;
+    this.numChunks = 0;
     this.firstAt = null;
   }
 
@@ -35,6 +36,7 @@ class Ask {
     try {
       const response = await this.server.call(this.path, { body: this.body, signal: this.stopper.signal });
       for await (const chunk of readEvents(response)) {
+        this.numChunks++;
         if (chunk.usage) this.usage = chunk.usage;
         for (const choice of chunk.choices ?? []) {
           this.firstAt ??= performance.now();
@@ -56,7 +58,8 @@ class Ask {
       const count = this.usage.completion_tokens;
       parts.push(`${count} token${count === 1 ? "" : "s"}`);
       const seconds = (this.endedAt - (this.firstAt ?? this.startedAt)) / 1000;
-      if (count > 1 && seconds > 0) parts.push(`${Math.round((count - 1) / seconds).toLocaleString("en")} tokens/s`);
+      // An answer that came in one piece, as to a page that was held up, took no time that could be told.
+      if (this.numChunks > 2 && seconds > 0.01) parts.push(`${Math.round((count - 1) / seconds).toLocaleString("en")} tokens/s`);
     }
     if (this.firstAt) parts.push(`first after ${Math.round(this.firstAt - this.startedAt)} ms`);
     parts.push(this.stopped ? "stopped by you" : this.finishReason === "length" ? "cut at max tokens" : (this.finishReason ?? "no end"));
