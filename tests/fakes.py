@@ -16,6 +16,7 @@ from typing import Any
 
 from minivllm.config.engine import EngineConfig
 from minivllm.core.sched.scheduler import Scheduler
+from minivllm.engine.plans_in_flight import PlansInFlight
 from minivllm.executor.abstract import Executor
 from minivllm.messages.engine import EngineCoreOutput, EngineCoreRequest, FinishReason, LogprobsLists
 from minivllm.messages.kv_cache import NULL_BLOCK, ONE_FULL_GROUP, KVCacheGroup, has_null_block
@@ -317,6 +318,21 @@ class FakeWorker:
 # --- the executor ----------------------------------------------------------------------------------------------
 
 
+class Inline:
+    """Runs each plan when it comes, as a `Runner` of one's own worker."""
+
+    def __init__(self, run: Callable[[SchedulerOutput], ModelRunnerOutput]) -> None:
+        self._run = run
+        self.results: deque[Future[ModelRunnerOutput]] = deque()
+
+    def execute_model(self, plan: SchedulerOutput) -> Future[None]:
+        self.results.append(_attempt(self._run, plan))
+        return _attempt(lambda: None)
+
+    def sample_tokens(self, grammar: GrammarOutput | None) -> Future[ModelRunnerOutput]:
+        return self.results.popleft()
+
+
 class FakeExecutor(Executor):
     """A `FakeWorker` behind the executor's five verbs. Sizes come from the config, or are small.
 
@@ -344,7 +360,7 @@ class FakeExecutor(Executor):
             max_num_batched_tokens=max_num_batched_tokens,
             max_num_seqs=max_num_seqs,
         )
-        self._results: list[Future[ModelRunnerOutput]] = []
+        self._inline = Inline(self.worker.run)
         return WorkerReady(
             max_model_len=max_model_len,
             num_blocks=num_blocks,
@@ -357,11 +373,10 @@ class FakeExecutor(Executor):
         )
 
     def execute_model(self, plan: SchedulerOutput) -> Future[None]:
-        self._results.append(_attempt(self.worker.run, plan))
-        return _attempt(lambda: None)
+        return self._inline.execute_model(plan)
 
     def sample_tokens(self, grammar: GrammarOutput | None) -> Future[ModelRunnerOutput]:
-        return self._results.pop(0)
+        return self._inline.sample_tokens(grammar)
 
     def collective_rpc(self, method: str, args: tuple = ()) -> list:
         return [getattr(self.worker, method)(*args)]
@@ -422,14 +437,13 @@ class Answer:
 
 
 class Driver:
-    """A scheduler and a fake worker in one loop, as EngineCore would run them, with integrity checked each step.
+    """A scheduler and a fake worker in the engine core's loop, with integrity checked each step.
 
     `num_in_flight` plans at most are made before the result of the first is accounted for.
     """
 
     def __init__(self, scheduler: Scheduler, *, vocab_size: int = 64, num_in_flight: int = 1) -> None:
         self.scheduler = scheduler
-        self.num_in_flight = num_in_flight
         self.worker = FakeWorker(
             num_blocks=len(scheduler.kv_cache.pool.blocks),
             block_size=scheduler.kv_cache.block_size,
@@ -441,7 +455,7 @@ class Driver:
         )
         self.answers: dict[str, Answer] = {}
         self.plans: list[SchedulerOutput] = []  # in the order of their results
-        self._in_flight: deque[tuple[SchedulerOutput, ModelRunnerOutput]] = deque()
+        self.in_flight = PlansInFlight(scheduler, Inline(self._run), num_in_flight)
 
     def add(self, request: EngineCoreRequest) -> None:
         self.scheduler.add_request(request)
@@ -452,23 +466,23 @@ class Driver:
 
     def step(self, *, abort_meanwhile: Iterable[str] = (), now: float = 0.0) -> SchedulerOutput:
         """Plan, and account for the oldest plan; `abort_meanwhile` are aborts that arrive while the worker computes."""
-        while not self._in_flight or len(self._in_flight) < self.num_in_flight and self.scheduler.has_requests():
-            plan = self.scheduler.schedule(now)
-            self.scheduler.check_integrity()
-            self._in_flight.append((plan, self.worker.run(plan)))
-            if not plan.num_scheduled_tokens:
-                break
-        plan, result = self._in_flight.popleft()
-        self.abort(*abort_meanwhile)
-        self._collect(self.scheduler.update_from_output(plan, result))
+        self.in_flight.fill(now)
+        if not self.in_flight:
+            return SchedulerOutput(-1)  # nobody asks for anything
+        plan, outputs = self.in_flight.account_for_oldest(lambda: self.abort(*abort_meanwhile))
+        self._collect(outputs)
         self.scheduler.check_integrity()
         self.plans.append(plan)
         return plan
 
+    def _run(self, plan: SchedulerOutput) -> ModelRunnerOutput:
+        self.scheduler.check_integrity()
+        return self.worker.run(plan)
+
     def run(self, max_steps: int = 10_000) -> dict[str, Answer]:
         """Step until nothing is left to do."""
         for _ in range(max_steps):
-            if not self.scheduler.has_requests() and not self._in_flight:
+            if not self.scheduler.has_requests() and not self.in_flight:
                 self.check_idle()
                 return self.answers
             self.step()

@@ -1,17 +1,15 @@
 """The engine itself: scheduler and executor, one step at a time.
 
-Owns which plans are in flight and what still has to be told to clients. Knows nothing of sockets, threads
-or processes; `core_process.py` puts it into a process, `core_client.InprocClient` into the caller's.
+Owns the loop over plans (plans_in_flight.py) and what still has to be told to clients. Knows nothing of sockets,
+threads or processes; `core_process.py` puts it into a process, `core_client.InprocClient` into the caller's.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Any
 
 from minivllm.config.engine import EngineConfig
@@ -19,6 +17,7 @@ from minivllm.config.kv_events import read_kv_events_config
 from minivllm.config.structured_outputs import read_structured_outputs_config
 from minivllm.core.sched.scheduler import Scheduler
 from minivllm.engine.kv_events import KVEventPublisher
+from minivllm.engine.plans_in_flight import PlansInFlight
 from minivllm.engine.structured import LazyGrammars
 from minivllm.exceptions import ConfigError, RequestError
 from minivllm.executor.abstract import get_executor_class
@@ -36,20 +35,11 @@ from minivllm.messages.engine import (
 )
 from minivllm.messages.kv_cache import num_tokens_held
 from minivllm.messages.stats import EngineSnapshot
-from minivllm.messages.worker import ModelRunnerOutput, SchedulerOutput, WorkerReady
+from minivllm.messages.worker import WorkerReady
 
 logger = init_logger(__name__)
 
 _IDLE_SLEEP_S = 0.001  # when requests wait for something other than compute
-
-
-@dataclass
-class _InFlight:
-    """A plan that the executor has and whose result is not accounted for."""
-
-    plan: SchedulerOutput
-    forward: Future[None]
-    sampled: Future[ModelRunnerOutput] | None = None  # not asked for while a mask lacks tokens of the plan before
 
 
 class EngineCore:
@@ -113,7 +103,7 @@ class EngineCore:
             self.executor.shutdown()
             raise
         self.ready = _ready_message(worker, config.hf_config.vocab_size, self.executor.max_concurrent_batches)
-        self._in_flight: deque[_InFlight] = deque()  # in the order of execution
+        self._plans = PlansInFlight(self.scheduler, self.executor, self.executor.max_concurrent_batches)
         self._untold: defaultdict[int, list[EngineCoreOutput]] = defaultdict(
             list
         )  # by client; for the next step
@@ -154,7 +144,7 @@ class EngineCore:
 
     def has_requests(self) -> bool:
         """Whether a step has anything to do."""
-        if self._untold or self._in_flight:
+        if self._untold or self._plans:
             return True
         return not self._asleep and self.scheduler.has_requests()
 
@@ -165,41 +155,14 @@ class EngineCore:
         apply_late_aborts: called after the batch ran and before its results are accounted for.
         """
         outputs: dict[int, list[EngineCoreOutput]] = {}
-        while not self._asleep and self.scheduler.has_requests() and self._takes_another_plan():
-            plan = self.scheduler.schedule(time.monotonic())
-            self._in_flight.append(_InFlight(plan, self.executor.execute_model(plan)))
-            if not self.scheduler.lacks_tokens(plan):
-                self._sample(self._in_flight[-1])
-            if not plan.num_scheduled_tokens:  # only news for the worker, or all wait for what is in flight
-                break
-        if self._in_flight:
-            outputs = self._account_for_oldest(apply_late_aborts)
+        if not self._asleep:
+            self._plans.fill(time.monotonic())
+        if self._plans:
+            plan, outputs = self._plans.account_for_oldest(apply_late_aborts)
+            if not plan.num_scheduled_tokens and not self._plans and self.scheduler.has_unfinished_requests():
+                time.sleep(_IDLE_SLEEP_S)
         self._publish_kv_events()
         return self._address(outputs)
-
-    def _account_for_oldest(self, apply_late_aborts: Callable[[], None]) -> dict[int, list[EngineCoreOutput]]:
-        """Wait for the oldest plan in flight; what it brought, by client_index."""
-        oldest = self._in_flight.popleft()
-        plan = oldest.plan
-        oldest.forward.result()
-        result = oldest.sampled.result()
-        apply_late_aborts()
-        outputs = self.scheduler.update_from_output(plan, result)
-        if self._in_flight and self._in_flight[0].sampled is None:
-            self._sample(self._in_flight[0])  # the tokens that its masks lacked are known now
-        if not plan.num_scheduled_tokens and not self._in_flight and self.scheduler.has_unfinished_requests():
-            time.sleep(_IDLE_SLEEP_S)
-        return outputs
-
-    def _takes_another_plan(self) -> bool:
-        """There is room, and the last plan is not one whose masks still have to be made."""
-        if self._in_flight and self._in_flight[-1].sampled is None:
-            return False
-        return len(self._in_flight) < self.executor.max_concurrent_batches
-
-    def _sample(self, planned: _InFlight) -> None:
-        grammar = self.scheduler.grammar_bitmask(planned.plan)  # made while the forward pass runs
-        planned.sampled = self.executor.sample_tokens(grammar)
 
     def _publish_kv_events(self) -> None:
         if self._kv_events is not None and (events := self.scheduler.take_kv_events()):
@@ -264,8 +227,9 @@ class EngineCore:
 
     def _preempt_all(self) -> None:
         """What is in flight is accounted for first; its outputs are told with the next step's."""
-        while self._in_flight:
-            for client_index, outputs in self._account_for_oldest(lambda: None).items():
+        while self._plans:
+            _, by_client = self._plans.account_for_oldest()
+            for client_index, outputs in by_client.items():
                 self._untold[client_index] += outputs
         self.scheduler.preempt_all()
 

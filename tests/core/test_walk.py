@@ -147,7 +147,7 @@ class Walk:
         if alive and self.random.random() < 0.02:
             self._fail(self.random.choice(alive))
         meanwhile = [self.random.choice(alive)] if alive and self.random.random() < 0.03 else []
-        self.driver.num_in_flight = self.random.randint(1, self.num_in_flight)
+        self.driver.in_flight.most = self.random.randint(1, self.num_in_flight)
         self.driver.step(abort_meanwhile=meanwhile)
         self.driver.plans.clear()
         self._check_ended()

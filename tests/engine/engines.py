@@ -96,7 +96,7 @@ class LateExecutor(FakeExecutor):
     """Runs a plan when its result is asked for, as one that is busy with the plan before."""
 
     def execute_model(self, plan: SchedulerOutput) -> Future[None]:
-        self._results.append(Late(lambda: self.worker.run(plan)))
+        self._inline.results.append(Late(lambda: self.worker.run(plan)))
         return Late(lambda: None)
 
 

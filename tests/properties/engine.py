@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections import deque
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ import msgspec
 import torch
 
 from minivllm.core.sched.scheduler import Scheduler
+from minivllm.engine.plans_in_flight import PlansInFlight
 from minivllm.messages.engine import EngineCoreOutput, EngineCoreRequest, LogprobsLists, PromptEmbeds
-from minivllm.messages.worker import ModelRunnerOutput, SchedulerOutput
+from minivllm.messages.worker import GrammarOutput, ModelRunnerOutput, SchedulerOutput
 from minivllm.sampling_params import SamplingParams, ThinkingTokens
 from minivllm.structured_output.grammar import to_grammar
 from minivllm.structured_output.manager import GrammarManager
@@ -144,8 +145,8 @@ class Run:
     """
 
     def __init__(self, engine: Engine, scheduler: Scheduler, num_in_flight: int = 1) -> None:
-        self.engine, self.scheduler, self.num_in_flight = engine, scheduler, num_in_flight
-        self._in_flight: deque[tuple[SchedulerOutput, ModelRunnerOutput | None]] = deque()  # None: not yet sampled
+        self.engine, self.scheduler = engine, scheduler
+        self._in_flight = PlansInFlight(scheduler, self, num_in_flight)
         self.answers: dict[str, Answer] = {}
         self.num_steps = self.num_preemptions = self.num_cached_tokens = 0
 
@@ -164,37 +165,35 @@ class Run:
         """Plan, and account for the oldest plan; `abort_meanwhile` are aborts that arrive while the worker computes."""
         assert self.num_steps < MOST_STEPS, f"no end: {sorted(self.scheduler.requests)}"
         self.num_steps += 1
-        while not self._in_flight or self._takes_another_plan():
-            plan = self.scheduler.schedule()
-            self.num_preemptions += len(plan.preempted_req_ids)
-            self.engine.worker.execute_model(plan)
-            self._in_flight.append((plan, None))
-            if not self.scheduler.lacks_tokens(plan):
-                self._sample()
-            if not plan.num_scheduled_tokens:
-                time.sleep(0.001)  # perhaps a grammar is being compiled
-                break
-        plan, result = self._in_flight.popleft()
-        self.abort(*abort_meanwhile)
-        self._take(self.scheduler.update_from_output(plan, result))
-        if len(self._in_flight) == 1 and self._in_flight[0][1] is None:
-            self._sample()
+        self._in_flight.fill()
+        if not self._in_flight:
+            return
+        plan, outputs = self._in_flight.account_for_oldest(lambda: self.abort(*abort_meanwhile))
+        self._take(outputs)
+        self.num_preemptions += len(plan.preempted_req_ids)
+        if not plan.num_scheduled_tokens:
+            time.sleep(0.001)  # perhaps a grammar is being compiled
         self.scheduler.check_integrity()
 
-    def _takes_another_plan(self) -> bool:
-        is_sampled = self._in_flight[-1][1] is not None
-        return is_sampled and len(self._in_flight) < self.num_in_flight and self.scheduler.has_requests()
+    # As a Runner: the worker's work is done when it is asked for.
 
-    def _sample(self) -> None:
-        """For the last plan, which was executed and not yet sampled."""
-        plan, _ = self._in_flight.pop()
-        self._in_flight.append((plan, self.engine.worker.sample_tokens(self.scheduler.grammar_bitmask(plan))))
+    def execute_model(self, plan: SchedulerOutput) -> Future[None]:
+        return _done(self.engine.worker.execute_model(plan))
+
+    def sample_tokens(self, grammar: GrammarOutput | None) -> Future[ModelRunnerOutput]:
+        return _done(self.engine.worker.sample_tokens(grammar))
 
     def _take(self, outputs_by_client: dict[int, list[EngineCoreOutput]]) -> None:
         for outputs in outputs_by_client.values():
             for output in outputs:
                 self.num_cached_tokens += output.num_cached_tokens
                 self.answers[output.request_id].take(output)
+
+
+def _done(result: Any) -> Future[Any]:
+    future: Future[Any] = Future()
+    future.set_result(result)
+    return future
 
 
 def vocabulary(vocab_size: int) -> Vocabulary:
