@@ -5,7 +5,7 @@
 #include "attention_fma.h"
 #include "attention_walk.h"
 #if defined(__AMX_BF16__)
-#include "attention_amx.h"
+#include "attention_amx_wide.h"
 #endif
 
 namespace minivllm::MINIVLLM_ISA {
@@ -58,9 +58,10 @@ void list_shared(const Attention& a, Work& work) {
 void list_prompt(const Attention& a, int32_t request, Work& work) {
     const int64_t q_len = a.query_start_loc[request + 1] - a.query_start_loc[request];
     const int64_t first_position = a.seq_lens[request] - q_len;
-    // Later rows see more: the longest walks start first.
-    for (int64_t q = (q_len - 1) / work.positions * work.positions; q_len > 0 && q >= 0; q -= work.positions)
-        for (int32_t h = 0; h < a.layout.num_kv_heads; ++h) {
+    // A head's keys and values stay in the second cache while its rows pass. Later rows see more: the longest walks of
+    // a head start first, so that short ones come last.
+    for (int32_t h = 0; h < a.layout.num_kv_heads; ++h)
+        for (int64_t q = (q_len - 1) / work.positions * work.positions; q_len > 0 && q >= 0; q -= work.positions) {
             const int64_t n = lesser(work.positions, q_len - q);
             work.own[work.num_own++] = {request, int32_t(q), int32_t(n), 0, 0, h, 1, -1, 0, Ending::output, false, 0,
                                         first_position + q + n};
@@ -141,31 +142,35 @@ float* state_of(const Attention& a, const Work& work, int64_t state, int64_t hea
 }
 
 void own_rows(const Attention& a, const Work& work, const Unit& unit, int64_t kv_head, Rows& rows) {
-    const int64_t group = group_size(a);
+    const int64_t group = group_size(a), first_head = kv_head * group;
+    const int64_t first_token = a.query_start_loc[unit.request] + unit.first_query;
+    const int64_t first_position = a.seq_lens[unit.request] - (a.query_start_loc[unit.request + 1] - first_token);
     rows.count = unit.num_queries * group;
-    for (int64_t r = 0; r < rows.count; ++r) {
-        rows.head[r] = int32_t(kv_head * group + r % group);
-        rows.token[r] = int32_t(a.query_start_loc[unit.request] + unit.first_query + r / group);
-        rows.position[r] = a.seq_lens[unit.request] - (a.query_start_loc[unit.request + 1] - rows.token[r]);
-        rows.begin[r] = greater(0, rows.position[r] + 1 - a.sliding_window);
-        rows.end[r] = rows.position[r] + 1;
-        rows.carried[r] = state_of(a, work, unit.state, rows.head[r]);
-        if (unit.ending == Ending::part) rows.begin[r] = unit.begin, rows.end[r] = unit.end;
-    }
+    for (int64_t i = 0, r = 0; i < unit.num_queries; ++i)
+        for (int64_t g = 0; g < group; ++g, ++r) {
+            rows.head[r] = int32_t(first_head + g);
+            rows.token[r] = int32_t(first_token + i);
+            rows.position[r] = first_position + i;
+            rows.begin[r] = greater(0, rows.position[r] + 1 - a.sliding_window);
+            rows.end[r] = rows.position[r] + 1;
+            rows.carried[r] = state_of(a, work, unit.state, rows.head[r]);
+            if (unit.ending == Ending::part) rows.begin[r] = unit.begin, rows.end[r] = unit.end;
+        }
 }
 
 void shared_rows(const Attention& a, const Work& work, const Unit& unit, int64_t kv_head, Rows& rows) {
-    const int64_t group = group_size(a);
+    const int64_t group = group_size(a), first_head = kv_head * group;
     rows.count = unit.num_members * group;
-    for (int64_t r = 0; r < rows.count; ++r) {
-        const int64_t member = unit.first_member + r / group, request = a.members[member];
-        rows.head[r] = int32_t(kv_head * group + r % group);
-        rows.token[r] = a.query_start_loc[request];
-        rows.position[r] = a.seq_lens[request] - 1;
-        rows.begin[r] = 0;
-        rows.end[r] = unit.end;
-        rows.carried[r] = state_of(a, work, member, rows.head[r]);
-    }
+    for (int64_t m = unit.first_member, r = 0; m < unit.first_member + unit.num_members; ++m)
+        for (int64_t g = 0; g < group; ++g, ++r) {
+            const int64_t request = a.members[m];
+            rows.head[r] = int32_t(first_head + g);
+            rows.token[r] = a.query_start_loc[request];
+            rows.position[r] = a.seq_lens[request] - 1;
+            rows.begin[r] = 0;
+            rows.end[r] = unit.end;
+            rows.carried[r] = state_of(a, work, m, rows.head[r]);
+        }
 }
 
 template <class Math>
@@ -175,6 +180,13 @@ void run_unit(const Attention& a, const Work& work, const Unit& unit) {
     for (int64_t h = unit.first_head; h < unit.first_head + unit.num_heads; ++h) {
         if (unit.num_members > 0) shared_rows(a, work, unit, h, rows);
         else own_rows(a, work, unit, h, rows);
+#if defined(__AMX_BF16__)
+        if (std::is_same_v<Math, AmxMath> && rows.count > AmxMath::kBlock && !unit.resumes &&
+            unit.ending != Ending::part && unit.num_parts == 0) {
+            WideWalk(a, rows).run({blocks, h, unit.begin, unit.end, false, unit.ending});
+            continue;
+        }
+#endif
         Walk<Math> walk(a, rows);
         if (unit.num_parts > 0) {
             walk.join(unit.num_parts, a.num_heads * carried_floats(a.layout.head_dim));

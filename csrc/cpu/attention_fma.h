@@ -55,7 +55,7 @@ MINIVLLM_INLINE void split_pairs(float* to, int64_t stride, const bf16* pairs, i
 
 class FmaMath {
 public:
-    static constexpr int kExpDegree = 6;
+    static constexpr int64_t kBlock = 32;
 
     static size_t bytes(const Attention& a, int64_t num_rows) {
         return size_t(a.layout.head_dim) * size_t(4 * num_rows + 8 * kTile + 2 * kTile);
@@ -95,6 +95,7 @@ public:
         }
     }
 
+    static MINIVLLM_INLINE Vec weight(Vec x) { return exp2(x); }
     void set_weights(int64_t r, const Vec (&x)[kStepVecs]) {
         for (int c = 0; c < kStepVecs; ++c) store(s_.scores + r * kStep + c * kLanes, x[c]);
     }

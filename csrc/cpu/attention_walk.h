@@ -3,7 +3,10 @@
 // What fixes a row's bits, whatever else is computed beside it:
 //   - steps of 128 absolute positions move the row's (maximum, sum, output), ascending, within segments of 1024
 //     absolute positions; segments are merged in ascending order, the first one copied;
-//   - within a step the order of a sum is that of `Math`, over tiles of 32 positions in ascending order;
+//   - the maximum is what weights are relative to: it moves to a step's own when that is larger by more than kRise, the
+//     weights' logarithm to base 2;
+//   - within a step the order of a sum is that of `Math`, over tiles of 32 positions in ascending order; a sum of
+//     weights is one a lane, position modulo kLanes, over a segment, and then folded;
 //   - a masked position has weight zero, and what it holds is not looked at.
 // Rows share loads but no arithmetic.
 #pragma once
@@ -20,40 +23,29 @@ constexpr int kTile = int(kKvTile);
 constexpr int kStepTiles = int(kStep) / kTile;
 constexpr int kStepVecs = int(kStep) / kLanes;
 constexpr int64_t kMaxRows = 256;  // of a walk
-constexpr int64_t kBlock = 32;      // rows that take a step together: what they need of it stays in the nearest cache
-constexpr int64_t kNarrow = 16;     // a walk of no more rows touches no rows beyond them; others are padded to blocks
 constexpr float kLog2e = 1.44269504f;
 constexpr float kMasked = -1e30f;  // 2^(kMasked - maximum) is zero, and no infinity enters the arithmetic
+// Weights may be up to 2^kRise: then a row's output and sum are hardly ever brought to a new maximum.
+constexpr float kRise = 8;
 
 MINIVLLM_INLINE int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
 MINIVLLM_INLINE int64_t greater(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// 2^x for x <= 0 by a minimax polynomial in the fraction: relative error 3e-6 of degree 4, below 1e-7 of degree 6
-// (rounding included). Zero below -126 (where AVX-512 gives subnormals, and zero from -150); NaN for NaN.
-template <int degree>
+// 2^x for x <= kRise by a minimax polynomial in the fraction: relative error below 1e-7 (rounding included), and
+// exact for whole x. Zero below -126 (where AVX-512 gives subnormals, and zero from -150); NaN for NaN.
 MINIVLLM_INLINE Vec exp2(Vec x) {
-    static_assert(degree == 4 || degree == 6);
 #if !defined(__AVX512F__)
     const Vec given = x;
     x = max(set1(-126.0f), x);
 #endif
     const Vec n = round_even(x), f = x - n;
-    Vec p;
-    if constexpr (degree == 4) {
-        p = set1(0.009570102f);
-        p = fma(p, f, set1(0.05591786f));
-        p = fma(p, f, set1(0.24024744f));
-        p = fma(p, f, set1(0.6931218f));
-        p = fma(p, f, set1(0.9999993f));
-    } else {
-        p = set1(0.00015345812f);
-        p = fma(p, f, set1(0.0013399931f));
-        p = fma(p, f, set1(0.009618489f));
-        p = fma(p, f, set1(0.055503286f));
-        p = fma(p, f, set1(0.24022646f));
-        p = fma(p, f, set1(0.6931472f));
-        p = fma(p, f, set1(1.0f));
-    }
+    Vec p = set1(0.00015345812f);
+    p = fma(p, f, set1(0.0013399931f));
+    p = fma(p, f, set1(0.009618489f));
+    p = fma(p, f, set1(0.055503286f));
+    p = fma(p, f, set1(0.24022646f));
+    p = fma(p, f, set1(0.6931472f));
+    p = fma(p, f, set1(1.0f));
 #if defined(__AVX512F__)
     return {_mm512_scalef_ps(p.v, n.v)};
 #else
@@ -64,7 +56,7 @@ MINIVLLM_INLINE Vec exp2(Vec x) {
 // One number by the vector's arithmetic.
 MINIVLLM_INLINE float exp2_one(float x) {
     alignas(64) float lanes[kLanes];
-    store(lanes, exp2<6>(set1(x)));
+    store(lanes, exp2(set1(x)));
     return lanes[0];
 }
 
@@ -89,14 +81,98 @@ struct Path {
     Ending ending;
 };
 
-// A row's state where a walk ends: of the segments merged so far and of the one it is in.
-constexpr int64_t carried_floats(int64_t head_dim) { return 2 * head_dim + 16; }
+// A row's state where a walk ends, of the segments merged so far and of the one it is in: output, segment's output,
+// segment's sums [kLanes], maximum, sum, segment's maximum.
+constexpr int64_t carried_floats(int64_t head_dim) { return 2 * head_dim + 32; }
+
+struct CarriedRow {
+    float *out, *seg_out, *seg_sum, *max, *sum, *seg_max;
+    CarriedRow(float* p, int64_t head_dim)
+        : out(p), seg_out(p + head_dim), seg_sum(p + 2 * head_dim), max(seg_sum + kLanes), sum(max + 1),
+          seg_max(max + 2) {}
+};
+
+// Whether the scores of a step need no more than a factor.
+MINIVLLM_INLINE bool is_plain(const Attention& a) {
+    return a.softcap == 0 && a.alibi == nullptr && a.layout.type != KvType::int8;
+}
+
+// Scores times log2 e, with all that is not a mere factor. c: which vector of the step; distance: from the row's
+// position to the step's first.
+MINIVLLM_INLINE Vec finished_score(const Attention& a, Vec x, int c, int64_t head, int64_t distance,
+                                   const float* k_scales) {
+    Vec score = x * set1(a.scale * a.k_scale);
+    if (a.layout.type == KvType::int8) score = score * load(k_scales + c * kLanes);
+    if (a.softcap != 0) score = set1(a.softcap) * tanh(score / set1(a.softcap));
+    if (a.alibi != nullptr)
+        score = fma(set1(a.alibi[head]), lane_numbers() + set1(float(distance + c * kLanes)), score);
+    return score * set1(kLog2e);
+}
+
+// x where the row sees the position: [from, to) of the step.
+MINIVLLM_INLINE Vec where_seen(Vec x, int c, int from, int to, Vec otherwise) {
+    const Vec j = lane_numbers() + set1(float(c * kLanes));
+    return where_less(j, set1(float(from)), otherwise, where_less(j, set1(float(to)), x, otherwise));
+}
+
+// A weight counts its value's codes; what an unwritten slot has for a scale must not touch a weight of zero.
+MINIVLLM_INLINE Vec scaled_weight(Vec x, int c, int from, int to, const float* v_scales) {
+    return where_seen(x * load(v_scales + c * kLanes), c, from, to, x);
+}
+
+// The scales of a step's int8 tiles, [kStep].
+MINIVLLM_INLINE void load_scales(const Attention& a, const char* const* key_tiles, int first, int end, float* k_scales,
+                                 float* v_scales) {
+    const int64_t data = a.layout.data_bytes(), half = a.layout.half_bytes();
+    for (int t = first; t < end; ++t) {
+        std::memcpy(k_scales + t * kTile, key_tiles[t] + data, kTile * 4);
+        std::memcpy(v_scales + t * kTile, key_tiles[t] + half + data, kTile * 4);
+    }
+}
+
+// What a row has over whole segments takes in one more.
+MINIVLLM_INLINE void merge_segment(float* out, float& max, float& sum, const float* seg_out, float seg_max,
+                                   float seg_sum, int64_t head_dim) {
+    const float larger = seg_max > max ? seg_max : max;
+    const float ours = exp2_one(max - larger), theirs = exp2_one(seg_max - larger);
+    sum = sum * ours + seg_sum * theirs;
+    max = larger;
+    for (int64_t d = 0; d < head_dim; d += kLanes)
+        store(out + d, fma(load(seg_out + d), set1(theirs), load(out + d) * set1(ours)));
+}
+
+MINIVLLM_INLINE void store_narrowed(float* to, Vec x) { store(to, x); }
+MINIVLLM_INLINE void store_narrowed(f16* to, Vec x) { store(to, x); }
+MINIVLLM_INLINE void store_narrowed(bf16* to, Vec x) {
+#if defined(__AVX512BF16__)  // subnormals become zero
+    const __m256bh narrow = _mm512_cvtneps_pbh(x.v);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), reinterpret_cast<const __m256i&>(narrow));
+#else
+    store(to, x);
+#endif
+}
+
+// A row's output: out / sum, with the head's sink.
+template <class T>
+MINIVLLM_INLINE void store_output(const Attention& a, int64_t token, int64_t head, const float* out, float max,
+                                  float sum) {
+    float kept = 1;
+    if (a.sinks != nullptr) {
+        const float sink = a.sinks[head] * kLog2e;
+        const float larger = sink > max ? sink : max;
+        kept = exp2_one(max - larger);
+        sum = sum * kept + exp2_one(sink - larger);
+    }
+    const Vec factor = set1(kept * a.v_scale / sum);
+    T* to = static_cast<T*>(a.out) + (token * a.num_heads + head) * a.layout.head_dim;
+    for (int64_t d = 0; d < a.layout.head_dim; d += kLanes) store_narrowed(to + d, load(out + d) * factor);
+}
 
 // A thread's memory for one walk.
 struct State {
-    float *seg_out, *seg_max, *seg_sum;  // [rows, head_dim], [rows]: the segment's running state
+    float *seg_out, *seg_max, *seg_sum;  // [rows, head_dim], [rows], [rows, kLanes]: the segment's running state
     float *out, *max, *sum;              // the segments merged so far
-    float *scores;                       // [kBlock, kStep]: of a block's rows
+    float *scores;                       // [Math::kBlock, kStep]: of a block's rows
     float *k_scales, *v_scales;          // [kStep]: of int8
 };
 
@@ -105,10 +181,11 @@ struct State {
 //   start()                        reads the rows' queries
 //   begin_step(step)
 //   scores(step, first, end)       state.scores = q·k for a block of rows, of the tiles that one of them sees
-//   set_weights(row, x)            takes the softmax numerators of a row of the block; no_weights(row): it sees nothing
+//   weight(x)                      2^x, as exact as its products with the values need
+//   set_weights(row, x)            takes the weights of a row of the block; no_weights(row): it sees nothing
 //   add_values(step, first, end)   state.seg_out += weights · v
 //   finish()                       ends what start() began
-//   kExpDegree                     how exact the numerators need to be
+//   kBlock                         rows that take a step together: what they need of it stays in the nearest cache
 struct Step {
     int64_t begin;                    // absolute position
     int first_tile, end_tile;         // of the step, those that some row sees
@@ -119,9 +196,12 @@ struct Step {
 template <class Math>
 class Walk {
 public:
+    static constexpr int64_t kBlock = Math::kBlock;
+
     static size_t bytes(const Attention& a, int64_t num_rows) {
         const int64_t padded = (num_rows + kBlock - 1) / kBlock * kBlock;
-        return size_t(padded * (2 * a.layout.head_dim + 4) + (kBlock + 2) * kStep + 64) * 4 + Math::bytes(a, padded);
+        return size_t(padded * (2 * a.layout.head_dim + kLanes + 3) + (kBlock + 2) * kStep + 64) * 4 +
+               Math::bytes(a, padded);
     }
 
     Walk(const Attention& a, const Rows& rows) : a_(a), rows_(rows), head_dim_(a.layout.head_dim) {
@@ -130,8 +210,8 @@ public:
         float* p = reinterpret_cast<float*>(memory);
         auto take = [&p](int64_t n) { float* taken = p; p += n; return taken; };
         s_.seg_out = take(padded * head_dim_), s_.out = take(padded * head_dim_), s_.scores = take(kBlock * kStep);
-        s_.k_scales = take(kStep), s_.v_scales = take(kStep);
-        for (float** each : {&s_.seg_max, &s_.seg_sum, &s_.max, &s_.sum}) *each = take(padded);
+        s_.k_scales = take(kStep), s_.v_scales = take(kStep), s_.seg_sum = take(padded * kLanes);
+        for (float** each : {&s_.seg_max, &s_.max, &s_.sum}) *each = take(padded);
         math_ = Math(a, rows, s_, reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(p) + 63) / 64 * 64));
     }
 
@@ -147,9 +227,9 @@ public:
             const int64_t segment_end = lesser(segment + kSegment, path.end);
             for (int64_t p = greater(segment, first); p < segment_end; p += kStep) add_step(p);
             if (path.ending != Ending::shared || segment + kSegment <= path.end)
-                merge_segment(segment, segment + kSegment);
+                end_segment(segment, segment + kSegment);
         }
-        if (path.ending == Ending::output) store_output();
+        if (path.ending == Ending::output) store_outputs();
         else leave();
         math_.finish();
     }
@@ -158,14 +238,11 @@ public:
     void join(int64_t num_parts, int64_t stride) {
         for (int64_t r = 0; r < rows_.count; ++r)
             for (int64_t part = 0; part < num_parts; ++part) {
-                const float* from = rows_.carried[r] + part * stride;
-                const float* numbers = from + 2 * head_dim_;
-                s_.seg_max[r] = numbers[0], s_.seg_sum[r] = numbers[1];
-                std::memcpy(s_.seg_out + r * head_dim_, from, size_t(head_dim_ * 4));
-                if (part == 0) copy_segment(r);
-                else merge_row(r);
+                const CarriedRow from(rows_.carried[r] + part * stride, head_dim_);
+                if (part == 0) copy_row(r, from.out, *from.max, *from.sum);
+                else merge_row(r, from.out, *from.max, *from.sum);
             }
-        store_output();
+        store_outputs();
     }
 
 private:
@@ -175,9 +252,9 @@ private:
     }
 
     void start_segment() {
-        const int64_t num_rows = rows_.count > kNarrow ? (rows_.count + kBlock - 1) / kBlock * kBlock : rows_.count;
-        std::memset(s_.seg_out, 0, size_t(num_rows * head_dim_ * 4));
-        for (int64_t r = 0; r < rows_.count; ++r) s_.seg_max[r] = kMasked, s_.seg_sum[r] = 0;
+        std::memset(s_.seg_out, 0, size_t(rows_.count * head_dim_ * 4));
+        std::memset(s_.seg_sum, 0, size_t(rows_.count * kLanes * 4));
+        for (int64_t r = 0; r < rows_.count; ++r) s_.seg_max[r] = kMasked;
     }
 
     void add_step(int64_t begin) {
@@ -187,7 +264,8 @@ private:
         if (rows_.begin[0] > begin) step.first_tile = int((rows_.begin[0] - begin) / kTile);
         for (int t = step.first_tile; t < step.end_tile; ++t) step.key[t] = key_tile(path_, begin + t * kTile);
         find_next(step);
-        if (a_.layout.type == KvType::int8) load_scales(step);
+        if (a_.layout.type == KvType::int8)
+            load_scales(a_, step.key, step.first_tile, step.end_tile, s_.k_scales, s_.v_scales);
         math_.begin_step(step);
         for (int64_t block = 0; block < rows_.count; block += kBlock) {
             const int64_t block_end = lesser(block + kBlock, rows_.count);
@@ -209,139 +287,93 @@ private:
         for (int t = 0; t < kStepTiles && p < path->end; ++t, p += kTile) step.next[t] = key_tile(*path, p);
     }
 
-    void load_scales(const Step& step) {
-        const int64_t data = a_.layout.data_bytes(), half = a_.layout.half_bytes();
-        for (int t = step.first_tile; t < step.end_tile; ++t) {
-            std::memcpy(s_.k_scales + t * kTile, step.key[t] + data, kTile * 4);
-            std::memcpy(s_.v_scales + t * kTile, step.key[t] + half + data, kTile * 4);
-        }
-    }
-
-    // Scores to softmax numerators; the row's maximum and sum move on, and its output is brought to the new maximum.
+    // Scores to weights; the row's maximum and sum move on, and its output is brought to a new maximum.
     void weigh(int64_t r, int64_t row_of_block, int64_t begin) {
         const int from = int(greater(rows_.begin[r] - begin, 0));
         const int to = int(lesser(rows_.end[r] - begin, kStep));
         if (from >= to) return math_.no_weights(row_of_block);
         const float* scores = s_.scores + row_of_block * kStep;
-        const bool is_plain = a_.softcap == 0 && a_.alibi == nullptr && a_.layout.type != KvType::int8;
         Vec x[kStepVecs];
         for (int c = 0; c < kStepVecs; ++c) x[c] = load(scores + c * kLanes);
         float scale = a_.scale * a_.k_scale * kLog2e;
-        if (!is_plain) {
-            finish_scores(x, r, begin);
+        if (!is_plain(a_)) {
+            for (int c = 0; c < kStepVecs; ++c)
+                x[c] = finished_score(a_, x[c], c, rows_.head[r], begin - rows_.position[r], s_.k_scales);
             scale = 1;
         }
         if (from > 0 || to < kStep)
-            for (int c = 0; c < kStepVecs; ++c) {
-                const Vec j = lane_numbers() + set1(float(c * kLanes));
-                const Vec seen = where_less(j, set1(float(to)), x[c], set1(kMasked));
-                x[c] = where_less(j, set1(float(from)), set1(kMasked), seen);
-            }
+            for (int c = 0; c < kStepVecs; ++c) x[c] = where_seen(x[c], c, from, to, set1(kMasked));
         Vec largest[4] = {x[0], x[1], x[2], x[3]};
         for (int c = 4; c < kStepVecs; ++c) largest[c % 4] = max(x[c], largest[c % 4]);
         const float step_max = reduce_max(max(max(largest[0], largest[1]), max(largest[2], largest[3]))) * scale;
-        const float new_max = step_max > s_.seg_max[r] ? step_max : s_.seg_max[r];
-        const float kept = s_.seg_max[r] == new_max ? 1.0f : exp2_one(s_.seg_max[r] - new_max);
+        if (step_max > s_.seg_max[r] + kRise) raise(r, step_max);
+        const Vec bias = set1(-s_.seg_max[r]);
         Vec total[2] = {zero(), zero()};
         for (int c = 0; c < kStepVecs; ++c) {
-            x[c] = exp2<Math::kExpDegree>(fma(x[c], set1(scale), set1(-new_max)));
+            x[c] = math_.weight(fma(x[c], set1(scale), bias));
             total[c % 2] = total[c % 2] + x[c];
         }
         if (a_.layout.type == KvType::int8)
             for (int c = 0; c < kStepVecs; ++c)
-                if (c * kLanes < to && (c + 1) * kLanes > from) x[c] = scaled_values(x[c], c, from, to);
+                if (c * kLanes < to && (c + 1) * kLanes > from) x[c] = scaled_weight(x[c], c, from, to, s_.v_scales);
         math_.set_weights(row_of_block, x);
-        s_.seg_sum[r] = s_.seg_sum[r] * kept + reduce_add(total[0] + total[1]);
+        float* sum = s_.seg_sum + r * kLanes;
+        store(sum, load(sum) + (total[0] + total[1]));
+    }
+
+    void raise(int64_t r, float new_max) {
+        const Vec kept = set1(exp2_one(s_.seg_max[r] - new_max));
         s_.seg_max[r] = new_max;
-        if (kept != 1.0f) {
-            float* out = s_.seg_out + r * head_dim_;
-            for (int64_t d = 0; d < head_dim_; d += kLanes) store(out + d, load(out + d) * set1(kept));
-        }
+        float *sum = s_.seg_sum + r * kLanes, *out = s_.seg_out + r * head_dim_;
+        store(sum, load(sum) * kept);
+        for (int64_t d = 0; d < head_dim_; d += kLanes) store(out + d, load(out + d) * kept);
     }
 
-    // A weight counts its value's codes; what an unwritten slot has for a scale must not touch a weight of zero.
-    Vec scaled_values(Vec x, int c, int from, int to) const {
-        const Vec j = lane_numbers() + set1(float(c * kLanes)), scaled = x * load(s_.v_scales + c * kLanes);
-        return where_less(j, set1(float(from)), x, where_less(j, set1(float(to)), scaled, x));
-    }
-
-    // Scores times log2 e, with all that is not a mere factor.
-    void finish_scores(Vec (&x)[kStepVecs], int64_t r, int64_t begin) const {
-        for (int c = 0; c < kStepVecs; ++c) {
-            Vec score = x[c] * set1(a_.scale * a_.k_scale);
-            if (a_.layout.type == KvType::int8) score = score * load(s_.k_scales + c * kLanes);
-            if (a_.softcap != 0) score = set1(a_.softcap) * tanh(score / set1(a_.softcap));
-            if (a_.alibi != nullptr) {
-                const float distance = float(begin + c * kLanes - rows_.position[r]);
-                score = fma(set1(a_.alibi[rows_.head[r]]), lane_numbers() + set1(distance), score);
-            }
-            x[c] = score * set1(kLog2e);
-        }
-    }
-
-    void merge_segment(int64_t begin, int64_t end) {
+    void end_segment(int64_t begin, int64_t end) {
         for (int64_t r = 0; r < rows_.count; ++r) {
             if (rows_.begin[r] >= end || rows_.end[r] <= begin) continue;
-            if (rows_.begin[r] >= begin) copy_segment(r);
-            else merge_row(r);
+            const float sum = reduce_add(load(s_.seg_sum + r * kLanes));
+            if (rows_.begin[r] >= begin) copy_row(r, s_.seg_out + r * head_dim_, s_.seg_max[r], sum);
+            else merge_row(r, s_.seg_out + r * head_dim_, s_.seg_max[r], sum);
         }
     }
 
-    void copy_segment(int64_t r) {
-        s_.max[r] = s_.seg_max[r];
-        s_.sum[r] = s_.seg_sum[r];
-        std::memcpy(s_.out + r * head_dim_, s_.seg_out + r * head_dim_, size_t(head_dim_ * 4));
+    void copy_row(int64_t r, const float* out, float max, float sum) {
+        s_.max[r] = max;
+        s_.sum[r] = sum;
+        std::memcpy(s_.out + r * head_dim_, out, size_t(head_dim_ * 4));
     }
-
-    void merge_row(int64_t r) {
-        const float larger = s_.seg_max[r] > s_.max[r] ? s_.seg_max[r] : s_.max[r];
-        const float ours = exp2_one(s_.max[r] - larger), theirs = exp2_one(s_.seg_max[r] - larger);
-        s_.sum[r] = s_.sum[r] * ours + s_.seg_sum[r] * theirs;
-        s_.max[r] = larger;
-        float *out = s_.out + r * head_dim_, *seg = s_.seg_out + r * head_dim_;
-        for (int64_t d = 0; d < head_dim_; d += kLanes)
-            store(out + d, fma(load(seg + d), set1(theirs), load(out + d) * set1(ours)));
+    void merge_row(int64_t r, const float* out, float max, float sum) {
+        merge_segment(s_.out + r * head_dim_, s_.max[r], s_.sum[r], out, max, sum, head_dim_);
     }
 
     // What a row needs to go on, or to be joined.
     void leave() {
         for (int64_t r = 0; r < rows_.count; ++r) {
-            float* to = rows_.carried[r];
-            std::memcpy(to, s_.out + r * head_dim_, size_t(head_dim_ * 4));
-            std::memcpy(to + head_dim_, s_.seg_out + r * head_dim_, size_t(head_dim_ * 4));
-            const float numbers[4] = {s_.max[r], s_.sum[r], s_.seg_max[r], s_.seg_sum[r]};
-            std::memcpy(to + 2 * head_dim_, numbers, sizeof numbers);
+            const CarriedRow to(rows_.carried[r], head_dim_);
+            std::memcpy(to.out, s_.out + r * head_dim_, size_t(head_dim_ * 4));
+            std::memcpy(to.seg_out, s_.seg_out + r * head_dim_, size_t(head_dim_ * 4));
+            std::memcpy(to.seg_sum, s_.seg_sum + r * kLanes, size_t(kLanes * 4));
+            *to.max = s_.max[r], *to.sum = s_.sum[r], *to.seg_max = s_.seg_max[r];
         }
     }
 
     void resume() {
         for (int64_t r = 0; r < rows_.count; ++r) {
-            const float* from = rows_.carried[r];
-            std::memcpy(s_.out + r * head_dim_, from, size_t(head_dim_ * 4));
-            std::memcpy(s_.seg_out + r * head_dim_, from + head_dim_, size_t(head_dim_ * 4));
-            const float* numbers = from + 2 * head_dim_;
-            s_.max[r] = numbers[0], s_.sum[r] = numbers[1], s_.seg_max[r] = numbers[2], s_.seg_sum[r] = numbers[3];
+            const CarriedRow from(rows_.carried[r], head_dim_);
+            std::memcpy(s_.out + r * head_dim_, from.out, size_t(head_dim_ * 4));
+            std::memcpy(s_.seg_out + r * head_dim_, from.seg_out, size_t(head_dim_ * 4));
+            std::memcpy(s_.seg_sum + r * kLanes, from.seg_sum, size_t(kLanes * 4));
+            s_.max[r] = *from.max, s_.sum[r] = *from.sum, s_.seg_max[r] = *from.seg_max;
         }
     }
 
-    void store_output() {
-        with_dtype(a_.dtype, [&](auto tag) { store_output_as<typename decltype(tag)::type>(); });
-    }
-
-    template <class T>
-    void store_output_as() {
-        for (int64_t r = 0; r < rows_.count; ++r) {
-            float sum = s_.sum[r], kept = 1;
-            if (a_.sinks != nullptr) {
-                const float sink = a_.sinks[rows_.head[r]] * kLog2e;
-                const float larger = sink > s_.max[r] ? sink : s_.max[r];
-                kept = exp2_one(s_.max[r] - larger);
-                sum = sum * kept + exp2_one(sink - larger);
-            }
-            const Vec factor = set1(kept * a_.v_scale / sum);
-            T* to = static_cast<T*>(a_.out) + (rows_.token[r] * a_.num_heads + rows_.head[r]) * head_dim_;
-            for (int64_t d = 0; d < head_dim_; d += kLanes) store(to + d, load(s_.out + r * head_dim_ + d) * factor);
-        }
+    void store_outputs() {
+        with_dtype(a_.dtype, [&](auto tag) {
+            for (int64_t r = 0; r < rows_.count; ++r)
+                store_output<typename decltype(tag)::type>(a_, rows_.token[r], rows_.head[r], s_.out + r * head_dim_,
+                                                           s_.max[r], s_.sum[r]);
+        });
     }
 
     const Attention& a_;

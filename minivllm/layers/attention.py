@@ -10,6 +10,7 @@ import torch
 from minivllm.attention.backend import AttentionBackend, ForwardContext
 from minivllm.exceptions import ModelFilesError
 from minivllm.layers.weight import Weight
+from minivllm.ops.checks import require
 from minivllm.ops.paged_attention import Options
 
 
@@ -22,13 +23,27 @@ class Attention:
         sliding_window: int | None = None,
         scale: float | None = None,
         softcap: float = 0.0,
+        sinks: torch.Tensor | None = None,
+        alibi_slopes: torch.Tensor | None = None,
     ) -> None:
-        """scale: of the scores; None is 1 / sqrt(head_dim). softcap: as in `Options`."""
+        """scale: of the scores; None is 1 / sqrt(head_dim). softcap, sinks and alibi_slopes: as in `Options`.
+
+        The two tensors are the layer's own and read at each call: a checkpoint's sinks may be filled in later.
+        """
         self.layer_index = layer_index
         self.sliding_window = sliding_window
         self._backend = backend
         scale = backend.spec.head_dim**-0.5 if scale is None else scale
-        self.options = Options(scale=scale, sliding_window=sliding_window, softcap=softcap)
+        for name, per_head in (("sinks", sinks), ("alibi_slopes", alibi_slopes)):
+            if per_head is not None:
+                require(name, per_head, torch.float32, (backend.spec.num_heads,))
+        self.options = Options(
+            scale=scale,
+            sliding_window=sliding_window,
+            softcap=softcap,
+            sinks=sinks,
+            alibi_slopes=alibi_slopes,
+        )
 
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ctx: ForwardContext

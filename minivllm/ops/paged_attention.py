@@ -2,12 +2,15 @@
 
 Owns the order of every sum in it. Keys and values lie in tiles of 32 absolute positions; a row's running
 (maximum, sum, output) moves on by steps of 128 absolute positions, the tiles of a step in ascending order, within
-segments of 1024 absolute positions, whatever a row's length, that are merged in ascending order. So a row's bits
-depend on its own query and its own keys and values only: not on the batch, on how its prompt was chunked, on block
-size or ids, on what is shared, or on the number of threads.
+segments of 1024 absolute positions, whatever a row's length, that are merged in ascending order. The maximum is what
+weights are relative to: it moves to a step's own only when weights would exceed 2^8 without, so that outputs are
+seldom rescaled. A segment's weights are summed lane by lane of the vectors, then folded. So a row's bits depend on
+its own query and its own keys and values only: not on the batch, on how its prompt was chunked, on block size or
+ids, on what is shared, or on the number of threads.
 
 On AMX, queries in bfloat16 over a cache in bfloat16, fp8 or int8 are multiplied as bfloat16 with sums in float32, and
-the softmax numerators are rounded to bfloat16 before they meet the values. All else is float32 throughout.
+the weights, within 7.5e-5 of what they should be, are rounded to bfloat16 before they meet the values. All else is
+float32 throughout.
 """
 
 from __future__ import annotations

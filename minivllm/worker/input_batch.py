@@ -20,11 +20,11 @@ from minivllm.worker.request_state import RequestTable
 
 @dataclass(frozen=True)
 class InputBatch:
-    """One step, in the plan's batch order. Its tensors, `begins` and `ends` are views of buffers: the next one overwrites
-    them, and if nothing else changes it is the same object.
+    """One step, in the plan's batch order. Its tensors, `begins` and `ends` are views of buffers: the next step
+    overwrites them, and if nothing else changes it is the same object.
 
-    The tensors of a decode may have more rows than there are requests: rows of no request, whose keys and values are not
-    written, and which see nothing.
+    The tensors of a decode may have more rows than there are requests: rows of no request, whose keys and values are
+    not written, and which see nothing.
     """
 
     request_ids: list[str]

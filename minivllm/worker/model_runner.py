@@ -1,8 +1,8 @@
 """Runs one step: follows the scheduler's plan, runs the model, samples. One class for the CPU and for GPUs.
 
 On a CPU a step's inputs are made where the model reads them, and its tokens are known when it ends. A GPU has memory
-and a pace of its own: inputs are copied (`buffers.py`), decodes padded to the sizes of captured graphs (`graphs.py`), and
-tokens stay there until they are asked for (`device_sampling.py`); nothing in a step waits for the device.
+and a pace of its own: inputs are copied (`buffers.py`), decodes padded to the sizes of captured graphs (`graphs.py`),
+and tokens stay there until they are asked for (`device_sampling.py`); nothing in a step waits for the device.
 Owns the state of requests between steps and the KV cache's tensors. Does not know how a plan came about, nor
 how its result is sent.
 """
