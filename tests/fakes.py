@@ -50,7 +50,8 @@ def _words(request: EngineCoreRequest | NewRequestData) -> list[Any]:
     tokens, embeds = request.prompt_token_ids + request.prior_output_token_ids, request.prompt_embeds
     if embeds is None:
         return tokens
-    vectors = [bytes(embeds.rows(i, i + 1)) for i in range(embeds.num_tokens)]
+    # Numbers that no token has; of bytes Python's hash would be another in each process.
+    vectors = [(1 << 40) + int.from_bytes(embeds.rows(i, i + 1), "little") for i in range(embeds.num_tokens)]
     return [*vectors, *tokens[len(vectors) :]]
 
 

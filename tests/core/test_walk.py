@@ -35,7 +35,7 @@ SHAPES = {
     "blocks of one token": {"num_blocks": 44, "block_size": 1, "max_num_batched_tokens": 20},
     "whole prompts": {"num_blocks": 12, "max_num_batched_tokens": 40, "enable_chunked_prefill": False},
     "no prefix cache": {"num_blocks": 12, "max_num_batched_tokens": 24, "enable_prefix_caching": False},
-    "one window": {"num_spare_blocks": 0, "max_num_batched_tokens": 12, "kv_cache_groups": groups(11)},
+    "one window": {"num_spare_blocks": 0, "max_num_batched_tokens": 12, "kv_cache_groups": groups(18)},
     "full and a window": {"num_spare_blocks": 5, "max_num_batched_tokens": 12, "kv_cache_groups": groups(None, 6)},
     "many groups, roomy": {
         "num_blocks": 300, "max_num_batched_tokens": 24, "kv_cache_groups": groups(None, 6, 6, None, 11, 1),
