@@ -43,7 +43,7 @@ def llm(engine: str, model: str, extra: dict) -> Run:
     """minivllm or vLLM: the same class by the same names."""
     module = importlib.import_module(engine)
     if engine == "minivllm":
-        extra = {"kv_cache_memory_bytes": 8 << 30} | extra
+        extra = {"kv_cache_memory_bytes": 8 << 30, "touch_kv_cache": True} | extra
     with open(f"{model}/config.json") as file:
         longest = min(8192, json.load(file)["max_position_embeddings"])
     engine = module.LLM(model=model, dtype="bfloat16", max_model_len=longest, **extra)

@@ -39,6 +39,7 @@ class Peer:
 def ours(model: Path, extra: list[str], name: str = "ours") -> Peer:
     server = [sys.executable, "-m", "minivllm.entrypoints.openai.api_server", "--model", str(model)]
     server += ["--max-model-len", max_len(model), "--kv-cache-memory-bytes", str(KV_GIB << 30)]
+    server += ["--touch-kv-cache"]  # as vLLM does
     return Peer(name, [*server, *extra], [sys.executable])
 
 
