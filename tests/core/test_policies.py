@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from minivllm.core.request import Request
+from minivllm.core.sched.chunks import ChunkSizes
+from minivllm.core.sched.step import Step
 from tests.core.requests import make_request, make_scheduler
 from tests.fakes import Driver, answer_alone
 
@@ -211,6 +214,15 @@ def test_of_a_backlog_of_prompts_a_sixteenth_is_computed_beside_decodes():
         driver.add(request(name, 40))
     plan = driver.step()
     assert plan.total_num_scheduled_tokens == 1 + 4 * 40 // 16
+
+
+def test_a_prompt_gets_nothing_of_a_step_smaller_than_those_behind_it():
+    running = [Request.from_message(request(name, 4)) for name in "abcdef"]
+    chunks = ChunkSizes(
+        running, [], token_budget=64, prompt_share=0.5, long_prefill_token_threshold=0, enable_chunked_prefill=True,
+        max_num_running=8, max_num_mixed_prefill_tokens=1,
+    )  # fmt: skip
+    assert chunks.of_running(0, 4, Step(0, 2, 16, 0.0, long_budget=1)) == 0
 
 
 def test_no_more_than_max_num_active_seqs_run():

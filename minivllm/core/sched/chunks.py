@@ -22,7 +22,6 @@ from minivllm.core.request import Request
 from minivllm.core.sched.request_queue import RequestQueue
 from minivllm.core.sched.step import Step
 
-
 _STEPS_FOR_BACKLOG = 16
 
 
@@ -84,7 +83,7 @@ class ChunkSizes:
         chunk = min(self.cap(num_wanted), step.token_budget - num_behind)
         if num_wanted > self._long and self._others_want_prompt_tokens(index):
             chunk = min(chunk, step.long_budget)
-        return chunk
+        return max(chunk, 0)  # a step beside decodes may be smaller than there are requests behind
 
     def of_candidate(self, num_wanted: int, step: Step) -> int:
         """For the first of the queue, not yet admitted; at least 1 while there is budget."""
