@@ -24,7 +24,10 @@ STORY = [{"role": "user", "content": "Tell me a story about a fox."}]
 WEATHER = [{"role": "user", "content": "What is the weather in Paris?"}]
 PERSON = {
     "type": "object",
-    "properties": {"name": {"type": "string", "maxLength": 20}, "age": {"type": "integer", "minimum": 0, "maximum": 99}},
+    "properties": {
+        "name": {"type": "string", "maxLength": 20},
+        "age": {"type": "integer", "minimum": 0, "maximum": 99},
+    },
     "required": ["name", "age"],
     "additionalProperties": False,
 }

@@ -15,8 +15,8 @@ class ObservabilityConfig:
     or null), endpoint (default tcp://127.0.0.1:5557), replay_endpoint, topic, buffer_steps, hwm, max_queue_size."""
     profiler_config: dict[str, Any] | None = None
     """Let POST /start_profile record what the engine does: a JSON object with torch_profiler_dir (where files go),
-    torch_profiler_with_stack, torch_profiler_record_shapes, torch_profiler_with_memory, torch_profiler_use_gzip,
-    ignore_frontend, delay_iterations, max_iterations."""
+    torch_profiler_with_stack, torch_profiler_record_shapes, torch_profiler_with_memory, torch_profiler_with_flops,
+    torch_profiler_use_gzip, ignore_frontend, delay_iterations, max_iterations."""
     otlp_traces_endpoint: str | None = None
     """Of the OpenAI server: send a trace of every request to this OpenTelemetry collector. The variable
     OTEL_EXPORTER_OTLP_TRACES_PROTOCOL says how: grpc (default) or http/protobuf."""

@@ -29,8 +29,8 @@ class SchedulerConfig:
     """Tokens of one prompt in one step, at most, unless its request is alone; 0 sets no such limit. (While others
     wait, long prompts take at most half of a step anyway.)"""
     max_num_mixed_prefill_tokens: int = 0
-    """Prompt tokens computed in one step, at most, while others decode; a sixteenth of all that wait, if that is more; 0 sets
-    no such limit. With one, no long prompt holds up streams for a whole step, and it waits longer itself."""
+    """Prompt tokens computed in one step, at most, while others decode; a sixteenth of all that wait, if that is more;
+    0 sets no such limit. With one, no long prompt holds up streams for a whole step, and it waits longer itself."""
     watermark: float = 0.0
     """Share of the KV blocks that admitting a request must leave free for those that run."""
     scheduler_reserve_full_isl: bool = True

@@ -219,7 +219,8 @@ class EngineCore:
         """
         if abort:
             self.abort_requests(list(self.scheduler.requests))
-        assert self.reset_prefix_cache(running_too=True)
+        is_empty = self.reset_prefix_cache(running_too=True)  # not within the assert, which python -O leaves out
+        assert is_empty, "a block is held though nothing runs"
         self.executor.collective_rpc("sleep", (level,))
         self._sleep_level = max(level, self._sleep_level)
         self._asleep = set(SLEEPING_PARTS)

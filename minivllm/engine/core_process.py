@@ -327,7 +327,10 @@ class _CoreProcess:
                 self._send(client_index, outputs)
 
     def _send(self, client_index: int, outputs: EngineCoreOutputs) -> None:
-        """Never blocks: the socket's queue has no limit. (A thread of its own would wait for Python's lock, and we for it.)"""
+        """Never blocks: the socket's queue has no limit.
+
+        (A thread of its own would wait for Python's lock, and we for it.)
+        """
         self._output_sockets[client_index].send(encode(outputs), copy=False)
 
     def _drain_inputs(self) -> None:

@@ -40,7 +40,7 @@ class WorkerProfiler:
 
     def before_step(self) -> None:
         """A step begins."""
-        if self._name is None or self._profile is not None:
+        if self._name is None or self._profile is not None or self._files:  # nothing asked for, underway, or over
             return
         if self._delay:
             self._delay -= 1

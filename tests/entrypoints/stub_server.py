@@ -19,7 +19,10 @@ _ANSWERS = {
 
 
 class StubServer(ThreadingHTTPServer):
-    """`words` are streamed as the answer; `refusal` (status, message) is given instead, `broken` ends it early."""
+    """`words` are streamed as the answer; `refusal` (status, message) is given instead, `broken` ends it early.
+
+    `statuses` are those of the next looks at the models, before there is an answer.
+    """
 
     daemon_threads = True
 
@@ -28,6 +31,7 @@ class StubServer(ThreadingHTTPServer):
         self.words = ["Bon", "jour", "."]
         self.refusal: tuple[int, str] | None = None
         self.broken = False
+        self.statuses: list[int] = []
         self.error: str | None = None
         self.asked: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
@@ -43,6 +47,9 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
+        if self.server.statuses:
+            self._send_json({}, self.server.statuses.pop(0))
+            return
         self._send_json({"data": [{"id": MODEL, "root": "/nowhere"}]})
 
     def do_POST(self) -> None:

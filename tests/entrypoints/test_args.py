@@ -319,3 +319,27 @@ def test_prompt_adapters_are_pairs_and_share_the_names():
     both = parse("--prompt-adapters", "a=x", "--lora-modules", "a=y")
     with pytest.raises(ConfigError, match="--prompt-adapters a=x: the name a is used already"):
         validate_args(both)
+
+
+AUTO = ["--enable-auto-tool-choice", "--tool-call-parser"]
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["--tool-strict-level", "parameter", *AUTO, "pythonic"], "needs a --tool-call-parser whose calls begin"),
+        (["--tool-strict-level", "function", "--tool-call-parser", "hermes"], "add --enable-auto-tool-choice"),
+        (["--tool-strict-level", "function"], "add --enable-auto-tool-choice"),
+        (["--api-server-count", "2", "--enable-dev-endpoints"], "--enable-dev-endpoints needs --api-server-count 1"),
+        (["--api-server-count", "2", "--profiler-config.torch_profiler_dir", "x"],
+         "--profiler-config needs --api-server-count 1"),
+    ],
+)  # fmt: skip
+def test_what_would_have_no_effect_is_refused_before_the_model_is_loaded(given: list[str], says: str):
+    with pytest.raises(ConfigError, match=says):
+        validate_args(parse(*given))
+
+
+def test_a_level_that_the_parser_can_hold_is_taken():
+    validate_args(parse("--tool-strict-level", "parameter", *AUTO, "hermes"))
+    validate_args(make_arg_parser().parse_args([str(box_model_path()), "--tool-strict-level", "function"]))

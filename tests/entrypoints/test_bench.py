@@ -17,6 +17,7 @@ from minivllm.entrypoints.cli.bench import datasets, latency, serve, throughput
 from minivllm.entrypoints.cli.bench.arrivals import RampUp, gaps
 from minivllm.entrypoints.cli.bench.report import percentile, save, summarize
 from minivllm.entrypoints.cli.bench.serve import Load, measure, run_load
+from minivllm.entrypoints.cli.bench.server import Server
 from minivllm.entrypoints.cli.bench.stream_client import Answer, Endpoint, _read_answer, _Unchunker, ask
 from minivllm.entrypoints.cli.bench.timeline import timeline
 from minivllm.entrypoints.cli.main import main
@@ -314,6 +315,26 @@ def test_an_option_of_vllms_that_is_not_here_says_what_to_do(option: str, capsys
         serve.make_parser().parse_args(option.split())
     line = capsys.readouterr().err.splitlines()[-1]
     assert option.split()[0] in line and "is an option of vLLM that minivllm does not have; " in line
+
+
+def test_a_server_that_is_not_ready_is_waited_for_and_that_is_said(monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.setattr("minivllm.entrypoints.cli.bench.server._LOOK_EVERY_S", 0.001)
+    with stub_server() as server:
+        server.statuses = [503, 502]
+        assert Server(server.url, {}).model(None, patience_s=60)["id"] == "canned"
+    assert capsys.readouterr().err == f"waiting up to 60 s for {server.url} to answer\n"
+
+
+def test_a_server_that_refuses_us_is_not_waited_for():
+    with stub_server() as server:
+        server.statuses = [401]
+        with pytest.raises(ConfigError, match="answers 401; a key is taken from MINIVLLM_API_KEY"):
+            Server(server.url, {}).model(None, patience_s=60)
+
+
+def test_the_load_comes_after_the_warm_up():
+    asked, _, _ = bench_serve("--num-warmups", "2")
+    assert len(asked) == 5 and all(body in asked[2:] for body in asked[:2])
 
 
 def test_bench_serve_ends_with_an_error_when_requests_fail(capsys):

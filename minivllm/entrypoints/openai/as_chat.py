@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from minivllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from minivllm.entrypoints.openai.errors import renamed
 from minivllm.exceptions import RequestError
 
 
@@ -39,12 +40,3 @@ def string_field(given: dict[str, Any], name: str, place: str) -> str:
     if not isinstance(given.get(name), str):
         raise RequestError(f"{place}.{name} must be a string", param=f"{place}.{name}")
     return given[name]
-
-
-def renamed(error: RequestError, names: dict[str, str]) -> RequestError:
-    """The error with its field's name as the client wrote it."""
-    head, dot, rest = (error.param or "").partition(".")
-    if head in names:
-        error.param = names[head] + dot + rest
-        error.message = error.message.replace(head, names[head])
-    return error

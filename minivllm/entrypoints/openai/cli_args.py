@@ -102,8 +102,10 @@ def validate_args(args: argparse.Namespace) -> None:
         raise ConfigError("--api-key holds an empty key; leave it out to serve without keys")
     if args.api_server_count < 1:
         raise ConfigError(f"--api-server-count {args.api_server_count} must be at least 1")
-    if args.api_server_count > 1 and args.enable_dev_endpoints:
-        raise ConfigError("--enable-dev-endpoints needs --api-server-count 1: they reach one server only")
+    for option in ("enable_dev_endpoints", "profiler_config"):
+        if args.api_server_count > 1 and getattr(args, option):
+            name = option.replace("_", "-")
+            raise ConfigError(f"--{name} needs --api-server-count 1: its routes would reach one server only")
     if args.uds == "":
         raise ConfigError("--uds is empty; give a path, or leave it out for TCP")
     if args.enable_log_outputs and not args.enable_log_requests:
@@ -146,6 +148,23 @@ def _check_tool_parser(args: argparse.Namespace) -> None:
     elif args.enable_auto_tool_choice and args.model and not is_box_model(args.model):
         raise ConfigError(
             f"--enable-auto-tool-choice needs --tool-call-parser, one of {', '.join(TOOL_PARSERS.names)}"
+        )
+    if args.tool_strict_level != "auto":
+        _check_strict_level(args)
+
+
+def _check_strict_level(args: argparse.Namespace) -> None:
+    """Raises ConfigError when the level could hold no call; the server would only find out with the model loaded."""
+    from minivllm.entrypoints.answer_format import AnswerFormat
+
+    if args.tool_call_parser is not None:
+        AnswerFormat(TOOL_PARSERS.get(args.tool_call_parser), strict_level=args.tool_strict_level)
+    elif not args.model or is_box_model(args.model):
+        return  # which calls tools when it likes, in a way that a grammar can hold
+    if not args.enable_auto_tool_choice:
+        raise ConfigError(
+            f"--tool-strict-level {args.tool_strict_level} is about calls that the model makes when it likes; add "
+            "--enable-auto-tool-choice"
         )
 
 

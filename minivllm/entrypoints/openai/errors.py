@@ -122,6 +122,15 @@ def _of_status(status: int, message: str, param: str | None = None) -> ErrorInfo
     return ErrorInfo(message, _TYPES.get(status) or HTTPStatus(status).phrase, param, status)
 
 
+def renamed(error: RequestError, names: dict[str, str]) -> RequestError:
+    """The error with its field's name as the client wrote it."""
+    head, dot, rest = (error.param or "").partition(".")
+    if head in names:
+        error.param = names[head] + dot + rest
+        error.message = error.message.replace(head, names[head])
+    return error
+
+
 def error_body(error: BaseException) -> bytes:
     return _encode(ErrorResponse(error_info(error)))
 

@@ -23,6 +23,7 @@ from minivllm.entrypoints.openai.accepted_values import (
     one_of,
     refuse_others,
 )
+from minivllm.entrypoints.openai.errors import renamed
 from minivllm.entrypoints.openai.protocol import StreamOptions
 from minivllm.exceptions import RequestError, UnsupportedError
 from minivllm.logger import init_logger
@@ -40,6 +41,7 @@ MAX_LOGIT_BIAS = 100.0
 MAX_ID_CHARS = 256
 # What a model's generation_config.json may set.
 WITH_MODEL_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+OTHER_NAMES = {"extra_args": "vllm_xargs"}  # the engine's name of a field -> its name in a body
 
 # Fields vLLM has, which would change the answer: name -> the values that change nothing, and are accepted.
 NOT_YET: dict[str, Accepts] = {
@@ -240,7 +242,7 @@ class SamplingFields(BaseModel):
         """
         given = {name: getattr(self, name) for name in WITH_MODEL_DEFAULTS}
         chosen = {name: value if value is not None else defaults.get(name) for name, value in given.items()}
-        return SamplingParams(
+        fields = dict(
             n=1 if self.n is None else self.n,
             presence_penalty=self.presence_penalty or 0.0,
             frequency_penalty=self.frequency_penalty or 0.0,
@@ -267,6 +269,10 @@ class SamplingFields(BaseModel):
             thinking_token_budget=self.thinking_token_budget,
             **{name: value for name, value in chosen.items() if value is not None},
         )
+        try:
+            return SamplingParams(**fields)
+        except RequestError as error:
+            raise renamed(error, OTHER_NAMES) from None
 
     def to_structured_outputs(self) -> StructuredOutputsParams | None:
         """The form that `response_format` or `structured_outputs` ask for; the second may add options to the first.

@@ -181,6 +181,22 @@ def test_a_sleeping_server_holds_requests_until_it_wakes(sleeper: AsyncLLM, mode
     api.run(talk)
 
 
+def test_the_prefix_cache_is_reset_under_running_requests_when_asked_to(sleeper: AsyncLLM):
+    api = Api(sleeper, enable_dev_endpoints=True)
+    ask = {"prompt": [1, 2, 3], "max_tokens": 1000, "ignore_eos": True, "temperature": 0, "return_token_ids": True}
+
+    async def talk(client: httpx.AsyncClient) -> None:
+        calm = (await client.post("/v1/completions", json=ask)).json()["choices"]
+        running = asyncio.ensure_future(client.post("/v1/completions", json=ask))
+        while not running.done() and not (await sleeper.snapshots())[0].num_running_reqs:
+            await asyncio.sleep(0.001)
+        done = await client.post("/reset_prefix_cache?reset_running_requests=true")
+        assert done.json() == {"success": True}
+        assert (await running).json()["choices"] == calm
+
+    api.run(talk)
+
+
 def test_without_sleep_mode_nothing_sleeps(llm: AsyncLLM):
     api = Api(llm, enable_dev_endpoints=True)
 

@@ -74,7 +74,7 @@ CASES: dict[str, tuple[int, str, Any, str | None]] = {
     "`repetition_detection.max_pattern_size`": (
         1024, COMPLETE, lambda k: {"prompt": "x", "repetition_detection": {"max_pattern_size": k, "min_count": 2}},
         "repetition_detection.max_pattern_size"),
-    "`vllm_xargs`": (4096, COMPLETE, lambda k: {"prompt": "x", "vllm_xargs": {"a": [0] * (k - 2)}}, "extra_args"),
+    "`vllm_xargs`": (4096, COMPLETE, lambda k: {"prompt": "x", "vllm_xargs": {"a": [0] * (k - 2)}}, "vllm_xargs"),
     "a schema, regex or grammar": (
         262_144, COMPLETE, lambda k: {"prompt": "x", "structured_outputs": {"regex": "a" * k}}, "structured_outputs"),
     "a schema": (64, COMPLETE, lambda k: {"prompt": "x", "structured_outputs": {"json": nested(k)}},

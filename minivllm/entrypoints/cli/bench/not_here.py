@@ -9,7 +9,7 @@ _ADAPTERS = "leave it out: no adapters are served yet"
 INSTEAD = {
     "tokenizer": _TEXTS, "tokenizer-mode": _TEXTS, "skip-tokenizer-init": _TEXTS, "trust-remote-code": _TEXTS,
     "lora-modules": _ADAPTERS, "lora-assignment": _ADAPTERS,
-    "use-beam-search": "send it with --extra-body '{\"use_beam_search\": true}' to a route that does not stream",
+    "use-beam-search": "leave it out: a search of beams does not stream, so there would be no times of tokens",
     "probe-request-rate": "measure latency with a second run at that --request-rate",
     "plot-dataset-stats": "leave it out; the result has the totals",
     "disable-shuffle": "leave it out; --seed decides the order",

@@ -134,17 +134,7 @@ def run(args: Namespace) -> None:
     server = Server(base_url, headers, verify=not args.insecure)
     card = server.model(args.model, patience_s=args.ready_check_timeout_sec)
     model = card["id"]
-    if args.dataset_name == datasets.SHAREGPT:
-        requests = datasets.sharegpt_requests(
-            args.dataset_path,
-            args.num_prompts,
-            output_len=args.sharegpt_output_len,
-            count_tokens=lambda text: server.count_tokens(model, text),
-            seed=args.seed,
-        )
-    else:
-        requests = datasets.from_args(args, args.vocab_size or _vocab_size(card))
-    bodies = [make_body(request, model, args, lambda ids: server.text_of(model, ids)) for request in requests]
+    requests, bodies = _prepare(server, card, args)
     endpoint = Endpoint(
         base_url + (args.endpoint or ENDPOINTS[args.backend]),
         headers,
@@ -170,6 +160,32 @@ def run(args: Namespace) -> None:
         raise MinivllmError(f"{len(failed)} of {len(load.answers)} requests failed; the first: {failed[0].error}")
 
 
+def _prepare(server: Server, card: dict[str, Any], args: Namespace) -> tuple[list[BenchRequest], list[bytes]]:
+    """The requests, and their bodies. Where the server must count tokens or write texts, it is asked for each."""
+    model = card["id"]
+    with _progress(None, shown=not args.disable_tqdm, aside="asking the server") as bar:
+
+        def count_tokens(text: str) -> int:
+            bar.update(1)
+            return server.count_tokens(model, text)
+
+        def text_of(token_ids: list[int]) -> str:
+            bar.update(1)
+            return server.text_of(model, token_ids)
+
+        if args.dataset_name == datasets.SHAREGPT:
+            requests = datasets.sharegpt_requests(
+                args.dataset_path,
+                args.num_prompts,
+                output_len=args.sharegpt_output_len,
+                count_tokens=count_tokens,
+                seed=args.seed,
+            )
+        else:
+            requests = datasets.from_args(args, args.vocab_size or _vocab_size(card))
+        return requests, [make_body(request, model, args, text_of) for request in requests]
+
+
 @dataclass
 class Load:
     """One measured run."""
@@ -183,10 +199,13 @@ class Load:
 async def _run_load(
     endpoint: Endpoint, requests: list[BenchRequest], bodies: list[bytes], rate: float | RampUp, args: Namespace
 ) -> Load:
-    for request, body in list(zip(requests, bodies))[: args.num_warmups]:
-        answer = await ask(endpoint, body, request.prompt_len)
-        if answer.error:
-            raise MinivllmError(f"the first request failed, so nothing is measured: {answer.error}")
+    num_warmups = min(args.num_warmups, len(requests))
+    with _progress(num_warmups, shown=not args.disable_tqdm, aside="warming up") as bar:
+        for request, body in zip(requests[:num_warmups], bodies):
+            answer = await ask(endpoint, body, request.prompt_len)
+            if answer.error:
+                raise MinivllmError(f"the first request failed, so nothing is measured: {answer.error}")
+            bar.update(1)
     with _progress(len(requests), shown=not args.disable_tqdm) as bar:
         return await run_load(
             endpoint,
@@ -312,10 +331,13 @@ def _allow_many_connections() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def _progress(total: int, *, shown: bool) -> Any:
+def _progress(total: int | None, *, shown: bool, aside: str | None = None) -> Any:
+    """A bar. aside: what is done beside the measuring; it is shown only where that lasts, and does not stay."""
     from tqdm import tqdm
 
-    return tqdm(total=total, disable=not shown)
+    if aside is None:
+        return tqdm(total=total, disable=not shown)
+    return tqdm(desc=aside, total=total, disable=not shown, delay=1, leave=False)
 
 
 def _pairs(option: str, items: Sequence[str]) -> dict[str, str]:

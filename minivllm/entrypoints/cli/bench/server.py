@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -21,27 +22,35 @@ class Server:
         self._base_url = base_url
         # A str would have to be ASCII.
         self._headers = {name: value.encode() for name, value in headers.items()}
-        self._verify = verify
+        self._tls = httpx.create_ssl_context(verify=verify, trust_env=False)  # reads files: once, not for each question
 
     def model(self, name: str | None, *, patience_s: float = 0) -> dict[str, Any]:
         """The server's card of the model, the first if none is named; it may take `patience_s` seconds to answer.
 
         Raises:
-            ConfigError: nobody answers there, or there is no such model.
+            ConfigError: nobody answers there, we are refused, or there is no such model.
         """
         deadline = time.monotonic() + patience_s
+        is_waiting = False
         while True:
             try:
                 cards = self._call("GET", "/v1/models", timeout=10)["data"]
                 break
             except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as error:
-                if time.monotonic() < deadline:
-                    time.sleep(_LOOK_EVERY_S)
-                    continue
-                raise ConfigError(
-                    f"no server answers at {self._base_url}/v1/models ({error}); start one with: minivllm serve MODEL, "
-                    "or pass --base-url"
-                ) from error
+                if isinstance(error, httpx.HTTPStatusError) and error.response.is_client_error:
+                    raise ConfigError(
+                        f"{self._base_url}/v1/models answers {error.response.status_code}; a key is taken from "
+                        "MINIVLLM_API_KEY, and --base-url says where another server is"
+                    ) from error
+                if time.monotonic() >= deadline:
+                    raise ConfigError(
+                        f"no server answers at {self._base_url}/v1/models ({error}); start one with: minivllm serve "
+                        "MODEL, or pass --base-url"
+                    ) from error
+                if not is_waiting:
+                    is_waiting = True
+                    print(f"waiting up to {patience_s:g} s for {self._base_url} to answer", file=sys.stderr)
+            time.sleep(_LOOK_EVERY_S)
         for card in cards:
             if name is None or card["id"] == name:
                 return card
@@ -88,7 +97,7 @@ class Server:
         options: dict[str, Any] = {} if body is None else {"json": body}
         response = httpx.request(
             method, self._base_url + path, headers=self._headers, timeout=timeout, trust_env=False,
-            verify=self._verify, **options,
+            verify=self._tls, **options,
         )  # fmt: skip
         response.raise_for_status()
         return response.json()

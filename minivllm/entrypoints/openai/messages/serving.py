@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from minivllm.entrypoints.openai.as_chat import renamed
 from minivllm.entrypoints.openai.chat_completion.job import AnswerDelta, ChatJob
-from minivllm.entrypoints.openai.errors import anthropic_error
+from minivllm.entrypoints.openai.errors import anthropic_error, renamed
 from minivllm.entrypoints.openai.lifecycle import Lifecycle
 from minivllm.entrypoints.openai.messages.convert import NAMES, to_chat
 from minivllm.entrypoints.openai.messages.protocol import (

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec import to_builtins
 
-from minivllm.entrypoints.openai.as_chat import renamed
 from minivllm.entrypoints.openai.chat_completion.job import AnswerDelta, ChatJob
-from minivllm.entrypoints.openai.errors import error_info
+from minivllm.entrypoints.openai.errors import error_info, renamed
 from minivllm.entrypoints.openai.lifecycle import Lifecycle
 from minivllm.entrypoints.openai.protocol import Usage, json_response
 from minivllm.entrypoints.openai.responses.convert import NAMES, input_messages, output_messages, to_chat
