@@ -1,10 +1,10 @@
-"""What --max-num-mixed-prefill-tokens does to streams and to first tokens: the real scheduler, steps of a measured cost.
+"""What --max-num-mixed-prefill-tokens does to streams and first tokens: the real scheduler, steps of a measured cost.
 
     python benchmarks/mixed_steps.py [--costs 1:50 17:83 …] [--limits 0 32 64 128]
 
-So many streams, each with a new request when the last has ended, as in load.py's W5; or requests that arrive at random at
-a share of what the machine can do. A step takes what its rows cost: milliseconds for some numbers of rows, those between
-interpolated. The defaults are of the Qwen3-0.6B shape on two vCPUs of a Xeon with AMX (LOG.md).
+So many streams, each with a new request when the last has ended, as in load.py's W5; or requests that arrive at random
+at a share of what the machine can do. A step takes what its rows cost: milliseconds for some numbers of rows, those
+between interpolated. The defaults are of the Qwen3-0.6B shape on two vCPUs of a Xeon with AMX (LOG.md).
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Simulation:
         return ended
 
     def run(self, arrivals: list[tuple[float, int]], streams: int | None) -> str:
-        """arrivals: times and prompt lengths; streams: no more at once, each one's next request comes when it has ended."""
+        """arrivals: times and prompt lengths; streams: no more at once, the next request comes when one has ended."""
         first = len(arrivals) if streams is None else streams
         coming, later = list(reversed(arrivals[:first])), list(reversed(arrivals[first:]))
         number, num_open = 0, 0

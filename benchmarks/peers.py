@@ -44,10 +44,12 @@ def ours(model: Path, extra: list[str], name: str = "ours") -> Peer:
 
 
 def why_ours_is_slow() -> str | None:
-    """Why what `ours` starts would compute with torch's references, or None. What a server imports depends on where it is
-    started: a source tree there comes before what is installed.
+    """Why what `ours` starts would compute with torch's references, or None.
+
+    What a server imports depends on where it is started: a source tree there comes before what is installed.
     """
-    say = "import minivllm; from minivllm.utils.native import unavailable; print(minivllm.__path__[0], unavailable or '', sep='\\n')"
+    say = "import minivllm; from minivllm.utils.native import unavailable as why; "
+    say += "print(minivllm.__path__[0], why or '', sep='\\n')"
     for directory in (Path.cwd(), Path(__file__).parent):  # a server's, and offline.py's
         found = subprocess.run([sys.executable, "-c", say], capture_output=True, text=True, cwd=directory)
         if found.returncode:

@@ -4,8 +4,8 @@
 
 The core runs in this process; every call of the native extension is timed, the rest of the step is overhead: Python,
 torch and numpy. Decode steps are replayed in one such call; what is in it is shown by making its calls again, one by
-one, in wall time. Processor time of the main thread is counted, so that a disturbed machine disturbs little. Encoding and
-decoding of the step's message, which other threads do, stand beside it.
+one, in wall time. Processor time of the main thread is counted, so that a disturbed machine disturbs little. Encoding
+and decoding of the step's message stand beside it.
 """
 
 from __future__ import annotations

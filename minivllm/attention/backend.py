@@ -11,7 +11,18 @@ from typing import Any
 
 import torch
 
+from minivllm.ops.kv_layout import KvLayout
 from minivllm.ops.paged_attention import Options
+
+# What the cache stores, as ops/kv_layout.py names it: by the model's type, and by what --kv-cache-dtype may name instead.
+_SAME_AS_MODEL = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_KV_CACHE_DTYPES = {
+    "bfloat16": "bfloat16",
+    "float16": "float16",
+    "fp8": "fp8_e4m3",
+    "fp8_e4m3": "fp8_e4m3",
+    "int8": "int8",
+}
 
 
 @dataclass(frozen=True)
@@ -52,14 +63,25 @@ class ForwardContext:
     kv_caches: list[torch.Tensor]  # one a layer
 
 
+def why_not_any(spec: AttentionSpec) -> str | None:
+    """None, or the reason no backend serves the spec."""
+    if spec.num_heads % spec.num_kv_heads:
+        return f"{spec.num_heads} heads cannot share {spec.num_kv_heads} KV heads evenly"
+    if spec.kv_cache_dtype != "auto" and spec.kv_cache_dtype not in _KV_CACHE_DTYPES:
+        return f"no KV cache in {spec.kv_cache_dtype}, only in auto, {', '.join(_KV_CACHE_DTYPES)}"
+    return None
+
+
 class AttentionBackend(ABC):
     """One way to do attention over the paged cache, bound to a spec."""
 
     name: str
-    layout_id: str  # of a block's bytes; blocks move only between equal ids
+    layout_class: type[KvLayout]
 
     def __init__(self, spec: AttentionSpec) -> None:
         self.spec = spec
+        kv_dtype = _KV_CACHE_DTYPES.get(spec.kv_cache_dtype, _SAME_AS_MODEL[spec.dtype])
+        self.layout = self.layout_class(kv_dtype, spec.num_kv_heads, spec.head_dim, spec.block_size)
 
     @classmethod
     @abstractmethod
@@ -67,14 +89,19 @@ class AttentionBackend(ABC):
         """None, or the reason this backend cannot serve the spec."""
 
     @property
-    def has_scales(self) -> bool:
-        """Whether the cache's type counts in a k_scale and a v_scale of the layer's, which a checkpoint may hold."""
-        return False
+    def layout_id(self) -> str:
+        """Of a block's bytes; blocks move only between equal ids."""
+        return self.layout.layout_id
 
     @property
-    @abstractmethod
+    def has_scales(self) -> bool:
+        """Whether the cache's type counts in a k_scale and a v_scale of the layer's, which a checkpoint may hold."""
+        return self.layout.dtype == "fp8_e4m3"
+
+    @property
     def block_bytes(self) -> int:
         """Bytes of one block in one layer, keys and values together."""
+        return self.layout.block_bytes
 
     @abstractmethod
     def new_kv_cache(self, num_blocks: int) -> torch.Tensor:

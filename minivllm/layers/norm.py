@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
@@ -41,4 +42,5 @@ class GemmaRMSNorm(RMSNorm):
         def load_rows(start: int, rows: torch.Tensor) -> None:
             self.weight[start : start + rows.shape[0]] = rows.float() + 1.0
 
-        yield Weight("weight", tuple(self.weight.shape), load_rows)
+        for weight in super().weights():
+            yield replace(weight, load_rows=load_rows)

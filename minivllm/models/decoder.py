@@ -31,10 +31,14 @@ class Variant:
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    scale: float | None = None  # of the scores; None: 1 / sqrt(head_dim)
+    softcap: float = 0.0  # of the scores; 0: none
 
 
 class SelfAttention:
     """Grouped-query attention with rotary positions."""
+
+    norm_class = RMSNorm
 
     def __init__(
         self,
@@ -52,10 +56,16 @@ class SelfAttention:
             config.hidden_size, heads, kv_heads, head_dim, bias=variant.qkv_bias, **packed
         )
         self.o_proj = RowLinear(heads * head_dim, config.hidden_size, "o_proj", bias=variant.o_bias, **packed)
-        self.q_norm = RMSNorm(head_dim, config.rms_norm_eps, **where) if variant.qk_norm else None
-        self.k_norm = RMSNorm(head_dim, config.rms_norm_eps, **where) if variant.qk_norm else None
+        self.q_norm = self.norm_class(head_dim, config.rms_norm_eps, **where) if variant.qk_norm else None
+        self.k_norm = self.norm_class(head_dim, config.rms_norm_eps, **where) if variant.qk_norm else None
         self.rotary = rotary
-        self.attention = Attention(index, backend, sliding_window=variant.sliding_windows[index])
+        self.attention = Attention(
+            index,
+            backend,
+            sliding_window=variant.sliding_windows[index],
+            scale=variant.scale,
+            softcap=variant.softcap,
+        )
 
     def add_to(
         self, residual: torch.Tensor, x: torch.Tensor, positions: torch.Tensor, ctx: ForwardContext
@@ -129,6 +139,9 @@ class DecoderLayer:
 class DecoderForCausalLM(ABC):
     """A decoder and its LM head. Memory is reserved here; the loader fills it."""
 
+    layer_class: type = DecoderLayer
+    norm_class = RMSNorm
+
     def __init__(
         self, config: HFConfig, backend: AttentionBackend, max_positions: int, quantization: str | None = None
     ) -> None:
@@ -144,17 +157,27 @@ class DecoderForCausalLM(ABC):
         self.tied = config.tie_word_embeddings
         self.lm_head = LMHead(*sizes, **where, quantization=quantization)
         self.embed_tokens = TiedEmbedding(self.lm_head) if self.tied else Embedding(*sizes, **where)
-        rotary = RotaryEmbedding(config, max_positions, **where)
+        full, windowed = self.rotaries(config, max_positions, **where)
         self.layers = [
-            DecoderLayer(config, variant, index, backend, rotary, quantization)
-            for index in range(config.num_hidden_layers)
+            self.layer_class(
+                config, variant, index, backend, full if window is None else windowed, quantization
+            )
+            for index, window in enumerate(self.sliding_windows)
         ]
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, **where)
+        self.norm = self.norm_class(config.hidden_size, config.rms_norm_eps, **where)
 
     @staticmethod
     @abstractmethod
     def variant(config: HFConfig) -> Variant:
         """What sets this architecture apart."""
+
+    @staticmethod
+    def rotaries(
+        config: HFConfig, max_positions: int, *, dtype: torch.dtype, device: str
+    ) -> tuple[RotaryEmbedding, RotaryEmbedding]:
+        """What turns the layers without a window, and those with one."""
+        rotary = RotaryEmbedding(config, max_positions, dtype=dtype, device=device)
+        return rotary, rotary
 
     def embed(self, input_ids: torch.Tensor, given: GivenEmbeddings | None) -> torch.Tensor:
         """What the first layer reads, [T, hidden_size]. given: what stands in place of the embeddings of some rows."""

@@ -13,46 +13,20 @@ import torch
 from minivllm.attention.backend import AttentionBackend, ForwardContext
 from minivllm.config.hf_config import HFConfig
 from minivllm.exceptions import ModelFilesError
-from minivllm.layers.attention import Attention
-from minivllm.layers.embedding import Embedding, GivenEmbeddings, LMHead, TiedEmbedding
-from minivllm.layers.linear import GatedLinear, QKVLinear, RowLinear
+from minivllm.layers.embedding import GivenEmbeddings
 from minivllm.layers.norm import GemmaRMSNorm
 from minivllm.layers.rotary import RotaryEmbedding
 from minivllm.layers.weight import Weight, under
-from minivllm.models.decoder import DecoderForCausalLM, Variant
+from minivllm.models.decoder import MLP, DecoderForCausalLM, SelfAttention, Variant
 from minivllm.models.qwen2 import sliding_windows
 from minivllm.ops.op import OpSpec
 from minivllm.ops.scaling import scale, soft_cap
 
 
-class GemmaAttention:
-    """Grouped-query attention with rotary positions."""
+class GemmaAttention(SelfAttention):
+    """Its output is normed before it is added."""
 
-    def __init__(
-        self,
-        config: HFConfig,
-        variant: Variant,
-        index: int,
-        backend: AttentionBackend,
-        rotary: RotaryEmbedding,
-        quantization: str | None,
-    ) -> None:
-        where = {"dtype": backend.spec.dtype, "device": backend.spec.device}
-        packed = {**where, "quantization": quantization}
-        heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        size, bias = config.hidden_size, bool(config.attention_bias)
-        self.qkv_proj = QKVLinear(size, heads, kv_heads, head_dim, bias=bias, **packed)
-        self.o_proj = RowLinear(heads * head_dim, size, "o_proj", bias=bias, **packed)
-        self.q_norm = GemmaRMSNorm(head_dim, config.rms_norm_eps, **where) if variant.qk_norm else None
-        self.k_norm = GemmaRMSNorm(head_dim, config.rms_norm_eps, **where) if variant.qk_norm else None
-        self.rotary = rotary
-        self.attention = Attention(
-            index,
-            backend,
-            sliding_window=variant.sliding_windows[index],
-            scale=(config.query_pre_attn_scalar or head_dim) ** -0.5,
-            softcap=config.attn_logit_softcapping or 0.0,
-        )
+    norm_class = GemmaRMSNorm
 
     def __call__(self, x: torch.Tensor, positions: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
         q, k, v = self.qkv_proj(x)
@@ -61,30 +35,12 @@ class GemmaAttention:
         self.rotary(positions, q, k)
         return self.o_proj(self.attention(q, k, v, ctx))
 
-    def weights(self) -> Iterator[Weight]:
-        yield from self.qkv_proj.weights()
-        yield from self.o_proj.weights()
-        if self.q_norm is not None:
-            yield from under("q_norm", self.q_norm.weights())
-            yield from under("k_norm", self.k_norm.weights())
 
-
-class GemmaMLP:
-    """The gated feed-forward part."""
-
-    def __init__(self, config: HFConfig, *, dtype: torch.dtype, device: str, quantization: str | None) -> None:
-        where = {"dtype": dtype, "device": device, "quantization": quantization}
-        self.gate_up_proj = GatedLinear(
-            config.hidden_size, config.intermediate_size, config.hidden_act, **where
-        )
-        self.down_proj = RowLinear(config.intermediate_size, config.hidden_size, "down_proj", **where)
+class GemmaMLP(MLP):
+    """Likewise."""
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(self.gate_up_proj(x))
-
-    def weights(self) -> Iterator[Weight]:
-        yield from self.gate_up_proj.weights()
-        yield from self.down_proj.weights()
 
 
 class GemmaLayer:
@@ -105,7 +61,7 @@ class GemmaLayer:
         self.self_attn = GemmaAttention(config, variant, index, backend, rotary, quantization)
         self.post_attention_layernorm = GemmaRMSNorm(size, eps, **where)
         self.pre_feedforward_layernorm = GemmaRMSNorm(size, eps, **where)
-        self.mlp = GemmaMLP(config, **where, quantization=quantization)
+        self.mlp = GemmaMLP(config, variant, **where, quantization=quantization)
         self.post_feedforward_layernorm = GemmaRMSNorm(size, eps, **where)
 
     def __call__(
@@ -130,29 +86,20 @@ class GemmaLayer:
 
 
 class Gemma2ForCausalLM(DecoderForCausalLM):
+    layer_class = GemmaLayer
+    norm_class = GemmaRMSNorm
     DEFAULT_PATTERN = 2  # of so many layers, the last sees everything
     QK_NORM = False
 
     def __init__(
         self, config: HFConfig, backend: AttentionBackend, max_positions: int, quantization: str | None = None
     ) -> None:
-        variant = self.variant(config)
-        where = {"dtype": backend.spec.dtype, "device": backend.spec.device}
-        sizes = (config.vocab_size, config.hidden_size)
-        self.sliding_windows = variant.sliding_windows
-        self.tied = config.tie_word_embeddings
-        self.lm_head = LMHead(*sizes, **where, quantization=quantization)
-        self.embed_tokens = TiedEmbedding(self.lm_head) if self.tied else Embedding(*sizes, **where)
+        super().__init__(config, backend, max_positions, quantization)
+        device, dtype = backend.spec.device, backend.spec.dtype
         # As the checkpoint was trained: the factor is rounded before it multiplies.
-        self._scale = scale.select(OpSpec(where["device"], where["dtype"]))
-        self.embed_scale = torch.tensor(config.hidden_size**0.5, dtype=backend.spec.dtype).item()
-        full, windowed = self.rotaries(config, max_positions, **where)
-        self.layers = [
-            GemmaLayer(config, variant, index, backend, full if window is None else windowed, quantization)
-            for index, window in enumerate(self.sliding_windows)
-        ]
-        self.norm = GemmaRMSNorm(config.hidden_size, config.rms_norm_eps, **where)
-        self._soft_cap = soft_cap.select(OpSpec(where["device"], torch.float32))
+        self._scale = scale.select(OpSpec(device, dtype))
+        self.embed_scale = torch.tensor(config.hidden_size**0.5, dtype=dtype).item()
+        self._soft_cap = soft_cap.select(OpSpec(device, torch.float32))
         self.logit_softcap = config.final_logit_softcapping
 
     @classmethod
@@ -166,15 +113,15 @@ class Gemma2ForCausalLM(DecoderForCausalLM):
             pattern = config.sliding_window_pattern or cls.DEFAULT_PATTERN
             is_last = [(index + 1) % pattern == 0 for index in range(config.num_hidden_layers)]
             windows = [None if last else config.sliding_window for last in is_last]
-        return Variant(sliding_windows=windows, qk_norm=cls.QK_NORM)
-
-    @staticmethod
-    def rotaries(
-        config: HFConfig, max_positions: int, *, dtype: torch.dtype, device: str
-    ) -> tuple[RotaryEmbedding, RotaryEmbedding]:
-        """What turns the layers without a window, and those with one."""
-        rotary = RotaryEmbedding(config, max_positions, dtype=dtype, device=device)
-        return rotary, rotary
+        bias = bool(config.attention_bias)
+        return Variant(
+            sliding_windows=windows,
+            qkv_bias=bias,
+            o_bias=bias,
+            qk_norm=cls.QK_NORM,
+            scale=(config.query_pre_attn_scalar or config.head_dim) ** -0.5,
+            softcap=config.attn_logit_softcapping or 0.0,
+        )
 
     def embed(self, input_ids: torch.Tensor, given: GivenEmbeddings | None) -> torch.Tensor:
         """Given ones are taken as they are: the scale belongs to the table, as transformers 5 has it."""

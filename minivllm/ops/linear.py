@@ -41,7 +41,7 @@ class DenseLinear:
     @property
     def nbytes(self) -> int:
         """Bytes the packed weight takes."""
-        return self._weight.nbytes
+        return sum(tensor.nbytes for tensor in self.tensors)
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:

@@ -7,6 +7,7 @@ Rounding: float32(sum) × (row's scale × feature's scale) takes the place of th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,32 +20,36 @@ MOST_IN_FEATURES = 1 << 17  # 2^17 products of 127² still fit an int32
 _LEAST_AMAX = 1e-30  # a row of less counts as zero: the reciprocal of its scale could overflow
 
 
-def quantise_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """[M, K] of any float dtype -> whole numbers in [-127, 127] as float32 [M, K], scales float32 [M, 1].
+def scale_rows(x: torch.Tensor, most: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """[M, K] of any float dtype -> numbers up to `most` (but for rounding), float32 [M, K], and scales, float32 [M, 1].
 
-    x is about scale × q. The scale of a row that is not finite is NaN.
+    x is about scale × number. The scale of a row that is not finite is NaN.
     """
     wide = x.float()
     amax = wide.abs().amax(-1, keepdim=True) if x.shape[1] else wide.new_zeros(len(x), 1)
     usable = amax.isfinite() & (amax >= _LEAST_AMAX)
-    reciprocal = torch.full_like(amax, 127.0) / torch.where(usable, amax, 127.0)  # 127.0 / x would round twice
-    q = (torch.where(usable, wide, 0) * reciprocal).round()
-    scale = torch.where(usable, amax / 127.0, torch.where(amax.isfinite(), 0.0, torch.nan))
-    return q, scale
+    reciprocal = torch.full_like(amax, most) / torch.where(usable, amax, most)  # most / x would round twice
+    scales = torch.where(usable, amax / most, torch.where(amax.isfinite(), 0.0, torch.nan))
+    return torch.where(usable, wide, 0) * reciprocal, scales
 
 
-class DenseInt8Linear(DenseLinear):
-    """The specification."""
+def quantise_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[M, K] of any float dtype -> whole numbers in [-127, 127] as float32 [M, K], scales as of `scale_rows`."""
+    numbers, scales = scale_rows(x, 127.0)
+    return numbers.round(), scales
+
+
+class DenseScaledLinear(DenseLinear):
+    """The specification of weights and inputs that are quantised row by row: a subclass says how, and to what type."""
+
+    code_dtype: torch.dtype
+    quantise: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
     def __init__(self, out_features: int, in_features: int, dtype: torch.dtype, *, gated: bool = False) -> None:
         """dtype: of x."""
         super().__init__(out_features, in_features, dtype, gated=gated)
-        self._weight = torch.zeros(out_features, in_features, dtype=torch.int8)
+        self._weight = torch.zeros(out_features, in_features, dtype=self.code_dtype)
         self._scales = torch.zeros(out_features, 1)
-
-    @property
-    def nbytes(self) -> int:
-        return self._weight.nbytes + self._scales.nbytes
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
@@ -53,23 +58,28 @@ class DenseInt8Linear(DenseLinear):
     def load_rows(self, start: int, weight: torch.Tensor) -> None:
         check_rows(self, start, weight)
         rows = slice(start, start + weight.shape[0])
-        q, self._scales[rows] = quantise_rows(weight)
-        self._weight[rows] = q.to(torch.int8)
+        self._weight[rows], self._scales[rows] = self.quantise(weight)
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         """As the base class; dequantised."""
-        q = torch.nn.functional.embedding(ids, self._weight)
-        return (q.float() * self._scales[ids]).to(self.dtype)
+        scales = torch.nn.functional.embedding(ids, self._scales)  # checks the ids
+        return (self._weight[ids].float() * scales).to(self.dtype)
 
     def _sums(
         self, x: torch.Tensor, bias: torch.Tensor | None, addend: torch.Tensor | None
     ) -> torch.Tensor:
         check_input(self, x, bias, addend)
-        q, row_scales = quantise_rows(x)
+        q, row_scales = self.quantise(x)
         y = (q.double() @ self._weight.double().t()).float() * (row_scales * self._scales.t())
         if addend is not None:
             y = y + addend
         return y if bias is None else y + bias.float()
+
+
+class DenseInt8Linear(DenseScaledLinear):
+    """The specification."""
+
+    code_dtype, quantise = torch.int8, staticmethod(quantise_rows)
 
 
 class PackedInt8Linear(PackedLinear):

@@ -86,9 +86,9 @@ class DeviceSampling:
 
     # Tokens that only the device knows -------------------------------------------
 
-    def absorb(self, table: RequestTable, *, wait: bool = False) -> None:
-        """Take what has arrived into the table; `wait`: all. What lies further back than one step is waited for."""
-        while self._pending and (wait or len(self._pending) > 1 or self._pending[0].arrived.query()):
+    def absorb(self, table: RequestTable) -> None:
+        """Take what has arrived into the table. Of steps before the last one kept, all is waited for."""
+        while self._pending and (len(self._pending) > 1 or self._pending[0].arrived.query()):
             pending = self._pending.popleft()
             pending.arrived.synchronize()
             known = pending.rows >= 0

@@ -1,9 +1,9 @@
 """Decode steps of a shape met before, replayed as a whole: from native calls on a CPU, as captured graphs on a GPU.
 
 Owns when a step is recorded, checked and replayed, and how much memory recordings keep. Both classes have one contract,
-`run(key, step)`. A replay is right when every
-tensor the step reads lies where it lay when it was recorded, in the same shape: that is the key. What it computes is
-the eager step's bits, for it makes the same calls; a recording is trusted once it gave them on another step's inputs.
+`run(key, step)`. A replay is right when every tensor the step reads lies where it lay when it was recorded, in the same
+shape: that is the key. What it computes is the eager step's bits, for it makes the same calls; a recording of native
+calls is trusted once it gave them on another step's inputs.
 """
 
 from __future__ import annotations

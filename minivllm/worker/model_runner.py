@@ -241,7 +241,8 @@ class ModelRunner:
         columns = np.flatnonzero(needs_host)
         if not len(columns):
             return columns, None
-        self._sampling.absorb(self.table, wait=True)  # what they ask for may depend on every token so far
+        # What they ask for may depend on every token so far; this step's own are kept already.
+        self._sampling.absorb(self.table)
         own = rows[columns]
         sampled = self.sampler(
             logits[torch.from_numpy(columns).to(logits.device)].cpu(),

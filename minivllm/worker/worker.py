@@ -147,8 +147,7 @@ class Worker:
     def sample_tokens(self, grammar: GrammarOutput | None) -> ModelRunnerOutput:
         """Sample from the last `execute_model`; `grammar` says where not freely."""
         result = self._initialized().sample_tokens(grammar)
-        if self._profiler is not None:
-            self._profiler.after_step()
+        self._end_step()
         return result
 
     def start_profile(self, prefix: str, delay: int | None, most: int | None) -> bool:
@@ -192,7 +191,14 @@ class Worker:
 
     def start_sampling(self, grammar: GrammarOutput | None) -> Handle:
         """As `sample_tokens`; the handle's `result()` waits."""
-        return self._initialized().start_sampling(grammar)
+        handle = self._initialized().start_sampling(grammar)
+        self._end_step()
+        return handle
+
+    def _end_step(self) -> None:
+        """All of the step has been given to the device, if it is not done: a recording that ends now waits for that."""
+        if self._profiler is not None:
+            self._profiler.after_step()
 
     def shutdown(self) -> None:
         """Let go of the model and the cache. May be called again."""

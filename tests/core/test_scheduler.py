@@ -235,16 +235,16 @@ def test_a_second_request_with_the_same_prefix_computes_only_the_rest():
 
 
 def test_a_snapshot_counts_from_the_start_and_changes_nothing():
-    driver = Driver(make_scheduler(num_blocks=17, max_num_seqs=1))
-    for name in "abc":
+    driver = Driver(make_scheduler(num_blocks=17, max_num_seqs=2))
+    for name in "abcd":
         driver.add(make_request(name, prompt=10, max_tokens=2))
-    for _ in range(3):
+    for _ in range(3):  # "a" alone, then two side by side, each a step behind the one before
         driver.step()
     driver.scheduler.make_stats()  # what it resets, a snapshot keeps
     snapshot = driver.scheduler.snapshot()
     assert (snapshot.num_running_reqs, snapshot.num_waiting_reqs) == (1, 1)
-    assert (snapshot.num_prompt_tokens, snapshot.num_cached_tokens) == (20, 8)
-    assert snapshot.num_generation_tokens == 3
+    assert (snapshot.num_prompt_tokens, snapshot.num_cached_tokens) == (30, 16)
+    assert snapshot.num_generation_tokens == 1 + 2 + 2
     assert (snapshot.num_blocks, snapshot.block_stride, len(snapshot.blocks)) == (17, 1, 17)
     assert snapshot.kv_cache_usage == 3 / 17 and snapshot.blocks.count(BLOCK_HELD) == 3
     assert driver.scheduler.snapshot() == snapshot

@@ -13,11 +13,16 @@ from safetensors.torch import load_file, save_file
 
 from minivllm import LLM
 from minivllm.attention import registry
+from minivllm.config.profiler import ProfilerConfig
 from minivllm.exceptions import ConfigError, ModelFilesError
+from minivllm.messages.engine import EngineCoreRequest
+from minivllm.messages.worker import GrammarOutput
 from minivllm.models.loader import PinnedStream
+from minivllm.sample.sampler import Sampler
 from minivllm.sampling_params import SamplingParams
 from minivllm.worker.buffers import Staging
 from minivllm.worker.graphs import padded_size
+from minivllm.worker.profiler import WorkerProfiler
 from tests.models.loop import Loop
 from tests.worker.fake_device import FakeDevice
 
@@ -70,10 +75,52 @@ def test_two_plans_in_flight_give_the_same_answers_though_the_host_sees_tokens_l
     assert loop.run(PROMPTS, MIXED) == expected
 
 
+def test_a_recording_ends_after_its_steps_though_nobody_waits_for_their_tokens(model: Path, tmp_path: Path):
+    loop = Loop(model, platform=FakeDevice(), plans_in_flight=2)
+    config = ProfilerConfig(torch_profiler_dir=str(tmp_path), torch_profiler_with_stack=False, max_iterations=2)
+    loop.worker._profiler = WorkerProfiler(config)
+    assert loop.worker.start_profile("", None, None)
+    loop.run(PROMPTS[:1], MIXED[0])
+    files = sorted(map(str, tmp_path.iterdir()))
+    assert len(files) == 2 and sorted(loop.worker.stop_profile()) == files
+
+
 def test_tokens_that_only_the_device_knows_survive_preemption(model: Path, expected):
     loop = Loop(model, platform=FakeDevice(), plans_in_flight=2, num_gpu_blocks_override=8, max_model_len=128)
     assert loop.run(PROMPTS, MIXED) == expected
     assert loop.num_preemptions > 0
+
+
+class Spy:
+    """A sampler, and the tokens it was shown of the first row of each batch."""
+
+    def __init__(self, sampler: Sampler) -> None:
+        self._sampler, self.seen = sampler, []
+
+    def __call__(self, logits, batch, grammar):
+        self.seen.append(batch.token_ids[batch.rows[0], : batch.num_tokens[0]].tolist())
+        return self._sampler(logits, batch, grammar)
+
+    def __getattr__(self, name):
+        return getattr(self._sampler, name)
+
+
+def test_what_is_sampled_on_the_host_sees_tokens_that_only_the_device_knew(model: Path):
+    """A grammar that begins to count behind a free token: the host takes over in mid-request."""
+    loop = Loop(model, platform=FakeDevice(), plans_in_flight=2)
+    worker, scheduler, prompt = loop.worker, loop.scheduler, PROMPTS[0]
+    spy = worker.runner.sampler = Spy(worker.runner.sampler)
+    scheduler.add_request(EngineCoreRequest("a", prompt, MIXED[0], seed=0))
+    everything = GrammarOutput(["a"], b"\xff" * (4 * -(-loop.config.hf_config.vocab_size // 32)))
+    plans, handles = [], []
+    for grammar in (None, everything):
+        plans.append(scheduler.schedule())
+        worker.execute_model(plans[-1])
+        handles.append(worker.start_sampling(grammar))
+    first, second = (handle.result().sampled_token_ids[0] for handle in handles)
+    assert spy.seen == [prompt + first]
+    calm = Loop(model).run([prompt], MIXED[0])[0].tokens
+    assert first + second == calm[:2]
 
 
 def test_decodes_are_padded_to_few_sizes_and_each_is_captured_once(model: Path):

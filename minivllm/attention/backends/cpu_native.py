@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from minivllm.attention.backend import AttentionBackend, AttentionSpec, StepInputs
+from minivllm.attention.backend import AttentionBackend, AttentionSpec, StepInputs, why_not_any
 from minivllm.config.cache import KV_TILE
 from minivllm.config.hf_config import HEAD_DIM_STEP
 from minivllm.ops import native
@@ -16,14 +16,6 @@ from minivllm.ops.kv_write import kv_write
 from minivllm.ops.op import OpSpec
 from minivllm.ops.paged_attention import STEP, Options, SharedPrefixes, paged_attention
 
-_SAME_AS_MODEL = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-KV_CACHE_DTYPES = {
-    "bfloat16": "bfloat16",
-    "float16": "float16",
-    "fp8": "fp8_e4m3",
-    "fp8_e4m3": "fp8_e4m3",
-    "int8": "int8",
-}
 _MOST_SHARED = 64  # remembered
 
 
@@ -37,11 +29,10 @@ class Metadata:
 
 class CpuNativeBackend(AttentionBackend):
     name = "cpu_native"
+    layout_class = KvLayout
 
     def __init__(self, spec: AttentionSpec) -> None:
         super().__init__(spec)
-        kv_dtype = KV_CACHE_DTYPES.get(spec.kv_cache_dtype, _SAME_AS_MODEL[spec.dtype])
-        self.layout = KvLayout(kv_dtype, spec.num_kv_heads, spec.head_dim, spec.block_size)
         group = spec.num_heads // spec.num_kv_heads
         sizes = {"head_dim": spec.head_dim, "block_size": spec.block_size, "group": group}
         op_spec = OpSpec(spec.device, spec.dtype, sizes)
@@ -53,28 +44,14 @@ class CpuNativeBackend(AttentionBackend):
     def why_not(cls, spec: AttentionSpec) -> str | None:
         if spec.device != "cpu":
             return f"needs a CPU, got {spec.device}"
-        if spec.num_heads % spec.num_kv_heads:
-            return f"{spec.num_heads} heads cannot share {spec.num_kv_heads} KV heads evenly"
+        if reason := why_not_any(spec):
+            return reason
         # Refused with the references in use as well: a model is served everywhere or nowhere.
         if spec.head_dim % HEAD_DIM_STEP:
             return f"head_dim {spec.head_dim} is not a multiple of {HEAD_DIM_STEP}"
         if spec.block_size % KV_TILE:
             return f"block size {spec.block_size} is not a multiple of {KV_TILE}"
-        if spec.kv_cache_dtype != "auto" and spec.kv_cache_dtype not in KV_CACHE_DTYPES:
-            return f"no KV cache in {spec.kv_cache_dtype}, only in auto, {', '.join(KV_CACHE_DTYPES)}"
         return None
-
-    @property
-    def layout_id(self) -> str:
-        return self.layout.layout_id
-
-    @property
-    def has_scales(self) -> bool:
-        return self.layout.dtype == "fp8_e4m3"
-
-    @property
-    def block_bytes(self) -> int:
-        return self.layout.block_bytes
 
     def new_kv_cache(self, num_blocks: int) -> torch.Tensor:
         return native.huge_pages(num_blocks * self.block_bytes).view(self.layout.shape(num_blocks))

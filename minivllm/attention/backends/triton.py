@@ -9,20 +9,12 @@ from dataclasses import dataclass
 
 import torch
 
-from minivllm.attention.backend import AttentionBackend, AttentionSpec, StepInputs
+from minivllm.attention.backend import AttentionBackend, AttentionSpec, StepInputs, why_not_any
 from minivllm.ops import gpu
 from minivllm.ops.kv_layout import RowLayout
 from minivllm.ops.op import OpSpec
 from minivllm.ops.paged_attention import Options
 
-_SAME_AS_MODEL = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-KV_CACHE_DTYPES = {
-    "bfloat16": "bfloat16",
-    "float16": "float16",
-    "fp8": "fp8_e4m3",
-    "fp8_e4m3": "fp8_e4m3",
-    "int8": "int8",
-}
 _BLOCK_STEP = 16  # tokens; so that rows, and int8's scales behind them, start at multiples of 16 bytes
 _MOST_HEAD_DIM = 256
 
@@ -38,6 +30,7 @@ class Metadata:
 
 class TritonBackend(AttentionBackend):
     name = "triton"
+    layout_class = RowLayout
 
     def __init__(self, spec: AttentionSpec) -> None:
         super().__init__(spec)
@@ -47,36 +40,20 @@ class TritonBackend(AttentionBackend):
 
         self._write, self._attend = kv_write, paged_attention
         self._shape_class, self._scratch_shape = BatchShape, scratch_shape
-        kv_dtype = KV_CACHE_DTYPES.get(spec.kv_cache_dtype, _SAME_AS_MODEL[spec.dtype])
-        self.layout = RowLayout(kv_dtype, spec.num_kv_heads, spec.head_dim, spec.block_size)
 
     @classmethod
     def why_not(cls, spec: AttentionSpec) -> str | None:
         if reason := gpu.why_not(OpSpec(spec.device, spec.dtype)):
             return reason
-        if spec.num_heads % spec.num_kv_heads:
-            return f"{spec.num_heads} heads cannot share {spec.num_kv_heads} KV heads evenly"
+        if reason := why_not_any(spec):
+            return reason
         if spec.head_dim % 8 or spec.head_dim > _MOST_HEAD_DIM:
             return f"head_dim {spec.head_dim} is not a multiple of 8 up to {_MOST_HEAD_DIM}"
         if spec.block_size % _BLOCK_STEP:
             return f"block size {spec.block_size} is not a multiple of {_BLOCK_STEP}"
-        if spec.kv_cache_dtype != "auto" and spec.kv_cache_dtype not in KV_CACHE_DTYPES:
-            return f"no KV cache in {spec.kv_cache_dtype}, only in auto, {', '.join(KV_CACHE_DTYPES)}"
         if spec.kv_cache_dtype.startswith("fp8") and not gpu.has_fp8(spec.device):
             return "a KV cache in fp8 needs compute capability 8.9; try --kv-cache-dtype int8"
         return None
-
-    @property
-    def layout_id(self) -> str:
-        return self.layout.layout_id
-
-    @property
-    def has_scales(self) -> bool:
-        return self.layout.dtype == "fp8_e4m3"
-
-    @property
-    def block_bytes(self) -> int:
-        return self.layout.block_bytes
 
     def new_kv_cache(self, num_blocks: int) -> torch.Tensor:
         return torch.empty(self.layout.shape(num_blocks), dtype=torch.uint8, device=self.spec.device)
