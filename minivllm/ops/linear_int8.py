@@ -7,6 +7,7 @@ Rounding: float32(sum) × (row's scale × feature's scale) takes the place of th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from minivllm.ops.linear import DenseLinear, PackedLinear, check_input, check_ro
 from minivllm.ops.op import Impl, Op, OpSpec
 
 MOST_IN_FEATURES = 1 << 17  # 2^17 products of 127² still fit an int32
-_LEAST_AMAX = 1e-30  # a row of less counts as zero: the reciprocal of its scale could overflow
+LEAST_AMAX = 1e-30  # a row of less counts as zero: the reciprocal of its scale could overflow
 
 
 def quantise_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -26,21 +27,32 @@ def quantise_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     wide = x.float()
     amax = wide.abs().amax(-1, keepdim=True) if x.shape[1] else wide.new_zeros(len(x), 1)
-    usable = amax.isfinite() & (amax >= _LEAST_AMAX)
+    usable = amax.isfinite() & (amax >= LEAST_AMAX)
     reciprocal = torch.full_like(amax, 127.0) / torch.where(usable, amax, 127.0)  # 127.0 / x would round twice
     q = (torch.where(usable, wide, 0) * reciprocal).round()
     scale = torch.where(usable, amax / 127.0, torch.where(amax.isfinite(), 0.0, torch.nan))
     return q, scale
 
 
-class DenseInt8Linear(DenseLinear):
-    """The specification."""
+class DenseQuantizedLinear(DenseLinear):
+    """A specification: codes of one byte, a scale for each feature of the weight and each row of x."""
 
-    def __init__(self, out_features: int, in_features: int, dtype: torch.dtype, *, gated: bool = False) -> None:
+    codes: torch.dtype
+    quantise: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]  # rows -> what `codes` holds, scales [M, 1]
+
+    def __init__(
+        self,
+        out_features: int,
+        in_features: int,
+        dtype: torch.dtype,
+        *,
+        gated: bool = False,
+        device: str = "cpu",
+    ) -> None:
         """dtype: of x."""
-        super().__init__(out_features, in_features, dtype, gated=gated)
-        self._weight = torch.zeros(out_features, in_features, dtype=torch.int8)
-        self._scales = torch.zeros(out_features, 1)
+        super().__init__(out_features, in_features, dtype, gated=gated, device="meta")  # which takes no memory
+        self._weight = torch.zeros(out_features, in_features, dtype=self.codes, device=device)
+        self._scales = torch.zeros(out_features, 1, device=device)
 
     @property
     def nbytes(self) -> int:
@@ -53,23 +65,29 @@ class DenseInt8Linear(DenseLinear):
     def load_rows(self, start: int, weight: torch.Tensor) -> None:
         check_rows(self, start, weight)
         rows = slice(start, start + weight.shape[0])
-        q, self._scales[rows] = quantise_rows(weight)
-        self._weight[rows] = q.to(torch.int8)
+        q, self._scales[rows] = self.quantise(weight)
+        self._weight[rows] = q.to(self.codes)
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         """As the base class; dequantised."""
-        q = torch.nn.functional.embedding(ids, self._weight)
+        q = torch.nn.functional.embedding(ids, self._weight.view(torch.uint8)).view(self.codes)
         return (q.float() * self._scales[ids]).to(self.dtype)
 
     def _sums(
         self, x: torch.Tensor, bias: torch.Tensor | None, addend: torch.Tensor | None
     ) -> torch.Tensor:
         check_input(self, x, bias, addend)
-        q, row_scales = quantise_rows(x)
+        q, row_scales = self.quantise(x)
         y = (q.double() @ self._weight.double().t()).float() * (row_scales * self._scales.t())
         if addend is not None:
             y = y + addend
         return y if bias is None else y + bias.float()
+
+
+class DenseInt8Linear(DenseQuantizedLinear):
+    """The specification."""
+
+    codes, quantise = torch.int8, staticmethod(quantise_rows)
 
 
 class PackedInt8Linear(PackedLinear):
