@@ -13,6 +13,8 @@ sys.path.insert(0, str(ROOT / "examples"))
 
 # No test may reach for a hub: what is not on disk must fail at once.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Nor for a card: there engines that say nothing would run on it, by other defaults. `python -m tests.gpu` checks one.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

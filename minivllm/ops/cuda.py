@@ -1,5 +1,8 @@
 """The ops' door to the CUDA C++ kernels of csrc/cuda, which an installation may lack: Triton's serve everything.
 
+Nothing but tests and benchmarks calls them yet. A backend may where `benchmarks/gpu` found one faster than Triton's on a
+card, with a line in benchmarks/LOG.md each: by compute capability, head size and cache type.
+
 The only module that imports `minivllm._cuda`, and only when it is asked for: no CPU pays for it. Functions launch on
 the current stream and return before the work is done; every launch that fails raises RuntimeError.
 """
@@ -20,10 +23,6 @@ _HEAD_DIMS = {"float16": (64, 128, 256), "bfloat16": (64, 128, 256), "fp8_e4m3":
 _KV_CODES = {"fp8_e4m3": 1, "int8": 2}  # csrc/cuda/decode_attention_sizes.h
 _BLOCK_TILE = 16  # keys a warp takes at once, all of one block
 _NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
-
-# (compute capability, head_dim, KV cache type) where benchmarks/gpu found decode_attention faster than Triton's, with a
-# line in benchmarks/LOG.md each. None has been measured yet, so nothing uses it but tests and benchmarks.
-FASTER_THAN_TRITON: frozenset[tuple[tuple[int, int], int, str]] = frozenset()
 
 
 @functools.cache

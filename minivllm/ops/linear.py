@@ -26,6 +26,8 @@ class DenseLinear:
     `gated`: its first half of rows is a gate's, the second an up projection's, for `silu_mul`.
     """
 
+    _activate = staticmethod(silu_mul)
+
     def __init__(
         self,
         out_features: int,
@@ -94,7 +96,7 @@ class DenseLinear:
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """`ops/activation.py` of self(x, bias, addend=addend), for a gated weight: [M, out_features / 2]."""
-        y = silu_mul(self._sums(x, bias, addend).to(x.dtype))
+        y = self._activate(self(x, bias, addend=addend))
         return y if out is None else out.copy_(y)
 
     def _sums(

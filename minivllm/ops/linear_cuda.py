@@ -24,7 +24,8 @@ class CublasLinear(DenseLinear):
         device: str = "cuda",
     ) -> None:
         super().__init__(out_features, in_features, dtype, gated=gated, device=device)
-        self._silu_mul = silu_mul.select(OpSpec(device, dtype)) if gated else None
+        if gated:
+            self._activate = silu_mul.select(OpSpec(device, dtype))
 
     def __call__(
         self,
@@ -56,21 +57,10 @@ class CublasLinear(DenseLinear):
         addend: torch.Tensor | None = None,
     ) -> None:
         if bias is not None or addend is not None:
-            residual += self(x, bias, addend=addend)
+            super().add_to(residual, x, bias, addend=addend)
             return
         check_input(self, x, None, None)
         self._add(residual, x)
-
-    def silu_mul(
-        self,
-        x: torch.Tensor,
-        bias: torch.Tensor | None = None,
-        *,
-        addend: torch.Tensor | None = None,
-        out: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        y = self._silu_mul(self(x, bias, addend=addend))
-        return y if out is None else out.copy_(y)
 
     def _sums(self, x: torch.Tensor, bias: torch.Tensor | None, addend: torch.Tensor | None) -> torch.Tensor:
         y = self._multiply_to(x, torch.float32)

@@ -1,7 +1,7 @@
 """Linear layers in float8 (e4m3), made from a checkpoint of floats as it is loaded. For cards that multiply it.
 
 As `ops/linear_int8.py`: a weight has one scale for each output feature, x one for each row, found when it comes; the
-largest magnitude is 448. Products are exact, sums float32.
+largest magnitude is 448. Products are exact, sums float32. No --quantization asks for it yet (docs/gpu.md).
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from minivllm.ops.linear import DenseLinear, PackedLinear, check_input, check_ro
 from minivllm.ops.op import Impl, Op, OpSpec
 
 MOST_IN_FEATURES = 1 << 17  # 2^17 products of 127² still fit an int32
-_LEAST_AMAX = 1e-30  # a row of less counts as zero: the reciprocal of its scale could overflow
+LEAST_AMAX = 1e-30  # a row of less counts as zero: the reciprocal of its scale could overflow
 
 
 def scale_rows(x: torch.Tensor, most: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -27,7 +27,7 @@ def scale_rows(x: torch.Tensor, most: float) -> tuple[torch.Tensor, torch.Tensor
     """
     wide = x.float()
     amax = wide.abs().amax(-1, keepdim=True) if x.shape[1] else wide.new_zeros(len(x), 1)
-    usable = amax.isfinite() & (amax >= _LEAST_AMAX)
+    usable = amax.isfinite() & (amax >= LEAST_AMAX)
     reciprocal = torch.full_like(amax, most) / torch.where(usable, amax, most)  # most / x would round twice
     scales = torch.where(usable, amax / most, torch.where(amax.isfinite(), 0.0, torch.nan))
     return torch.where(usable, wide, 0) * reciprocal, scales
@@ -45,11 +45,19 @@ class DenseScaledLinear(DenseLinear):
     code_dtype: torch.dtype
     quantise: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
-    def __init__(self, out_features: int, in_features: int, dtype: torch.dtype, *, gated: bool = False) -> None:
+    def __init__(
+        self,
+        out_features: int,
+        in_features: int,
+        dtype: torch.dtype,
+        *,
+        gated: bool = False,
+        device: str = "cpu",
+    ) -> None:
         """dtype: of x."""
-        super().__init__(out_features, in_features, dtype, gated=gated)
-        self._weight = torch.zeros(out_features, in_features, dtype=self.code_dtype)
-        self._scales = torch.zeros(out_features, 1)
+        super().__init__(out_features, in_features, dtype, gated=gated, device="meta")  # which takes no memory
+        self._weight = torch.zeros(out_features, in_features, dtype=self.code_dtype, device=device)
+        self._scales = torch.zeros(out_features, 1, device=device)
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
@@ -58,7 +66,8 @@ class DenseScaledLinear(DenseLinear):
     def load_rows(self, start: int, weight: torch.Tensor) -> None:
         check_rows(self, start, weight)
         rows = slice(start, start + weight.shape[0])
-        self._weight[rows], self._scales[rows] = self.quantise(weight)
+        q, self._scales[rows] = self.quantise(weight)
+        self._weight[rows] = q.to(self.code_dtype)
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         """As the base class; dequantised."""

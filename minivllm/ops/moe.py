@@ -1,4 +1,7 @@
-"""A mixture of experts: each token goes through a few of many gated MLPs (Shazeer et al. 2017, arXiv:1701.06538)."""
+"""A mixture of experts: each token goes through a few of many gated MLPs (Shazeer et al. 2017, arXiv:1701.06538).
+
+No model calls it yet.
+"""
 
 from __future__ import annotations
 

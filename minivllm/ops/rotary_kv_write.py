@@ -1,6 +1,7 @@
 """Rotary embedding with its norms, and the cache write of what comes of it: on a GPU one launch for three.
 
-For devices with a cache in a `RowLayout`. On a CPU the two ops are called one after another.
+For devices with a cache in a `RowLayout`. Models call the two ops one after another everywhere; nothing calls this yet
+(docs/gpu.md).
 """
 
 from __future__ import annotations

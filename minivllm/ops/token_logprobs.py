@@ -1,4 +1,7 @@
-"""Logprobs and ranks of given tokens, without a tensor of the vocabulary's size for them."""
+"""Logprobs and ranks of given tokens, without a tensor of the vocabulary's size for them.
+
+Nothing calls it yet: logprobs are the host's, also for a GPU (docs/gpu.md).
+"""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -105,10 +106,14 @@ class CapturedGraphs:
 
     A capture takes some tenths of a second, once a shape, and none of the start: there are about as many shapes as
     `padded_size` has values, times the few bounds of attention (`input_batch.py`), and most servers meet few of them.
+    All leave their results in the same places: what a capture holds on to, no other can use, and logits are large.
     """
 
-    def __init__(self, graphs: Graphs) -> None:
+    def __init__(self, graphs: Graphs, max_rows: int) -> None:
+        """max_rows: the most that a step's results have."""
         self._captures = graphs
+        self._max_rows = max_rows
+        self._places: list[torch.Tensor] = []
         self._graphs: dict[Hashable, tuple[Callable[[], None], tuple[torch.Tensor, ...]]] = {}
 
     @torch.inference_mode()
@@ -119,23 +124,24 @@ class CapturedGraphs:
         if key not in self._graphs:
             if len(self._graphs) >= _MOST_CAPTURES:
                 return step()
-            self._graphs[key] = self._captures.capture(step)
+            self._graphs[key] = self._captures.capture(partial(self._into_places, step))
             logger.debug("captured decode step number %d", len(self._graphs))
         replay, outputs = self._graphs[key]
         replay()
         return outputs
 
-
-_LARGEST_PADDED = 512  # requests; larger decodes run as large as they are
+    def _into_places(self, step: Step) -> tuple[torch.Tensor, ...]:
+        """What `step()` gives, one row a request each, copied. The first call, which no capture is, makes the places."""
+        results = step()
+        for result in results[len(self._places) :]:
+            self._places.append(result.new_empty(self._max_rows, *result.shape[1:]))
+        return tuple(place[: len(result)].copy_(result) for place, result in zip(self._places, results))
 
 
 def padded_size(num_reqs: int) -> int:
-    """How many rows a captured decode of so many requests has: 1, 2, 4, then steps of at most an eighth."""
-    if num_reqs > _LARGEST_PADDED:
-        return num_reqs
-    if num_reqs <= 4:
-        return 1 << (num_reqs - 1).bit_length()
-    step = 8 if num_reqs <= 64 else 16 if num_reqs <= 256 else 32
+    """How many rows a captured decode of so many requests has: 1, 2, 4, 8, then steps of 8 or, if more, an eighth."""
+    bits = (num_reqs - 1).bit_length()
+    step = 1 << (bits if num_reqs <= 4 else max(3, bits - 4))
     return -(-num_reqs // step) * step
 
 

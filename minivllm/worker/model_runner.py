@@ -107,7 +107,7 @@ class ModelRunner:
         self.prompt_vectors = PromptVectors(backend.spec.dtype)
         self._graphs: StepGraphs | CapturedGraphs | None = None
         if is_captured:
-            self._graphs = CapturedGraphs(platform.graphs)
+            self._graphs = CapturedGraphs(platform.graphs, padded_size(max_num_seqs))
         elif not enforce_eager and not self._staging.copies:
             self._graphs = StepGraphs()
         self._batch: InputBatch | None = None

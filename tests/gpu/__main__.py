@@ -3,7 +3,7 @@
     python -m tests.gpu [--only attention gumbel] [--small] [--json results.json]
 
 Run from a checkout; needs torch with CUDA, triton, numpy, msgspec and tqdm; neither pytest nor the extension.
-Without a GPU it says so and exits with 2: nothing was checked.
+Without a GPU, or where no name begins so, it says so and exits with 2: nothing was checked.
 """
 
 from __future__ import annotations
@@ -45,8 +45,7 @@ def check(name: str, large: bool) -> Row:
         torch.cuda.synchronize()
         return Row(name, difference, case.tolerance, 1000 * (time.perf_counter() - start))
     except Exception as error:
-        traceback.print_exc()
-        return Row(name, float("inf"), 0.0, 0.0, f"{type(error).__name__}: {str(error).splitlines()[0][:90]}")
+        return failed(name, error)
     finally:
         torch.cuda.empty_cache()
 
@@ -60,8 +59,13 @@ def check_engine(name: str) -> Row:
         finding = CHECKS[name](Device())
         return Row(name, finding.difference, finding.tolerance, 1000 * (time.perf_counter() - start))
     except Exception as error:
-        traceback.print_exc()
-        return Row(name, float("inf"), 0.0, 0.0, f"{type(error).__name__}: {str(error).splitlines()[0][:90]}")
+        return failed(name, error)
+
+
+def failed(name: str, error: Exception) -> Row:
+    traceback.print_exception(error)
+    said = f"{type(error).__name__}: {error}".splitlines()[0]  # some errors say nothing
+    return Row(name, float("inf"), 0.0, 0.0, said[:120])
 
 
 def all_cases() -> dict:
@@ -105,19 +109,22 @@ def main() -> int:
         print(f"*** THE CUDA C++ KERNELS ARE NOT CHECKED: {reason} ***")
     card = torch.cuda.get_device_name()
     print(f"{card}, torch {torch.__version__}, triton {triton.__version__}, {time.strftime('%Y-%m-%d')}")
-    has_fp8 = torch.cuda.get_device_capability() >= (8, 9)
+    cases, checks = ([name for name in names if name.startswith(tuple(args.only))] for names in (all_cases(), CHECKS))
+    if not cases and not checks:
+        print(f"*** NOTHING WAS CHECKED: no name begins with {' or '.join(args.only)} ***", file=sys.stderr)
+        return SKIPPED
+    if torch.cuda.get_device_capability() < (8, 9):
+        print(f"*** FLOAT8 IS NOT CHECKED: {card} has no conversions of it ***")
+        cases = [name for name in cases if "fp8" not in name]
     rows: list[Row] = []
     print(f"{'case':<64} {'size':<5} {'max diff':>9} {'allowed':>8} {'ms':>8}")
-    for name in all_cases():
-        if not name.startswith(tuple(args.only)) or ("fp8" in name and not has_fp8):
-            continue
+    for name in cases:
         for large in (False,) if args.small else (False, True):
             rows.append(check(name, large))
             show(rows[-1], "large" if large else "small")
-    for name in CHECKS:
-        if name.startswith(tuple(args.only)):
-            rows.append(check_engine(name))
-            show(rows[-1], "")
+    for name in checks:
+        rows.append(check_engine(name))
+        show(rows[-1], "")
     bad = [row.name for row in rows if not row.is_good]
     print(
         f"{len(rows) - len(bad)} of {len(rows)} good on {card}"

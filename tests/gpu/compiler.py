@@ -68,13 +68,14 @@ class Compiler:
         values = {**dict(zip(names, args)), **{key: value for key, value in kwargs.items() if key in names}}
         signature, constants, attributes = {}, {}, {}
         for i, name in enumerate(names):
-            value = values.get(name, kernel.params[i].default)
-            if kernel.params[i].is_constexpr or value is None or (type(value) is int and value == 1):
+            value, is_specialized = values.get(name, kernel.params[i].default), not kernel.params[i].do_not_specialize
+            is_one = type(value) is int and value == 1 and is_specialized
+            if kernel.params[i].is_constexpr or value is None or is_one:
                 signature[name], constants[(i,)] = "constexpr", value
                 continue
             signature[name] = _type_of(value)
             is_aligned = value.data_ptr() % 16 == 0 if isinstance(value, torch.Tensor) else value % 16 == 0
-            if is_aligned and type(value) is not float:
+            if is_aligned and type(value) is not float and is_specialized:
                 attributes[(i,)] = [["tt.divisibility", 16]]
         said = [*signature.items(), *constants.items(), *attributes, *options.items()]
         key = (kernel.__name__, *sorted(map(str, said)))

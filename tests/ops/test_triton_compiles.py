@@ -27,3 +27,33 @@ def test_every_kernel_compiles_and_fits_the_card(arch):
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "_attend_kernel" in done.stdout and "_peak_kernel" in done.stdout
+
+
+BATCHES = """
+import torch
+from minivllm.ops.kv_layout import RowLayout
+from minivllm.ops.paged_attention import Options
+from minivllm.ops.triton.linear import TritonLinear
+from minivllm.ops.triton.paged_attention import SEGMENT, BatchShape, paged_attention
+from tests.gpu.compiler import Compiler
+
+layout, linear = RowLayout("bfloat16", 2, 64, 64), TritonLinear(64, 64, torch.bfloat16, device="cpu")
+cache, options = torch.zeros(layout.shape(1), dtype=torch.uint8), Options(0.125)
+with Compiler(90) as compiler:
+    for n in (1, 3, 16):
+        q, ids = torch.zeros(n, 4, 64, dtype=torch.bfloat16), torch.zeros(n, 40, dtype=torch.int32)
+        lens, starts = torch.zeros(n, dtype=torch.int32), torch.zeros(n + 1, dtype=torch.int32)
+        shape = BatchShape(1, n * SEGMENT)
+        paged_attention(q, cache, ids, lens, starts, layout=layout, options=options, shape=shape)
+        linear(q[:, 0].contiguous())
+print(*sorted(each.kernel for each in compiler.compiled.values()))
+"""
+
+
+@pytest.mark.timeout(600)
+def test_a_batch_of_another_size_needs_no_other_kernel():
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", BATCHES], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.stdout.split() == ["_attend_kernel", "_gemm_kernel", "_merge_kernel"], done.stderr[-3000:]

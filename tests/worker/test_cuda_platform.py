@@ -15,8 +15,6 @@ from minivllm.platforms import platform as platforms
 from minivllm.platforms.cpu import CpuPlatform
 from minivllm.platforms.platform import detect
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card: tests/gpu checks it")
-
 
 def pretend(monkeypatch: pytest.MonkeyPatch, *, capability=(9, 0), triton: bool = True) -> None:
     monkeypatch.setattr(torch.version, "cuda", "13.0")

@@ -21,10 +21,10 @@ from minivllm.models.loader import PinnedStream
 from minivllm.sample.sampler import Sampler
 from minivllm.sampling_params import SamplingParams
 from minivllm.worker.buffers import Staging
-from minivllm.worker.graphs import padded_size
+from minivllm.worker.graphs import CapturedGraphs, padded_size
 from minivllm.worker.profiler import WorkerProfiler
 from tests.models.loop import Loop
-from tests.worker.fake_device import FakeDevice
+from tests.worker.fake_device import FakeDevice, FakeGraphs
 
 PROMPTS = [[(i * 31 + length) % 490 for i in range(length)] for length in (60, 3, 62, 33, 1, 90, 17)]
 MIXED = [
@@ -132,10 +132,20 @@ def test_decodes_are_padded_to_few_sizes_and_each_is_captured_once(model: Path):
 
 
 def test_sizes_waste_at_most_an_eighth_where_it_matters():
-    sizes = {padded_size(n) for n in range(1, 513)}
-    assert len(sizes) < 40
-    assert all(n <= padded_size(n) <= max(8, n + 31) for n in range(1, 513))
-    assert padded_size(1000) == 1000
+    assert [padded_size(n) for n in (1, 2, 3, 4, 5, 8, 9, 64)] == [1, 2, 4, 4, 8, 8, 16, 64]
+    assert all(n <= padded_size(n) <= max(n + 7, n * 9 / 8) for n in range(5, 5000))
+    assert len({padded_size(n) for n in range(1, 513)}) < 40
+    assert len({padded_size(n) for n in range(513, 4097)}) == 24  # so that no server captures one for each number
+
+
+def test_captures_of_all_sizes_leave_their_results_in_one_place():
+    graphs, places = CapturedGraphs(FakeGraphs(), 8), set()
+    for num_rows in (2, 8, 4, 2):
+        logits = torch.full((num_rows, 3), float(num_rows))
+        drawn, broken = graphs.run(num_rows, lambda x=logits: (x + 1, x[:, 0].long()))
+        assert torch.equal(drawn, logits + 1) and torch.equal(broken, logits[:, 0].long())
+        places.add((drawn.data_ptr(), broken.data_ptr()))
+    assert len(places) == 1
 
 
 def test_the_cache_is_a_share_of_what_was_free_when_weights_and_the_largest_step_are_taken_off(model: Path):

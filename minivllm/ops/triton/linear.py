@@ -18,7 +18,7 @@ import triton.language as tl
 
 from minivllm.ops.linear import DenseLinear, check_input
 from minivllm.ops.linear_fp8 import DenseFp8Linear
-from minivllm.ops.linear_int8 import _LEAST_AMAX, DenseInt8Linear
+from minivllm.ops.linear_int8 import LEAST_AMAX, DenseInt8Linear
 from minivllm.ops.triton.numerics import round_half_even
 
 _FP8_MAX = tl.constexpr(448.0)
@@ -47,7 +47,7 @@ def choose_tile(out_features: int, dtype: torch.dtype) -> Tile:
     return Tile(64, 64 if out_features >= 8192 else 32, depth, 4, 4)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])  # one code, and no compiler, for any number of rows
 def _gemm_kernel(
     out, x, weight, bias, addend, x_scales, weight_scales,
     num_rows, out_features, in_features, up_offset, out_stride, x_stride, weight_stride, addend_stride,
@@ -200,7 +200,7 @@ def quantise_rows(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, to
             x,
             x.shape[1],
             x.stride(0),
-            _LEAST_AMAX,
+            LEAST_AMAX,
             IS_INT8=dtype == torch.int8,
             BLOCK=2048,
             num_warps=4,
@@ -292,56 +292,21 @@ class _Multiplies:
 class TritonLinear(_Multiplies, DenseLinear):
     """`DenseLinear`, batch invariant."""
 
-    def __init__(
-        self,
-        out_features: int,
-        in_features: int,
-        dtype: torch.dtype,
-        *,
-        gated: bool = False,
-        device: str = "cuda",
-    ) -> None:
-        super().__init__(out_features, in_features, dtype, gated=gated, device=device)
-
     def _operands(self, x: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return (x if x.stride(1) == 1 else x.contiguous()), self._weight, None, None
 
 
-class TritonInt8Linear(_Multiplies, DenseInt8Linear):
+class _QuantisesRows(_Multiplies):
+    """x as codes of the weight's type."""
+
+    def _operands(self, x: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        q, scales = quantise_rows(x if x.stride(1) == 1 else x.contiguous(), self._weight.dtype)
+        return q, self._weight, scales, self._scales
+
+
+class TritonInt8Linear(_QuantisesRows, DenseInt8Linear):
     """`DenseInt8Linear`."""
 
-    def __init__(
-        self,
-        out_features: int,
-        in_features: int,
-        dtype: torch.dtype,
-        *,
-        gated: bool = False,
-        device: str = "cuda",
-    ) -> None:
-        super().__init__(out_features, in_features, dtype, gated=gated)
-        self._weight, self._scales = self._weight.to(device), self._scales.to(device)
 
-    def _operands(self, x: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q, scales = quantise_rows(x if x.stride(1) == 1 else x.contiguous(), torch.int8)
-        return q, self._weight, scales, self._scales
-
-
-class TritonFp8Linear(_Multiplies, DenseFp8Linear):
+class TritonFp8Linear(_QuantisesRows, DenseFp8Linear):
     """`DenseFp8Linear`."""
-
-    def __init__(
-        self,
-        out_features: int,
-        in_features: int,
-        dtype: torch.dtype,
-        *,
-        gated: bool = False,
-        device: str = "cuda",
-    ) -> None:
-        super().__init__(out_features, in_features, dtype, gated=gated)
-        self._weight, self._scales = self._weight.to(device), self._scales.to(device)
-
-    def _operands(self, x: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q, scales = quantise_rows(x if x.stride(1) == 1 else x.contiguous(), torch.float8_e4m3fn)
-        return q, self._weight, scales, self._scales

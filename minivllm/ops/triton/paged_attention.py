@@ -11,7 +11,8 @@ Two ways to choose tiles, neither measured yet (docs/gpu.md):
   same order in its registers. A row's bits then depend on its own query, keys and values only.
 
 Nothing is tuned at run time: that would make the first requests slow, its result depends on what else the card does,
-and another tile is another order of sums. `_TILES` is all there is.
+and another tile is another order of sums. `_TILES` is all there is. Nor is a kernel compiled anew for another size of
+the batch (`do_not_specialize`: Triton would, for 1 and for multiples of 16), which would stop a server for seconds.
 
 A NaN among a request's own values reaches the rows before it that share a query tile (0 × NaN); the CPU's kernels
 keep it from them. Another request's never does: what lies outside [window start, length) counts as zero.
@@ -191,7 +192,7 @@ def _finish(acc, top, total, sinks, value_scale, HAS_SINKS: tl.constexpr):
     return acc / total[:, None] * value_scale
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_reqs", "max_segments"])
 def _attend_kernel(
     out, q, kv, scales, block_table, seq_lens, query_start_loc, part_acc, part_top, sink_logits, alibi_slopes,
     num_reqs, max_segments, scale, softcap, value_scale,
@@ -317,7 +318,7 @@ def _attend_kernel(
         tl.store(out + out_places, result.to(out.dtype.element_ty), mask=is_element)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["max_segments"])
 def _merge_kernel(
     out, part_acc, part_top, seq_lens, query_start_loc, sink_logits, max_segments, value_scale, out_token_stride,
     NUM_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, SEGMENT: tl.constexpr,

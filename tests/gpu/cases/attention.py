@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import pairwise
 
 import torch
 
@@ -94,24 +95,31 @@ def attention(
 
 
 def any_schedule(device: str, large: bool, *, dtype: str, option: str) -> Check:
-    """Batch invariant: rows have the bits of one chunk when they come in several, or one by one, among others."""
-    seq_len, heads, torch_dtype = 40000 if large else 1100, 6, DTYPES[dtype]
-    layout = RowLayout(NAMES[torch_dtype], 2, 64, 16)
+    """Batch invariant: rows have the bits of one chunk when they come in several, or one by one, among others.
+
+    Small: 27 rows, the 15th of which is the first to see another segment, or with a window of 1,100 the third: more
+    than a query tile holds, and chunks begin inside tiles, before the border and behind it.
+    """
+    (num_rows, kv_heads), torch_dtype = (90, 2) if large else (27, 1), DTYPES[dtype]
+    heads = 3 * kv_heads
+    seq_len = 40000 if large else 13 + (2048 if option == "window_1100" else 1024)
+    layout = RowLayout(NAMES[torch_dtype], kv_heads, 64, 16)
     options = Options(scale=64**-0.5, **some_options(heads, device)[option])
     cache, table = filled_cache([(seq_len, 1), (50, 1)], layout, torch_dtype, options, device)
-    q, stranger = (randn(device, rows, heads, 64, dtype=torch_dtype) for rows in (90, 3))
+    q, stranger = (randn(device, rows, heads, 64, dtype=torch_dtype) for rows in (num_rows, 3))
 
     def attend(rows: range) -> torch.Tensor:
-        """Of the last 90 rows some, beside another request."""
-        ends = seq_len - 90 + rows.stop
+        """Of the last rows some, beside another request."""
+        ends = seq_len - num_rows + rows.stop
         return paged_attention(
             torch.cat([q[rows.start : rows.stop], stranger]), cache, table, ints(device, ends, 50),
             ints(device, 0, len(rows), len(rows) + 3), layout=layout, options=options, batch_invariant=True,
             shape=BatchShape(max(3, len(rows)), ends),
         )[: len(rows)]  # fmt: skip
 
-    parts = [range(0, 7), range(7, 8), range(8, 60), *(range(i, i + 1) for i in range(60, 64)), range(64, 90)]
-    return Check(lambda: torch.cat([attend(part) for part in parts]), lambda: attend(range(90)), 0.0)
+    borders = [0, 7, 8, 60, 61, 62, 63, 64, 90] if large else [0, 3, 4, 17, 18, 19, 27]
+    parts = [range(*pair) for pair in pairwise(borders)]
+    return Check(lambda: torch.cat([attend(part) for part in parts]), lambda: attend(range(num_rows)), 0.0)
 
 
 def rows_of_request(rows: list[tuple[int, torch.Tensor]], b: int) -> list[torch.Tensor]:

@@ -143,11 +143,7 @@ def gather(device: str, large: bool) -> Check:
 
 
 def scaled(device: str, large: bool, *, dtype: str, kind: str) -> Check:
-    x = (
-        randn(device, 1 << 24 if large else 3, 371, dtype=DTYPES[dtype])
-        if not large
-        else randn(device, 4096, 4096)
-    )
+    x = randn(device, *((4096, 4096) if large else (3, 371)), dtype=DTYPES[dtype])
     kernel, reference = {
         "scale": (triton_scaling.scale, scaling.scale_reference),
         "soft_cap": (triton_scaling.soft_cap, scaling.soft_cap_reference),
