@@ -34,6 +34,7 @@ from minivllm.sample.sampler import Sampler
 from minivllm.worker import kv_layout, largest_step, memory
 from minivllm.worker.device_sampling import Handle
 from minivllm.worker.model_runner import ModelRunner
+from minivllm.worker.penalty_counts import PenaltyCounts
 from minivllm.worker.profiler import WorkerProfiler
 
 logger = init_logger(__name__)
@@ -262,14 +263,15 @@ class Worker:
         num_seqs: int,
         max_model_len: int,
     ) -> int:
-        """Bytes of the largest step as it runs, and what captured decodes keep beside it."""
+        """Bytes of the largest step as it runs, and what penalties and captured decodes keep beside it."""
 
         def step() -> None:
             largest_step.run(model, backend, num_tokens, num_seqs)
 
         step()  # kernels are compiled and libraries make their workspaces: that stays, and is not the step's
         num_rows = min(num_seqs, num_tokens)
-        measured = self.platform.peak_bytes_of(step) + backend.scratch_bytes(num_rows, max_model_len)
+        counts = PenaltyCounts.num_bytes(self.config.hf_config.vocab_size, num_rows)
+        measured = counts + self.platform.peak_bytes_of(step) + backend.scratch_bytes(num_rows, max_model_len)
         if self.platform.graphs is None or self.config.model.enforce_eager:
             return measured
         captured = memory.step_bytes(self.config.hf_config, num_rows, num_rows, backend.spec.dtype.itemsize)
