@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from minivllm.platforms.platform import Event, Platform
+from minivllm.platforms.platform import DevicePlatform, Event, Platform
 
 _TURNS = 2
 
@@ -19,7 +19,7 @@ class Mirror:
     """`host` is written between uploads, `device` is what the model reads; it stays where it is."""
 
     def __init__(
-        self, shape: tuple[int, ...], dtype: type, platform: Platform | None, staging: Staging
+        self, shape: tuple[int, ...], dtype: type, platform: DevicePlatform | None, staging: Staging
     ) -> None:
         self.host = np.zeros(shape, dtype)
         self.device = torch.from_numpy(self.host)
@@ -43,7 +43,7 @@ class Staging:
 
     def __init__(self, platform: Platform | None = None) -> None:
         """platform: None where the device's memory is the host's."""
-        self._platform = platform if platform is not None and not platform.is_host else None
+        self._platform = platform if isinstance(platform, DevicePlatform) else None
         self.turn = 0
         self._fetched: list[Event | None] = [None] * _TURNS
 

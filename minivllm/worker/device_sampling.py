@@ -103,7 +103,7 @@ class DeviceSampling:
     # Tokens that only the device knows -------------------------------------------
 
     def absorb(self, table: RequestTable, *, all_of_it: bool = False) -> None:
-        """Take what has arrived into the table. Of steps before the last one kept, all is waited for, or of that too."""
+        """Take what has arrived into the table. Steps before the last one kept are waited for, or that one as well."""
         while self._pending and (all_of_it or len(self._pending) > 1 or self._pending[0].arrived.query()):
             pending = self._pending.popleft()
             pending.arrived.synchronize()

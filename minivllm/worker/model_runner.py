@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from minivllm.attention.backend import AttentionBackend, ForwardContext
+from minivllm.config.compilation import CaptureOptions
 from minivllm.layers.embedding import GivenEmbeddings
 from minivllm.messages.worker import (
     CachedRequestData,
@@ -29,11 +30,12 @@ from minivllm.messages.worker import (
 from minivllm.models.decoder import DecoderForCausalLM
 from minivllm.ops.op import OpSpec
 from minivllm.platforms.platform import Platform
-from minivllm.sample.sampler import NONFINITE, DrawBuffers, Drawn, DrawInputs, Sampler, SamplerOutput
+from minivllm.sample.sampler import NONFINITE, DrawBuffers, DrawInputs, Drawn, Sampler, SamplerOutput
 from minivllm.sample.step import GrammarMask, SampleBatch
 from minivllm.worker.buffers import Staging
+from minivllm.worker.capture_shapes import CaptureShapes
 from minivllm.worker.device_sampling import DeviceDraw, DeviceSampling, Handle
-from minivllm.worker.graphs import CapturedGraphs, StepGraphs, key_of, padded_size
+from minivllm.worker.graphs import CapturedGraphs, StepGraphs, key_of
 from minivllm.worker.input_batch import InputBatch, InputBuffers
 from minivllm.worker.prompt_embeds import PromptVectors
 from minivllm.worker.prompt_logprobs import PromptLogprobs, PromptScores
@@ -76,10 +78,12 @@ class ModelRunner:
         max_num_seqs: int,
         group_of_layer: list[int],
         enforce_eager: bool = False,
+        captures: CaptureOptions = CaptureOptions(),
         platform: Platform | None = None,
     ) -> None:
         """group_of_layer: each layer's KV cache group; layers of different groups may share a tensor of kv_caches.
 
+        captures: on a device that captures steps, which, unless enforce_eager.
         platform: None for one whose memory is the host's.
         """
         block_size = backend.spec.block_size
@@ -88,28 +92,29 @@ class ModelRunner:
         num_groups = max(group_of_layer) + 1
         self.table = RequestTable(2 * max_num_seqs, max_model_len, block_size, num_groups=num_groups)
         self._staging = Staging(platform)
-        is_captured = self._staging.copies and platform.graphs is not None and not enforce_eager
+        self.capture_shapes: CaptureShapes | None = None
+        if self._staging.copies and platform.graphs is not None and not enforce_eager:
+            self.capture_shapes = CaptureShapes(captures, max_num_seqs, max_model_len)
         self.buffers = InputBuffers(
             max_num_batched_tokens,
             max_num_seqs,
             -(-max_model_len // block_size),
             num_groups=num_groups,
             staging=self._staging,
-            **({"padded_size": padded_size} if is_captured else {}),
+            captures=self.capture_shapes,
         )
         self._draw_buffers = DrawBuffers(max_num_seqs)
         self._sampling: DeviceSampling | None = None
+        most_rows = max_num_seqs if self.capture_shapes is None else self.capture_shapes.padded(max_num_seqs)
         if self._staging.copies:
-            self._sampling = DeviceSampling(
-                sampler, platform, self._staging, sampler.vocab_size, padded_size(max_num_seqs)
-            )
+            self._sampling = DeviceSampling(sampler, platform, self._staging, sampler.vocab_size, most_rows)
         self._group_of_layer = group_of_layer
         spec = OpSpec("cpu" if platform is None else platform.device, torch.float32)
         self.prompt_logprobs = PromptLogprobs(model.compute_logits, spec, self._staging)
         self.prompt_vectors = PromptVectors(backend.spec.dtype)
         self._graphs: StepGraphs | CapturedGraphs | None = None
-        if is_captured:
-            self._graphs = CapturedGraphs(platform.graphs, padded_size(max_num_seqs))
+        if self.capture_shapes is not None:
+            self._graphs = CapturedGraphs(platform.graphs, self.capture_shapes.sizes[-1], self.most_captures)
         elif not enforce_eager and not self._staging.copies:
             self._graphs = StepGraphs()
         self._batch: InputBatch | None = None
@@ -125,7 +130,7 @@ class ModelRunner:
             return
         self._batch = batch = self._prepare(plan.num_scheduled_tokens)
         given = self.prompt_vectors.of_step(batch)
-        if self._graphs is not None and batch.is_decode and given is None:
+        if self._is_replayed(batch) and given is None:
             self._run_decode(batch)
         else:
             self._run(batch, given)
@@ -144,6 +149,11 @@ class ModelRunner:
     def _run(self, batch: InputBatch, given: GivenEmbeddings | None) -> None:
         ctx = self._context(self._metadata(batch))
         self._hidden = self.model.forward(batch.input_ids, batch.positions, ctx, given)
+
+    def _is_replayed(self, batch: InputBatch) -> bool:
+        if self._graphs is None or not batch.is_decode:
+            return False
+        return self.capture_shapes is None or self.capture_shapes.has(len(batch.rows))
 
     def _run_decode(self, batch: InputBatch) -> None:
         if self._decode is None or self._decode.batch is not batch:
@@ -177,6 +187,25 @@ class ModelRunner:
             return (logits,)
         drawn = (self._sampling or self.sampler).draw(logits, draw)
         return logits, drawn.token_ids, drawn.broken
+
+    @property
+    def most_captures(self) -> int:
+        """How many there may be: of every shape, for tokens drawn plainly and from truncated distributions."""
+        return 2 * len(self.capture_shapes)
+
+    @torch.inference_mode()
+    def capture(self, num_rows: int, max_seq_len: int) -> None:
+        """Capture a decode step of one of `capture_shapes` before a batch has it; tokens are drawn plainly."""
+        self._staging.begin()
+        decode = self._describe(self.buffers.padding(num_rows, max_seq_len))
+        self._staging.end()
+        self._graphs.capture(decode.key, partial(self._step, decode))
+
+    def forget_captures(self) -> None:
+        """The model or the cache lies elsewhere from now on, or nowhere."""
+        if isinstance(self._graphs, CapturedGraphs):
+            self._decode = self._decoded = None
+            self._graphs.clear()
 
     def _metadata(self, batch: InputBatch) -> list[Any]:
         """One a KV cache group."""

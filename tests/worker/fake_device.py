@@ -17,7 +17,7 @@ from minivllm.attention.backend import StepInputs
 from minivllm.attention.backends.cpu_native import CpuNativeBackend, Metadata
 from minivllm.ops.op import Op, OpSpec
 from minivllm.platforms.cpu import CpuPlatform
-from minivllm.platforms.platform import Graphs
+from minivllm.platforms.platform import DevicePlatform, Graphs
 
 
 class HostRead(AssertionError):
@@ -121,12 +121,15 @@ class FakeGraphs(Graphs):
     def __init__(self) -> None:
         self.num_rows: list[int] = []  # of each capture
         self.num_replays = 0
+        self._generation = 0  # captures of an earlier one may not be replayed
 
     def capture(self, step: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[Callable[[], None], Any]:
         results = step()
         self.num_rows.append(len(results[0]))
+        generation = self._generation
 
         def replay() -> None:
+            assert generation == self._generation, "a graph that was forgotten is replayed"
             self.num_replays += 1
             for place, value in zip(results, step()):
                 place.copy_(value)
@@ -135,8 +138,11 @@ class FakeGraphs(Graphs):
             place.zero_()  # a capture computes nothing
         return replay, results
 
+    def forget(self) -> None:
+        self._generation += 1
 
-class FakeDevice(CpuPlatform):
+
+class FakeDevice(CpuPlatform, DevicePlatform):
     name = "fake"
     is_host = False
     block_size_multiple = 16
@@ -155,9 +161,16 @@ class FakeDevice(CpuPlatform):
         self.num_events += 1
         return FakeEvent()
 
+    def new_pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype)
+
     def peak_bytes_of(self, step: Callable[[], object]) -> int:
         step()
         return 5 << 20
+
+    def kept_bytes_of(self, work: Callable[[], object]) -> int:
+        work()
+        return 1 << 20
 
 
 class FakeDeviceBackend(CpuNativeBackend):

@@ -211,8 +211,8 @@ def test_a_prompt_of_vectors_has_no_tokens_to_count():
 @pytest.mark.parametrize(
     "read",
     [
-        lambda x: x.argmax().item(), lambda x: x.tolist(), lambda x: x.cpu(), lambda x: x[x > 0], lambda x: bool(x.any()),
-        lambda x: x.nonzero(), lambda x: x.numpy(), lambda x: x[torch.tensor([0])], lambda x: x[[0, 1]],
+        lambda x: x.argmax().item(), lambda x: x.tolist(), lambda x: x.cpu(), lambda x: x[x > 0],
+        lambda x: bool(x.any()), lambda x: x.nonzero(), lambda x: x.numpy(), lambda x: x[torch.tensor([0])], lambda x: x[[0, 1]],
         lambda x: int(x[0]), lambda x: torch.zeros(3).copy_(x), lambda x: x.to("cpu"), lambda x: np.asarray(x),
         lambda x: (x * 2 + torch.ones(3)).max().item(), lambda x: x.masked_select(x > 0), lambda x: list(range(x[0])),
     ],
