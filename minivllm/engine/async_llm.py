@@ -10,7 +10,7 @@ import asyncio
 import threading
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import msgspec
 
@@ -22,7 +22,7 @@ from minivllm.engine.processor import Processor, Prompt, default_sampling_params
 from minivllm.exceptions import EngineDeadError, QueueFullError
 from minivllm.logger import init_logger
 from minivllm.logits_processors import load_logits_processors
-from minivllm.messages.engine import EngineCoreOutputs, EngineCoreRequest
+from minivllm.messages.engine import EngineCoreOutputs, EngineCoreRequest, PauseMode
 from minivllm.messages.stats import EngineSnapshot, IterationStats
 from minivllm.outputs import RequestOutput, SampleLogprobs
 from minivllm.sampling_params import SamplingParams
@@ -75,8 +75,6 @@ class AsyncLLM:
         self._dead: asyncio.Event = asyncio.Event()
         self._handled_all = threading.Event()
         self._is_shut_down = False
-        self._may_send = asyncio.Event()  # cleared while paused
-        self._may_send.set()
 
     @classmethod
     def from_engine_args(
@@ -123,7 +121,6 @@ class AsyncLLM:
             request, text = await self._process(prompt, sampling_params, request_id, priority)
         finally:
             self._num_processing -= sampling_params.n
-        await self._may_send.wait()
         self._raise_if_dead()
         collector = RequestOutputCollector(sampling_params.output_kind)
         ids = submit(
@@ -241,7 +238,6 @@ class AsyncLLM:
             stat_logger.record(message.scheduler_stats, stats)
 
     def _on_dead(self, error: EngineDeadError) -> None:
-        self._may_send.set()  # who waits hears of it
         if self.engine_core.dead_error is None:
             self.engine_core.dead_error = error
         if not self._is_shut_down:
@@ -301,10 +297,10 @@ class AsyncLLM:
 
     # -- sleeping
 
-    async def sleep(self, level: int = 1, mode: Literal["abort", "wait", "keep"] = "abort") -> None:
+    async def sleep(self, level: int = 1, mode: PauseMode = "abort") -> None:
         """Give memory back: at level 1 the KV cache's, at level 2 the weights' too, which `wake_up` reads again.
 
-        Open requests are aborted, waited for (those of this client), or kept: they wait like requests that come, and go
+        Open requests are aborted, waited for (if they have begun), or kept: they wait like requests that come, and go
         on when the engine is awake.
 
         Raises:
@@ -313,14 +309,14 @@ class AsyncLLM:
         """
         check_sleep(self.config, level)
         self._start_reading()
-        if mode != "wait" or self.is_paused:
+        if mode != "wait" or await self.is_paused():
             await self.engine_core.call_utility("sleep", level, mode == "abort")
             return
-        await self.pause(abort=False)
+        await self.pause_generation("wait", clear_cache=False)
         try:
             await self.engine_core.call_utility("sleep", level, False)
         finally:
-            self.resume()  # from here on the core holds what comes
+            await self.resume_generation()  # it sleeps, and requests wait for that
 
     async def wake_up(self, tags: Sequence[str] | None = None) -> bool:
         """Have memory again: "weights", "kv_cache", or all of it. Whether requests go on, as they do when all is back.
@@ -357,20 +353,30 @@ class AsyncLLM:
 
     # -- pausing
 
-    @property
-    def is_paused(self) -> bool:
-        return not self._may_send.is_set()
+    async def pause_generation(self, mode: PauseMode = "abort", clear_cache: bool = True) -> None:
+        """Begin with no request until `resume_generation`; those that come wait. Returns when nothing runs any more.
 
-    async def pause(self, *, abort: bool) -> None:
-        """Send no more requests; `generate` waits. Open ones are aborted, or waited for."""
-        self._may_send.clear()
-        if abort:
-            self._abort(self.output_processor.external_ids())
-        while self.output_processor.has_unfinished_requests() and not self.errored:
+        Open requests are aborted; or waited for, if they have begun; or kept as they are, to go on with their next
+        token after the pause. clear_cache: forget cached blocks, those of requests that are kept too: they compute
+        again what they had, with the weights there are by then.
+
+        Raises:
+            EngineDeadError: the engine is gone.
+        """
+        self._start_reading()
+        await self.engine_core.call_utility("pause", mode)
+        while await self.engine_core.call_utility("is_coming_to_rest"):
             await asyncio.sleep(_LOOK_EVERY_S)
+        if clear_cache and await self.is_paused():  # not resumed meanwhile
+            await self.reset_prefix_cache(reset_running_requests=True)
 
-    def resume(self) -> None:
-        self._may_send.set()
+    async def resume_generation(self) -> None:
+        self._start_reading()
+        await self.engine_core.call_utility("resume")
+
+    async def is_paused(self) -> bool:
+        self._start_reading()
+        return await self.engine_core.call_utility("is_paused")
 
     # -- end
 
