@@ -34,8 +34,6 @@ class Event(Protocol):
 class Graphs(ABC):
     """Captures what a step gives the device to do, so that it can be given again at once."""
 
-    reserved_bytes = 0  # of the device, for all captures together, beside what their steps allocate
-
     @abstractmethod
     def capture(self, step: Callable[[], T]) -> tuple[Callable[[], None], T]:
         """(replay, results): every replay does the step's work anew and leaves what it gives in `results`.
@@ -44,13 +42,18 @@ class Graphs(ABC):
         itself is shared with the other captures, so results last until the next replay of any.
         """
 
+    @abstractmethod
+    def forget(self) -> None:
+        """No capture is replayed any more: give back what they took."""
+
 
 class Platform(ABC):
     """A device, its memory and what it can do."""
 
     name: str
     device: str  # as torch spells it
-    is_host: bool = True  # the device's memory is the host's: a step's inputs are made where they are read
+    is_host: bool = True  # the device's memory is the host's: a step's inputs are made where they are read; else it is
+    # a DevicePlatform
     default_block_size: int  # tokens in a KV block
     block_size_multiple: int  # the kernels' KV tile
     supported_dtypes: tuple[torch.dtype, ...]
@@ -88,20 +91,6 @@ class Platform(ABC):
             ConfigError: this machine has not the processors that are asked for.
         """
 
-    # Only where the device's memory is not the host's -----------------------------
-
-    def new_pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """Zeroed host memory that the device copies from and to while the host goes on."""
-        return torch.zeros(shape, dtype=dtype)
-
-    def record_event(self) -> Event:
-        """The end of all work given to the device so far."""
-        raise NotImplementedError(f"{self.name} does its work at once")
-
-    def peak_bytes_of(self, step: Callable[[], object]) -> int:
-        """The most memory that `step` held on the device at once, beyond what was held before."""
-        raise NotImplementedError(f"{self.name} measures no step")
-
     def check_block_size(self, block_size: int) -> None:
         """Refuse a KV block that no kernel takes.
 
@@ -114,6 +103,28 @@ class Platform(ABC):
                 f"--block-size {block_size} is not a multiple of {step}: attention reads the cache in tiles of "
                 f"{step} tokens, which must not cross blocks; try {self.default_block_size}"
             )
+
+
+class DevicePlatform(Platform):
+    """A device with memory and a pace of its own."""
+
+    is_host = False
+
+    @abstractmethod
+    def new_pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Zeroed host memory that the device copies from and to while the host goes on."""
+
+    @abstractmethod
+    def record_event(self) -> Event:
+        """The end of all work given to the device so far."""
+
+    @abstractmethod
+    def peak_bytes_of(self, step: Callable[[], object]) -> int:
+        """The most memory that `step` held on the device at once, beyond what was held before."""
+
+    @abstractmethod
+    def kept_bytes_of(self, work: Callable[[], object]) -> int:
+        """How much less memory the device has free once `work` is done."""
 
 
 _AUTO = DeviceConfig()
