@@ -29,7 +29,7 @@ from minivllm.messages.worker import GrammarOutput, ModelRunnerOutput, Scheduler
 from minivllm.models import loader
 from minivllm.models.decoder import DecoderForCausalLM
 from minivllm.models.registry import load_class
-from minivllm.ops.native import touch
+from minivllm.ops.native import MemoryTaker
 from minivllm.ops.op import NoImplementation
 from minivllm.platforms.platform import Platform, detect
 from minivllm.sample.custom import CustomProcessors
@@ -60,6 +60,7 @@ class Worker:
         self.platform = detect(config.device) if platform is None else platform
         self._plans_in_flight = config.scheduler.max_plans_in_flight(leaves_host_free=not self.platform.is_host)
         self.runner: ModelRunner | None = None
+        self.memory_taker: MemoryTaker | None = None
         self._load: Callable[[], None] | None = None  # the weights, into the places they have
         self._has_weights = False
         profiler = read_profiler_config(config.observability.profiler_config)
@@ -112,8 +113,7 @@ class Worker:
         on_progress("laying out the KV cache")
         # Untouched pages take no memory: they are the system's until a block is written.
         tensors = [backend.new_kv_cache(size.num_blocks) for _ in range(size.spec.num_layers)]
-        if config.cache.touch_kv_cache and platform.is_host:
-            touch(tensors)
+        self._take_memory(tensors)
         self.runner = self._new_runner(
             model, backend, tensors, custom, size, max_num_batched_tokens, max_num_seqs
         )
@@ -160,6 +160,8 @@ class Worker:
     def sleep(self, level: int) -> None:
         """Give back the KV cache's memory, at level 2 that of the weights too. No step may follow before `wake_up`."""
         runner = self._initialized()
+        if self.memory_taker is not None:
+            self.memory_taker.stop()
         before = self.platform.process_memory_bytes()
         tensors = list(runner.kv_caches)
         if level >= 2:
@@ -172,7 +174,7 @@ class Worker:
 
     @torch.inference_mode()
     def wake_up(self) -> None:
-        """Read the weights again if they were given back. The cache's memory comes as it is written.
+        """Read the weights again if they were given back. The cache's memory comes as at the start.
 
         Raises:
             ModelFilesError: the checkpoint is not what it was; may be called again.
@@ -180,6 +182,7 @@ class Worker:
         if not self._has_weights:
             self._load()
             self._has_weights = True
+        self._take_memory(list(self._initialized().kv_caches))
 
     @property
     def is_asynchronous(self) -> bool:
@@ -199,7 +202,9 @@ class Worker:
 
     def shutdown(self) -> None:
         """Let go of the model and the cache. May be called again."""
-        self.runner = self._load = None
+        if self.memory_taker is not None:
+            self.memory_taker.stop()
+        self.runner = self._load = self.memory_taker = None
 
     def _initialized(self) -> ModelRunner:
         assert self.runner is not None, "initialize comes first, and nothing after shutdown"
@@ -214,6 +219,10 @@ class Worker:
                 "turns it off",
                 self.platform.name,
             )
+
+    def _take_memory(self, caches: list[torch.Tensor]) -> None:
+        if self.config.cache.touch_kv_cache and self.platform.is_host:
+            self.memory_taker = MemoryTaker(caches)
 
     def _check_options(self) -> None:
         """Refuse what this platform does not have."""
