@@ -21,11 +21,13 @@ from minivllm.messages.worker import GrammarOutput
 from minivllm.models.loader import PinnedStream
 from minivllm.sample.sampler import Sampler
 from minivllm.sampling_params import SamplingParams
-from minivllm.worker.buffers import Staging
+from minivllm.worker.block_table import BlockTable
+from minivllm.worker.buffers import Mirror, Staging
 from minivllm.worker.capture_shapes import CaptureShapes, default_size
 from minivllm.worker.graphs import CapturedGraphs
 from minivllm.worker.model_runner import ModelRunner
 from minivllm.worker.profiler import WorkerProfiler
+from minivllm.worker.step_block_table import DeviceBlockTable
 from tests.models.loop import Loop
 from tests.worker.fake_device import FakeDevice, FakeGraphs
 
@@ -230,6 +232,50 @@ def test_an_upload_takes_what_the_host_had_then_and_its_place_is_not_reused_befo
         mirror.host[:] = -1  # the next step's, already
         assert mirror.device.tolist() == [step] * 4
     assert platform.num_events == 3
+
+
+class Uploads:
+    """How many rows of a kind each step sent."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.of_blocks: list[int] = []
+        upload = Mirror.upload
+
+        def counted(mirror: Mirror, num_rows: int) -> None:
+            if mirror.host.ndim == 2:
+                self.of_blocks.append(num_rows)
+            upload(mirror, num_rows)
+
+        monkeypatch.setattr(Mirror, "upload", counted)
+
+
+def test_of_block_tables_only_rows_that_changed_are_sent(model: Path, expected, monkeypatch):
+    uploads = Uploads(monkeypatch)
+    loop = Loop(model, platform=FakeDevice(), plans_in_flight=2, max_num_seqs=4)
+    answers = loop.run(PROMPTS, MIXED)
+    assert answers == expected
+    # A request's row is sent when it comes, and when it gets another block: of 32 tokens.
+    lengths = [len(prompt) + len(answer.tokens) for prompt, answer in zip(PROMPTS, answers)]
+    assert sum(uploads.of_blocks) <= len(PROMPTS) + sum(length // 32 + 1 for length in lengths)
+
+
+def test_a_devices_block_table_is_the_hosts_through_all_that_happens_to_it():
+    """Requests come, grow, are preempted and go; their rows are others' then, and the table grows."""
+    staging, generator = Staging(FakeDevice()), np.random.default_rng(3)
+    blocks, on_device = BlockTable(4, 6, 16), DeviceBlockTable(5, 6, staging)
+    for step in range(200):
+        if step == 50:
+            blocks.grow(9)
+        rows = generator.permutation(len(blocks.block_ids))[: generator.integers(1, 6)]
+        for row in generator.permutation(rows)[: generator.integers(0, 3)].tolist():
+            if blocks.num_blocks[row] == 6 or generator.random() < 0.3:
+                blocks.replace(row, generator.integers(0, 1000, 2).tolist())
+            else:
+                blocks.append(row, [int(generator.integers(0, 1000))])
+        staging.begin()
+        on_device.of_step(blocks, rows, 6)
+        staging.end()
+        assert on_device.view(len(rows), 6).tolist() == blocks.block_ids[rows].tolist()
 
 
 def test_where_memory_is_the_hosts_nothing_is_copied():
