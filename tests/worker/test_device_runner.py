@@ -15,7 +15,7 @@ from minivllm import LLM
 from minivllm.attention import registry
 from minivllm.config.compilation import CaptureOptions
 from minivllm.config.profiler import ProfilerConfig
-from minivllm.exceptions import ConfigError, ModelFilesError
+from minivllm.exceptions import ConfigError, EngineError, ModelFilesError
 from minivllm.messages.engine import EngineCoreRequest
 from minivllm.messages.worker import GrammarOutput
 from minivllm.models.loader import PinnedStream
@@ -304,6 +304,39 @@ def test_a_whole_engine_plans_the_next_step_while_the_device_works(model: Path, 
     monkeypatch.setattr("minivllm.worker.worker.detect", lambda config: platform)
     assert answers(async_scheduling=True) == expected
     assert platform.graphs.num_replays > 10
+
+
+@pytest.mark.parametrize("options", [{}, {"load_format": "dummy"}, {"cudagraph_capture_at_start": True}], ids=str)
+def test_a_device_that_has_slept_gives_the_same_answers_from_memory_that_lies_elsewhere(model: Path, options: dict):
+    platform = FakeDevice()
+    loop = Loop(model, platform=platform, plans_in_flight=2, enable_prefix_caching=False, **options)
+    expected, worker = loop.run(PROMPTS[:3], MIXED[:3]), loop.worker
+    runner = worker.runner
+    tensors = [tensor for weight in runner.model.weights() for tensor in weight.tensors] + runner.kv_caches
+    for levels in ((1,), (2,), (1, 2), (1, 1)):
+        for level in levels:
+            worker.sleep(level)
+        assert not any(tensor.untyped_storage().nbytes() for tensor in tensors)
+        worker.wake_up(["weights"])
+        assert not any(cache.untyped_storage().nbytes() for cache in runner.kv_caches)
+        worker.wake_up(["kv_cache"])
+        assert loop.run(PROMPTS[:3], MIXED[:3], seeds=[0, 1, 2]) == expected
+
+
+def test_a_device_whose_memory_others_took_meanwhile_says_so_and_may_be_woken_again(model: Path, monkeypatch):
+    loop = Loop(model, platform=FakeDevice(), enable_prefix_caching=False)
+    expected = loop.run(PROMPTS[:1], MIXED[0])
+    loop.worker.sleep(1)
+
+    def full(storage, size):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as others:
+        others.setattr(torch.UntypedStorage, "resize_", full)
+        with pytest.raises(EngineError, match="end what uses it and wake up again"):
+            loop.worker.wake_up()
+    loop.worker.wake_up()
+    assert loop.run(PROMPTS[:1], MIXED[0]) == expected
 
 
 def test_weights_come_to_the_device_through_pinned_memory_piece_by_piece(model: Path, monkeypatch):
