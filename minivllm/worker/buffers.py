@@ -55,6 +55,27 @@ class Staging:
     def mirror(self, shape: tuple[int, ...], dtype: type) -> Mirror:
         return Mirror(shape, dtype, self._platform, self)
 
+    def send(self, values: np.ndarray) -> torch.Tensor:
+        """The same on the device, for what has no place of its own there because its size is never the same.
+
+        The device fetches it from pinned memory while the host goes on. That memory is let go of at once: whoever
+        gives it out again knows what is still being fetched (torch's allocator does).
+        """
+        if self._platform is None:
+            return torch.from_numpy(values)
+        pinned = self._platform.new_pinned(values.shape, torch.from_numpy(values[:0]).dtype)
+        pinned.numpy()[...] = values
+        place = torch.empty(values.shape, dtype=pinned.dtype, device=self._platform.device)
+        return place.copy_(pinned, non_blocking=True)
+
+    def fetch(self, values: torch.Tensor) -> torch.Tensor:
+        """The same in the host's memory, which has it when an event recorded from now on has come."""
+        if self._platform is None:
+            return values
+        pinned = self._platform.new_pinned(tuple(values.shape), values.dtype)
+        pinned.copy_(values, non_blocking=True)
+        return pinned
+
     def begin(self) -> None:
         """Before the first upload of a step."""
         self.turn = (self.turn + 1) % _TURNS

@@ -30,7 +30,7 @@ from minivllm.messages.worker import GrammarOutput, ModelRunnerOutput, Scheduler
 from minivllm.models import loader
 from minivllm.models.decoder import DecoderForCausalLM
 from minivllm.models.registry import load_class
-from minivllm.ops.native import touch
+from minivllm.ops.native import MemoryTaker
 from minivllm.ops.op import NoImplementation
 from minivllm.platforms.platform import DevicePlatform, Platform, detect
 from minivllm.sample.custom import CustomProcessors
@@ -38,6 +38,7 @@ from minivllm.sample.sampler import Sampler
 from minivllm.worker import kv_layout, largest_step, memory
 from minivllm.worker.device_sampling import Handle
 from minivllm.worker.model_runner import ModelRunner
+from minivllm.worker.penalty_counts import PenaltyCounts
 from minivllm.worker.profiler import WorkerProfiler
 
 logger = init_logger(__name__)
@@ -59,6 +60,7 @@ class Worker:
         self.config = config
         self.platform = detect(config.device) if platform is None else platform
         self.runner: ModelRunner | None = None
+        self.memory_taker: MemoryTaker | None = None
         self._load: Callable[[], None] | None = None  # the weights, into the places they have
         self._away: dict[str, Callable[[], None]] = {}  # of SLEEPING_PARTS, what is given back, and what has it again
         self._on_host: list[tuple[torch.Tensor, torch.Tensor]] = []  # weights that are away, and copies of them
@@ -111,8 +113,7 @@ class Worker:
         on_progress("laying out the KV cache")
         # Untouched pages take no memory: they are the system's until a block is written.
         tensors = [backend.new_kv_cache(size.num_blocks) for _ in range(size.spec.num_layers)]
-        if config.cache.touch_kv_cache and platform.is_host:
-            touch(tensors)
+        self._take_memory(tensors)
         self.runner = self._new_runner(
             model, backend, tensors, custom, size, max_num_batched_tokens, max_num_seqs
         )
@@ -162,6 +163,8 @@ class Worker:
         On a device weights are given back at level 1 already, and kept in the host's memory.
         """
         runner, platform = self._initialized(), self.platform
+        if self.memory_taker is not None:
+            self.memory_taker.stop()
         before = platform.process_memory_bytes()
         weights = list({id(tensor): tensor for weight in runner.model.weights() for tensor in weight.tensors}.values())
         if level >= 2:
@@ -197,6 +200,7 @@ class Worker:
             del self._away["weights"]
         if "kv_cache" in parts and "kv_cache" in self._away:
             self._away["kv_cache"]()
+            self._take_memory(list(self._initialized().kv_caches))
             del self._away["kv_cache"]
         if not self._away and self._initialized().capture_shapes is not None:
             self._capture()
@@ -219,13 +223,19 @@ class Worker:
 
     def shutdown(self) -> None:
         """Let go of the model and the cache. May be called again."""
-        self.runner = self._load = None
+        if self.memory_taker is not None:
+            self.memory_taker.stop()
+        self.runner = self._load = self.memory_taker = None
 
     def _initialized(self) -> ModelRunner:
         assert self.runner is not None, "initialize comes first, and nothing after shutdown"
         return self.runner
 
     # Start -------------------------------------------------------------------
+
+    def _take_memory(self, caches: list[torch.Tensor]) -> None:
+        if self.config.cache.touch_kv_cache and self.platform.is_host:
+            self.memory_taker = MemoryTaker(caches)
 
     def _check_options(self) -> None:
         """Refuse what this platform does not have."""
@@ -331,6 +341,8 @@ class Worker:
         step()  # kernels are compiled and libraries make their workspaces: that stays, and is not the step's
         step_bytes = self.platform.peak_bytes_of(step)
         step_bytes += backend.scratch_bytes(min(num_seqs, num_tokens), size.max_model_len)
+        # Made when the first request is penalised.
+        step_bytes += PenaltyCounts.num_bytes(self.config.hf_config.vocab_size, min(num_seqs, num_tokens))
         runners: list[ModelRunner] = []
 
         def make_runner() -> None:

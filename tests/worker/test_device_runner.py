@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -16,11 +17,13 @@ from minivllm.attention import registry
 from minivllm.config.compilation import CaptureOptions
 from minivllm.config.profiler import ProfilerConfig
 from minivllm.exceptions import ConfigError, EngineError, ModelFilesError
+from minivllm.logits_processors import BatchUpdate, LogitsProcessor
 from minivllm.messages.engine import EngineCoreRequest
 from minivllm.messages.worker import GrammarOutput
+from minivllm.models.decoder import DecoderForCausalLM
 from minivllm.models.loader import PinnedStream
-from minivllm.sample.sampler import Sampler
-from minivllm.sampling_params import SamplingParams
+from minivllm.ops.op import Op
+from minivllm.sampling_params import SamplingParams, ThinkingTokens
 from minivllm.worker.block_table import BlockTable
 from minivllm.worker.buffers import Mirror, Staging
 from minivllm.worker.capture_shapes import CaptureShapes, default_size
@@ -29,9 +32,9 @@ from minivllm.worker.model_runner import ModelRunner
 from minivllm.worker.profiler import WorkerProfiler
 from minivllm.worker.step_block_table import DeviceBlockTable
 from tests.models.loop import Loop
-from tests.worker.fake_device import FakeDevice, FakeGraphs
+from tests.worker.fake_device import FakeDevice, FakeGraphs, on_device, strict_ops
 
-PROMPTS = [[(i * 31 + length) % 490 for i in range(length)] for length in (60, 3, 62, 33, 1, 90, 17)]
+PROMPTS = [[(i * 31 + length) % 490 for i in range(length)] for length in (60, 3, 62, 33, 1, 90, 17, 5, 40, 9)]
 MIXED = [
     SamplingParams(temperature=0, max_tokens=20, ignore_eos=True),
     SamplingParams(temperature=0.9, max_tokens=30, ignore_eos=True),
@@ -42,7 +45,18 @@ MIXED = [
     SamplingParams(temperature=0, logprobs=3, max_tokens=12, ignore_eos=True),
     SamplingParams(temperature=1.1, min_p=0.05, logit_bias={7: 3.0}, max_tokens=18, ignore_eos=True),
     SamplingParams(temperature=0, prompt_logprobs=2, max_tokens=5, ignore_eos=True),
-]
+    SamplingParams(  # few tokens, so that the words come up
+        temperature=1.5, allowed_token_ids=[3, 4, 5, 6, 7], bad_words_token_ids=[[3, 4], [5, 6, 7], [7, 7]],
+        logprob_token_ids=[3, 100], max_tokens=24, ignore_eos=True,
+    ),
+    SamplingParams(
+        thinking_token_budget=4, thinking=ThinkingTokens([10], [11, 12], is_open=True), presence_penalty=1.0,
+        max_tokens=14, ignore_eos=True,
+    ),
+    SamplingParams(
+        temperature=1.2, allowed_token_ids=[3, 4], stop_token_ids=[3], min_tokens=9, max_tokens=20, logprobs=1
+    ),
+]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -96,36 +110,63 @@ def test_tokens_that_only_the_device_knows_survive_preemption(model: Path, expec
     assert loop.num_preemptions > 0
 
 
-class Spy:
-    """A sampler, and the tokens it was shown of the first row of each batch."""
+def test_the_host_reads_nothing_of_a_step_before_its_event_whatever_each_request_asks_for(
+    model: Path, expected, monkeypatch: pytest.MonkeyPatch
+):
+    """Logits cannot be read where they are, nor what is computed from them; copies give garbage until then."""
+    compute = DecoderForCausalLM.compute_logits
+    monkeypatch.setattr(DecoderForCausalLM, "compute_logits", lambda self, hidden: on_device(compute(self, hidden)))
+    monkeypatch.setattr(Op, "select", strict_ops(Op.select))
+    for options in ({}, {"num_gpu_blocks_override": 8, "max_model_len": 128, "enforce_eager": True}):
+        loop = Loop(model, platform=FakeDevice(), plans_in_flight=2, **options)
+        sampling = loop.worker.runner._sampling
+        sampling._last = on_device(sampling._last)
+        assert loop.run(PROMPTS, MIXED) == expected
 
-    def __init__(self, sampler: Sampler) -> None:
-        self._sampler, self.seen = sampler, []
 
-    def __call__(self, logits, batch, grammar):
-        self.seen.append(batch.token_ids[batch.rows[0], : batch.num_tokens[0]].tolist())
-        return self._sampler(logits, batch, grammar)
-
-    def __getattr__(self, name):
-        return getattr(self._sampler, name)
-
-
-def test_what_is_sampled_on_the_host_sees_tokens_that_only_the_device_knew(model: Path):
-    """A grammar that begins to count behind a free token: the host takes over in mid-request."""
+def test_a_grammar_that_begins_behind_a_free_token_masks_what_comes_next(model: Path):
     loop = Loop(model, platform=FakeDevice(), plans_in_flight=2)
-    worker, scheduler, prompt = loop.worker, loop.scheduler, PROMPTS[0]
-    spy = worker.runner.sampler = Spy(worker.runner.sampler)
-    scheduler.add_request(EngineCoreRequest("a", prompt, MIXED[0], seed=0))
-    everything = GrammarOutput(["a"], b"\xff" * (4 * -(-loop.config.hf_config.vocab_size // 32)))
-    plans, handles = [], []
-    for grammar in (None, everything):
-        plans.append(scheduler.schedule())
-        worker.execute_model(plans[-1])
+    worker, scheduler, prompts = loop.worker, loop.scheduler, [PROMPTS[1], PROMPTS[4]]
+    for request_id, prompt in zip("ab", prompts):
+        scheduler.add_request(EngineCoreRequest(request_id, prompt, MIXED[0], seed=0))
+    words = np.zeros(-(-loop.config.hf_config.vocab_size // 32), np.uint32)
+    words[123 // 32] = 1 << 123 % 32
+    handles = []
+    for grammar in (None, GrammarOutput(["a"], words.tobytes())):
+        worker.execute_model(scheduler.schedule())
         handles.append(worker.start_sampling(grammar))
-    first, second = (handle.result().sampled_token_ids[0] for handle in handles)
-    assert spy.seen == [prompt + first]
-    calm = Loop(model).run([prompt], MIXED[0])[0].tokens
-    assert first + second == calm[:2]
+    (first, free), (second, its) = (handle.result().sampled_token_ids for handle in handles)
+    calm, other = (answer.tokens for answer in Loop(model).run(prompts, MIXED[0]))
+    assert first == calm[:1] and second == [123] and calm[1] != 123
+    assert free + its == other[:2]
+
+
+class LastTokensSeen(LogitsProcessor):
+    """An operator's own code, which may look at every token so far."""
+
+    seen: ClassVar[list[list[int]]] = []
+
+    def __init__(self, config, device: torch.device, is_pin_memory: bool) -> None:
+        self.outputs: list[list[int]] = []
+
+    def is_argmax_invariant(self) -> bool:
+        return False
+
+    def update_state(self, batch_update: BatchUpdate | None) -> None:
+        if batch_update is not None:
+            self.outputs = [output for _, _, _, output in batch_update.added]
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        self.seen.append(list(self.outputs[0]))
+        return logits
+
+
+def test_an_operators_code_runs_on_the_host_and_sees_every_token(model: Path):
+    name = f"{__name__}:LastTokensSeen"
+    loop = Loop(model, platform=FakeDevice(), plans_in_flight=2, logits_processors=(name,))
+    answer = loop.run(PROMPTS[:1], MIXED[1])[0]
+    assert answer == Loop(model).run(PROMPTS[:1], MIXED[1])[0]
+    assert LastTokensSeen.seen == [answer.tokens[:i] for i in range(len(answer.tokens))]
 
 
 def test_decodes_are_padded_to_few_sizes_and_each_is_captured_once(model: Path):

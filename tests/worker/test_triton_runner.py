@@ -18,12 +18,16 @@ from tests.models.loop import Loop
 from tests.worker.fake_device import FakeDevice
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-PROMPTS = [[(i * 31 + length) % 490 for i in range(length)] for length in (30, 3, 17)]
+PROMPTS = [[(i * 31 + length) % 490 for i in range(length)] for length in (30, 3, 17, 9)]
 PARAMS = [
     SamplingParams(temperature=0, max_tokens=4, ignore_eos=True),
     SamplingParams(temperature=0.9, max_tokens=3, ignore_eos=True),
     SamplingParams(temperature=0.8, top_p=0.9, top_k=40, max_tokens=4, ignore_eos=True),
-]
+    SamplingParams(
+        temperature=0.9, repetition_penalty=1.3, frequency_penalty=0.4, allowed_token_ids=[3, 4, 5],
+        bad_words_token_ids=[[3, 4]], logprobs=2, max_tokens=4, ignore_eos=True,
+    ),
+]  # fmt: skip
 
 
 class InterpretedBackend(TritonBackend):
