@@ -59,6 +59,7 @@ class Worker:
         """platform: None for the one that the configuration and this machine give."""
         self.config = config
         self.platform = detect(config.device) if platform is None else platform
+        self._plans_in_flight = config.scheduler.max_plans_in_flight(leaves_host_free=not self.platform.is_host)
         self.runner: ModelRunner | None = None
         self.memory_taker: MemoryTaker | None = None
         self._load: Callable[[], None] | None = None  # the weights, into the places they have
@@ -77,6 +78,7 @@ class Worker:
         """
         config, platform = self.config, self.platform
         platform.prepare(config.cpu)
+        self._say_if_async()
         on_progress("checking the model")
         self._check_options()
         custom = self._custom_processors()
@@ -132,6 +134,7 @@ class Worker:
                 filter(None, [platform.numerics_id, backend.layout_id, config.model.quantization])
             ),
             kv_cache_groups=tuple(size.spec.groups),
+            plans_in_flight=self._plans_in_flight,
         )
 
     def execute_model(self, plan: SchedulerOutput) -> None:
@@ -232,6 +235,14 @@ class Worker:
         return self.runner
 
     # Start -------------------------------------------------------------------
+
+    def _say_if_async(self) -> None:
+        if self._plans_in_flight > 1 and self.config.scheduler.async_scheduling is None:
+            logger.info(
+                "async scheduling is on: the next step is planned while %s runs this one; --no-async-scheduling "
+                "turns it off",
+                self.platform.name,
+            )
 
     def _take_memory(self, caches: list[torch.Tensor]) -> None:
         if self.config.cache.touch_kv_cache and self.platform.is_host:
@@ -403,7 +414,7 @@ class Worker:
     ) -> tuple[memory.KVCacheSize, memory.Budget]:
         config = self.config
         dtype_bytes = backend.spec.dtype.itemsize
-        step_tokens = limits[0] * config.scheduler.max_plans_in_flight
+        step_tokens = limits[0] * self._plans_in_flight
         groups = self._kv_cache_groups(model, backend.spec.block_size, max_model_len, step_tokens)
         spec = KVCacheSpec(
             block_size=backend.spec.block_size,

@@ -327,23 +327,37 @@ def test_where_memory_is_the_hosts_nothing_is_copied():
     assert torch.from_numpy(mirror.host).dtype == mirror.device.dtype
 
 
-def test_a_whole_engine_plans_the_next_step_while_the_device_works(model: Path, monkeypatch):
+def test_a_whole_engine_plans_the_next_step_while_the_device_works_unless_told_otherwise(
+    model: Path, monkeypatch, capsys
+):
     prompts = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
     params = SamplingParams(temperature=0.8, seed=1, max_tokens=20, ignore_eos=True, detokenize=False)
 
-    def answers(**options) -> list[list[int]]:
+    def answers(num_plans: int, **options) -> list[list[int]]:
         sizes = {"num_gpu_blocks_override": 64, "max_model_len": 256, "block_size": 32}
         with LLM(
             str(model), skip_tokenizer_init=True, disable_frontend_multiprocessing=True, **sizes, **options
         ) as llm:
-            return [
-                list(answer.outputs[0].token_ids) for answer in llm.generate(prompts, params, use_tqdm=False)
-            ]
+            core = llm.llm_engine.engine_core._core
+            most = 0
 
-    expected = answers()
+            def schedule(now: float, plan=core.scheduler.schedule):
+                nonlocal most
+                most = max(most, len(core._plans) + 1)
+                return plan(now)
+
+            core.scheduler.schedule = schedule
+            tokens = [list(answer.outputs[0].token_ids) for answer in llm.generate(prompts, params, use_tqdm=False)]
+        assert most == core.executor.max_concurrent_batches == num_plans
+        return tokens
+
+    expected = answers(1)
     platform = FakeDevice()
     monkeypatch.setattr("minivllm.worker.worker.detect", lambda config: platform)
-    assert answers(async_scheduling=True) == expected
+    assert answers(1, async_scheduling=False) == expected
+    assert "async scheduling" not in capsys.readouterr().err
+    assert answers(2) == expected
+    assert "async scheduling is on: the next step is planned while fake runs this one" in capsys.readouterr().err
     assert platform.graphs.num_replays > 10
 
 
