@@ -36,6 +36,7 @@ T = TypeVar("T")
 
 _LAST_OUTPUTS_S = 1.0  # for the loop to handle what the core said last
 _LOOK_EVERY_S = 0.02  # whether a paused engine has come to rest
+_QUIET_LOOKS, _QUIET_LOOK_S = 4, 0.5  # so many looks in a row that find no request: nobody wants anything
 _CHUNK = 128  # outputs processed before other tasks of the loop get a turn
 
 
@@ -71,6 +72,7 @@ class AsyncLLM:
         # Waits for the process that compiles constraints, which may take seconds over one.
         self._checking = ThreadPoolExecutor(max_workers=1, thread_name_prefix="check-grammars")
         self._output_handler: asyncio.Task | None = None
+        self._idle_watch: asyncio.Task | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._dead: asyncio.Event = asyncio.Event()
         self._handled_all = threading.Event()
@@ -211,6 +213,19 @@ class AsyncLLM:
         self._loop = asyncio.get_running_loop()
         self._dead = asyncio.Event()
         self._output_handler = self._loop.create_task(self._handle_outputs(), name="output-handler")
+        self._idle_watch = self._loop.create_task(self._prepare_when_idle(), name="idle-watch")
+
+    async def _prepare_when_idle(self) -> None:
+        """Once nobody has wanted anything for a while, do what would disturb streams later."""
+        num_quiet = 0
+        while num_quiet < _QUIET_LOOKS:
+            await asyncio.sleep(_QUIET_LOOK_S)
+            is_busy = self._num_processing or self.output_processor.has_unfinished_requests()
+            num_quiet = 0 if is_busy else num_quiet + 1
+        try:
+            await self._off_loop(self._checking, self.processor.prepare)
+        except Exception as error:  # the first request that needs it tries again
+            logger.warning("the process that checks constraints could not be started: %s", error)
 
     async def _handle_outputs(self) -> None:
         """Feed every output to its request until the core is gone; then every request hears of it."""
@@ -407,3 +422,4 @@ class AsyncLLM:
         self._dead.set()
         if self._output_handler is not None and not self._loop.is_closed():
             self._output_handler.cancel()
+            self._idle_watch.cancel()

@@ -72,10 +72,11 @@ class EngineCore:
                 f"{executor_class.__name__} does not; leave it out"
             )
         self._grammars = None if config.model.skip_tokenizer_init else LazyGrammars(config)
-        options = read_structured_outputs_config(config.structured_outputs.structured_outputs_config)
+        preload = read_structured_outputs_config(config.structured_outputs.structured_outputs_config).preload
+        self._may_read_vocabulary = self._grammars is not None and preload is None  # once there is time
         try:
             worker = self.executor.initialize()
-            if options.preload and self._grammars is not None:
+            if preload and self._grammars is not None:
                 on_progress("reading the vocabulary for structured outputs")
                 self._grammars.preload()
             self.scheduler = Scheduler(
@@ -149,6 +150,12 @@ class EngineCore:
         if self._untold or self._plans:
             return True
         return not self._is_frozen and self.scheduler.has_requests()
+
+    def on_idle(self) -> None:
+        """There has been nothing to do for a while: time for what would disturb requests later."""
+        if self._may_read_vocabulary:
+            self._may_read_vocabulary = False
+            self._grammars.preload_meanwhile()
 
     @property
     def _is_frozen(self) -> bool:
@@ -271,8 +278,8 @@ class EngineCore:
 
     def wake_up(self, parts: Sequence[str]) -> bool:
         """Have these of SLEEPING_PARTS again; whether all are back, and requests go on."""
-        if "weights" in parts and "weights" in self._asleep:
-            self.executor.collective_rpc("wake_up")
+        if self._asleep.intersection(parts):
+            self.executor.collective_rpc("wake_up", (list(parts),))
         self._asleep.difference_update(parts)
         if not self._asleep:
             self._sleep_level = 0

@@ -111,7 +111,7 @@ class ModelRunner:
         self._group_of_layer = group_of_layer
         spec = OpSpec("cpu" if platform is None else platform.device, torch.float32)
         self.prompt_logprobs = PromptLogprobs(model.compute_logits, spec, self._staging)
-        self.prompt_vectors = PromptVectors(backend.spec.dtype)
+        self.prompt_vectors = PromptVectors(backend.spec.dtype, self._staging)
         self._graphs: StepGraphs | CapturedGraphs | None = None
         if self.capture_shapes is not None:
             self._graphs = CapturedGraphs(platform.graphs, self.capture_shapes.sizes[-1], self.most_captures)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from typing import Any
 
@@ -293,17 +294,30 @@ def test_the_cache_of_running_requests_is_reset_too_when_asked(scheduling: dict)
     assert tokens(heard) == tokens(run(calm))
 
 
-def test_a_core_reads_the_vocabulary_at_its_start_if_it_is_told_to(monkeypatch: pytest.MonkeyPatch):
-    read = []
-    monkeypatch.setattr(LazyGrammars, "preload", lambda self: read.append(1))
-    make_core()
-    assert read == []
+@pytest.mark.parametrize(("preload", "when"), [(True, "start"), (False, None), (None, "idle")])
+def test_a_core_reads_the_vocabulary_when_it_is_told_to(
+    monkeypatch: pytest.MonkeyPatch, preload: bool | None, when: str | None
+):
+    read, may_read = threading.Semaphore(0), threading.Event()
+
+    def wait_and_read(self: LazyGrammars) -> None:
+        assert may_read.wait(30)
+        read.release()
+
+    monkeypatch.setattr(LazyGrammars, "preload", wait_and_read)
+    if when == "start":
+        may_read.set()
     config = replace(
         make_config("tests.fakes:FakeExecutor", skip_tokenizer_init=False),
-        structured_outputs=StructuredOutputsConfig(structured_outputs_config={"preload": True}),
+        structured_outputs=StructuredOutputsConfig(structured_outputs_config={"preload": preload}),
     )
-    EngineCore(config, on_death=lambda cause: None, on_progress=lambda phase: None)
-    assert read == [1]
+    core = EngineCore(config, on_death=lambda cause: None, on_progress=lambda phase: None)
+    assert read.acquire(blocking=False) == (when == "start")
+    core.on_idle()  # returns at once
+    may_read.set()
+    core.on_idle()
+    assert read.acquire(timeout=30 if when == "idle" else 0.1) == (when == "idle")
+    assert not read.acquire(timeout=0.1)
 
 
 def stepped(core: EngineCore, heard: dict[str, list], num_steps: int = 10_000) -> None:

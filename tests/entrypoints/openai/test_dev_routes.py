@@ -125,7 +125,7 @@ def test_the_tokenizers_configuration_is_told_when_opened(engine: FakeEngine, tm
 
 @pytest.fixture
 def llm(tiny_model: Path):
-    yield from started(tiny_model)
+    yield from started(tiny_model, max_model_len=2048)
 
 
 @pytest.fixture
@@ -242,12 +242,12 @@ def test_a_paused_engine_begins_with_nothing_until_it_is_resumed(llm: AsyncLLM):
     told: dict[str, int] = {}  # tokens, by request
 
     async def begun(request_id: str) -> asyncio.Task:
-        task = asyncio.ensure_future(answer(request_id, 200))
+        task = asyncio.ensure_future(answer(request_id, 2000))
         await until(lambda: told.get(request_id, 0) > 3)
         return task
 
     async def main() -> None:
-        calm = (await answer("calm", 200))[1]
+        calm = (await answer("calm", 2000))[1]
         open_one = await begun("a-0")
         await llm.pause_generation("abort")
         assert (await open_one)[0] == "abort"
