@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import attention
-import numpy as np
 import torch
 from gemm import COLD_BYTES, SHAPES
 from roofline import bandwidth, best_seconds, peak_products
@@ -102,9 +101,9 @@ def on_logits(rows: int) -> Iterator[Case]:
     yield Case("sampling: copy, top-p 0.9", lambda: truncate(every, top_p), 4 * size)
     yield Case("sampling: rows not finite", lambda: sampling.nonfinite_rows_cpu(logits), size)
     yield Case("logprobs: log_softmax", lambda: log_softmax.cpu(logits), 2 * size)
-    bits = np.random.default_rng(0).integers(0, 2**32, (rows, -(-VOCAB // 32)), np.uint32)
-    every_row = np.arange(rows)
-    yield Case("bitmask", lambda: bitmask.cpu(scratch, every_row, bits), 2 * size + bits.nbytes)
+    bits = torch.randint(-(2**31), 2**31, (rows, -(-VOCAB // 32)), dtype=torch.int32)
+    every_row = torch.arange(rows)
+    yield Case("bitmask", lambda: bitmask.cpu(scratch, every_row, bits), size + bits.nbytes)
     yield Case("scaling: soft_cap", lambda: scaling.soft_cap_cpu(scratch, 30.0), 2 * size)
 
 

@@ -163,7 +163,7 @@ class FakeWorker:
         """The cache's content is gone; the next plan says whose blocks were."""
         self.kv.clear()
 
-    def wake_up(self) -> None:
+    def wake_up(self, parts: Sequence[str]) -> None:
         pass
 
     def _apply(self, plan: SchedulerOutput) -> None:

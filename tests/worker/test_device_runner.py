@@ -16,7 +16,7 @@ from minivllm import LLM
 from minivllm.attention import registry
 from minivllm.config.compilation import CaptureOptions
 from minivllm.config.profiler import ProfilerConfig
-from minivllm.exceptions import ConfigError, ModelFilesError
+from minivllm.exceptions import ConfigError, EngineError, ModelFilesError
 from minivllm.logits_processors import BatchUpdate, LogitsProcessor
 from minivllm.messages.engine import EngineCoreRequest
 from minivllm.messages.worker import GrammarOutput
@@ -24,11 +24,13 @@ from minivllm.models.decoder import DecoderForCausalLM
 from minivllm.models.loader import PinnedStream
 from minivllm.ops.op import Op
 from minivllm.sampling_params import SamplingParams, ThinkingTokens
-from minivllm.worker.buffers import Staging
+from minivllm.worker.block_table import BlockTable
+from minivllm.worker.buffers import Mirror, Staging
 from minivllm.worker.capture_shapes import CaptureShapes, default_size
 from minivllm.worker.graphs import CapturedGraphs
 from minivllm.worker.model_runner import ModelRunner
 from minivllm.worker.profiler import WorkerProfiler
+from minivllm.worker.step_block_table import DeviceBlockTable
 from tests.models.loop import Loop
 from tests.worker.fake_device import FakeDevice, FakeGraphs, on_device, strict_ops
 
@@ -273,6 +275,50 @@ def test_an_upload_takes_what_the_host_had_then_and_its_place_is_not_reused_befo
     assert platform.num_events == 3
 
 
+class Uploads:
+    """How many rows of a kind each step sent."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.of_blocks: list[int] = []
+        upload = Mirror.upload
+
+        def counted(mirror: Mirror, num_rows: int) -> None:
+            if mirror.host.ndim == 2:
+                self.of_blocks.append(num_rows)
+            upload(mirror, num_rows)
+
+        monkeypatch.setattr(Mirror, "upload", counted)
+
+
+def test_of_block_tables_only_rows_that_changed_are_sent(model: Path, expected, monkeypatch):
+    uploads = Uploads(monkeypatch)
+    loop = Loop(model, platform=FakeDevice(), plans_in_flight=2, max_num_seqs=4)
+    answers = loop.run(PROMPTS, MIXED)
+    assert answers == expected
+    # A request's row is sent when it comes, and when it gets another block: of 32 tokens.
+    lengths = [len(prompt) + len(answer.tokens) for prompt, answer in zip(PROMPTS, answers)]
+    assert sum(uploads.of_blocks) <= len(PROMPTS) + sum(length // 32 + 1 for length in lengths)
+
+
+def test_a_devices_block_table_is_the_hosts_through_all_that_happens_to_it():
+    """Requests come, grow, are preempted and go; their rows are others' then, and the table grows."""
+    staging, generator = Staging(FakeDevice()), np.random.default_rng(3)
+    blocks, on_device = BlockTable(4, 6, 16), DeviceBlockTable(5, 6, staging)
+    for step in range(200):
+        if step == 50:
+            blocks.grow(9)
+        rows = generator.permutation(len(blocks.block_ids))[: generator.integers(1, 6)]
+        for row in generator.permutation(rows)[: generator.integers(0, 3)].tolist():
+            if blocks.num_blocks[row] == 6 or generator.random() < 0.3:
+                blocks.replace(row, generator.integers(0, 1000, 2).tolist())
+            else:
+                blocks.append(row, [int(generator.integers(0, 1000))])
+        staging.begin()
+        on_device.of_step(blocks, rows, 6)
+        staging.end()
+        assert on_device.view(len(rows), 6).tolist() == blocks.block_ids[rows].tolist()
+
+
 def test_where_memory_is_the_hosts_nothing_is_copied():
     mirror = Staging().mirror((3,), np.float32)
     mirror.host[:] = 5
@@ -313,6 +359,39 @@ def test_a_whole_engine_plans_the_next_step_while_the_device_works_unless_told_o
     assert answers(2) == expected
     assert "async scheduling is on: the next step is planned while fake runs this one" in capsys.readouterr().err
     assert platform.graphs.num_replays > 10
+
+
+@pytest.mark.parametrize("options", [{}, {"load_format": "dummy"}, {"cudagraph_capture_at_start": True}], ids=str)
+def test_a_device_that_has_slept_gives_the_same_answers_from_memory_that_lies_elsewhere(model: Path, options: dict):
+    platform = FakeDevice()
+    loop = Loop(model, platform=platform, plans_in_flight=2, enable_prefix_caching=False, **options)
+    expected, worker = loop.run(PROMPTS[:3], MIXED[:3]), loop.worker
+    runner = worker.runner
+    tensors = [tensor for weight in runner.model.weights() for tensor in weight.tensors] + runner.kv_caches
+    for levels in ((1,), (2,), (1, 2), (1, 1)):
+        for level in levels:
+            worker.sleep(level)
+        assert not any(tensor.untyped_storage().nbytes() for tensor in tensors)
+        worker.wake_up(["weights"])
+        assert not any(cache.untyped_storage().nbytes() for cache in runner.kv_caches)
+        worker.wake_up(["kv_cache"])
+        assert loop.run(PROMPTS[:3], MIXED[:3], seeds=[0, 1, 2]) == expected
+
+
+def test_a_device_whose_memory_others_took_meanwhile_says_so_and_may_be_woken_again(model: Path, monkeypatch):
+    loop = Loop(model, platform=FakeDevice(), enable_prefix_caching=False)
+    expected = loop.run(PROMPTS[:1], MIXED[0])
+    loop.worker.sleep(1)
+
+    def full(storage, size):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as others:
+        others.setattr(torch.UntypedStorage, "resize_", full)
+        with pytest.raises(EngineError, match="end what uses it and wake up again"):
+            loop.worker.wake_up()
+    loop.worker.wake_up()
+    assert loop.run(PROMPTS[:1], MIXED[0]) == expected
 
 
 def test_weights_come_to_the_device_through_pinned_memory_piece_by_piece(model: Path, monkeypatch):
