@@ -251,6 +251,11 @@ class Worker:
         """Refuse what this platform does not have."""
         if self.platform.graphs is None and read_compilation(self.config.compilation).asks_for_sizes:
             raise ConfigError(f"sizes of captured graphs are given, and {self.platform.name} captures none; leave them out")
+        if self.config.model.quantization == "fp8" and not self.platform.has_fp8:
+            raise ConfigError(
+                f"--quantization fp8 needs a GPU of compute capability 8.9 or above, and this is {self.platform.name}; "
+                "try --quantization int8"
+            )
 
     def _attention_backend(self, dtype: torch.dtype) -> AttentionBackend:
         hf, block_size = self.config.hf_config, self.config.cache.block_size
@@ -344,9 +349,10 @@ class Worker:
         size: memory.KVCacheSize,
     ) -> memory.Measured:
         """What the largest step takes as it runs, and what captured decodes will keep beside it."""
+        most_tokens = min(num_tokens, num_seqs * size.max_model_len)
 
         def step() -> None:
-            largest_step.run(model, backend, num_tokens, num_seqs)
+            largest_step.run(model, backend, most_tokens, num_seqs)
 
         step()  # kernels are compiled and libraries make their workspaces: that stays, and is not the step's
         step_bytes = self.platform.peak_bytes_of(step)
