@@ -368,17 +368,14 @@ class Worker:
         runner = runners.pop()
         if runner.capture_shapes is None:
             return memory.Measured(step_bytes)
-        shapes = list(runner.capture_shapes)
-        largest, smallest = shapes[0], shapes[-1]
+        largest, *others = runner.capture_shapes
         # The first makes the places that all share; what each of the others takes is its own, whatever its size.
-        first = self.platform.kept_bytes_of(partial(runner.capture, *largest))
-        other = self.platform.kept_bytes_of(partial(runner.capture, *smallest)) if len(shapes) > 1 else first
+        graph_bytes = self.platform.kept_bytes_of(partial(runner.capture, *largest))
+        if others:
+            graph_bytes += len(others) * self.platform.kept_bytes_of(partial(runner.capture, *others[-1]))
         runner.forget_captures()
         self.platform.release_unused()
-        truncated = 2 * largest[0] * self.config.hf_config.vocab_size * 4  # copies of logits, where top-p and the like cut
-        return memory.Measured(
-            step_bytes, first + truncated + (runner.most_captures - 1) * other, runner.most_captures
-        )
+        return memory.Measured(step_bytes, graph_bytes, runner.most_captures)
 
     def _size_cache_and_step(
         self,
