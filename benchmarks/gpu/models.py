@@ -10,6 +10,7 @@ import json
 import tempfile
 import time
 from collections import deque
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,6 +39,9 @@ SHAPES = {
     "8B": {**_COMMON, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "head_dim": 128,
            "tie_word_embeddings": False},
 }  # fmt: skip
+
+
+OUT_OF_TIME = "not run: out of time"
 
 
 class Row(NamedTuple):
@@ -172,34 +176,39 @@ class Model:
 
 def run(
     name: str, model: Model, ceilings: Ceilings, *, batches: tuple[int, ...], contexts: tuple[int, ...],
-    prompts: tuple[int, ...], steps: int = 40,
-) -> list[Row]:  # fmt: skip
-    rows = []
+    prompts: tuple[int, ...], steps: int = 40, is_time_left: Callable[[], bool] = lambda: True,
+) -> Iterator[Row]:  # fmt: skip
+    """A row as soon as it is measured; those that would begin when no time is left say so."""
     hf = model.hf
     for context in contexts:
         for batch in batches:
+            what = f"{name} decode, batch {batch}, context {context:,}"
+            if not is_time_left():
+                yield Row(what, "-", "-", OUT_OF_TIME)
+                continue
             try:
                 seconds, host = model.decode(batch, context, steps=steps)
             except MemoryError as error:
-                rows.append(Row(f"{name} decode, batch {batch}, context {context:,}", "-", "-", str(error)))
+                yield Row(what, "-", "-", str(error))
                 continue
             floor = (model.read_bytes + batch * context * model.kv_bytes_of_token) / ceilings.bandwidth
             # (a large batch is bound by its products as well)
             floor = max(floor, 2 * batch * model.read_bytes / 2 / ceilings.flops)
             is_hidden = "hidden" if host < seconds else "NOT hidden"
             note = f"{seconds * 1e3:.2f} ms a step, host {host * 1e6:.0f} us ({is_hidden})"
-            what = f"{name} decode, batch {batch}, context {context:,}"
-            rows.append(Row(what, f"{batch / seconds:,.0f}", f"{floor / seconds:.0%}", note))
+            yield Row(what, f"{batch / seconds:,.0f}", f"{floor / seconds:.0%}", note)
     for num_tokens in prompts:
+        if not is_time_left():
+            yield Row(f"{name} prefill of {num_tokens:,}", "-", "-", OUT_OF_TIME)
+            continue
         seconds = model.prefill(num_tokens)
         products = 2 * model.read_bytes / 2 * num_tokens
         attention = 4 * hf.num_hidden_layers * hf.num_attention_heads * hf.head_dim * num_tokens**2 / 2
         floor = (products + attention) / ceilings.flops
-        rows.append(
-            Row(f"{name} prefill of {num_tokens:,}", f"{num_tokens / seconds:,.0f}", f"{floor / seconds:.0%}",
-                f"{seconds * 1e3:.1f} ms")
+        yield Row(
+            f"{name} prefill of {num_tokens:,}", f"{num_tokens / seconds:,.0f}", f"{floor / seconds:.0%}",
+            f"{seconds * 1e3:.1f} ms",
         )  # fmt: skip
-    return rows
 
 
 def sampling(vocab_size: int, batch: int, device: str, clock: Clock) -> list[Row]:

@@ -159,6 +159,12 @@ class DeviceSampling:
             }
         return DeviceDraw(**draw)
 
+    def kinds_of_inputs(self, num_rows: int) -> tuple[DeviceDraw, DeviceDraw]:
+        """All that `inputs` may give for so many rows, where they lie: without truncation and with it."""
+        plain = [place.device[:num_rows] for place in (self._temperature, self._seeds, self._positions)]
+        truncated = [place.device[:num_rows] for place in (self._top_k, self._top_p, self._min_p)]
+        return DeviceDraw(*plain), DeviceDraw(*plain, *truncated)
+
     def draw(self, logits: torch.Tensor, inputs: DeviceDraw) -> Drawn:
         """A token a row; logits stay as they are. A row's token does not depend on whether others truncate."""
         if inputs.top_k is None:

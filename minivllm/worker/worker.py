@@ -252,6 +252,11 @@ class Worker:
         """Refuse what this platform does not have."""
         if self.platform.graphs is None and read_compilation(self.config.compilation).asks_for_sizes:
             raise ConfigError(f"sizes of captured graphs are given, and {self.platform.name} captures none; leave them out")
+        if self.config.model.quantization == "fp8" and not self.platform.has_fp8:
+            raise ConfigError(
+                f"--quantization fp8 needs a GPU of compute capability 8.9 or above, and this is {self.platform.name}; "
+                "try --quantization int8"
+            )
 
     def _attention_backend(self, dtype: torch.dtype) -> AttentionBackend:
         hf, block_size = self.config.hf_config, self.config.cache.block_size
@@ -345,9 +350,10 @@ class Worker:
         size: memory.KVCacheSize,
     ) -> memory.Measured:
         """What the largest step takes as it runs, and what captured decodes will keep beside it."""
+        most_tokens = min(num_tokens, num_seqs * size.max_model_len)
 
         def step() -> None:
-            largest_step.run(model, backend, num_tokens, num_seqs)
+            largest_step.run(model, backend, most_tokens, num_seqs)
 
         step()  # kernels are compiled and libraries make their workspaces: that stays, and is not the step's
         step_bytes = self.platform.peak_bytes_of(step)
@@ -364,17 +370,14 @@ class Worker:
         runner = runners.pop()
         if runner.capture_shapes is None:
             return memory.Measured(step_bytes)
-        shapes = list(runner.capture_shapes)
-        largest, smallest = shapes[0], shapes[-1]
+        largest, *others = runner.capture_shapes
         # The first makes the places that all share; what each of the others takes is its own, whatever its size.
-        first = self.platform.kept_bytes_of(partial(runner.capture, *largest))
-        other = self.platform.kept_bytes_of(partial(runner.capture, *smallest)) if len(shapes) > 1 else first
+        graph_bytes = self.platform.kept_bytes_of(partial(runner.capture, *largest))
+        if others:
+            graph_bytes += len(others) * self.platform.kept_bytes_of(partial(runner.capture, *others[-1]))
         runner.forget_captures()
         self.platform.release_unused()
-        truncated = 2 * largest[0] * self.config.hf_config.vocab_size * 4  # copies of logits, where top-p and the like cut
-        return memory.Measured(
-            step_bytes, first + truncated + (runner.most_captures - 1) * other, runner.most_captures
-        )
+        return memory.Measured(step_bytes, graph_bytes, runner.most_captures)
 
     def _size_cache_and_step(
         self,
