@@ -6,7 +6,7 @@ What the runner does for a GPU, it does here: copies through pinned memory, padd
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -163,6 +163,19 @@ class FakeDevice(CpuPlatform, DevicePlatform):
 
     def new_pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype)
+
+    def release_unused(self) -> None:
+        pass
+
+    def give_back(self, tensors: Sequence[torch.Tensor]) -> Callable[[], None]:
+        take_back = DevicePlatform.give_back(self, tensors)
+
+        def and_spoil() -> None:
+            take_back()
+            for tensor in tensors:
+                tensor.view(torch.uint8).fill_(0xFF)  # NaN, of whatever type
+
+        return and_spoil
 
     def peak_bytes_of(self, step: Callable[[], object]) -> int:
         step()
