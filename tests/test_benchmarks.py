@@ -81,7 +81,9 @@ def test_results_are_kept_line_by_line_and_a_failure_says_why(tmp_path: Path):
     results.add(kind="failed", model="/m", cell="T1", engine="third", why="it ended with 1")
     again = Results(tmp_path / "r.jsonl")
     assert [line["tokens_s"] for line in again.of("/m", "T1", "ours")] == [100.0, 300.0, 200.0]
-    rows = {row.split(" | ")[0]: row for row in as_table(again).splitlines()}
+    first, rest = as_table(again).split("###")
+    assert "| other | 50.0 of 2 requests (4.00 ×) |" in first
+    rows = {row.split(" | ")[0]: row for row in rest.splitlines()}
     assert "| 200.0 | 100.0 to 300.0 |" in rows["| ours"]
     assert "| 4.00 × |" in rows["| other"] and "of 2 of the 8 requests" in rows["| other"]
     assert "it ended with 1" in rows["| third"]
