@@ -51,6 +51,13 @@ class Row(NamedTuple):
     note: str
 
 
+PLAIN = SamplingParams(temperature=0.8, max_tokens=10**6, ignore_eos=True)
+ASKING = SamplingParams(
+    temperature=0.8, repetition_penalty=1.1, presence_penalty=0.1, logit_bias={7: 1.0}, logprobs=5, max_tokens=10**6,
+    ignore_eos=True,
+)  # fmt: skip
+
+
 class Model:
     def __init__(
         self, shape: dict, *, platform: Platform | None = None, device: str = "cuda", max_model_len: int = 16384,
@@ -87,7 +94,7 @@ class Model:
     # Requests ----------------------------------------------------------------
 
     def requests(
-        self, count: int, num_tokens: int, num_to_come: int, *, computed: int
+        self, count: int, num_tokens: int, num_to_come: int, *, computed: int, params: SamplingParams = PLAIN
     ) -> list[NewRequestData]:
         """Requests in blocks of their own, with `computed` tokens in the cache."""
         blocks = -(-(num_tokens + num_to_come) // self.ready.block_size)
@@ -100,7 +107,6 @@ class Model:
             self._num_requests += 1
             ids = list(range(1 + i * blocks, 1 + (i + 1) * blocks))
             prompt = [(7 * i + j) % (self.hf.vocab_size - 10) for j in range(num_tokens)]
-            params = SamplingParams(temperature=0.8, max_tokens=10**6, ignore_eos=True)
             made.append(NewRequestData(f"r{self._num_requests}", prompt, [], params, i, [], [ids], computed))
         return made
 
@@ -123,9 +129,11 @@ class Model:
 
     # Measurements ------------------------------------------------------------
 
-    def decode(self, batch: int, context: int, *, steps: int = 40, warm: int = 6) -> tuple[float, float]:
+    def decode(
+        self, batch: int, context: int, *, steps: int = 40, warm: int = 6, params: SamplingParams = PLAIN
+    ) -> tuple[float, float]:
         """Seconds a step, and seconds of it that the host worked; two plans in flight, as a server has them."""
-        made = self.requests(batch, context, steps + warm + 2, computed=context - 1)
+        made = self.requests(batch, context, steps + warm + 2, computed=context - 1, params=params)
         ids = [request.request_id for request in made]
         counts = dict.fromkeys(ids, 1)
         nothing: list = [[] for _ in ids]
@@ -176,18 +184,24 @@ class Model:
 
 def run(
     name: str, model: Model, ceilings: Ceilings, *, batches: tuple[int, ...], contexts: tuple[int, ...],
-    prompts: tuple[int, ...], steps: int = 40, is_time_left: Callable[[], bool] = lambda: True,
+    prompts: tuple[int, ...], steps: int = 40, asking: tuple[int, ...] = (64,),
+    is_time_left: Callable[[], bool] = lambda: True,
 ) -> Iterator[Row]:  # fmt: skip
-    """A row as soon as it is measured; those that would begin when no time is left say so."""
+    """A row as soon as it is measured; those that would begin when no time is left say so.
+
+    asking: batches that are also measured with penalties, a bias and logprobs in every request.
+    """
     hf = model.hf
     for context in contexts:
-        for batch in batches:
+        for batch, params in [(batch, PLAIN) for batch in batches] + [(batch, ASKING) for batch in asking]:
             what = f"{name} decode, batch {batch}, context {context:,}"
+            if params is ASKING:
+                what += ", penalties, bias and logprobs"
             if not is_time_left():
                 yield Row(what, "-", "-", OUT_OF_TIME)
                 continue
             try:
-                seconds, host = model.decode(batch, context, steps=steps)
+                seconds, host = model.decode(batch, context, steps=steps, params=params)
             except MemoryError as error:
                 yield Row(what, "-", "-", str(error))
                 continue
@@ -216,7 +230,9 @@ def sampling(vocab_size: int, batch: int, device: str, clock: Clock) -> list[Row
     import torch
 
     from minivllm.ops.op import OpSpec
+    from minivllm.ops.penalties import apply_penalties
     from minivllm.ops.sampling import gumbel_argmax, top_k_top_p_min_p
+    from minivllm.sample.logprobs import LogprobsReader
 
     spec = OpSpec(device, torch.float32, {"vocab_size": vocab_size})
     choose, truncate = gumbel_argmax.select(spec), top_k_top_p_min_p.select(spec)
@@ -227,10 +243,14 @@ def sampling(vocab_size: int, batch: int, device: str, clock: Clock) -> list[Row
         torch.zeros(batch, device=device),
     )
     seeds, positions = (torch.arange(batch, device=device) for _ in range(2))
+    counts = torch.zeros(batch, vocab_size, dtype=torch.int32, device=device)
+    penalise, read = apply_penalties.select(spec), LogprobsReader(spec)
     rows = []
     for what, work in (
         ("noise and argmax", lambda: choose(logits, temperature, seeds, positions)),
         ("top-k, top-p, min-p", lambda: truncate(logits.clone(), top_k, top_p, min_p)),
+        ("penalties", lambda: penalise(logits, counts, positions, top_p, min_p, min_p)),
+        ("logprobs of 1 and of the 5 likeliest", lambda: read(logits, positions, 5)),
     ):
         seconds = clock.seconds(work)
         note = f"{seconds * 1e6:.0f} us, {logits.nbytes / seconds / 1e9:,.0f} GB/s of logits"

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from minivllm.messages.worker import ModelRunnerOutput
+from minivllm.ops.likeliest_tokens import KEYS_AT_ONCE
 from minivllm.ops.op import OpSpec
 from minivllm.ops.sampling import broken_rows, gumbel_argmax, top_k_top_p_min_p
 from minivllm.platforms.platform import Event, Platform
@@ -25,6 +26,8 @@ from minivllm.sample.step import GrammarMask, SampleBatch
 from minivllm.worker.buffers import Mirror, Staging
 from minivllm.worker.device_logits import DeviceLogits
 from minivllm.worker.input_batch import InputBatch
+from minivllm.worker.penalty_counts import PenaltyCounts
+from minivllm.worker.prompt_logprobs import PROMPT_ROWS_AT_ONCE
 from minivllm.worker.request_state import RequestTable
 
 _NO_TOKEN_LEFT = 2  # of a row that its request's constraints broke; 1: the model did
@@ -99,6 +102,13 @@ class DeviceSampling:
         self._results = [(tokens, platform.new_pinned((max_num_rows,), torch.uint8)) for tokens in pinned]
         self._turn = 0
         self._pending: deque[_Pending] = deque()
+
+    @staticmethod
+    def num_bytes(vocab_size: int, num_rows: int) -> int:
+        """Of the device, at most, beyond copies of a step's logits: counts of tokens, made when somebody is penalised,
+        and what reading logprobs takes meanwhile (rows of a prompt's logits, and the keys that order some)."""
+        reading = vocab_size * (4 * PROMPT_ROWS_AT_ONCE + 32 * KEYS_AT_ONCE)
+        return PenaltyCounts.num_bytes(vocab_size, num_rows) + reading
 
     # Tokens that only the device knows -------------------------------------------
 

@@ -36,9 +36,8 @@ from minivllm.platforms.platform import DevicePlatform, Platform, detect
 from minivllm.sample.custom import CustomProcessors
 from minivllm.sample.sampler import Sampler
 from minivllm.worker import kv_layout, largest_step, memory
-from minivllm.worker.device_sampling import Handle
+from minivllm.worker.device_sampling import DeviceSampling, Handle
 from minivllm.worker.model_runner import ModelRunner
-from minivllm.worker.penalty_counts import PenaltyCounts
 from minivllm.worker.profiler import WorkerProfiler
 
 logger = init_logger(__name__)
@@ -358,8 +357,7 @@ class Worker:
         step()  # kernels are compiled and libraries make their workspaces: that stays, and is not the step's
         step_bytes = self.platform.peak_bytes_of(step)
         step_bytes += backend.scratch_bytes(min(num_seqs, num_tokens), size.max_model_len)
-        # Made when the first request is penalised.
-        step_bytes += PenaltyCounts.num_bytes(self.config.hf_config.vocab_size, min(num_seqs, num_tokens))
+        step_bytes += DeviceSampling.num_bytes(self.config.hf_config.vocab_size, min(num_seqs, num_tokens))
         runners: list[ModelRunner] = []
 
         def make_runner() -> None:

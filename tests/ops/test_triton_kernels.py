@@ -13,7 +13,6 @@ from minivllm.ops import (
     kv_write,
     linear,
     linear_int8,
-    log_softmax,
     moe,
     paged_attention,
     penalties,
@@ -66,12 +65,12 @@ OPS = {
     rotary_kv_write.rotary_kv_write: "triton.rotary", scaling.scale: "triton.scaling",
     scaling.soft_cap: "triton.scaling", linear.linear: "linear_cuda",
     linear.invariant_linear: "triton.linear", linear_int8.int8_linear: "triton.linear",
-    bitmask.apply_bitmask: "triton.bitmask", log_softmax.log_softmax: "triton.log_softmax",
+    bitmask.apply_bitmask: "triton.bitmask",
     penalties.apply_penalties: "triton.penalties", penalties.count_tokens: "triton.penalties",
     sampling.gumbel_argmax: "triton.sampling", sampling.top_k_top_p_min_p: "triton.sampling",
-    token_logprobs.token_logprobs: "triton.log_softmax",
+    token_logprobs.token_logprobs: "triton.token_logprobs",
 }  # fmt: skip
-ON_LOGITS = {bitmask, log_softmax, penalties, sampling, token_logprobs}
+ON_LOGITS = {bitmask, penalties, sampling, token_logprobs}
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
