@@ -100,7 +100,7 @@ def test_no_floor_lies_below_the_bound_of_reading_and_tile_products(work: str, i
     assert floors.Floor(shape, slower, int8).seconds(work) > floor
 
 
-@pytest.mark.parametrize("script", ["compare", "kernels", "attention", "gemm", "roofline", "floors", "startup", "offline", "load"])
+@pytest.mark.parametrize("script", ["compare", "native_kernels", "attention", "gemm", "roofline", "floors", "startup", "offline", "load"])
 def test_a_script_says_what_it_is_for(script: str):
     command = [sys.executable, f"{script}.py", "--help"]
     done = subprocess.run(command, cwd=BENCHMARKS, capture_output=True, text=True, env=os.environ)

@@ -189,7 +189,8 @@ class Worker:
         """Have memory again; weights that were given back are read again, or copied from where they were kept.
 
         Raises:
-            ModelFilesError: the checkpoint is not what it was. EngineError: others have the memory. May be called again.
+            ModelFilesError: the checkpoint is not what it was.
+            EngineError: others have the memory. It may be called again after either.
         """
         if "weights" in parts and "weights" in self._away:
             self._away["weights"]()
@@ -250,7 +251,9 @@ class Worker:
     def _check_options(self) -> None:
         """Refuse what this platform does not have."""
         if self.platform.graphs is None and read_compilation(self.config.compilation).asks_for_sizes:
-            raise ConfigError(f"sizes of captured graphs are given, and {self.platform.name} captures none; leave them out")
+            raise ConfigError(
+                f"sizes of captured graphs are given, and {self.platform.name} captures none; leave them out"
+            )
         if self.config.model.quantization == "fp8" and not self.platform.has_fp8:
             raise ConfigError(
                 f"--quantization fp8 needs a GPU of compute capability 8.9 or above, and this is {self.platform.name}; "

@@ -206,7 +206,9 @@ def test_a_decode_of_more_requests_than_are_captured_runs_without_a_graph(model:
     assert set(platform.graphs.num_rows) <= {1, 3}
 
 
-@pytest.mark.parametrize("options", [{"enforce_eager": True}, {"compilation_config": {"cudagraph_mode": "NONE"}}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"enforce_eager": True}, {"compilation_config": {"cudagraph_mode": "NONE"}}], ids=str
+)
 def test_nothing_is_captured_where_nothing_shall_be(model: Path, expected, options):
     platform = FakeDevice()
     assert Loop(model, platform=platform, **options).run(PROMPTS[:2], MIXED[:2]) == expected[:2]
@@ -319,6 +321,17 @@ def test_a_devices_block_table_is_the_hosts_through_all_that_happens_to_it():
         assert on_device.view(len(rows), 6).tolist() == blocks.block_ids[rows].tolist()
 
 
+def test_a_batch_that_is_the_last_one_and_got_no_block_is_not_gathered_again():
+    staging, rows = Staging(FakeDevice()), np.array([2, 0])
+    blocks, on_device = BlockTable(4, 3, 16), DeviceBlockTable(4, 3, staging)
+    blocks.replace(0, [5]), blocks.replace(2, [6, 7])
+    on_device.of_step(blocks, rows, 3)
+    blocks.block_ids[:] = 9  # told to nobody
+    on_device._table.fill_(8)
+    on_device.of_step(blocks, rows, 3)
+    assert on_device.view(2, 3).tolist() == [[6, 7, 0], [5, 0, 0]]
+
+
 def test_where_memory_is_the_hosts_nothing_is_copied():
     mirror = Staging().mirror((3,), np.float32)
     mirror.host[:] = 5
@@ -369,8 +382,10 @@ def test_a_device_that_has_slept_gives_the_same_answers_from_memory_that_lies_el
     runner = worker.runner
     tensors = [tensor for weight in runner.model.weights() for tensor in weight.tensors] + runner.kv_caches
     for levels in ((1,), (2,), (1, 2), (1, 1)):
+        generation = platform.graphs.generation
         for level in levels:
             worker.sleep(level)
+        assert platform.graphs.generation > generation  # a graph holds addresses
         assert not any(tensor.untyped_storage().nbytes() for tensor in tensors)
         worker.wake_up(["weights"])
         assert not any(cache.untyped_storage().nbytes() for cache in runner.kv_caches)

@@ -1,6 +1,6 @@
 """Every native kernel against the machine: bytes or operations a second, and the share of what they could be at most.
 
-    python benchmarks/kernels.py [--only norm gemm …] [--rows 1 64 2048]
+    python benchmarks/native_kernels.py [--only norm gemm …] [--rows 1 64 2048]
 
 The sizes are those of the Qwen3-0.6B shape in bfloat16. The least a call can take is its bytes (each one it must read or
 write, once) at the rate at which as many are read again and again by `read_memory`, or its operations at the peak of
