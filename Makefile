@@ -1,6 +1,6 @@
 # make serve [MODEL=directory or hub id] [PORT=8000] [ARGS='--max-model-len 2048 ...']
 # make test  [ARGS='-k name ...']
-# make bench  ARGS='--model directory --tiny directory [--only W1 ...] [--peers ours vllm ...]'
+# make bench  ARGS='--model directory --tiny directory [--minutes 30] [--only W1 ...] [--peers ours vllm ...]'
 # All take PYTHON= (the Python to use, and its torch if it has one) and TORCH_INDEX= (where to take torch from).
 
 PORT ?= 8000

@@ -18,7 +18,7 @@ import time
 from abc import ABC, abstractmethod
 from pathlib import Path
 
-from peers import Peer, Server, free_port
+from peers import Peer, Server
 
 from minivllm import LLM, SamplingParams
 
@@ -59,7 +59,7 @@ class Served(Engine):
         command = [sys.executable, "-m", "minivllm.entrypoints.openai.api_server", MODES[mode]]
         command += [*(["--model", model] if model else []), *engine_args]
         log = Path(tempfile.mkdtemp(prefix="minivllm-bench-")) / f"{mode}.log"
-        self._server = Server(Peer(mode, command), free_port(), log)
+        self._server = Server(Peer(mode, lambda works: command), [], log)
 
     def tokens_per_s(self, batch: int, output_len: int) -> float:
         with tempfile.TemporaryDirectory() as directory:
@@ -72,7 +72,7 @@ class Served(Engine):
             return json.loads((Path(directory) / "result.json").read_text())["output_throughput"]
 
     def shutdown(self) -> None:
-        self._server.end()
+        self._server.processes.end()
 
 
 def main() -> None:

@@ -1,9 +1,11 @@
-"""Paged attention on this CPU: bytes a second of decode, operations a second of prefill, beside what the machine gives.
+"""Paged attention on this CPU: bytes a second of decode, operations a second of prefill, beside the machine and torch.
 
     python benchmarks/attention.py [--kv-cache-dtype int8] [--heads 16 --kv-heads 8 --head-dim 128]
 
 Decode walks over as many layers' caches as fill --gib, so that nothing is read from a processor's cache. A tile
-that several requests share counts once. Bandwidth: a sum over a large array by all threads, before and after.
+that several requests share counts once. Shares are of what roofline.py measures before and after: reading memory, and
+tile products alone. Beside each: torch's scaled_dot_product_attention of the same queries over dense keys and values
+(in bfloat16 for any cache type; requests of different lengths all as long as the mean), in turns.
 """
 
 from __future__ import annotations
@@ -13,11 +15,12 @@ import time
 from collections.abc import Callable
 
 import torch
+from roofline import bandwidth, peak_products
+from torch.nn.functional import scaled_dot_product_attention
 
 from minivllm.attention.backend import AttentionSpec, StepInputs
 from minivllm.attention.backends.cpu_native import CpuNativeBackend
 from minivllm.ops import native
-from minivllm.ops.linear import PackedLinear
 from minivllm.ops.paged_attention import Options
 
 BLOCK_SIZE = 128
@@ -44,11 +47,12 @@ def main() -> None:
         args.kv_cache_dtype,
     )
     backend = CpuNativeBackend(spec)
+    torch.set_num_threads(native.lib.num_threads())
     print(
         f"{native.lib.isa()}, {native.lib.num_threads()} threads; {args.dtype}, cache {backend.layout_id}, "
         f"{args.heads}/{args.kv_heads} heads of {args.head_dim}"
     )
-    reads = [read_bandwidth(backend)]
+    reads, peaks = [bandwidth(0.3)], [peak_products("bfloat16", 0.2)]
     spread = [256 + 256 * i // 63 for i in range(64)]
     decodes = {
         "decode 64 × 256…512": decode(backend, spread, 0, args.gib),
@@ -56,43 +60,31 @@ def main() -> None:
         "decode 32 × (1024 shared + 64)": decode(backend, [1088] * 32, 1024, args.gib),
         "decode 32 × 1088, nothing shared": decode(backend, [1088] * 32, 0, args.gib),
     }
-    reads.append(read_bandwidth(backend))
-    peak = max(reads)
-    print(f"read bandwidth {reads[0]:.1f}, {reads[1]:.1f} GB/s")
-    for name, (seconds, num_bytes) in decodes.items():
+    prefills = {num_tokens: prefill(backend, num_tokens) for num_tokens in (512, 2048, 4096)}
+    reads.append(bandwidth(0.3))
+    peaks.append(peak_products("bfloat16", 0.2))
+    read, peak = max(reads), max(peaks)
+    print(f"read {reads[0]:.1f}, {reads[1]:.1f} GB/s; tile products {peaks[0]:.2f}, {peaks[1]:.2f} TFLOP/s")
+    for name, (seconds, torch_seconds, num_bytes) in decodes.items():
         rate = num_bytes / seconds / 1e9
-        print(f"{name:34} {seconds * 1e6:8.0f} µs a layer {rate:6.1f} GB/s  {rate / peak:4.0%} of bandwidth")
-    gemm = gemm_rate(spec.dtype)
-    for num_tokens in (512, 4096):
-        seconds = prefill(backend, num_tokens)
+        print(
+            f"{name:34} {seconds * 1e6:8.0f} µs a layer {rate:6.1f} GB/s  {rate / read:4.0%} of reading; "
+            f"torch {torch_seconds * 1e6:8.0f} µs, {torch_seconds / seconds:.2f} times ours"
+        )
+    for num_tokens, (seconds, torch_seconds) in prefills.items():
         flops = 2 * num_tokens * num_tokens * args.heads * args.head_dim  # causal: half of 4
         rate = flops / seconds / 1e12
+        share = f"{rate / peak:4.0%} of tile products" if peak else "no tile products here"
         print(
-            f"{f'prefill {num_tokens}':34} {seconds * 1e3:8.2f} ms a layer {rate:6.3f} TFLOP/s  {rate / gemm:4.0%} of "
-            f"a linear layer's {gemm:.2f}"
+            f"{f'prefill {num_tokens}':34} {seconds * 1e3:8.2f} ms a layer {rate:6.3f} TFLOP/s  {share}; "
+            f"torch {torch_seconds * 1e3:8.2f} ms, {torch_seconds / seconds:.2f} times ours"
         )
 
 
-def read_bandwidth(backend: CpuNativeBackend) -> float:
-    """GB/s of a sum over memory of the cache's kind."""
-    words = filled(backend, 2**30 // backend.block_bytes).view(-1).view(torch.int64)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(native.lib.num_threads())
-    seconds = best_of(3, words.sum)
-    torch.set_num_threads(threads)
-    return words.nbytes / seconds / 1e9
-
-
-def gemm_rate(dtype: torch.dtype) -> float:
-    """TFLOP/s of a linear layer of 2048 × 2048 at 2048 rows."""
-    n = 2048
-    weight, x = PackedLinear(n, n, dtype), torch.randn(n, n).to(dtype)
-    weight.load_rows(0, torch.randn(n, n).to(dtype))
-    return 2 * n**3 / best_of(5, lambda: weight(x)) / 1e12
-
-
-def decode(backend: CpuNativeBackend, seq_lens: list[int], num_shared: int, gib: float) -> tuple[float, int]:
-    """Seconds a layer, and the bytes it has to read."""
+def decode(
+    backend: CpuNativeBackend, seq_lens: list[int], num_shared: int, gib: float, *, with_torch: bool = True
+) -> tuple[float, float, int]:
+    """Seconds a layer, torch's, and the bytes it has to read."""
     spec, layout = backend.spec, backend.layout
     tables, num_blocks = [], num_shared // BLOCK_SIZE
     for seq_len in seq_lens:
@@ -118,11 +110,30 @@ def decode(backend: CpuNativeBackend, seq_lens: list[int], num_shared: int, gib:
             backend.forward(q, k, v, cache, metadata, options=options)
 
     num_tokens = sum(seq_lens) - num_shared * (len(seq_lens) - 1)
-    return best_of(3, all_layers) / num_layers, num_tokens * layout.block_bytes // BLOCK_SIZE
+    theirs, num_theirs = torch_decode(spec, seq_lens, gib) if with_torch else (None, 1)
+    ours, theirs_s = in_turns(3, all_layers, theirs)
+    return ours / num_layers, theirs_s / num_theirs, num_tokens * layout.block_bytes // BLOCK_SIZE
 
 
-def prefill(backend: CpuNativeBackend, num_tokens: int) -> float:
-    """Seconds a layer."""
+def torch_decode(spec: AttentionSpec, seq_lens: list[int], gib: float) -> tuple[Callable[[], object], int]:
+    """One call over so many layers."""
+    num, length = len(seq_lens), sum(seq_lens) // len(seq_lens)
+    shape = (num, spec.num_kv_heads, length, spec.head_dim)
+    num_layers = max(2, int(gib * 2**30 / (2 * torch.Size(shape).numel() * spec.dtype.itemsize)))
+    layers = [[torch.randn(shape).to(spec.dtype) for _ in range(2)] for _ in range(num_layers)]
+    q = torch.randn(num, spec.num_heads, 1, spec.head_dim).to(spec.dtype)
+
+    def run() -> None:
+        for k, v in layers:
+            scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+    return run, num_layers
+
+
+def prefill(
+    backend: CpuNativeBackend, num_tokens: int, *, with_torch: bool = True
+) -> tuple[float, float]:
+    """Seconds a layer, and torch's."""
     spec, num_blocks = backend.spec, -(-num_tokens // BLOCK_SIZE)
     step = StepInputs(
         query_start_loc=torch.tensor([0, num_tokens], dtype=torch.int32),
@@ -132,7 +143,12 @@ def prefill(backend: CpuNativeBackend, num_tokens: int) -> float:
     )
     cache, (q, k, v) = filled(backend, num_blocks), new_rows(spec, num_tokens)
     metadata, options = backend.build_metadata(step), Options(spec.head_dim**-0.5)
-    return best_of(5, lambda: backend.forward(q, k, v, cache, metadata, options=options))
+    dense = [x.transpose(0, 1).unsqueeze(0) for x in (q, k, v)]
+    return in_turns(
+        5,
+        lambda: backend.forward(q, k, v, cache, metadata, options=options),
+        (lambda: scaled_dot_product_attention(*dense, is_causal=True, enable_gqa=True)) if with_torch else None,
+    )
 
 
 def filled(backend: CpuNativeBackend, num_blocks: int) -> torch.Tensor:
@@ -146,16 +162,23 @@ def new_rows(spec: AttentionSpec, num_tokens: int) -> tuple[torch.Tensor, ...]:
     return torch.randn(num_tokens, sum(heads), spec.head_dim).to(spec.dtype).split(heads, 1)
 
 
-def best_of(repeats: int, run: Callable[[], object]) -> float:
-    """Seconds of the fastest run, one run before not counted."""
-    run()
-    times = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - begin)
-    return min(times)
+def in_turns(
+    repeats: int, ours: Callable[[], object], theirs: Callable[[], object] | None
+) -> tuple[float, float]:
+    """Seconds of each one's fastest run, one before not counted; infinite for nobody."""
+    best = [float("inf"), float("inf")]
+    for repeat in range(repeats + 1):
+        for i, run in enumerate((ours, theirs)):
+            if run is None:
+                continue
+            time.sleep(0.02)  # torch's threads spin for a while after their work
+            begin = time.perf_counter()
+            run()
+            if repeat:
+                best[i] = min(best[i], time.perf_counter() - begin)
+    return best[0], best[1]
 
 
 if __name__ == "__main__":
-    main()
+    with torch.inference_mode():
+        main()

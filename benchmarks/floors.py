@@ -7,16 +7,22 @@ cache's reading does not (attention waits for the projections before it). So
 
 Prefill is GEMM: 2 operations a weight of the layers and token, 4 · heads · head_dim operations for each pair of a token
 and one before it; the vocabulary's matrix only for the tokens that are sampled. Exponentials are not counted.
+
+Two floors, by what a GEMM is taken to cost: at the rate of the best kernel here for that number of rows, ours or
+oneDNN's (what the aims are shares of), and at the peak of tile products, which is a bound that nothing can pass. int8 is
+linear layers and cache of one byte an element; attention multiplies in bfloat16.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from roofline import Roofline, measure
+from works import WORKS
 
 
 @dataclass(frozen=True)
@@ -50,67 +56,113 @@ class ModelShape:
         return self.hidden * self.vocab
 
     @property
-    def weight_bytes(self) -> int:
-        """Of bf16 weights that a decode step reads."""
-        return 2 * (self.layer_weights + self.vocab_weights)
+    def weights(self) -> int:
+        """That a decode step reads."""
+        return self.layer_weights + self.vocab_weights
 
     @property
-    def kv_bytes(self) -> int:
-        """Of one token, in bf16."""
-        return 2 * 2 * self.num_layers * self.kv_heads * self.head_dim
+    def kv_elements(self) -> int:
+        """Of one token."""
+        return 2 * self.num_layers * self.kv_heads * self.head_dim
 
-    def prefill_flop(self, num_tokens: int, num_before: int = 0) -> float:
-        """Of `num_tokens` behind `num_before` that are cached: layers and attention, and one row of the vocabulary."""
+    def attention_flop(self, num_tokens: int, num_before: int = 0) -> float:
+        """Of `num_tokens` behind `num_before` that are cached."""
         pairs = num_tokens * num_before + num_tokens * (num_tokens + 1) / 2
-        attention = 4 * self.num_layers * self.heads * self.head_dim * pairs
-        return 2 * self.layer_weights * num_tokens + attention + 2 * self.vocab_weights
+        return 4 * self.num_layers * self.heads * self.head_dim * pairs
 
-    def decode_seconds(self, rows: int, kv_tokens: float, roof: Roofline) -> float:
-        """One step of `rows` sequences that reads so many tokens' keys and values (each shared block once)."""
-        gemm = roof.gemm_seconds(2 * (self.layer_weights + self.vocab_weights) * rows, rows) if rows > 1 else 0.0
-        return max(gemm, roof.read_seconds(self.weight_bytes)) + roof.read_seconds(kv_tokens * self.kv_bytes)
+    def linear_flop(self, num_tokens: int) -> float:
+        """Of a prompt: the layers, and one row of the vocabulary."""
+        return 2 * self.layer_weights * num_tokens + 2 * self.vocab_weights
 
 
-def seconds(name: str, shape: ModelShape, roof: Roofline) -> float | None:
-    """The least a load can take; None for those that have no such floor."""
-    widest = max(roof.bf16_tflops)
+@dataclass(frozen=True)
+class Floor:
+    """Of one model, one roofline and one choice of what a GEMM costs and how many bytes an element has."""
 
-    def prefill(num: int, num_in: int, before: int = 0, rows: int = widest) -> float:
-        return num * roof.gemm_seconds(shape.prefill_flop(num_in, before), rows)
+    shape: ModelShape
+    roof: Roofline
+    int8: bool = False
+    at_peak: bool = False
 
-    def decode(num: int, begin: float, steps: int, shared: int = 0) -> float:
+    def _products(self, flop: float, rows: int, *, int8: bool) -> float:
+        rate: Callable[..., float] = self.roof.product_seconds if self.at_peak else self.roof.gemm_seconds
+        return rate(flop, rows, int8=int8)
+
+    def _read(self, elements: float) -> float:
+        return self.roof.read_seconds(elements * (1 if self.int8 else 2))
+
+    def prefill(self, num: int, num_in: int, before: int = 0, *, rows: int) -> float:
+        """`num` prompts, `rows` of tokens at a time."""
+        linear = self._products(num * self.shape.linear_flop(num_in), rows, int8=self.int8)
+        attention = self._products(num * self.shape.attention_flop(num_in, before), rows, int8=False)
+        steps = max(1, num * num_in / rows)
+        return max(linear, steps * self._read(self.shape.weights)) + attention
+
+    def step(self, rows: int, kv_tokens: float) -> float:
+        """A decode step of `rows` sequences that reads so many tokens' keys and values (each shared block once)."""
+        gemm = self._products(2 * self.shape.weights * rows, rows, int8=self.int8) if rows > 1 else 0.0
+        return max(gemm, self._read(self.shape.weights)) + self._read(kv_tokens * self.shape.kv_elements)
+
+    def decode(self, num: int, begin: float, steps: int, shared: int = 0) -> float:
         """From `begin` tokens each; shared ones are read once a step."""
-        middle = begin + steps / 2
-        return steps * shape.decode_seconds(num, num * middle + shared, roof)
+        return steps * self.step(num, num * (begin + steps / 2) + shared)
 
-    if name == "W1":
-        return prefill(1, 128, rows=128) + decode(1, 128, 127)
-    if name == "W2":
-        return prefill(64, 256) + decode(64, 256, 127)
-    if name == "W3":
-        return prefill(1, 4096) + decode(1, 4096, 15)
-    if name == "W4":
-        return prefill(1, 1024) + prefill(32, 64, 1024) + decode(32, 64, 63, shared=1024)
-    if name == "W5":
-        return prefill(64, 128, rows=128) + 4 * decode(16, 128, 127)
-    return None
+    def seconds(self, name: str) -> float | None:
+        """The least a load can take; None for those that have no such floor."""
+        widest = max(self.roof.bf16_tflops)
+        if name == "W1":
+            return self.prefill(1, 128, rows=128) + self.decode(1, 128, 127)
+        if name == "W2":
+            return self.prefill(64, 256, rows=widest) + self.decode(64, 256, 127)
+        if name == "W3":
+            return self.prefill(1, 4096, rows=widest) + self.decode(1, 4096, 15)
+        if name == "W4":
+            prompts = self.prefill(1, 1024, rows=1024) + self.prefill(32, 64, 1024, rows=widest)
+            return prompts + self.decode(32, 64, 63, shared=1024)
+        if name == "W5":
+            return self.prefill(64, 128, rows=widest) + 4 * self.decode(16, 128, 127)
+        return None
+
+    def first_token(self, name: str) -> float:
+        """Of W1 and W3."""
+        work = WORKS[name]
+        return self.prefill(1, work.num_in, rows=min(work.num_in, max(self.roof.bf16_tflops)))
 
 
-OUT_TOKENS = {"W1": 128, "W2": 64 * 128, "W3": 16, "W4": 32 * 64, "W5": 64 * 128}
+def best(roofs: list[Roofline]) -> Roofline:
+    """Of each number the best that any of them found: a limit is what was reached once."""
+
+    def most(name: str) -> object:
+        values = [getattr(roof, name) for roof in roofs]
+        if isinstance(values[0], dict):
+            return {m: max(value[m] for value in values if m in value) for m in values[0]}
+        return max(values)
+
+    return Roofline(**{field.name: most(field.name) for field in fields(Roofline)})
 
 
-def of_cell(name: str, model: Path, roof: Roofline) -> list[str]:
+def of_cell(
+    name: str, model: Path, roof: Roofline, *, int8: bool = False, seconds: float | None = None
+) -> list[str]:
+    """seconds: what a run took, to be told as a share."""
     shape = ModelShape.read(model)
-    floor = seconds(name, shape, roof)
-    if floor is None:
-        return []
-    line = f"floor, bf16: {floor:.2f} s, {OUT_TOKENS[name] / floor:.1f} tok/s"
-    if name == "W1":
-        step = shape.decode_seconds(1, 192, roof)
-        first = roof.gemm_seconds(shape.prefill_flop(128), 128)
-        first = max(first, roof.read_seconds(shape.weight_bytes))
-        line += f"; first token {1e3 * first:.1f} ms, then {1e3 * step:.1f} ms"
-    return [line]
+    lines = []
+    for at_peak in (False, True):
+        floor = Floor(shape, roof, int8, at_peak)
+        least = floor.seconds(name)
+        if least is None:
+            return []
+        kind = "int8 weights and cache" if int8 else "bf16"
+        how = "tile products at their peak" if at_peak else "GEMMs at the best kernel's rate"
+        rate = WORKS[name].requests * WORKS[name].num_out / least
+        line = f"floor, {kind}, {how}: {least:.2f} s, {rate:.1f} tok/s"
+        if name in ("W1", "W3"):
+            step = floor.step(1, WORKS[name].num_in + WORKS[name].num_out / 2)
+            line += f"; first token {1e3 * floor.first_token(name):.1f} ms, then {1e3 * step:.1f} ms"
+        if seconds is not None:
+            line += f"; ours is at {least / seconds:.0%} of it"
+        lines.append(line)
+    return ["\n\n".join(lines)]
 
 
 def main() -> None:
@@ -122,10 +174,12 @@ def main() -> None:
         shape = ModelShape.read(model)
         print(
             f"{model.name}: {shape.layer_weights / 1e9:.3f} G weights in layers, {shape.vocab_weights / 1e9:.3f} G "
-            f"in the vocabulary, {shape.weight_bytes / 1e9:.2f} GB, keys and values {shape.kv_bytes} B a token"
+            f"in the vocabulary, {2 * shape.weights / 1e9:.2f} GB, keys and values {2 * shape.kv_elements} B a token"
         )
-        for name in OUT_TOKENS:
-            print(f"  {name}: {'; '.join(of_cell(name, model, roof))}")
+        for name in WORKS:
+            for int8 in (False, True):
+                for line in of_cell(name, model, roof, int8=int8):
+                    print(f"  {name}: " + line.replace("\n\n", f"\n  {name}: "))
 
 
 if __name__ == "__main__":

@@ -96,7 +96,7 @@ def main() -> None:
         for name, (k, n) in SHAPES[args.model].items():
             if args.shapes is None or name in args.shapes.split(","):
                 print(f"{name}: {k} -> {n}")
-                compare(k, n, [m for m in rows if m * n < 64e6], args.repeat, clock)
+                compare(k, n, [m for m in rows if m * n < 64e6 or m <= 64], args.repeat, clock)
 
 
 if __name__ == "__main__":

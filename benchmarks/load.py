@@ -6,8 +6,7 @@ The generator shares the processors with the server it measures, so it prints wh
 token ids, new ones for every request (no prefix cache helps); greedy; end of sequence ignored. It counts events: a
 server that puts two tokens into one event shows one gap for both; tokens are those of the server's own `usage`.
 
-Works: W1 one stream; W5 16 streams, 64 requests; T1 and T64 1 and 64 streams, for a tiny model. All 128 tokens in, 128
-out.
+What the loads are: works.py.
 """
 
 from __future__ import annotations
@@ -23,22 +22,11 @@ import time
 import urllib.request
 from dataclasses import asdict, dataclass, field
 
+from works import WORKS, Work
+
 EVENT = b"data: {"
 TAIL = 2048
 USAGE = re.compile(rb'"completion_tokens": ?(\d+)')
-
-
-@dataclass(frozen=True)
-class Work:
-    """`requests` requests, `streams` of them at a time."""
-
-    streams: int
-    requests: int
-    num_in: int = 128
-    num_out: int = 128
-
-
-WORKS = {"W1": Work(1, 3), "W5": Work(16, 64), "T1": Work(1, 8), "T64": Work(64, 256)}
 
 
 @dataclass(frozen=True)
@@ -76,10 +64,14 @@ class Load:
         self._address, self._model, self._vocab_size = (host, port), model, vocab_size
         self._pick = random.Random(seed)
 
-    def run(self, work: Work) -> Result:
-        """Send all of it and wait for the last answer."""
-        bodies = [self._request(work) for _ in range(work.requests)]
-        bodies.reverse()
+    def run(self, work: Work, limit_s: float = 3600.0) -> Result:
+        """Send all of it and wait for the last answer.
+
+        Raises:
+            RuntimeError: an answer is not whole, or `limit_s` have passed.
+        """
+        prompts = work.prompts(self._vocab_size, self._pick)
+        bodies = [self._request(prompt, work.num_out) for prompt in reversed(prompts)]
         poll = select.epoll()
         streams: dict[int, _Stream] = {}
         done: list[_Stream] = []
@@ -88,7 +80,9 @@ class Load:
             self._open(bodies.pop(), streams, poll)
         now = time.perf_counter
         while streams:
-            for fd, _ in poll.poll():
+            if (left := began + limit_s - now()) <= 0:
+                raise RuntimeError(_too_slow(done, streams, limit_s))
+            for fd, _ in poll.poll(left):
                 stream = streams[fd]
                 data = stream.connection.recv(65536)
                 if not data:
@@ -107,11 +101,11 @@ class Load:
         poll.close()
         return _result(done, work, seconds, cpu)
 
-    def _request(self, work: Work) -> bytes:
+    def _request(self, prompt: list[int], num_out: int) -> bytes:
         body = {
             "model": self._model,
-            "prompt": [self._pick.randrange(300, self._vocab_size - 300) for _ in range(work.num_in)],
-            "max_tokens": work.num_out,
+            "prompt": prompt,
+            "max_tokens": num_out,
             "temperature": 0.0,
             "ignore_eos": True,
             "stream": True,
@@ -131,6 +125,13 @@ class Load:
         connection.sendall(request)
         streams[connection.fileno()] = _Stream(connection, begun)
         poll.register(connection.fileno(), select.EPOLLIN)
+
+
+def _too_slow(done: list[_Stream], streams: dict[int, _Stream], limit_s: float) -> str:
+    for stream in streams.values():
+        stream.connection.close()
+    events = sum(len(stream.times) for stream in [*done, *streams.values()])
+    return f"not done in {limit_s:.0f} s: {len(done)} answers whole, {len(streams)} begun, {events} tokens"
 
 
 def _result(streams: list[_Stream], work: Work, seconds: float, cpu: float) -> Result:

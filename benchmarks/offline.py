@@ -1,9 +1,10 @@
-"""One batch, without a server, in whichever engine the Python that runs this has. compare.py starts it.
+"""Batches without a server, in whichever engine the Python that runs this has. compare.py starts it.
 
     python benchmarks/offline.py --engine minivllm|vllm|transformers|openvino --model DIR --work W2 [--repeat 3]
+    python benchmarks/offline.py --engine … --model DIR --listen     # loads once, then does what stdin asks for
 
-One line of JSON: seconds of each run and output tokens a second of the median. W1 one of 128 in, 128 out; W2 64 ×
-(256/128); W3 one of 4096 in, 16 out; W4 32 × (1024 shared + 64 own in / 64 out), the cache cold for the shared part.
+A line of JSON for each run: seconds, and output tokens a second. What the loads are: works.py. With --listen a line
+{"ready": seconds of loading} comes first, and each line of stdin, {"work": "W2", "requests": 16}, is one run.
 """
 
 from __future__ import annotations
@@ -13,37 +14,21 @@ import importlib
 import json
 import os
 import random
-import statistics
+import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import TextIO
 
+from works import WORKS, Work
 
-@dataclass(frozen=True)
-class Work:
-    num: int
-    num_in: int
-    num_out: int
-    num_shared: int = 0
-
-
-WORKS = {"W1": Work(1, 128, 128), "W2": Work(64, 256, 128), "W3": Work(1, 4096, 16), "W4": Work(32, 64, 64, 1024)}
 Run = Callable[[list[list[int]], int], None]  # all prompts, so many tokens each
-
-
-def prompts_of(work: Work, vocab_size: int, pick: random.Random) -> list[list[int]]:
-    def some(count: int) -> list[int]:
-        return [pick.randrange(300, vocab_size - 300) for _ in range(count)]
-
-    shared = some(work.num_shared)
-    return [shared + some(work.num_in) for _ in range(work.num)]
 
 
 def llm(engine: str, model: str, extra: dict) -> Run:
     """minivllm or vLLM: the same class by the same names."""
     module = importlib.import_module(engine)
     if engine == "minivllm":
-        extra = {"kv_cache_memory_bytes": 8 << 30, "touch_kv_cache": True} | extra
+        extra = {"kv_cache_memory_bytes": str(3 << 30), "touch_kv_cache": True} | extra
     with open(f"{model}/config.json") as file:
         longest = min(8192, json.load(file)["max_position_embeddings"])
     engine = module.LLM(model=model, dtype="bfloat16", max_model_len=longest, **extra)
@@ -81,7 +66,7 @@ def openvino(engine: str, model: str, extra: dict) -> Run:
     import openvino_genai
 
     scheduler = openvino_genai.SchedulerConfig()
-    scheduler.cache_size, scheduler.enable_prefix_caching = 8, True  # GB
+    scheduler.cache_size, scheduler.enable_prefix_caching = 3, True  # GB
     precision = {"INFERENCE_PRECISION_HINT": "bf16", "KV_CACHE_PRECISION": "bf16"}
     pipeline = openvino_genai.ContinuousBatchingPipeline(model, scheduler, "CPU", precision)
 
@@ -97,30 +82,47 @@ def openvino(engine: str, model: str, extra: dict) -> Run:
 ENGINES = {"minivllm": llm, "vllm": llm, "transformers": transformers, "openvino": openvino}
 
 
+def one_run(run: Run, name: str, requests: int | None, vocab_size: int, pick: random.Random) -> dict:
+    work = WORKS[name] if requests is None else WORKS[name].part(requests)
+    prompts = work.prompts(vocab_size, pick)
+    begin = time.perf_counter()
+    run(prompts, work.num_out)
+    seconds = time.perf_counter() - begin
+    return {"work": name, "seconds": seconds, "tokens_s": work.requests * work.num_out / seconds}
+
+
+def only_ours() -> TextIO:
+    """What was stdout; what engines print goes to stderr from here on."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    return answers
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", choices=ENGINES, required=True)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--work", choices=WORKS, nargs="+", required=True)
+    parser.add_argument("--work", choices=WORKS, nargs="+", default=[])
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--listen", action="store_true")
     parser.add_argument("--extra", type=json.loads, default={}, help="more arguments of LLM, as JSON")
     args = parser.parse_args()
+    answers = only_ours()
     with open(f"{args.model}/config.json") as file:
         vocab_size = json.load(file)["vocab_size"]
     began = time.perf_counter()
     run = ENGINES[args.engine](args.engine, args.model, args.extra)
     loaded = time.perf_counter() - began
     pick = random.Random(time.time_ns())
-    run(prompts_of(Work(2, 32, 8), vocab_size, pick), 8)
+    run(Work(2, 2, 32, 8).prompts(vocab_size, pick), 8)
+    if args.listen:
+        print(json.dumps({"ready": loaded}), file=answers)
+        for line in sys.stdin:
+            asked = json.loads(line)
+            print(json.dumps(one_run(run, asked["work"], asked["requests"], vocab_size, pick)), file=answers)
     for name in args.work:
-        work, times = WORKS[name], []
         for _ in range(args.repeat):
-            prompts = prompts_of(work, vocab_size, pick)
-            begin = time.perf_counter()
-            run(prompts, work.num_out)
-            times.append(time.perf_counter() - begin)
-        tokens_s = work.num * work.num_out / statistics.median(times)
-        print(json.dumps({"work": name, "seconds": times, "tokens_s": tokens_s, "load_s": loaded}), flush=True)
+            print(json.dumps(one_run(run, name, None, vocab_size, pick)), file=answers)
 
 
 if __name__ == "__main__":

@@ -11,36 +11,64 @@ from __future__ import annotations
 import glob
 import json
 import os
+import select
 import socket
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import psutil
+from processes import Guard, Processes
+from works import Work
 
 HOST = "127.0.0.1"
-KV_GIB = 4
+KV_GIB = 3  # W2 fills 2.6 of them in bf16
+OFFLINE = str(Path(__file__).with_name("offline.py"))
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a slow engine is asked of a load: so many of its requests, at most so many runs. None: all."""
+
+    requests: int | None = None
+    runs: int | None = None
 
 
 @dataclass(frozen=True)
 class Peer:
-    """One engine. `server`: a command that serves `{port}`; `offline`: the Python that runs benchmarks/offline.py."""
+    """One engine.
+
+    server: the command that serves some works, without host and port. offline: the command that runs batches, without
+    `--listen`. stays: it starts too slowly, or is too much ours, to be ended after each turn. by_server: what others do
+    offline, it does through its server.
+    """
 
     name: str
-    server: list[str] | None = None
+    server: Callable[[list[Work]], list[str]] | None = None
     offline: list[str] | None = None
     env: dict[str, str] = field(default_factory=dict)
+    stays: bool = False
+    by_server: bool = False
+    shares: dict[str, Share] = field(default_factory=dict)
 
 
-def ours(model: Path, extra: list[str], name: str = "ours") -> Peer:
+def ours(model: Path, extra: dict[str, str], name: str = "ours", kv_gib: float = KV_GIB) -> Peer:
+    extra = {"kv_cache_memory_bytes": str(int(kv_gib * 2**30))} | extra
     server = [sys.executable, "-m", "minivllm.entrypoints.openai.api_server", "--model", str(model)]
-    server += ["--max-model-len", max_len(model), "--kv-cache-memory-bytes", str(KV_GIB << 30)]
-    server += ["--touch-kv-cache"]  # as vLLM does
-    return Peer(name, [*server, *extra], [sys.executable])
+    server += ["--max-model-len", max_len(model), "--touch-kv-cache"]  # as vLLM does
+    for option, value in extra.items():
+        server += [f"--{option.replace('_', '-')}", value]
+    offline = [sys.executable, OFFLINE, "--engine", "minivllm", "--model", str(model), "--extra", json.dumps(extra)]
+    return Peer(name, lambda works: server, offline, stays=True)
+
+
+def ours_int8(model: Path) -> Peer:
+    """Weights and cache; half the bytes of cache for as many tokens."""
+    return ours(model, {"quantization": "int8", "kv_cache_dtype": "int8"}, "ours-int8", KV_GIB / 2)
 
 
 def why_ours_is_slow() -> str | None:
@@ -65,6 +93,7 @@ def vllm(model: Path, python: str) -> Peer:
     libraries = glob.glob(f"{sys_prefix(python)}/lib/libiomp5.so")
     libraries += glob.glob("/usr/lib/*/libtcmalloc_minimal.so.4")
     server = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--dtype", "bfloat16"]
+    server += ["--max-model-len", max_len(model)]
     env = {
         "VLLM_CPU_KVCACHE_SPACE": str(KV_GIB),
         "VLLM_CPU_OMP_THREADS_BIND": f"0-{(os.cpu_count() or 1) - 1}",
@@ -73,7 +102,8 @@ def vllm(model: Path, python: str) -> Peer:
         "LD_PRELOAD": ":".join(libraries),
         "PYTHONPATH": "",  # ours is none of its business
     }
-    return Peer("vllm", [*server, "--max-model-len", max_len(model)], [python], env)
+    offline = [python, OFFLINE, "--engine", "vllm", "--model", str(model)]
+    return Peer("vllm", lambda works: server, offline, env, stays=True)
 
 
 def max_len(model: Path) -> str:
@@ -85,17 +115,30 @@ def sys_prefix(python: str) -> str:
     return str(Path(python).parent.parent)
 
 
-def llama(binary: str, gguf: Path, streams: int, name: str) -> Peer:
-    server = [binary, "-m", str(gguf), "-c", str(512 * streams), "-np", str(streams), "-t", str(os.cpu_count())]
-    return Peer(name, [*server, "--cache-ram", "0"])
+def llama(binary: str, gguf: Path, name: str) -> Peer:
+    """Its context is divided among its slots, so it is started for one load."""
+
+    def server(works: list[Work]) -> list[str]:
+        streams = max(work.streams for work in works)
+        context = streams * (max(work.num_tokens for work in works) + 64)
+        sizes = ["-c", str(context), "-np", str(streams), "-t", str(os.cpu_count()), "--no-kv-unified"]
+        return [binary, "-m", str(gguf), *sizes, "--cache-ram", "0"]
+
+    once = {"W2": Share(8, 1), "W3": Share(1, 1), "W4": Share(4, 1), "W5": Share(16, 1), "T64": Share(128)}
+    return Peer(name, server, by_server=True, shares=once)
 
 
-def transformers() -> Peer:
-    return Peer("transformers", None, [sys.executable])
+def transformers(model: Path) -> Peer:
+    shares = {"W1": Share(1, 1), "W2": Share(16, 1), "W3": Share(1, 1), "W4": Share(4, 1)}
+    command = [sys.executable, OFFLINE, "--engine", "transformers", "--model", str(model)]
+    return Peer("transformers", None, command, shares=shares)
 
 
-def openvino(python: str) -> Peer:
-    return Peer("openvino", None, [python], {"PYTHONPATH": ""})
+def openvino(model: Path, python: str) -> Peer:
+    """model: what `optimum-cli export openvino` made."""
+    shares = {"W1": Share(1, 1), "W2": Share(32, 1), "W3": Share(1, 2), "W4": Share(8, 1)}
+    command = [python, OFFLINE, "--engine", "openvino", "--model", str(model)]
+    return Peer("openvino", None, command, {"PYTHONPATH": ""}, shares=shares)
 
 
 def free_port() -> int:
@@ -106,53 +149,65 @@ def free_port() -> int:
 
 def is_up(port: int) -> bool:
     try:
-        return urllib.request.urlopen(f"http://{HOST}:{port}/health").status == 200
-    except (urllib.error.URLError, ConnectionError):
+        return urllib.request.urlopen(f"http://{HOST}:{port}/health", timeout=5).status == 200
+    except (urllib.error.URLError, ConnectionError, TimeoutError):
         return False
 
 
 class Server:
-    """A running server of a peer. Use as a context, or `end` it: its children end with it."""
+    """A running server of a peer."""
 
-    def __init__(self, peer: Peer, port: int, log: Path) -> None:
-        """Raises RuntimeError when it ends before it serves."""
-        self.port = port
-        command = [*peer.server, "--host", HOST, "--port", str(port)]
+    def __init__(
+        self,
+        peer: Peer,
+        works: list[Work],
+        log: Path,
+        *,
+        guard: Guard | None = None,
+        limit_s: float = 600.0,
+    ) -> None:
+        """Raises RuntimeError when it ends before it serves, or does not serve in `limit_s`."""
+        self.port = free_port()
+        command = [*peer.server(works), "--host", HOST, "--port", str(self.port)]
         began = time.monotonic()
-        with log.open("wb") as out:
-            self._process = subprocess.Popen(
-                command, stdout=out, stderr=out, env=os.environ | peer.env, start_new_session=True
-            )
-        while not is_up(port):
-            if self._process.poll() is not None:
-                raise RuntimeError(f"{peer.name} ended with {self._process.returncode}; see {log}")
-            time.sleep(0.02)
+        self.processes = Processes(command, peer.env, log, guard=guard)
+        try:
+            while not is_up(self.port):
+                if (code := self.processes.root.poll()) is not None:
+                    raise RuntimeError(f"{peer.name} ended with {code} at its start; see {log}")
+                if time.monotonic() - began > limit_s:
+                    raise RuntimeError(f"{peer.name} did not serve in {limit_s:.0f} s; see {log}")
+                time.sleep(0.02)
+        except BaseException:
+            self.processes.end()
+            raise
         self.seconds_to_ready = time.monotonic() - began
 
-    def _processes(self) -> list[psutil.Process]:
-        root = psutil.Process(self._process.pid)
-        return [root, *root.children(recursive=True)]
 
-    def memory_mb(self) -> float:
-        """Proportional set size of all its processes."""
-        return sum(process.memory_full_info().pss for process in self._processes()) / 1e6
+class Offline:
+    """A running offline.py of a peer, which has loaded its model and waits for works."""
 
-    def cpu_seconds(self) -> float:
-        return sum(sum(process.cpu_times()[:2]) for process in self._processes())
-
-    def __enter__(self) -> Server:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.end()
-
-    def end(self) -> None:
-        processes = self._processes()
-        self._process.terminate()
+    def __init__(self, peer: Peer, log: Path, *, guard: Guard | None = None, limit_s: float = 600.0) -> None:
+        """Raises RuntimeError as Server does."""
+        self._name, self._log = peer.name, log
+        self.processes = Processes([*peer.offline, "--listen"], peer.env, log, guard=guard, talks=True)
         try:
-            self._process.wait(15)
-        except subprocess.TimeoutExpired:
-            pass
-        for process in processes:
-            if process.is_running():
-                process.kill()
+            self.seconds_to_ready = self._answer(limit_s)["ready"]
+        except BaseException:
+            self.processes.end()
+            raise
+
+    def run(self, name: str, requests: int | None, limit_s: float) -> dict:
+        """Raises RuntimeError when it ends, or is not done in `limit_s`: it is of no use then."""
+        self.processes.root.stdin.write(json.dumps({"work": name, "requests": requests}).encode() + b"\n")
+        self.processes.root.stdin.flush()
+        return self._answer(limit_s)
+
+    def _answer(self, limit_s: float) -> dict:
+        out = self.processes.root.stdout
+        if not select.select([out], [], [], limit_s)[0]:
+            raise RuntimeError(f"{self._name} was not done in {limit_s:.0f} s")
+        line = out.readline()  # it writes whole lines
+        if not line:
+            raise RuntimeError(f"{self._name} ended with {self.processes.root.wait()}; see {self._log}")
+        return json.loads(line)

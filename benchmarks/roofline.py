@@ -7,7 +7,9 @@ same run. Other benchmarks import `measure`. All numbers use every thread of the
 
 Bandwidth is wide vector loads with a prefetch over a buffer in huge pages. A GEMM rate is the best of oneDNN with
 its weight packed ahead (through torch) and our own kernel, over the four matrix shapes of a Qwen3-0.6B layer one after
-another, as a forward pass meets them (31 MB in bf16: at few rows the rate is the memory's, the caches' included).
+another, as a forward pass meets them (31 MB in bf16: at few rows the rate is the memory's, the caches' included). The
+products' peak is no kernel's: tile products of random numbers from L1, nothing stored, which nothing on this machine can
+pass.
 """
 
 from __future__ import annotations
@@ -17,12 +19,13 @@ import json
 import mmap
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 import numpy as np
 import torch
 
 from minivllm.ops.linear import PackedLinear
+from minivllm.ops.linear_int8 import PackedInt8Linear
 from minivllm.utils import native
 
 ROWS = (1, 16, 32, 64, 128, 256, 2048)
@@ -43,11 +46,23 @@ class Roofline:
     bf16_onednn_tflops: dict[int, float]
     bf16_ours_tflops: dict[int, float]
     int8_tops: dict[int, float]  # oneDNN, 8-bit activations and weights; empty where torch has none
+    int8_ours_tops: dict[int, float]
+    bf16_peak_tflops: float  # of tile products alone; 0 where there are no tiles
+    int8_peak_tops: float
 
-    def gemm_seconds(self, flop: float, rows: int) -> float:
-        """Of `flop` operations at the rate of the nearest measured number of rows not above `rows`."""
-        measured = max(m for m in self.bf16_tflops if m <= max(rows, min(self.bf16_tflops)))
-        return flop / (self.bf16_tflops[measured] * 1e12)
+    def gemm_seconds(self, flop: float, rows: int, *, int8: bool = False) -> float:
+        """Of `flop` operations at the best rate of any kernel, at the nearest measured number of rows not above `rows`."""
+        rates = self.int8_ours_tops if int8 else self.bf16_tflops
+        measured = max(m for m in rates if m <= max(rows, min(rates)))
+        rate = max(rates[measured], self.int8_tops.get(measured, 0.0)) if int8 else rates[measured]
+        return flop / (rate * 1e12)
+
+    def product_seconds(self, flop: float, rows: int, *, int8: bool = False) -> float:
+        """Of `flop` operations at the peak of tile products, 16 rows a tile. Without tiles, as `gemm_seconds`."""
+        peak = self.int8_peak_tops if int8 else self.bf16_peak_tflops
+        if not peak:
+            return self.gemm_seconds(flop, rows, int8=int8)
+        return flop / (peak * 1e12) * (-(-rows // 16) * 16 / rows)
 
     def read_seconds(self, num_bytes: float) -> float:
         return num_bytes / (self.bandwidth_gbs * 1e9)
@@ -111,11 +126,18 @@ def onednn_int8(rows: int, seconds: float) -> float:
     return LAYER_FLOP_A_ROW * rows / best_seconds(run, seconds) / 1e12
 
 
-def ours_bf16(rows: int, seconds: float) -> float:
+def peak_products(dtype: str, seconds: float) -> float:
+    """TFLOP/s or TOP/s of all threads multiplying tiles; 0 where this processor has none."""
+    rounds = 20_000  # 5 ms
+    flop = native.lib.peak_products(dtype, 1) * rounds
+    return flop / best_seconds(lambda: native.lib.peak_products(dtype, rounds), seconds) / 1e12
+
+
+def ours(cls: type[PackedLinear], rows: int, seconds: float) -> float:
     """TFLOP/s of our kernel on the same matrices."""
     calls = []
     for out, into in LAYER:
-        linear = PackedLinear(out, into, torch.bfloat16)
+        linear = cls(out, into, torch.bfloat16)
         linear.load_rows(0, torch.randn(out, into, dtype=torch.bfloat16))
         calls.append((linear, torch.randn(rows, into, dtype=torch.bfloat16)))
 
@@ -139,16 +161,30 @@ def measure(seconds: float = 0.4, rows: tuple[int, ...] = ROWS) -> Roofline:
             int8 = {}
     finally:
         torch.set_num_threads(before)
-    ours = {m: ours_bf16(m, seconds) for m in rows}
+    bf16 = {m: ours(PackedLinear, m, seconds) for m in rows}
     return Roofline(
         threads=threads,
         isa=native.lib.isa(),
         bandwidth_gbs=bandwidth(2 * seconds),
         bandwidth_small_pages_gbs=bandwidth(2 * seconds, huge_pages=False),
-        bf16_tflops={m: max(onednn[m], ours[m]) for m in rows},
+        bf16_tflops={m: max(onednn[m], bf16[m]) for m in rows},
         bf16_onednn_tflops=onednn,
-        bf16_ours_tflops=ours,
+        bf16_ours_tflops=bf16,
         int8_tops=int8,
+        int8_ours_tops={m: ours(PackedInt8Linear, m, seconds) for m in rows},
+        bf16_peak_tflops=peak_products("bfloat16", seconds),
+        int8_peak_tops=peak_products("int8", seconds),
+    )
+
+
+def read_table(line: dict) -> Roofline:
+    """A Roofline again from what `asdict` and JSON made of it."""
+    values = {field.name: line[field.name] for field in fields(Roofline)}
+    return Roofline(
+        **{
+            name: {int(m): rate for m, rate in value.items()} if isinstance(value, dict) else value
+            for name, value in values.items()
+        }
     )
 
 
@@ -157,11 +193,13 @@ def table(roof: Roofline) -> str:
     lines = [
         f"{roof.threads} threads, {roof.isa}",
         f"read {roof.bandwidth_gbs:.1f} GB/s ({roof.bandwidth_small_pages_gbs:.1f} in small pages)",
-        f"{'rows':>6}{'bf16 oneDNN':>13}{'bf16 ours':>11}{'int8 oneDNN':>13}   TFLOP/s (TOP/s)",
+        f"tile products alone: bf16 {roof.bf16_peak_tflops:.2f} TFLOP/s, int8 {roof.int8_peak_tops:.2f} TOP/s",
+        f"{'rows':>6}{'bf16 oneDNN':>13}{'bf16 ours':>11}{'int8 oneDNN':>13}{'int8 ours':>11}   TFLOP/s (TOP/s)",
     ]
     for m in roof.bf16_tflops:
         int8 = f"{roof.int8_tops[m]:13.3f}" if roof.int8_tops else f"{'-':>13}"
-        lines.append(f"{m:6}{roof.bf16_onednn_tflops[m]:13.3f}{roof.bf16_ours_tflops[m]:11.3f}{int8}")
+        bf16 = f"{roof.bf16_onednn_tflops[m]:13.3f}{roof.bf16_ours_tflops[m]:11.3f}"
+        lines.append(f"{m:6}{bf16}{int8}{roof.int8_ours_tops[m]:11.3f}")
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""Seconds from process start to /health 200, and the memory of each process then.
+"""Seconds from process start to /health 200, and the memory of each process then and at most until then.
 
     python benchmarks/startup.py --model DIR [--runs 5] [server arguments …]
 
@@ -33,8 +33,14 @@ def is_healthy(port: int) -> bool:
         return False
 
 
-def one_run(model: str, server_args: list[str]) -> tuple[float, float, list[float]]:
-    """Seconds to healthy, seconds to end, resident megabytes of the server and its children."""
+def peak_mb(pid: int) -> float:
+    """The most it has held resident."""
+    with open(f"/proc/{pid}/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) * 1024 / 1e6
+
+
+def one_run(model: str, server_args: list[str]) -> tuple[float, float, list[float], list[float]]:
+    """Seconds to healthy, seconds to end, resident megabytes of the server and its children, and their peaks."""
     port = free_port()
     command = [sys.executable, "-m", "minivllm.entrypoints.openai.api_server", "--model", model]
     command += ["--host", "127.0.0.1", "--port", str(port), *server_args]
@@ -47,10 +53,11 @@ def one_run(model: str, server_args: list[str]) -> tuple[float, float, list[floa
     to_healthy = time.monotonic() - began
     processes = [psutil.Process(server.pid), *psutil.Process(server.pid).children(recursive=True)]
     megabytes = [process.memory_info().rss / 1e6 for process in processes]
+    peaks = [peak_mb(process.pid) for process in processes]
     began = time.monotonic()
     server.send_signal(signal.SIGTERM)
     server.wait()
-    return to_healthy, time.monotonic() - began, megabytes
+    return to_healthy, time.monotonic() - began, megabytes, peaks
 
 
 def main() -> None:
@@ -61,9 +68,12 @@ def main() -> None:
     runs = []
     for _ in range(args.runs):
         runs.append(one_run(args.model, server_args))
-        to_healthy, to_end, megabytes = runs[-1]
-        sizes = ", ".join(f"{size:.0f}" for size in megabytes)
-        print(f"healthy after {to_healthy:.2f} s, ended {to_end:.2f} s after SIGTERM, resident MB {sizes}", flush=True)
+        to_healthy, to_end, megabytes, peaks = runs[-1]
+        sizes, most = (", ".join(f"{size:.0f}" for size in each) for each in (megabytes, peaks))
+        print(
+            f"healthy after {to_healthy:.2f} s, ended {to_end:.2f} s after SIGTERM, resident MB {sizes}, at most {most}",
+            flush=True,
+        )
     times = [run[0] for run in runs]
     print(f"to healthy: median {statistics.median(times):.2f} s, {min(times):.2f} to {max(times):.2f}")
 

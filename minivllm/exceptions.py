@@ -7,7 +7,6 @@
     │   ├── UnsupportedError   an option that exists elsewhere but not here (yet)    HTTP 400
     │   ├── NotFoundError      the request names something that is not here          HTTP 404
     │   │   └── ModelNotFoundError … a model that is not served
-    │   ├── NotImplementedHereError a route of vLLM whose work this engine cannot do  HTTP 501
     │   ├── ConflictError      what is asked for goes against what is underway       HTTP 409
     │   └── QueueFullError     as many wait as may; the request can be sent again    HTTP 503
     └── EngineError            the engine failed, not the client                     HTTP 500
@@ -60,12 +59,6 @@ class NotFoundError(RequestError):
 
 class ModelNotFoundError(NotFoundError):
     """The request names a model that is not served here."""
-
-
-class NotImplementedHereError(RequestError):
-    """A route that vLLM has, whose work this engine cannot do."""
-
-    status = 501
 
 
 class ConflictError(RequestError):

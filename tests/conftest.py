@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 from pathlib import Path
@@ -9,12 +10,28 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+EXIT_STATUS = pytest.StashKey[int]()
 sys.path.insert(0, str(ROOT / "examples"))
 
 # No test may reach for a hub: what is not on disk must fail at once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Nor for a card: there engines that say nothing would run on it, by other defaults. `python -m tests.gpu` checks one.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    session.config.stash[EXIT_STATUS] = int(exitstatus)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """End without taking Python apart where Triton is loaded: its library would print a page about objects it leaks."""
+    if "triton._C.libtriton" in sys.modules and EXIT_STATUS in config.stash:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(config.stash[EXIT_STATUS])
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

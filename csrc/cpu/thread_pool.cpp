@@ -126,7 +126,10 @@ private:
         for (uint64_t seen = 0;;) {
             seen = epoch_.wait([seen](uint64_t v) { return v != seen; });
             if (stopping_) return;
-            // A job lasts until what was claimed of it is done, so what was claimed belongs to `fn_` and `ctx_`.
+            // A worker that comes late, woken by a job that is over, may claim of the next one: whatever it has seen before,
+            // the exchange in `claim` takes an index of the job that is current when it succeeds, and reads what `run` stored
+            // for that job, so `fn_` and `ctx_` (read after it) are that job's. And that job is not over, so they stay, until
+            // `done_` has counted what was claimed. An equal word of an older job does no harm for the same reason.
             for (int index; (index = claim()) >= 0; done_.add(1)) fn_(ctx_, index);
         }
     }

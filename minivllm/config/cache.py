@@ -21,9 +21,9 @@ class CacheConfig:
     num_gpu_blocks_override: int | None = None
     """Number of KV blocks; wins over both sizes."""
     touch_kv_cache: bool = False
-    """Take the memory of the whole KV cache at the start, which lasts longer then. Without it, it is taken as blocks
-    are first written, in the middle of answers: cheap, but on a virtual machine that gets its memory only when it
-    touches it."""
+    """Take the memory of the whole KV cache behind the start, by a thread of the lowest priority, in the order in which blocks
+    are handed out. Without it, it is taken as blocks are first written, in the middle of answers: cheap, but on a virtual
+    machine that gets its memory only when it touches it."""
     enable_prefix_caching: bool = True
     """Keep the KV blocks of past prompts and reuse them for equal prefixes."""
     disable_hybrid_kv_cache_manager: bool = False

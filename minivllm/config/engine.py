@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from minivllm.config.cache import CacheConfig
+from minivllm.config.compilation import CompilationConfig
 from minivllm.config.cpu import CpuConfig
 from minivllm.config.device import DeviceConfig
 from minivllm.config.hf_config import HFConfig
@@ -37,6 +38,7 @@ class EngineConfig:
     structured_outputs: StructuredOutputsConfig = StructuredOutputsConfig()
     cpu: CpuConfig = CpuConfig()
     device: DeviceConfig = DeviceConfig()
+    compilation: CompilationConfig = CompilationConfig()
     model_class: str = ""  # "module:Class" of the registry; it travels, so that a registered model reaches the core
     generation_config: dict[str, Any] = field(default_factory=dict)  # after overrides; with "vllm", only the end tokens
     usage: Usage = "serve"  # what the defaults of a step's limits depend on

@@ -12,9 +12,9 @@ NOT_YET = frozenset(
     additional_config aggregate_engine_logging all2all_backend allow_deprecated_quantization
     allowed_local_media_path allowed_media_domains anthropic_disabled_thinking_effort
     attention_backend attention_config aux_output_config
-    code_revision cohere_format cohere_is_reasoning_model collect_detailed_traces compilation_config
+    code_revision cohere_format cohere_is_reasoning_model collect_detailed_traces
     config_format convert cp_kv_cache_interleave_size cpu_distributed_timeout_seconds cpu_offload_gb
-    cpu_offload_params cudagraph_capture_sizes cudagraph_metrics custom_histogram_buckets data_parallel_address
+    cpu_offload_params cudagraph_metrics custom_histogram_buckets data_parallel_address
     data_parallel_backend data_parallel_external_lb data_parallel_hybrid_lb data_parallel_multi_port_external_lb
     data_parallel_rank data_parallel_rpc_port data_parallel_size data_parallel_size_local
     data_parallel_start_rank data_parallel_supervisor_port dbo_decode_token_threshold
@@ -45,7 +45,7 @@ NOT_YET = frozenset(
     linear_backend logging_config
     long_prefill_token_threshold_adaptive lora_dtype lora_target_modules mamba_backend
     mamba_block_size mamba_cache_dtype mamba_cache_mode mamba_cache_philox_rounds mamba_ssm_cache_dtype
-    mamba_ssu_algorithm master_addr master_port max_cpu_loras max_cudagraph_capture_size
+    mamba_ssu_algorithm master_addr master_port max_cpu_loras
     max_lora_cls_labels max_lora_rank max_loras
     max_num_scheduled_tokens max_parallel_loading_workers max_seq_len_to_capture media_io_kwargs
     mm_device_do_normalize mm_encoder_attn_backend mm_encoder_attn_dtype mm_encoder_fp8_scale_path
@@ -72,7 +72,7 @@ NOT_YET = frozenset(
 )
 
 ALIASES = {
-    "-ac": "attention_config", "-cc": "compilation_config",
+    "-ac": "attention_config",
     "-dc": "diffusion_config", "-dcp": "decode_context_parallel_size", "-dp": "data_parallel_size",
     "-dpa": "data_parallel_address", "-dpb": "data_parallel_backend", "-dpe": "data_parallel_external_lb",
     "-dph": "data_parallel_hybrid_lb", "-dpl": "data_parallel_size_local",

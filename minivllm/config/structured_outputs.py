@@ -17,8 +17,9 @@ _OTHER_BACKENDS = ("xgrammar", "outlines", "lm-format-enforcer")
 class StructuredOutputsConfig:
     structured_outputs_config: dict[str, Any] | None = None
     """How structured outputs are done: a JSON object with backend (auto or guidance, which are the same),
-    disable_any_whitespace and disable_additional_properties (for every request), enable_in_reasoning, and preload (read
-    the vocabulary at the start, so that the first such request holds up no other)."""
+    disable_any_whitespace and disable_additional_properties (for every request), enable_in_reasoning, and preload (true:
+    read the vocabulary at the start; false: when the first constraint comes, whom it may hold up; else when the engine
+    has nothing to do)."""
 
 
 class StructuredOutputsOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -29,7 +30,8 @@ class StructuredOutputsOptions(msgspec.Struct, frozen=True, forbid_unknown_field
     disable_additional_properties: bool = False
     enable_in_reasoning: bool = False  # what a reasoning model thinks must match, too
     disable_fallback: bool = False  # there is one backend
-    preload: bool = False  # ours: read the vocabulary at the start, not when the first constraint comes
+    # Ours: read the vocabulary at the start (True), when the first constraint comes (False), or once the engine idles.
+    preload: bool | None = None
 
 
 def read_structured_outputs_config(values: dict[str, Any] | None) -> StructuredOutputsOptions:

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from minivllm.config.cache import KV_TILE, CacheConfig
+from minivllm.config.compilation import CompilationConfig, read_compilation
 from minivllm.config.cpu import CpuConfig, read_cpu_bind
 from minivllm.config.device import DeviceConfig
 from minivllm.config.docs import field_docs, summary
@@ -65,6 +66,7 @@ PARTS = {
     "structured_outputs": StructuredOutputsConfig,
     "cpu": CpuConfig,
     "device": DeviceConfig,
+    "compilation": CompilationConfig,
 }
 _DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 _AT_LEAST_ONE = (
@@ -124,6 +126,7 @@ class EngineArgs(_Flat):
         _check_ranges(values)
         _check_hash(parts["cache"])
         read_cpu_bind(values["cpu_bind"])
+        read_compilation(parts["compilation"])
         _check_kv_events(parts["observability"], parts["cache"])
         read_profiler_config(parts["observability"].profiler_config)
         _check_traces(parts["observability"], usage)
@@ -152,6 +155,7 @@ class EngineArgs(_Flat):
             structured_outputs=parts["structured_outputs"],
             cpu=parts["cpu"],
             device=parts["device"],
+            compilation=parts["compilation"],
             model_class=ModelRegistry.target(hf_config.architecture),
             generation_config=_read_generation_config(directory, model),
             usage=usage,

@@ -10,7 +10,7 @@ import asyncio
 import threading
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import msgspec
 
@@ -22,7 +22,7 @@ from minivllm.engine.processor import Processor, Prompt, default_sampling_params
 from minivllm.exceptions import EngineDeadError, QueueFullError
 from minivllm.logger import init_logger
 from minivllm.logits_processors import load_logits_processors
-from minivllm.messages.engine import EngineCoreOutputs, EngineCoreRequest
+from minivllm.messages.engine import EngineCoreOutputs, EngineCoreRequest, PauseMode
 from minivllm.messages.stats import EngineSnapshot, IterationStats
 from minivllm.outputs import RequestOutput, SampleLogprobs
 from minivllm.sampling_params import SamplingParams
@@ -36,6 +36,7 @@ T = TypeVar("T")
 
 _LAST_OUTPUTS_S = 1.0  # for the loop to handle what the core said last
 _LOOK_EVERY_S = 0.02  # whether a paused engine has come to rest
+_QUIET_LOOKS, _QUIET_LOOK_S = 4, 0.5  # so many looks in a row that find no request: nobody wants anything
 _CHUNK = 128  # outputs processed before other tasks of the loop get a turn
 
 
@@ -71,12 +72,11 @@ class AsyncLLM:
         # Waits for the process that compiles constraints, which may take seconds over one.
         self._checking = ThreadPoolExecutor(max_workers=1, thread_name_prefix="check-grammars")
         self._output_handler: asyncio.Task | None = None
+        self._idle_watch: asyncio.Task | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._dead: asyncio.Event = asyncio.Event()
         self._handled_all = threading.Event()
         self._is_shut_down = False
-        self._may_send = asyncio.Event()  # cleared while paused
-        self._may_send.set()
 
     @classmethod
     def from_engine_args(
@@ -123,7 +123,6 @@ class AsyncLLM:
             request, text = await self._process(prompt, sampling_params, request_id, priority)
         finally:
             self._num_processing -= sampling_params.n
-        await self._may_send.wait()
         self._raise_if_dead()
         collector = RequestOutputCollector(sampling_params.output_kind)
         ids = submit(
@@ -214,6 +213,19 @@ class AsyncLLM:
         self._loop = asyncio.get_running_loop()
         self._dead = asyncio.Event()
         self._output_handler = self._loop.create_task(self._handle_outputs(), name="output-handler")
+        self._idle_watch = self._loop.create_task(self._prepare_when_idle(), name="idle-watch")
+
+    async def _prepare_when_idle(self) -> None:
+        """Once nobody has wanted anything for a while, do what would disturb streams later."""
+        num_quiet = 0
+        while num_quiet < _QUIET_LOOKS:
+            await asyncio.sleep(_QUIET_LOOK_S)
+            is_busy = self._num_processing or self.output_processor.has_unfinished_requests()
+            num_quiet = 0 if is_busy else num_quiet + 1
+        try:
+            await self._off_loop(self._checking, self.processor.prepare)
+        except Exception as error:  # the first request that needs it tries again
+            logger.warning("the process that checks constraints could not be started: %s", error)
 
     async def _handle_outputs(self) -> None:
         """Feed every output to its request until the core is gone; then every request hears of it."""
@@ -241,7 +253,6 @@ class AsyncLLM:
             stat_logger.record(message.scheduler_stats, stats)
 
     def _on_dead(self, error: EngineDeadError) -> None:
-        self._may_send.set()  # who waits hears of it
         if self.engine_core.dead_error is None:
             self.engine_core.dead_error = error
         if not self._is_shut_down:
@@ -301,10 +312,10 @@ class AsyncLLM:
 
     # -- sleeping
 
-    async def sleep(self, level: int = 1, mode: Literal["abort", "wait", "keep"] = "abort") -> None:
+    async def sleep(self, level: int = 1, mode: PauseMode = "abort") -> None:
         """Give memory back: at level 1 the KV cache's, at level 2 the weights' too, which `wake_up` reads again.
 
-        Open requests are aborted, waited for (those of this client), or kept: they wait like requests that come, and go
+        Open requests are aborted, waited for (if they have begun), or kept: they wait like requests that come, and go
         on when the engine is awake.
 
         Raises:
@@ -313,14 +324,14 @@ class AsyncLLM:
         """
         check_sleep(self.config, level)
         self._start_reading()
-        if mode != "wait" or self.is_paused:
+        if mode != "wait" or await self.is_paused():
             await self.engine_core.call_utility("sleep", level, mode == "abort")
             return
-        await self.pause(abort=False)
+        await self.pause_generation("wait", clear_cache=False)
         try:
             await self.engine_core.call_utility("sleep", level, False)
         finally:
-            self.resume()  # from here on the core holds what comes
+            await self.resume_generation()  # it sleeps, and requests wait for that
 
     async def wake_up(self, tags: Sequence[str] | None = None) -> bool:
         """Have memory again: "weights", "kv_cache", or all of it. Whether requests go on, as they do when all is back.
@@ -357,20 +368,30 @@ class AsyncLLM:
 
     # -- pausing
 
-    @property
-    def is_paused(self) -> bool:
-        return not self._may_send.is_set()
+    async def pause_generation(self, mode: PauseMode = "abort", clear_cache: bool = True) -> None:
+        """Begin with no request until `resume_generation`; those that come wait. Returns when nothing runs any more.
 
-    async def pause(self, *, abort: bool) -> None:
-        """Send no more requests; `generate` waits. Open ones are aborted, or waited for."""
-        self._may_send.clear()
-        if abort:
-            self._abort(self.output_processor.external_ids())
-        while self.output_processor.has_unfinished_requests() and not self.errored:
+        Open requests are aborted; or waited for, if they have begun; or kept as they are, to go on with their next
+        token after the pause. clear_cache: forget cached blocks, those of requests that are kept too: they compute
+        again what they had, with the weights there are by then.
+
+        Raises:
+            EngineDeadError: the engine is gone.
+        """
+        self._start_reading()
+        await self.engine_core.call_utility("pause", mode)
+        while await self.engine_core.call_utility("is_coming_to_rest"):
             await asyncio.sleep(_LOOK_EVERY_S)
+        if clear_cache and await self.is_paused():  # not resumed meanwhile
+            await self.reset_prefix_cache(reset_running_requests=True)
 
-    def resume(self) -> None:
-        self._may_send.set()
+    async def resume_generation(self) -> None:
+        self._start_reading()
+        await self.engine_core.call_utility("resume")
+
+    async def is_paused(self) -> bool:
+        self._start_reading()
+        return await self.engine_core.call_utility("is_paused")
 
     # -- end
 
@@ -401,3 +422,4 @@ class AsyncLLM:
         self._dead.set()
         if self._output_handler is not None and not self._loop.is_closed():
             self._output_handler.cancel()
+            self._idle_watch.cancel()

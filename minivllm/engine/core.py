@@ -30,6 +30,7 @@ from minivllm.messages.engine import (
     EngineCoreReady,
     EngineCoreRequest,
     FinishReason,
+    PauseMode,
     UtilityOutput,
     UtilityRequest,
 )
@@ -51,7 +52,7 @@ class EngineCore:
 
     UTILITIES = (
         "reset_prefix_cache", "collective_rpc", "sleep", "wake_up", "is_sleeping", "start_profile", "stop_profile",
-        "snapshot",
+        "snapshot", "pause", "resume", "is_paused", "is_coming_to_rest",
     )  # fmt: skip
 
     def __init__(
@@ -71,10 +72,11 @@ class EngineCore:
                 f"{executor_class.__name__} does not; leave it out"
             )
         self._grammars = None if config.model.skip_tokenizer_init else LazyGrammars(config)
-        options = read_structured_outputs_config(config.structured_outputs.structured_outputs_config)
+        preload = read_structured_outputs_config(config.structured_outputs.structured_outputs_config).preload
+        self._may_read_vocabulary = self._grammars is not None and preload is None  # once there is time
         try:
             worker = self.executor.initialize()
-            if options.preload and self._grammars is not None:
+            if preload and self._grammars is not None:
                 on_progress("reading the vocabulary for structured outputs")
                 self._grammars.preload()
             self.scheduler = Scheduler(
@@ -109,6 +111,7 @@ class EngineCore:
         )  # by client; for the next step
         self._sleep_level = 0
         self._asleep: set[str] = set()  # those of SLEEPING_PARTS that are not back; until then requests wait
+        self._pause_mode: PauseMode | None = None
 
     def add_request(self, request: EngineCoreRequest) -> None:
         """Take a request. One the scheduler refuses is answered with an error by the next step."""
@@ -146,7 +149,18 @@ class EngineCore:
         """Whether a step has anything to do."""
         if self._untold or self._plans:
             return True
-        return not self._asleep and self.scheduler.has_requests()
+        return not self._is_frozen and self.scheduler.has_requests()
+
+    def on_idle(self) -> None:
+        """There has been nothing to do for a while: time for what would disturb requests later."""
+        if self._may_read_vocabulary:
+            self._may_read_vocabulary = False
+            self._grammars.preload_meanwhile()
+
+    @property
+    def _is_frozen(self) -> bool:
+        """No plan is made, whoever waits or runs."""
+        return bool(self._asleep) or self._pause_mode in ("abort", "keep")
 
     def step(self, apply_late_aborts: Callable[[], None] = lambda: None) -> dict[int, EngineCoreOutputs]:
         """Schedule, run, and account for one batch; what each client should hear, by client_index.
@@ -155,7 +169,7 @@ class EngineCore:
         apply_late_aborts: called after the batch ran and before its results are accounted for.
         """
         outputs: dict[int, list[EngineCoreOutput]] = {}
-        if not self._asleep:
+        if not self._is_frozen:
             self._plans.fill(time.monotonic())
         if self._plans:
             plan, outputs = self._plans.account_for_oldest(apply_late_aborts)
@@ -210,6 +224,34 @@ class EngineCore:
         answers = self.executor.collective_rpc(method, tuple(args))
         return [answer if _is_sendable(answer) else str(answer) for answer in answers]
 
+    # Pause
+
+    def pause(self, mode: PauseMode) -> None:
+        """Begin with no request until `resume`; those that come wait. The engine may be busy a little longer, see
+        `is_coming_to_rest`.
+
+        abort: open requests end. wait: those that have begun go on to their end, queued ones wait.
+        keep: all stay where they are, and go on after `resume`.
+        """
+        if mode == "abort":
+            self.abort_requests(list(self.scheduler.requests))
+        if mode == "wait":
+            self.scheduler.hold_new()
+        else:
+            self.scheduler.admit_new()  # what an earlier pause held; nothing is planned now
+        self._pause_mode = mode
+
+    def resume(self) -> None:
+        self.scheduler.admit_new()
+        self._pause_mode = None
+
+    def is_paused(self) -> bool:
+        return self._pause_mode is not None
+
+    def is_coming_to_rest(self) -> bool:
+        """Paused, and something that a pause lets happen has not happened yet."""
+        return self._pause_mode is not None and self.has_requests()
+
     # Sleep
 
     def sleep(self, level: int, abort: bool) -> None:
@@ -236,8 +278,8 @@ class EngineCore:
 
     def wake_up(self, parts: Sequence[str]) -> bool:
         """Have these of SLEEPING_PARTS again; whether all are back, and requests go on."""
-        if "weights" in parts and "weights" in self._asleep:
-            self.executor.collective_rpc("wake_up")
+        if self._asleep.intersection(parts):
+            self.executor.collective_rpc("wake_up", (list(parts),))
         self._asleep.difference_update(parts)
         if not self._asleep:
             self._sleep_level = 0

@@ -52,6 +52,7 @@ _IDENTITY = b"\x00\x00"  # of this core on the client's ROUTER
 _FLUSH_MS = 1000  # how long the last messages may take to leave
 _ORPHAN_GRACE_S = 2.0  # for a step to end and a worker to be stopped, once the client is gone
 _DYING_S = 0.3  # between the first and the last sign that the parent is gone
+_IDLE_S = 2.0  # with nothing to do, until the core may do what would disturb requests
 _ENDED_BY_SIGNAL = "the engine core was ended by SIGTERM"
 
 
@@ -154,6 +155,7 @@ class _CoreProcess:
         self._inputs: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._late_aborts: deque[list[str]] = deque()
         self._drain_deadline: float | None = None  # set once we have been told to end
+        self._has_idled = False  # for a while, once
 
     def _connect(self, kind: int, address: str, client_index: int) -> zmq.Socket:
         socket = self._context.socket(kind)
@@ -336,13 +338,22 @@ class _CoreProcess:
     def _drain_inputs(self) -> None:
         """Handle all that has arrived; without anything else to do, sleep until something arrives."""
         if not self._core.has_requests() and self._drain_deadline is None:
-            self._inputs.get()()
+            self._next_input()()
         while True:
             try:
                 handle = self._inputs.get_nowait()
             except queue.Empty:
                 return
             handle()
+
+    def _next_input(self) -> Callable[[], None]:
+        """Sleep until something arrives."""
+        if not self._has_idled:
+            with contextlib.suppress(queue.Empty):
+                return self._inputs.get(timeout=_IDLE_S)
+            self._has_idled = True
+            self._core.on_idle()
+        return self._inputs.get()
 
     def _apply_late_aborts(self) -> None:
         while self._late_aborts:

@@ -243,6 +243,11 @@ class Processor:
         wanted.disable_additional_properties |= server.disable_additional_properties
         return wanted
 
+    def prepare(self) -> None:
+        """Start what the first constraint needs, unless --structured-outputs-config says when that should be."""
+        if self.tokenizer is not None and self._structured.preload is None:
+            self._grammars.start()
+
     def shutdown(self) -> None:
         """End what was started to check requests. Another request starts it again."""
         if "_grammars" in vars(self):

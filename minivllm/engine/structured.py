@@ -1,15 +1,17 @@
 """Where an engine's configuration meets structured output: one vocabulary, on the client's side and on the core's.
 
-llguidance, and on the core's side the tokenizer, are loaded when the first structured request comes, or at the start if
-the operator says `preload`.
+llguidance, and on the core's side the tokenizer, are loaded when the core first has nothing to do for a while, or when the
+first structured request comes; the operator may choose with `preload`.
 """
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING
 
 from minivllm.config.engine import EngineConfig
 from minivllm.engine.end_tokens import end_tokens
+from minivllm.logger import init_logger
 
 if TYPE_CHECKING:
     import llguidance
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from minivllm.structured_output.manager import GrammarManager
     from minivllm.structured_output.vocabulary import Vocabulary
     from minivllm.tokenizer.tokenizer import Tokenizer
+
+logger = init_logger(__name__)
 
 
 def make_checker(config: EngineConfig, tokenizer: Tokenizer) -> GrammarChecker:
@@ -35,10 +39,21 @@ class LazyGrammars:
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
         self._manager: GrammarManager | None = None
+        self._making = threading.Lock()
 
     def preload(self) -> None:
         """Have all of it now."""
         self._made().preload()
+
+    def preload_meanwhile(self) -> None:
+        """Have it soon. Takes seconds of a thread that holds Python's lock for up to a third of one at a time."""
+        threading.Thread(target=self._preload_or_not, name="read-vocabulary", daemon=True).start()
+
+    def _preload_or_not(self) -> None:
+        try:
+            self.preload()
+        except Exception as error:  # the first request that needs it will say so to whoever sent it
+            logger.warning("the vocabulary could not be read for structured outputs: %s", error)
 
     def start(self, request: EngineCoreRequest) -> GrammarState:
         return self._made().start(request)
@@ -47,11 +62,12 @@ class LazyGrammars:
         return self._manager.bitmask(states)
 
     def _made(self) -> GrammarManager:
-        if self._manager is None:
-            from minivllm.structured_output.manager import GrammarManager
+        with self._making:
+            if self._manager is None:
+                from minivllm.structured_output.manager import GrammarManager
 
-            self._manager = GrammarManager(lambda: _load(self._config))
-        return self._manager
+                self._manager = GrammarManager(lambda: _load(self._config))
+            return self._manager
 
     def shutdown(self) -> None:
         if self._manager is not None:

@@ -15,7 +15,7 @@ then speak as the first does. Each names itself by its client_index:
 from __future__ import annotations
 
 from enum import Enum, IntEnum
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -24,6 +24,7 @@ from minivllm.sampling_params import SamplingParams
 
 ENGINE_CORE_DEAD = b"ENGINE_CORE_DEAD"  # a frame of its own on the output socket; the cause follows as a second frame
 SLEEPING_PARTS = ("weights", "kv_cache")  # what can be given back, and what `wake_up` may be asked for
+PauseMode = Literal["abort", "wait", "keep"]  # what becomes of open requests
 
 
 class RequestType(Enum):

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from minivllm.exceptions import ModelFilesError
 from minivllm.layers.weight import Weight
 from minivllm.models.safetensors import TensorEntry, float_dtypes, map_tensors, read_header
-from minivllm.platforms.platform import Event, Platform
+from minivllm.platforms.platform import DevicePlatform, Event, Platform
 
 INDEX = "model.safetensors.index.json"
 _DUMMY_ROWS_ELEMENTS = 1 << 22  # random numbers made at once
@@ -191,7 +191,7 @@ def load_weights(
     by_file: dict[Path, list[tuple[Weight, TensorEntry]]] = defaultdict(list)
     for weight, entry in plan.steps:
         by_file[entry.path].append((weight, entry))
-    stream = None if platform is None or platform.is_host else PinnedStream(platform)
+    stream = PinnedStream(platform) if isinstance(platform, DevicePlatform) else None
     with tqdm(
         total=plan.num_bytes, desc="Loading weights", unit="B", unit_scale=True, disable=not show_progress
     ) as bar:
@@ -230,7 +230,7 @@ class PinnedStream:
 
     _BYTES = 64 << 20  # of a piece; a row that is larger is a piece of its own
 
-    def __init__(self, platform: Platform) -> None:
+    def __init__(self, platform: DevicePlatform) -> None:
         self._platform = platform
         self._places = [platform.new_pinned((self._BYTES,), torch.uint8) for _ in range(2)]
         self._fetched: list[Event | None] = [None, None]

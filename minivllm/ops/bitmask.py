@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
 from minivllm.ops import gpu, native
@@ -10,31 +9,34 @@ from minivllm.ops.checks import require
 from minivllm.ops.op import Impl, Op, OpSpec
 
 
-def reference(logits: torch.Tensor, rows: np.ndarray, bitmask: np.ndarray) -> None:
+def reference(logits: torch.Tensor, rows: torch.Tensor, bitmask: torch.Tensor) -> None:
     """Mask to -inf, in place, the tokens of some rows whose bit is 0.
 
-    logits: [num_rows, vocab_size] float32; rows: [K] int64, distinct; bitmask: [K, W] uint32 with
-    32 * W >= vocab_size: bit t % 32 of word t // 32 is token t's. Other rows stay as they are.
+    logits: [num_rows, vocab_size] float32; rows: [K] int64, distinct; bitmask: [K, W] int32 with
+    32 * W >= vocab_size: bit t % 32 of word t // 32 is token t's. Other rows stay as they are. All on one device.
     """
-    bits = np.unpackbits(bitmask.view(np.uint8), axis=1, count=logits.shape[1], bitorder="little")
-    masked = torch.from_numpy(bits) == 0
-    index = torch.from_numpy(rows)
-    logits[index] = logits[index].masked_fill(masked.to(logits.device), float("-inf"))
+    bits = (bitmask.unsqueeze(2) >> torch.arange(32, device=bitmask.device)) & 1
+    is_masked = bits.flatten(1)[:, : logits.shape[1]] == 0
+    logits.index_copy_(0, rows, logits.index_select(0, rows).masked_fill_(is_masked, float("-inf")))
 
 
-def cpu(logits: torch.Tensor, rows: np.ndarray, bitmask: np.ndarray) -> None:
+def cpu(logits: torch.Tensor, rows: torch.Tensor, bitmask: torch.Tensor) -> None:
     """The native `reference`, on any number of threads. logits may have any row stride."""
     require("logits", logits, torch.float32, logits.shape, dense=1)
-    num_words = bitmask.shape[1]
-    if rows.dtype != np.int64 or bitmask.dtype != np.uint32 or not bitmask.flags.c_contiguous:
-        raise ValueError(f"rows are {rows.dtype} and bits {bitmask.dtype}; they must be dense int64 and uint32")
-    if bitmask.shape[0] != len(rows) or 32 * num_words < logits.shape[1]:
-        raise ValueError(f"bits {bitmask.shape} do not fit {len(rows)} rows of {logits.shape[1]} logits")
+    check_fit(logits, rows, bitmask)
     if len(rows) and not (0 <= rows.min() and rows.max() < logits.shape[0]):
         raise ValueError(f"rows {rows.min()} … {rows.max()} are not all among {logits.shape[0]}")
     native.lib.apply_bitmask(
-        logits.data_ptr(), logits.shape, logits.stride(0), rows.ctypes.data, bitmask.ctypes.data, bitmask.shape
+        logits.data_ptr(), logits.shape, logits.stride(0), rows.data_ptr(), bitmask.data_ptr(), bitmask.shape
     )
+
+
+def check_fit(logits: torch.Tensor, rows: torch.Tensor, bitmask: torch.Tensor) -> None:
+    """Refuse other types and shapes than `reference` says."""
+    require("rows", rows, torch.int64, rows.shape)
+    require("bitmask", bitmask, torch.int32, bitmask.shape)
+    if bitmask.shape[0] != len(rows) or 32 * bitmask.shape[1] < logits.shape[1]:
+        raise ValueError(f"bits {list(bitmask.shape)} do not fit {len(rows)} rows of {logits.shape[1]} logits")
 
 
 def cpu_why_not(spec: OpSpec) -> str | None:

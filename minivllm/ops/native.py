@@ -60,7 +60,35 @@ def huge_pages(nbytes: int) -> torch.Tensor:
 _PAGE = 4096
 
 
-def touch(tensors: list[torch.Tensor]) -> None:
-    """Have the system give all memory of fresh tensors of bytes now, not when they are written. They are zeros then."""
+class MemoryTaker:
+    """Has the system give all memory of fresh tensors of bytes behind whoever uses them already, from their beginnings on.
+
+    A thread of the lowest priority does it, without Python's lock. Where the system cannot (Linux before 5.14), it is done
+    when the object is made.
+    """
+
+    def __init__(self, tensors: list[torch.Tensor]) -> None:
+        self._tensors = tensors  # they stay as long as the thread may touch them
+        self._taker = None
+        if lib is not None:
+            try:
+                self._taker = lib.MemoryTaker([t.data_ptr() for t in tensors], [t.nbytes for t in tensors])
+                return
+            except RuntimeError:
+                pass
+        _write_a_zero_a_page(tensors)
+
+    def wait(self) -> None:
+        """Until all of it is there."""
+        if self._taker is not None:
+            self._taker.wait()
+
+    def stop(self) -> None:
+        """What is not taken by now is not. The tensors may lose their memory from here on."""
+        if self._taker is not None:
+            self._taker.stop()
+
+
+def _write_a_zero_a_page(tensors: list[torch.Tensor]) -> None:
     with ThreadPoolExecutor(max_workers=2) as threads:  # most of it is waiting for the system
         list(threads.map(lambda tensor: tensor.view(-1).numpy()[::_PAGE].fill(0), tensors))

@@ -194,9 +194,15 @@ def top_k_top_p_min_p_cpu(
 # Validity --------------------------------------------------------------------
 
 
+def broken_rows(logits: torch.Tensor) -> torch.Tensor:
+    """Which rows no token can be drawn from: they hold a NaN or +inf, or are all -inf. [num_rows] bool, where the
+    logits are: nobody waits for it."""
+    return ~_has_finite_max(logits).squeeze(1)
+
+
 def nonfinite_rows_reference(logits: torch.Tensor) -> list[int]:
-    """The rows that no token can be drawn from: they hold a NaN or +inf, or are all -inf."""
-    return (~_has_finite_max(logits)).squeeze(1).nonzero().squeeze(1).tolist()
+    """The numbers of `broken_rows`."""
+    return broken_rows(logits).nonzero().squeeze(1).tolist()
 
 
 def nonfinite_rows_cpu(logits: torch.Tensor) -> list[int]:

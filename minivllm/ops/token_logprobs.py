@@ -1,13 +1,10 @@
-"""Logprobs and ranks of given tokens, without a tensor of the vocabulary's size for them.
-
-Nothing calls it yet: logprobs are the host's, also for a GPU (docs/gpu.md).
-"""
+"""Logprobs and ranks of given tokens, without a tensor of the vocabulary's size for them."""
 
 from __future__ import annotations
 
 import torch
 
-from minivllm.ops import gpu
+from minivllm.ops import gpu, log_softmax
 from minivllm.ops.op import Impl, Op
 
 
@@ -17,10 +14,24 @@ def reference(logits: torch.Tensor, token_ids: torch.Tensor) -> tuple[torch.Tens
     logits: [num_rows, vocab_size] float32, -inf allowed; token_ids: [num_rows, k] int64, the first of each row inside
     the vocabulary, -1 for none. Returns [num_rows, k] float32, -inf for none, and [num_rows] int64.
     """
-    values = torch.log_softmax(logits, -1).gather(1, token_ids.clamp_min(0))
-    own = logits.gather(1, token_ids[:, :1])
-    return values.masked_fill(token_ids < 0, float("-inf")), (logits >= own).sum(1)
+    return _gathered(log_softmax.reference(logits), logits, token_ids)
 
 
-IMPLEMENTATIONS = [Impl("triton.log_softmax:token_logprobs", gpu.float32_why_not), Impl(reference)]
+def cpu(logits: torch.Tensor, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`reference` with the native log-softmax. logits may have any row stride."""
+    return _gathered(log_softmax.cpu(logits), logits, token_ids)
+
+
+def _gathered(
+    values: torch.Tensor, logits: torch.Tensor, token_ids: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    found = values.gather(1, token_ids.clamp_min(0)).masked_fill_(token_ids < 0, float("-inf"))
+    return found, (logits >= logits.gather(1, token_ids[:, :1])).sum(1)
+
+
+IMPLEMENTATIONS = [
+    Impl(cpu, log_softmax.cpu_why_not),
+    Impl("triton.log_softmax:token_logprobs", gpu.float32_why_not),
+    Impl(reference),
+]
 token_logprobs = Op("token_logprobs", IMPLEMENTATIONS)

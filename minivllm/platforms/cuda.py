@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 
 from minivllm.config.cpu import CpuConfig
-from minivllm.platforms.platform import Graphs, Platform
+from minivllm.platforms.platform import DevicePlatform, Graphs
 
 T = TypeVar("T")
 
@@ -21,32 +21,34 @@ T = TypeVar("T")
 class CudaGraphs(Graphs):
     """torch's capture, all from one pool of memory: graphs never run at the same time."""
 
-    reserved_bytes = 512 << 20  # a guess: nobody has measured it yet
-
     def __init__(self) -> None:
         self._pool: object | None = None
+        self._stream: torch.cuda.Stream | None = None  # one for all: cuBLAS makes a workspace for each
 
     def capture(self, step: Callable[[], T]) -> tuple[Callable[[], None], T]:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
+        if self._stream is None:
+            self._stream = torch.cuda.Stream()
         # Once outside: kernels are compiled and libraries make their workspaces, which a capture may not.
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
             step()
-        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.current_stream().wait_stream(self._stream)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         # thread_local: another thread may meanwhile wait for an event of the step before.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             results = step()
         return graph.replay, results
 
+    def forget(self) -> None:
+        self._pool = None  # whose memory the last graph gives back
 
-class CudaPlatform(Platform):
+
+class CudaPlatform(DevicePlatform):
     name = "cuda"
     device = "cuda"
-    is_host = False
     default_block_size = 64  # a tile of the Triton kernels lies in one block
     block_size_multiple = 16
     supported_dtypes = (torch.bfloat16, torch.float16, torch.float32)
@@ -79,8 +81,10 @@ class CudaPlatform(Platform):
     def process_memory_bytes(self) -> int:
         return torch.cuda.memory_allocated()
 
-    def give_back(self, tensor: torch.Tensor) -> None:
-        raise NotImplementedError("sleeping is refused on a GPU: what is captured reads memory that must stay there")
+    def release_unused(self) -> None:
+        torch.cuda.synchronize()
+        gc.collect()
+        torch.cuda.empty_cache()
 
     def prepare(self, cpu: CpuConfig) -> None:
         torch.set_num_threads(cpu.cpu_threads or 1)  # what is left for the host is small
@@ -101,8 +105,7 @@ class CudaPlatform(Platform):
 
     def peak_bytes_of(self, step: Callable[[], object]) -> int:
         """Reserved memory counts: fragments that nobody can use are used up as well."""
-        gc.collect()
-        torch.cuda.empty_cache()
+        self.release_unused()
         before = torch.cuda.memory_reserved()
         torch.cuda.reset_peak_memory_stats()
         step()
@@ -110,3 +113,11 @@ class CudaPlatform(Platform):
         peak = torch.cuda.max_memory_reserved() - before
         torch.cuda.empty_cache()
         return max(0, peak)
+
+    def kept_bytes_of(self, work: Callable[[], object]) -> int:
+        """By what the driver has free: it holds what torch knows nothing of, such as a graph's own memory."""
+        self.release_unused()
+        before = torch.cuda.mem_get_info()[0]
+        work()
+        self.release_unused()
+        return max(0, before - torch.cuda.mem_get_info()[0])

@@ -6,14 +6,14 @@ Nobody else asks for a device by name: a capability that is missing is None, or 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
 import torch
 
 from minivllm.config.cpu import CpuConfig
 from minivllm.config.device import DeviceConfig
-from minivllm.exceptions import ConfigError
+from minivllm.exceptions import ConfigError, EngineError
 from minivllm.logger import init_logger
 
 logger = init_logger(__name__)
@@ -34,8 +34,6 @@ class Event(Protocol):
 class Graphs(ABC):
     """Captures what a step gives the device to do, so that it can be given again at once."""
 
-    reserved_bytes = 0  # of the device, for all captures together, beside what their steps allocate
-
     @abstractmethod
     def capture(self, step: Callable[[], T]) -> tuple[Callable[[], None], T]:
         """(replay, results): every replay does the step's work anew and leaves what it gives in `results`.
@@ -44,13 +42,18 @@ class Graphs(ABC):
         itself is shared with the other captures, so results last until the next replay of any.
         """
 
+    @abstractmethod
+    def forget(self) -> None:
+        """No capture is replayed any more: give back what they took."""
+
 
 class Platform(ABC):
     """A device, its memory and what it can do."""
 
     name: str
     device: str  # as torch spells it
-    is_host: bool = True  # the device's memory is the host's: a step's inputs are made where they are read
+    is_host: bool = True  # the device's memory is the host's: a step's inputs are made where they are read; else it is
+    # a DevicePlatform
     default_block_size: int  # tokens in a KV block
     block_size_multiple: int  # the kernels' KV tile
     supported_dtypes: tuple[torch.dtype, ...]
@@ -76,9 +79,12 @@ class Platform(ABC):
         """What this process holds now."""
 
     @abstractmethod
-    def give_back(self, tensor: torch.Tensor) -> None:
-        """Let the system have the memory under a tensor until it is written to again. Its place stays, what it holds is
-        lost."""
+    def give_back(self, tensors: Sequence[torch.Tensor]) -> Callable[[], None]:
+        """Let the system have the memory under these tensors; what they hold is lost. What is returned has it again.
+
+        On a host their places stay, and it does nothing: memory comes as it is written. On a device they may lie
+        elsewhere then. It raises EngineError if others have taken too much, and may be called again.
+        """
 
     @abstractmethod
     def prepare(self, cpu: CpuConfig) -> None:
@@ -87,20 +93,6 @@ class Platform(ABC):
         Raises:
             ConfigError: this machine has not the processors that are asked for.
         """
-
-    # Only where the device's memory is not the host's -----------------------------
-
-    def new_pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """Zeroed host memory that the device copies from and to while the host goes on."""
-        return torch.zeros(shape, dtype=dtype)
-
-    def record_event(self) -> Event:
-        """The end of all work given to the device so far."""
-        raise NotImplementedError(f"{self.name} does its work at once")
-
-    def peak_bytes_of(self, step: Callable[[], object]) -> int:
-        """The most memory that `step` held on the device at once, beyond what was held before."""
-        raise NotImplementedError(f"{self.name} measures no step")
 
     def check_block_size(self, block_size: int) -> None:
         """Refuse a KV block that no kernel takes.
@@ -114,6 +106,52 @@ class Platform(ABC):
                 f"--block-size {block_size} is not a multiple of {step}: attention reads the cache in tiles of "
                 f"{step} tokens, which must not cross blocks; try {self.default_block_size}"
             )
+
+
+class DevicePlatform(Platform):
+    """A device with memory and a pace of its own."""
+
+    is_host = False
+
+    @abstractmethod
+    def new_pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Zeroed host memory that the device copies from and to while the host goes on."""
+
+    @abstractmethod
+    def record_event(self) -> Event:
+        """The end of all work given to the device so far."""
+
+    @abstractmethod
+    def release_unused(self) -> None:
+        """Let others have what this process holds on the device without using it."""
+
+    def give_back(self, tensors: Sequence[torch.Tensor]) -> Callable[[], None]:
+        """Empties their storages. Whoever holds a tensor, or a view of one, keeps it."""
+        storages = {storage.data_ptr(): storage for storage in (tensor.untyped_storage() for tensor in tensors)}
+        sizes = [(storage, storage.nbytes()) for storage in storages.values()]
+        for storage, _ in sizes:
+            storage.resize_(0)
+        self.release_unused()
+
+        def take_back() -> None:
+            try:
+                for storage, num_bytes in sizes:
+                    storage.resize_(num_bytes)
+            except torch.OutOfMemoryError as error:
+                raise EngineError(
+                    f"{self.name} has not the memory any more that was given back "
+                    f"({sum(num_bytes for _, num_bytes in sizes) / 2**30:.2f} GiB); end what uses it and wake up again"
+                ) from error
+
+        return take_back
+
+    @abstractmethod
+    def peak_bytes_of(self, step: Callable[[], object]) -> int:
+        """The most memory that `step` held on the device at once, beyond what was held before."""
+
+    @abstractmethod
+    def kept_bytes_of(self, work: Callable[[], object]) -> int:
+        """How much less memory the device has free once `work` is done."""
 
 
 _AUTO = DeviceConfig()

@@ -2,40 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
-from minivllm.sample.step import LogitsStep, SampleBatch
+from minivllm.sample.step import Edit, EditsLogits, LogitsChanges, LogitsStep, SampleBatch
 from minivllm.sampling_params import SamplingParams
 
 _MASKED = float("-inf")
 
 
-class AllowedTokens(LogitsStep[torch.Tensor]):
+class AllowedTokens(LogitsStep[np.ndarray]):
     """`allowed_token_ids`: nothing else can be chosen."""
 
     field = "allowed_token_ids"
 
-    def user(self, params: SamplingParams, eos_token_ids: list[int]) -> torch.Tensor | None:
-        return self._token_tensor(params.allowed_token_ids) if params.allowed_token_ids else None
+    def user(self, params: SamplingParams, eos_token_ids: list[int]) -> np.ndarray | None:
+        return self._inside(params.allowed_token_ids) if params.allowed_token_ids else None
 
-    def apply_one(self, logits: torch.Tensor, user: torch.Tensor, i: int, batch: SampleBatch) -> None:
-        kept = logits[user]
+    def apply_one(self, logits: torch.Tensor, user: np.ndarray, i: int, batch: SampleBatch) -> None:
+        ids = torch.from_numpy(user)
+        kept = logits[ids]
         logits.fill_(_MASKED)
-        logits[user] = kept
+        logits[ids] = kept
 
-    def forbids(self, user: torch.Tensor, i: int, batch: SampleBatch) -> bool:
+    def describe_one(self, user: np.ndarray, i: int, batch: SampleBatch, changes: LogitsChanges) -> None:
+        bits = np.zeros(32 * -(-self.vocab_size // 32), np.uint8)
+        bits[user] = 1
+        changes.allow_only(i, np.packbits(bits, bitorder="little").view(np.uint32))
+
+    def forbids(self, user: np.ndarray, i: int, batch: SampleBatch) -> bool:
         return True
 
 
 class _Words(NamedTuple):
-    single: torch.Tensor  # words of one token
-    longer: list[tuple[list[int], int]]  # all tokens of a word but the last, and the last
+    single: Edit  # words of one token
+    longer: list[tuple[list[int], Edit]]  # all tokens of a word but the last two, and what follows from those
     longest: int
 
 
-class BadWords(LogitsStep[_Words]):
+class BadWords(EditsLogits[_Words]):
     """`bad_words`: the last token of a word cannot follow the others, where they end the output."""
 
     field = "bad_words"
@@ -44,20 +52,23 @@ class BadWords(LogitsStep[_Words]):
         words = params.bad_words_token_ids
         if not words:
             return None
-        longer = [(word[:-1], word[-1]) for word in words if len(word) > 1]
-        single = self._token_tensor([word[0] for word in words if len(word) == 1])
+        longer = [
+            (word[:-2], _forbid(self._inside(word[-1:]), behind=word[-2])) for word in words if len(word) > 1
+        ]
+        single = _forbid(self._inside([word[0] for word in words if len(word) == 1]))
         return _Words(single, longer, max(map(len, words)))
 
-    def apply_one(self, logits: torch.Tensor, user: _Words, i: int, batch: SampleBatch) -> None:
-        logits[user.single] = _MASKED
-        if not user.longer:
+    def edits(self, user: _Words, i: int, batch: SampleBatch) -> Iterator[Edit]:
+        if len(user.single.token_ids):
+            yield user.single
+        end = int(batch.num_tokens[i]) - 1  # of what is surely known
+        begin = max(int(batch.num_prompt_tokens[i]), end - user.longest)
+        if begin > end or not user.longer:  # there is no output yet
             return
-        end = batch.num_tokens[i]
-        begin = max(batch.num_prompt_tokens[i], end - user.longest)
         tail = batch.token_ids[batch.rows[i], begin:end].tolist()
-        masked = [last for before, last in user.longer if tail[-len(before) :] == before]
-        if masked:
-            logits[masked] = _MASKED
+        for before, edit in user.longer:
+            if not before or tail[-len(before) :] == before:
+                yield edit
 
     def forbids(self, user: _Words, i: int, batch: SampleBatch) -> bool:
         return True
@@ -65,10 +76,10 @@ class BadWords(LogitsStep[_Words]):
 
 class _EndsLater(NamedTuple):
     min_tokens: int
-    end_ids: torch.Tensor
+    ends: Edit
 
 
-class MinTokens(LogitsStep[_EndsLater]):
+class MinTokens(EditsLogits[_EndsLater]):
     """`min_tokens`: no end-of-sequence and no stop token until there are so many output tokens."""
 
     field = "min_tokens"
@@ -76,29 +87,28 @@ class MinTokens(LogitsStep[_EndsLater]):
     def user(self, params: SamplingParams, eos_token_ids: list[int]) -> _EndsLater | None:
         if not params.min_tokens:
             return None
-        return _EndsLater(params.min_tokens, self._token_tensor([*eos_token_ids, *params.stop_token_ids]))
+        return _EndsLater(params.min_tokens, _forbid(self._inside([*eos_token_ids, *params.stop_token_ids])))
 
-    def apply_one(self, logits: torch.Tensor, user: _EndsLater, i: int, batch: SampleBatch) -> None:
+    def edits(self, user: _EndsLater, i: int, batch: SampleBatch) -> Iterator[Edit]:
         if self.forbids(user, i, batch):
-            logits[user.end_ids] = _MASKED
+            yield user.ends
 
     def forbids(self, user: _EndsLater, i: int, batch: SampleBatch) -> bool:
         return bool(batch.num_output_tokens[i] < user.min_tokens)
 
 
-class _Bias(NamedTuple):
-    ids: torch.Tensor
-    values: torch.Tensor
-
-
-class LogitBias(LogitsStep[_Bias]):
+class LogitBias(EditsLogits[Edit]):
     """`logit_bias`: added to the logits named."""
 
-    def user(self, params: SamplingParams, eos_token_ids: list[int]) -> _Bias | None:
+    def user(self, params: SamplingParams, eos_token_ids: list[int]) -> Edit | None:
         if not params.logit_bias:
             return None
         inside = {int(i): v for i, v in params.logit_bias.items() if 0 <= int(i) < self.vocab_size}
-        return _Bias(torch.tensor(list(inside), dtype=torch.int64), torch.tensor(list(inside.values())))
+        return Edit(np.array(list(inside), np.int64), np.array(list(inside.values()), np.float32))
 
-    def apply_one(self, logits: torch.Tensor, user: _Bias, i: int, batch: SampleBatch) -> None:
-        logits[user.ids] += user.values
+    def edits(self, user: Edit, i: int, batch: SampleBatch) -> Iterator[Edit]:
+        yield user
+
+
+def _forbid(token_ids: np.ndarray, *, behind: int = -1) -> Edit:
+    return Edit(token_ids, np.full(len(token_ids), _MASKED, np.float32), behind)

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 
-from minivllm.sample.step import LogitsStep, SampleBatch
+from minivllm.sample.step import LogitsChanges, LogitsStep, Penalised, SampleBatch
 from minivllm.sampling_params import SamplingParams
 
 
 class _Counts:
     """One request's distinct tokens and how often each is in the output, kept up as the request grows."""
 
-    def __init__(self, params: SamplingParams, vocab_size: int) -> None:
-        # Python floats: they take the dtype of the array they meet.
-        self.repetition = float(params.repetition_penalty)
-        self.frequency, self.presence = float(params.frequency_penalty), float(params.presence_penalty)
+    def __init__(self, penalised: Penalised, vocab_size: int) -> None:
+        self.repetition, self.frequency, self.presence = penalised
         self.num_seen = 0  # tokens of the request already counted
         self._in_output = np.zeros(vocab_size, np.int32)
         self._known = np.zeros(vocab_size, bool)
@@ -43,14 +43,28 @@ class _Counts:
         logits[distinct] = chosen - self.frequency * count - self.presence * (count > 0).astype(np.float32)
 
 
-class Penalties(LogitsStep[_Counts]):
-    def user(self, params: SamplingParams, eos_token_ids: list[int]) -> _Counts | None:
-        is_used = (
-            params.repetition_penalty != 1 or params.frequency_penalty != 0 or params.presence_penalty != 0
-        )
-        return _Counts(params, self.vocab_size) if is_used else None
+@dataclass
+class _Penalties:
+    """One request's, and its counts where they are the host's."""
 
-    def apply_one(self, logits: torch.Tensor, user: _Counts, i: int, batch: SampleBatch) -> None:
+    penalised: Penalised
+    counts: _Counts | None = None
+
+
+class Penalties(LogitsStep[_Penalties]):
+    def user(self, params: SamplingParams, eos_token_ids: list[int]) -> _Penalties | None:
+        # Python floats: they take the dtype of the array they meet.
+        penalised = Penalised(
+            float(params.repetition_penalty), float(params.frequency_penalty), float(params.presence_penalty)
+        )
+        return None if penalised == Penalised(1.0, 0.0, 0.0) else _Penalties(penalised)
+
+    def apply_one(self, logits: torch.Tensor, user: _Penalties, i: int, batch: SampleBatch) -> None:
+        if user.counts is None:
+            user.counts = _Counts(user.penalised, self.vocab_size)
         tokens = batch.token_ids[batch.rows[i], : batch.num_tokens[i]]
-        user.catch_up(tokens, int(batch.num_prompt_tokens[i]), batch.first_token(i))
-        user.penalise(logits.numpy())
+        user.counts.catch_up(tokens, int(batch.num_prompt_tokens[i]), batch.first_token(i))
+        user.counts.penalise(logits.numpy())
+
+    def describe_one(self, user: _Penalties, i: int, batch: SampleBatch, changes: LogitsChanges) -> None:
+        changes.penalties[i] = user.penalised

@@ -14,14 +14,13 @@ import torch
 
 from minivllm.messages.engine import LogprobsLists
 from minivllm.ops.bitmask import apply_bitmask
-from minivllm.ops.log_softmax import log_softmax
 from minivllm.ops.op import OpSpec
 from minivllm.ops.sampling import gumbel_argmax, nonfinite_rows, top_k_top_p_min_p
 from minivllm.sample.constraints import AllowedTokens, BadWords, LogitBias, MinTokens
 from minivllm.sample.custom import CustomProcessors
-from minivllm.sample.logprobs import append_tokens, gather_logprobs, logprobs_of_tokens
+from minivllm.sample.logprobs import LogprobsReader
 from minivllm.sample.penalties import Penalties
-from minivllm.sample.step import GrammarMask, LogitsStep, SampleBatch
+from minivllm.sample.step import GrammarMask, LogitsChanges, LogitsStep, SampleBatch
 from minivllm.sample.thinking import ThinkingBudget
 from minivllm.sampling_params import SamplingParams
 
@@ -53,6 +52,15 @@ class Drawn:
 
     token_ids: torch.Tensor  # [M] int64
     broken: torch.Tensor  # [M] uint8
+
+
+@dataclass(frozen=True)
+class AskedLogprobs:
+    """Some requests of a batch, and which tokens' logprobs each wants beside the sampled one's."""
+
+    columns: np.ndarray  # [L] int64
+    num_likeliest: int  # -1: the whole vocabulary
+    named: np.ndarray | None = None  # [L, k] int64, in their place
 
 
 @dataclass(frozen=True)
@@ -95,12 +103,12 @@ class Sampler:
     ) -> None:
         self.vocab_size = vocab_size
         spec = OpSpec(device, torch.float32, {"vocab_size": vocab_size})
-        self._log_softmax = log_softmax.select(spec)
         self._nonfinite_rows = nonfinite_rows.select(spec)
         self._truncate = top_k_top_p_min_p.select(spec)
         self._choose = gumbel_argmax.select(spec)
         self._apply_bitmask = apply_bitmask.select(spec)
-        self._is_raw, self._is_logprobs = logprobs_mode.startswith("raw"), logprobs_mode.endswith("logprobs")
+        self.is_raw, self.is_logprobs = logprobs_mode.startswith("raw"), logprobs_mode.endswith("logprobs")
+        self._read = LogprobsReader(spec, is_logprobs=self.is_logprobs)
         # The order is vLLM's.
         self._before_custom: list[LogitsStep] = [
             AllowedTokens(vocab_size),
@@ -150,14 +158,15 @@ class Sampler:
             return self.accept(self.draw(logits, inputs), logits, batch.rows)
         columns, asking = self._columns.of(batch.rows), self._asking(batch.rows)
         failed = dict.fromkeys(self._nonfinite_rows(logits), NONFINITE)
-        values = self._reported(logits, asking) if self._is_raw else None
+        values = self._reported(logits, asking) if self.is_raw else None
         if grammar is not None:
-            self._apply_bitmask(logits, grammar.columns, grammar.bitmask)
+            self._apply_bitmask(logits, *grammar.tensors())
         changed = any([step.apply(logits, batch) for step in self._before_custom])
-        torn: dict[int, list[str]] = {}
+        at_fault: dict[int, str] = {}
         if changed or grammar is not None:
-            torn = {i: self._forbidding(i, batch, grammar) for i in self._nonfinite_rows(logits) if i not in failed}
-            failed |= {i: _contradiction(fields, int(batch.num_output_tokens[i])) for i, fields in torn.items()}
+            for i in self._nonfinite_rows(logits):
+                if i not in failed:
+                    failed[i], at_fault[i] = self.contradiction(i, batch, grammar)
         why = self._process(logits, batch, failed)
         for step in self._after_custom:
             step.apply(logits, batch)
@@ -165,9 +174,8 @@ class Sampler:
         if why or why_warped:
             failed = dict.fromkeys(range(len(logits)), why or why_warped) | failed
         token_ids, _ = self._choose(logits, *noise)
-        if not self._is_raw:
+        if not self.is_raw:
             values = self._reported(logits, asking)
-        at_fault = {i: fields[0] for i, fields in torn.items()}
         logprobs = self._logprobs(values, token_ids, batch.rows, asking)
         return SamplerOutput(token_ids.numpy(), logprobs, failed, at_fault)
 
@@ -182,14 +190,23 @@ class Sampler:
         """Whether the requests in these rows ask for nothing but temperature and noise, a grammar aside."""
         if not self._changes_nothing or self._columns.truncates[rows].any():
             return False
-        return self._is_raw or not self._asking(rows)
+        return self.is_raw or not self._asking(rows)
 
-    def draws_alone(self, rows: np.ndarray) -> np.ndarray:
-        """[M] bool: whose tokens need temperature, truncation and noise alone, a grammar aside; each one for itself."""
-        if self._custom is not None:
-            return np.zeros(len(rows), bool)
-        asking = set(self._num_logprobs).union(*(step.rows for step in self._steps))
-        return np.array([row not in asking for row in rows.tolist()], bool)
+    @property
+    def needs_host(self) -> bool:
+        """Whether there is something that only the host can do: code of the operator's."""
+        return self._custom is not None
+
+    def describe(self, batch: SampleBatch, grammar: GrammarMask | None) -> LogitsChanges:
+        """All changes before the temperature, for a device that makes them by itself."""
+        assert not self.needs_host, "what the operator's code does has no description"
+        changes = LogitsChanges()
+        if grammar is not None:
+            for column, words in zip(grammar.columns.tolist(), grammar.bitmask):
+                changes.allow_only(column, words)
+        for step in self._steps:
+            step.describe(batch, changes)
+        return changes
 
     def columns(self, rows: np.ndarray) -> _Chosen:
         """What the requests in these rows ask of temperature, truncation and noise."""
@@ -217,33 +234,20 @@ class Sampler:
         logprobs = self._logprobs(self._reported(logits, asking), drawn.token_ids, rows, asking)
         return SamplerOutput(drawn.token_ids.numpy(), logprobs, failed)
 
-    def logprobs_of(
-        self,
-        logits: torch.Tensor,
-        token_ids: torch.Tensor,
-        num_logprobs: int,
-        also: torch.Tensor | None = None,
-    ) -> LogprobsLists:
-        """Logprobs of given tokens under unprocessed logits: those of a prompt, whatever the logprobs mode.
-
-        also: [M, k] int64, further tokens for the end of each row; -1 for none.
+    def contradiction(self, i: int, batch: SampleBatch, grammar: GrammarMask | None) -> tuple[str, str]:
+        """What to say of a request whose constraints forbid every token, and the field at fault: the first that forbids
+        tokens now, as its user wrote it. One at least has forbidden all.
         """
-        values = self._log_softmax(logits)
-        lists = gather_logprobs(values, token_ids, num_logprobs)
-        if also is not None:
-            append_tokens(lists, values, also)
-        return lists
-
-    def nonfinite_rows(self, logits: torch.Tensor) -> list[int]:
-        """The rows of `logits` that no token can be drawn from."""
-        return self._nonfinite_rows(logits)
-
-    def _forbidding(self, i: int, batch: SampleBatch, grammar: GrammarMask | None) -> list[str]:
-        """The fields by which a request forbids tokens now, as its user wrote them. One at least has forbidden all."""
         fields = [step.field for step in self._before_custom if step.forbids_tokens(i, batch)]
         if grammar is not None and i in grammar.columns:
             fields.insert(0, self._form_fields.get(int(batch.rows[i]), "structured_outputs"))
-        return fields
+        verb = "leaves" if len(fields) == 1 else "together leave"
+        num_output_tokens = int(batch.num_output_tokens[i])
+        why = (
+            f"{' and '.join(fields)} {verb} no token that could come next, after {num_output_tokens} tokens of output; "
+            "allow more"
+        )
+        return why, fields[0]
 
     def _process(self, logits: torch.Tensor, batch: SampleBatch, failed: dict[int, str]) -> str | None:
         """The operator's processors, in place; adds to `failed` whom they leave nothing. Why nobody can go on."""
@@ -273,40 +277,49 @@ class Sampler:
 
     # Logprobs ----------------------------------------------------------------
 
+    def asked_logprobs(self, rows: np.ndarray) -> list[AskedLogprobs]:
+        """What the requests in these rows of the table want, those together that want as much."""
+        if not self._num_logprobs:
+            return []
+        groups: dict[tuple[int, int], list[int]] = {}
+        for column, row in enumerate(rows.tolist()):
+            if row in self._num_logprobs:
+                named = self._logprob_token_ids.get(row)
+                key = (self._num_logprobs[row], 0) if named is None else (0, len(named))
+                groups.setdefault(key, []).append(column)
+        return [
+            AskedLogprobs(
+                np.array(columns),
+                num_likeliest,
+                np.array([self._logprob_token_ids[int(rows[i])] for i in columns], np.int64) if num_named else None,
+            )
+            for (num_likeliest, num_named), columns in groups.items()
+        ]
+
     def _asking(self, rows: np.ndarray) -> list[int]:
         """Columns of the requests that want logprobs."""
         if not self._num_logprobs:
             return []
         return [i for i, row in enumerate(rows.tolist()) if row in self._num_logprobs]
 
-    def _reported(self, logits: torch.Tensor, asking: list[int]) -> torch.Tensor | None:
+    @staticmethod
+    def _reported(logits: torch.Tensor, asking: list[int]) -> torch.Tensor | None:
         """What logprobs are read from, [len(asking), vocab_size]: a copy."""
-        if not asking:
-            return None
-        chosen = logits[torch.tensor(asking)]
-        return self._log_softmax(chosen) if self._is_logprobs else chosen
+        return logits[torch.tensor(asking)] if asking else None
 
     def _logprobs(
-        self, values: torch.Tensor | None, token_ids: torch.Tensor, rows: np.ndarray, asking: list[int]
+        self, kept: torch.Tensor | None, token_ids: torch.Tensor, rows: np.ndarray, asking: list[int]
     ) -> dict[int, LogprobsLists]:
-        """Gathered request by request: how ties fall must not depend on what a neighbour asked for."""
-        found = {}
-        for at, i in enumerate(asking):
-            row, own = int(rows[i]), token_ids[i : i + 1]
-            if row in self._logprob_token_ids:
-                found[i] = logprobs_of_tokens(values[at : at + 1], own, self._logprob_token_ids[row])
-            else:
-                found[i] = gather_logprobs(values[at : at + 1], own, self._num_logprobs[row])
+        """kept: as `_reported` gave it."""
+        found: dict[int, LogprobsLists] = {}
+        place_of = {column: place for place, column in enumerate(asking)}
+        for asked in self.asked_logprobs(rows):
+            columns = asked.columns.tolist()
+            logits = kept[[place_of[column] for column in columns]] if len(columns) < len(asking) else kept
+            also = None if asked.named is None else torch.from_numpy(asked.named)
+            values = self._read(logits, token_ids[columns], asked.num_likeliest, also)
+            found |= zip(columns, values.lists_of_rows())
         return found
-
-
-def _contradiction(fields: list[str], num_output_tokens: int) -> str:
-    """What to say of constraints that forbid every token."""
-    verb = "leaves" if len(fields) == 1 else "together leave"
-    return (
-        f"{' and '.join(fields)} {verb} no token that could come next, after {num_output_tokens} tokens of output; "
-        "allow more"
-    )
 
 
 class _Chosen:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+from dataclasses import dataclass, field
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -41,6 +41,61 @@ class GrammarMask:
 
     columns: np.ndarray  # [K] int64
     bitmask: np.ndarray  # [K, at least vocab_size / 32] uint32: bit t % 32 of word t // 32 allows token t
+
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `ops/bitmask.py` takes them, on the host."""
+        bits = np.require(self.bitmask.view(np.int32), requirements=["C", "W"])  # torch takes nothing read-only
+        return torch.from_numpy(self.columns), torch.from_numpy(bits)
+
+
+class Edit(NamedTuple):
+    """Numbers added to some of a request's logits; -inf forbids a token."""
+
+    token_ids: np.ndarray  # [k] int64, distinct
+    values: np.ndarray  # [k] float32
+    behind: int = -1  # only where this is the request's last token; -1: in any case
+
+
+class Forced(NamedTuple):
+    """The one token that may come next, -1 for any: behind these last tokens, and behind any other."""
+
+    behind: dict[int, int]
+    otherwise: int
+
+
+class Penalised(NamedTuple):
+    """Divisor or factor of logits of tokens seen; subtracted for each time, and once, in the output."""
+
+    repetition: float
+    frequency: float
+    presence: float
+
+
+@dataclass
+class LogitsChanges:
+    """What a batch's requests ask for before the temperature, by column: for a device that does it by itself.
+
+    Nothing here needs the requests' last tokens, which the host may not know yet. In this order: only the tokens of
+    `allowed` are left, edits are added, what is forced is all that is left, and penalties are taken off.
+    """
+
+    allowed: dict[int, np.ndarray] = field(default_factory=dict)  # [W] uint32: bits as in GrammarMask
+    edits: list[tuple[int, Edit]] = field(default_factory=list)
+    forced: dict[int, Forced] = field(default_factory=dict)
+    penalties: dict[int, Penalised] = field(default_factory=dict)
+
+    @property
+    def columns(self) -> set[int]:
+        """Those with any change."""
+        return {*self.allowed, *(column for column, _ in self.edits), *self.forced, *self.penalties}
+
+    def allow_only(self, column: int, words: np.ndarray) -> None:
+        """words: as in `allowed`, of any length that the vocabulary fits into."""
+        known = self.allowed.get(column)
+        if known is not None:
+            num_words = min(len(known), len(words))
+            words = known[:num_words] & words[:num_words]
+        self.allowed[column] = words
 
 
 class LogitsStep(ABC, Generic[T]):
@@ -90,15 +145,20 @@ class LogitsStep(ABC, Generic[T]):
         """`forbids_tokens`, of a request that asks for this step. Those that forbid say so."""
         return False
 
+    def describe(self, batch: SampleBatch, changes: LogitsChanges) -> None:
+        """Say the same in numbers. It may read all of a request's tokens but the last one."""
+        for i, user in self._present(batch):
+            self.describe_one(user, i, batch, changes)
+
     def _present(self, batch: SampleBatch) -> Iterator[tuple[int, T]]:
         if self._users:
             for i, row in enumerate(batch.rows.tolist()):
                 if row in self._users:
                     yield i, self._users[row]
 
-    def _token_tensor(self, ids: list[int]) -> torch.Tensor:
-        """Distinct ids inside the vocabulary, in order."""
-        return torch.tensor([i for i in dict.fromkeys(ids) if 0 <= i < self.vocab_size], dtype=torch.int64)
+    def _inside(self, ids: list[int]) -> np.ndarray:
+        """Distinct ids inside the vocabulary, in order; int64."""
+        return np.array([i for i in dict.fromkeys(ids) if 0 <= i < self.vocab_size], np.int64)
 
     @abstractmethod
     def user(self, params: SamplingParams, eos_token_ids: list[int]) -> T | None:
@@ -107,3 +167,23 @@ class LogitsStep(ABC, Generic[T]):
     @abstractmethod
     def apply_one(self, logits: torch.Tensor, user: T, i: int, batch: SampleBatch) -> None:
         """Change one request's row ([vocab_size]); `i` is its column in the batch."""
+
+    @abstractmethod
+    def describe_one(self, user: T, i: int, batch: SampleBatch, changes: LogitsChanges) -> None:
+        """Enter one request's part of `describe` under its column."""
+
+
+class EditsLogits(LogitsStep[T]):
+    """A step that adds to some logits."""
+
+    @abstractmethod
+    def edits(self, user: T, i: int, batch: SampleBatch) -> Iterator[Edit]:
+        """What to add. It may read all of the request's tokens but the last one."""
+
+    def apply_one(self, logits: torch.Tensor, user: T, i: int, batch: SampleBatch) -> None:
+        for edit in self.edits(user, i, batch):
+            if edit.behind < 0 or batch.token_ids[batch.rows[i], batch.num_tokens[i] - 1] == edit.behind:
+                logits[torch.from_numpy(edit.token_ids)] += torch.from_numpy(edit.values)
+
+    def describe_one(self, user: T, i: int, batch: SampleBatch, changes: LogitsChanges) -> None:
+        changes.edits += [(i, edit) for edit in self.edits(user, i, batch)]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from copy import copy
+
 import torch
 
-from minivllm.sample.step import LogitsStep, SampleBatch
+from minivllm.sample.step import Forced, LogitsChanges, LogitsStep, SampleBatch
 from minivllm.sampling_params import SamplingParams
 from minivllm.utils.thinking import ThinkingTracker, thinking_before_form
 
@@ -30,6 +32,22 @@ class _Thinker:
             return None
         return self.end[num_over % len(self.end)]
 
+    def forced_behind_next(self) -> Forced:
+        """What `forced_token` will be when the next output token is known, which only matters if a mark has it."""
+        otherwise = self._forced_behind(_NO_MARK)
+        behind = {token: self._forced_behind(token) for token in self.tracker.marks}
+        return Forced({token: forced for token, forced in behind.items() if forced != otherwise}, otherwise)
+
+    def _forced_behind(self, token_id: int) -> int:
+        then = copy(self)
+        then.tracker = copy(self.tracker)
+        then.follow(token_id)
+        forced = then.forced_token()
+        return -1 if forced is None else forced
+
+
+_NO_MARK = -1  # a token that no mark has
+
 
 class ThinkingBudget(LogitsStep[_Thinker]):
     """Output tokens count, from the start of thinking on; if it starts again, again from 0.
@@ -49,10 +67,26 @@ class ThinkingBudget(LogitsStep[_Thinker]):
         return _Thinker(params.thinking_token_budget, marks.end, tracker, only_first=has_form)
 
     def apply_one(self, logits: torch.Tensor, user: _Thinker, i: int, batch: SampleBatch) -> None:
-        begin = batch.num_prompt_tokens[i] + user.num_followed
-        for token in batch.token_ids[batch.rows[i], begin : batch.num_tokens[i]].tolist():
-            user.follow(token)
+        self._follow(user, i, batch, batch.num_tokens[i])
         forced = user.forced_token()
         if forced is not None:
             logits.fill_(float("-inf"))
             logits[forced] = 0.0
+
+    def describe_one(self, user: _Thinker, i: int, batch: SampleBatch, changes: LogitsChanges) -> None:
+        end = int(batch.num_tokens[i]) - 1
+        if end < batch.num_prompt_tokens[i]:  # no output yet
+            otherwise = user.forced_token()
+            forced = Forced({}, -1 if otherwise is None else otherwise)
+        else:
+            self._follow(user, i, batch, end)
+            forced = user.forced_behind_next()
+        if forced.behind or forced.otherwise >= 0:
+            changes.forced[i] = forced
+
+    @staticmethod
+    def _follow(user: _Thinker, i: int, batch: SampleBatch, end: int) -> None:
+        """Up to a position."""
+        begin = batch.num_prompt_tokens[i] + user.num_followed
+        for token in batch.token_ids[batch.rows[i], begin:end].tolist():
+            user.follow(token)

@@ -75,6 +75,12 @@ class GrammarChecker:
         with self._known_lock:
             return key in self._known
 
+    def start(self) -> None:
+        """Have the process, which the first call would otherwise start."""
+        with self._lock:
+            if self._process is None:
+                self._start()
+
     def close(self) -> None:
         """End the process; another call starts it again."""
         with self._lock:

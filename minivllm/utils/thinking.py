@@ -16,6 +16,11 @@ class ThinkingTracker:
         self.is_open = is_open
         self.num_tokens = 0  # since it was opened
 
+    @property
+    def marks(self) -> set[int]:
+        """The tokens that any other is not the like of."""
+        return {*self._start, *self._end}
+
     def follow(self, token_id: int) -> None:
         """Go on by one output token."""
         self._tail = (*self._tail, token_id)[-self._longest :]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from minivllm.platforms.platform import Event, Platform
+from minivllm.platforms.platform import DevicePlatform, Event, Platform
 
 _TURNS = 2
 
@@ -19,7 +19,7 @@ class Mirror:
     """`host` is written between uploads, `device` is what the model reads; it stays where it is."""
 
     def __init__(
-        self, shape: tuple[int, ...], dtype: type, platform: Platform | None, staging: Staging
+        self, shape: tuple[int, ...], dtype: type, platform: DevicePlatform | None, staging: Staging
     ) -> None:
         self.host = np.zeros(shape, dtype)
         self.device = torch.from_numpy(self.host)
@@ -43,7 +43,7 @@ class Staging:
 
     def __init__(self, platform: Platform | None = None) -> None:
         """platform: None where the device's memory is the host's."""
-        self._platform = platform if platform is not None and not platform.is_host else None
+        self._platform = platform if isinstance(platform, DevicePlatform) else None
         self.turn = 0
         self._fetched: list[Event | None] = [None] * _TURNS
 
@@ -54,6 +54,29 @@ class Staging:
 
     def mirror(self, shape: tuple[int, ...], dtype: type) -> Mirror:
         return Mirror(shape, dtype, self._platform, self)
+
+    def send(self, values: np.ndarray | torch.Tensor) -> torch.Tensor:
+        """The same on the device, for what has no place of its own there because its size is never the same.
+
+        The device fetches it from pinned memory while the host goes on. That memory is let go of at once: whoever
+        gives it out again knows what is still being fetched (torch's allocator does).
+        """
+        if isinstance(values, np.ndarray):
+            values = torch.from_numpy(values)
+        if self._platform is None:
+            return values
+        pinned = self._platform.new_pinned(tuple(values.shape), values.dtype)
+        pinned.copy_(values)
+        place = torch.empty(values.shape, dtype=values.dtype, device=self._platform.device)
+        return place.copy_(pinned, non_blocking=True)
+
+    def fetch(self, values: torch.Tensor) -> torch.Tensor:
+        """The same in the host's memory, which has it when an event recorded from now on has come."""
+        if self._platform is None:
+            return values
+        pinned = self._platform.new_pinned(tuple(values.shape), values.dtype)
+        pinned.copy_(values, non_blocking=True)
+        return pinned
 
     def begin(self) -> None:
         """Before the first upload of a step."""

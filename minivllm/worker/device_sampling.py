@@ -1,28 +1,34 @@
 """Sampling on a device that works while the host goes on: tokens stay there, and come back when they are asked for.
 
-Temperature, truncation and noise are the device's. What a request asks for beyond (penalties, grammars, logprobs, …) is
-`Sampler`'s, on the host, for that request's row alone: so how a row is sampled depends on its own request. Owns the
-tokens that are drawn and not yet known to the host, and puts them into the next step's input where they lie.
+Temperature, truncation and noise are drawn for all rows, in a captured step if there is one. Rows that ask for more
+(constraints, penalties, grammars: `device_logits.py`) are then drawn anew, and the logprobs asked for are read. How a
+row is sampled depends on its own request. Owns the tokens that are drawn and not yet known to the host, and puts them
+into the next step's input where they lie.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from minivllm.messages.worker import ModelRunnerOutput
 from minivllm.ops.op import OpSpec
-from minivllm.ops.sampling import gumbel_argmax, top_k_top_p_min_p
+from minivllm.ops.sampling import broken_rows, gumbel_argmax, top_k_top_p_min_p
 from minivllm.platforms.platform import Event, Platform
+from minivllm.sample.logprobs import LogprobsReader, TokenValues
 from minivllm.sample.sampler import NONFINITE, Drawn, Sampler, SamplerOutput
+from minivllm.sample.step import GrammarMask, SampleBatch
 from minivllm.worker.buffers import Mirror, Staging
+from minivllm.worker.device_logits import DeviceLogits
 from minivllm.worker.input_batch import InputBatch
 from minivllm.worker.request_state import RequestTable
 
+_NO_TOKEN_LEFT = 2  # of a row that its request's constraints broke; 1: the model did
+_LOGPROBS_AT_ONCE = 32  # rows: they are copied
 _RESULTS = 3  # two steps may be under way while a third one's tokens are read
 
 
@@ -48,15 +54,22 @@ class _Pending:
     token_ids: np.ndarray  # [M] int64, in pinned memory: read it when `arrived`
     broken: np.ndarray  # [M] uint8, likewise
     arrived: Event
+    batch: SampleBatch
+    grammar: GrammarMask | None
+    # Columns, and what they asked for, in pinned memory.
+    logprobs: list[tuple[list[int], TokenValues]] = field(default_factory=list)
 
 
 class Handle:
     """A step's result; `result()` waits for it, in any thread."""
 
-    def __init__(self, make: Callable[[], ModelRunnerOutput]) -> None:
-        self._make = make
+    def __init__(self, make: Callable[[], ModelRunnerOutput], arrived: Event | None = None) -> None:
+        """arrived: what `make` reads is there when this has come; None: it is there."""
+        self._make, self._arrived = make, arrived
 
     def result(self) -> ModelRunnerOutput:
+        if self._arrived is not None:
+            self._arrived.synchronize()
         return self._make()
 
 
@@ -64,10 +77,13 @@ class DeviceSampling:
     def __init__(
         self, sampler: Sampler, platform: Platform, staging: Staging, vocab_size: int, max_num_rows: int
     ) -> None:
-        """sampler: for what is done on the host; max_num_rows: of a step's samples, padding included."""
+        """sampler: for what requests ask, and what only a host can do; max_num_rows: of a step's samples, padding
+        included."""
         spec = OpSpec(platform.device, torch.float32, {"vocab_size": vocab_size})
         self._sampler, self._platform, self._staging = sampler, platform, staging
         self._choose, self._truncate = gumbel_argmax.select(spec), top_k_top_p_min_p.select(spec)
+        self._read = LogprobsReader(spec, is_logprobs=sampler.is_logprobs)
+        self._logits = DeviceLogits(platform, staging, vocab_size, max_num_rows)
         self._temperature, self._top_p, self._min_p = (
             staging.mirror((max_num_rows,), np.float32) for _ in range(3)
         )
@@ -86,9 +102,9 @@ class DeviceSampling:
 
     # Tokens that only the device knows -------------------------------------------
 
-    def absorb(self, table: RequestTable) -> None:
-        """Take what has arrived into the table. Of steps before the last one kept, all is waited for."""
-        while self._pending and (len(self._pending) > 1 or self._pending[0].arrived.query()):
+    def absorb(self, table: RequestTable, *, all_of_it: bool = False) -> None:
+        """Take what has arrived into the table. Steps before the last one kept are waited for, or that one as well."""
+        while self._pending and (all_of_it or len(self._pending) > 1 or self._pending[0].arrived.query()):
             pending = self._pending.popleft()
             pending.arrived.synchronize()
             known = pending.rows >= 0
@@ -100,6 +116,7 @@ class DeviceSampling:
         """The request in a row of the table is gone; another may have it."""
         for pending in self._pending:
             pending.rows[pending.rows == row] = -1
+        self._logits.counts.forget(row)
 
     def complete(self, batch: InputBatch) -> None:
         """Put the tokens that the device alone knows into the batch's input."""
@@ -151,30 +168,102 @@ class DeviceSampling:
         self._truncate(scaled, inputs.top_k, inputs.top_p, inputs.min_p)
         return Drawn(*self._choose(scaled, is_sampled.float(), inputs.seeds, inputs.positions))
 
-    def keep(self, drawn: Drawn, rows: np.ndarray, num_tokens: np.ndarray) -> _Pending:
+    def sample(
+        self,
+        logits: torch.Tensor,
+        drawn: Drawn,
+        inputs: DeviceDraw,
+        batch: SampleBatch,
+        last_ids: torch.Tensor,
+        grammar: GrammarMask | None,
+    ) -> _Pending:
+        """Have all that the batch asks for on its way to the host, and remember its tokens.
+
+        logits: [M or more, vocab_size] float32, left as they are; drawn: by `draw`, of all rows, which is overwritten
+        where a request asks for more; last_ids: [M or more] int64, each one's last token; inputs: what was drawn with.
+        """
+        asked = self._sampler.asked_logprobs(batch.rows)
+        changes = self._sampler.describe(batch, grammar)
+        anew = changes.columns
+        if not self._sampler.is_raw:  # logprobs are those of processed logits
+            anew = anew.union(*(each.columns.tolist() for each in asked))
+        columns, changed = sorted(anew), None
+        if columns:
+            index = self._send(columns)
+            changed = logits.index_select(0, index)
+            is_nonfinite = broken_rows(changed)
+            is_empty = self._logits.change(changed, columns, changes, batch, last_ids)
+            tokens = self._warp_and_choose(changed, inputs, index)
+            broken = torch.where(is_nonfinite, 1, torch.where(is_empty, _NO_TOKEN_LEFT, 0)).to(torch.uint8)
+            drawn.token_ids.index_copy_(0, index, tokens)
+            drawn.broken.index_copy_(0, index, broken)
+        logprobs = []
+        for each in asked:
+            for begin in range(0, len(each.columns), _LOGPROBS_AT_ONCE):
+                part = slice(begin, begin + _LOGPROBS_AT_ONCE)
+                own = each.columns[part].tolist()
+                index = self._send(own)
+                if self._sampler.is_raw:
+                    rows = logits.index_select(0, index)
+                else:
+                    rows = changed.index_select(0, self._send([columns.index(column) for column in own]))
+                also = None if each.named is None else self._staging.send(each.named[part])
+                values = self._read(rows, drawn.token_ids.index_select(0, index), each.num_likeliest, also)
+                logprobs.append((own, values.to_host(self._staging.fetch)))
+        return self._keep(drawn, batch, grammar, logprobs)
+
+    def _warp_and_choose(self, logits: torch.Tensor, inputs: DeviceDraw, index: torch.Tensor) -> torch.Tensor:
+        """A token for each row of `logits`, which are processed in place. index: [rows] int64, which of `inputs`."""
+        temperature = inputs.temperature.index_select(0, index)
+        is_sampled = temperature > 0
+        logits.div_(torch.where(is_sampled, temperature, 1.0).unsqueeze(1))
+        if inputs.top_k is not None:
+            self._truncate(logits, *(x.index_select(0, index) for x in (inputs.top_k, inputs.top_p, inputs.min_p)))
+        seeds, positions = inputs.seeds.index_select(0, index), inputs.positions.index_select(0, index)
+        return self._choose(logits, is_sampled.float(), seeds, positions)[0]
+
+    def _keep(
+        self,
+        drawn: Drawn,
+        batch: SampleBatch,
+        grammar: GrammarMask | None,
+        logprobs: list[tuple[list[int], TokenValues]],
+    ) -> _Pending:
         """Remember the tokens of these rows, and have them come to the host."""
-        count = len(rows)
+        count = len(batch.rows)
         self._last[:count].copy_(drawn.token_ids[:count])
         self._turn = (self._turn + 1) % _RESULTS
         tokens, broken = (place[:count] for place in self._results[self._turn])
         tokens.copy_(drawn.token_ids[:count], non_blocking=True)
         broken.copy_(drawn.broken[:count], non_blocking=True)
+        arrived = self._platform.record_event()
         pending = _Pending(
-            rows.copy(), num_tokens.copy(), tokens.numpy(), broken.numpy(), self._platform.record_event()
+            batch.rows.copy(), batch.num_tokens, tokens.numpy(), broken.numpy(), arrived, batch, grammar, logprobs
         )
         self._pending.append(pending)
         return pending
 
-    def known(self, pending: _Pending, columns: np.ndarray) -> None:
-        """These columns of the step were sampled on the host: nothing of them is pending."""
-        pending.rows[columns] = -1
+    def output(self, pending: _Pending) -> SamplerOutput:
+        """What was drawn, when it has arrived."""
+        failed: dict[int, str] = {}
+        at_fault: dict[int, str] = {}
+        for column in np.flatnonzero(pending.broken).tolist():
+            failed[column] = NONFINITE
+            if pending.broken[column] == _NO_TOKEN_LEFT:
+                failed[column], at_fault[column] = self._sampler.contradiction(
+                    column, pending.batch, pending.grammar
+                )
+        logprobs = {}
+        for columns, values in pending.logprobs:
+            logprobs |= zip(columns, values.lists_of_rows())
+        return SamplerOutput(pending.token_ids.copy(), logprobs, failed, at_fault)
 
-    @staticmethod
-    def output(pending: _Pending) -> SamplerOutput:
-        """What was drawn; waits for it."""
-        pending.arrived.synchronize()
-        failed = dict.fromkeys(np.flatnonzero(pending.broken).tolist(), NONFINITE)
-        return SamplerOutput(pending.token_ids.copy(), {}, failed)
+    def mark(self) -> Event:
+        """The end of what the device was given so far."""
+        return self._platform.record_event()
+
+    def _send(self, columns: list[int]) -> torch.Tensor:
+        return self._staging.send(np.array(columns, np.int64))
 
     def _upload(self, mirror: Mirror, values: np.ndarray, num_rows: int | None = None) -> torch.Tensor:
         """On the device; rows behind those given hold what they held."""

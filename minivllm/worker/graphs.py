@@ -98,23 +98,20 @@ class StepGraphs:
         self._graphs.clear()
 
 
-_MOST_CAPTURES = 256  # each keeps some megabytes of the device's memory
-
-
 class CapturedGraphs:
-    """What the device captured, by key; a step is captured when its shape is first met.
+    """What the device captured, by key; a step is captured when its shape is first met, or before the first request.
 
-    A capture takes some tenths of a second, once a shape, and none of the start: there are about as many shapes as
-    `padded_size` has values, times the few bounds of attention (`input_batch.py`), and most servers meet few of them.
-    All leave their results in the same places: what a capture holds on to, no other can use, and logits are large.
+    A capture takes some tenths of a second, once a shape (`capture_shapes.py`) and kind of sampling. All leave their
+    results in the same places: what a capture holds on to, no other can use, and logits are large.
     """
 
-    def __init__(self, graphs: Graphs, max_rows: int) -> None:
-        """max_rows: the most that a step's results have."""
+    def __init__(self, graphs: Graphs, max_rows: int, most: int) -> None:
+        """max_rows: the most that a step's results have; most: captures, for each takes memory of the device's."""
         self._captures = graphs
-        self._max_rows = max_rows
+        self._max_rows, self._most = max_rows, most
         self._places: list[torch.Tensor] = []
         self._graphs: dict[Hashable, tuple[Callable[[], None], tuple[torch.Tensor, ...]]] = {}
+        self._is_full = False
 
     @torch.inference_mode()
     def run(self, key: Hashable | None, step: Step) -> tuple[torch.Tensor, ...]:
@@ -122,13 +119,34 @@ class CapturedGraphs:
         if key is None:
             return step()
         if key not in self._graphs:
-            if len(self._graphs) >= _MOST_CAPTURES:
+            if len(self._graphs) >= self._most:
+                self._say_full()
                 return step()
-            self._graphs[key] = self._captures.capture(partial(self._into_places, step))
-            logger.debug("captured decode step number %d", len(self._graphs))
+            self.capture(key, step)
         replay, outputs = self._graphs[key]
         replay()
         return outputs
+
+    @torch.inference_mode()
+    def capture(self, key: Hashable, step: Step) -> None:
+        """Have the step under this key, and run nothing (but what a capture must)."""
+        self._graphs[key] = self._captures.capture(partial(self._into_places, step))
+        logger.debug("captured decode step number %d of %d at most", len(self._graphs), self._most)
+
+    def clear(self) -> None:
+        """Forget all: what they read lies elsewhere from now on."""
+        self._graphs.clear()
+        self._places.clear()
+        self._captures.forget()
+
+    def _say_full(self) -> None:
+        if not self._is_full:
+            logger.warning(
+                "%d decode steps are captured, which is what there is memory for; those of other shapes run without a "
+                "graph from now on. Fewer --cudagraph-capture-sizes would leave room for each",
+                self._most,
+            )
+            self._is_full = True
 
     def _into_places(self, step: Step) -> tuple[torch.Tensor, ...]:
         """What `step()` gives, one row a request each, copied. The first call, which no capture is, makes the places."""
@@ -136,13 +154,6 @@ class CapturedGraphs:
         for result in results[len(self._places) :]:
             self._places.append(result.new_empty(self._max_rows, *result.shape[1:]))
         return tuple(place[: len(result)].copy_(result) for place, result in zip(self._places, results))
-
-
-def padded_size(num_reqs: int) -> int:
-    """How many rows a captured decode of so many requests has: 1, 2, 4, 8, then steps of 8 or, if more, an eighth."""
-    bits = (num_reqs - 1).bit_length()
-    step = 1 << (bits if num_reqs <= 4 else max(3, bits - 4))
-    return -(-num_reqs // step) * step
 
 
 def key_of(*values: Any) -> Hashable | None:

@@ -6,7 +6,6 @@ A step that is the last one a token further, as most are, only moves the numbers
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +14,9 @@ import torch
 from minivllm.attention.backend import StepInputs
 from minivllm.ops.decode_step import DecodeBooks, StepColumns
 from minivllm.worker.buffers import Staging
+from minivllm.worker.capture_shapes import CaptureShapes
 from minivllm.worker.request_state import RequestTable
+from minivllm.worker.step_block_table import DeviceBlockTable, HostBlockTable, StepBlockTable
 
 
 @dataclass(frozen=True)
@@ -60,22 +61,25 @@ class InputBuffers:
         *,
         num_groups: int = 1,
         staging: Staging | None = None,
-        padded_size: Callable[[int], int] = lambda num_reqs: num_reqs,
+        captures: CaptureShapes | None = None,
     ) -> None:
-        """padded_size: rows of a decode of so many requests; more than max_num_reqs only where it says so."""
+        """captures: the shapes that decodes are padded to, if they are captured."""
         staging = staging or Staging()
-        most = max(max_num_reqs, padded_size(max_num_reqs))
+        most = max_num_reqs if captures is None else captures.padded(max_num_reqs)
         max_num_tokens = max(max_num_tokens, most)
-        self._staging, self._padded_size = staging, padded_size
+        self._staging, self._captures = staging, captures
         self._input_ids = staging.mirror((max_num_tokens,), np.int64)
         self._positions = staging.mirror((max_num_tokens,), np.int64)
         self._slot_mapping = [staging.mirror((max_num_tokens,), np.int64) for _ in range(num_groups)]
         self._query_start_loc = staging.mirror((most + 1,), np.int32)
         self._seq_lens = staging.mirror((most,), np.int32)
-        self._block_table = [staging.mirror((most, max_blocks), np.int32) for _ in range(num_groups)]
+        self._block_table: list[StepBlockTable] = [
+            DeviceBlockTable(most, max_blocks, staging) if staging.copies else HostBlockTable(most, max_blocks)
+            for _ in range(num_groups)
+        ]
         self._begins = np.zeros(max_num_reqs, np.int64)
         self._ends = np.zeros(max_num_reqs, np.int64)
-        self._counting = np.arange(max_num_tokens)
+        self._counting = np.arange(max_num_tokens + 1)
         self.books: DecodeBooks | None = None  # of the last step, if it was a decode
         self._last: InputBatch | None = None
         self._version = 0  # of the table, when `_last` was made
@@ -125,8 +129,8 @@ class InputBuffers:
         num_tokens = int(stops[-1])
         samples = np.flatnonzero(ends == table.num_tokens[rows])
         is_decode = num_tokens == num_reqs == len(samples)
-        num_rows = self._padded_size(num_reqs) if is_decode else num_reqs
-        num_padding = num_rows - num_reqs
+        is_captured = is_decode and self._captures is not None and self._captures.has(num_reqs)
+        num_rows = self._captures.padded(num_reqs) if is_captured else num_reqs
 
         row_of_token = np.repeat(rows, counts)
         positions = self._positions.host[:num_tokens]
@@ -137,24 +141,16 @@ class InputBuffers:
         num_blocks = -(-int(ends.max()) // table.blocks[0].block_size)
         for blocks, block_table, slot_mapping in zip(table.blocks, self._block_table, self._slot_mapping):
             slot_mapping.host[:num_tokens] = blocks.slots(row_of_token, positions)
-            block_table.host[:num_reqs, :num_blocks] = blocks.block_ids[rows, :num_blocks]
-        if num_padding:
+            block_table.of_step(blocks, rows, num_blocks)
+        if num_rows > num_reqs:
             self._pad(num_reqs, num_rows)
-        num_tokens_padded = num_tokens + num_padding
+        num_tokens_padded = num_tokens + num_rows - num_reqs
+        bounds = {}
         if self._staging.copies:
             self._upload(num_tokens_padded, num_rows)
-            # What a captured step reads has one shape, whatever the requests' lengths.
-            num_blocks = self._block_table[0].device.shape[1]
-        steps = [
-            StepInputs(
-                query_start_loc=self._query_start_loc.device[: num_rows + 1],
-                seq_lens=self._seq_lens.device[:num_rows],
-                block_table=block_table.device[:num_rows, :num_blocks],
-                slot_mapping=slot_mapping.device[:num_tokens_padded],
-                **(_bounds(counts, ends, is_decode) if self._staging.copies else {}),
-            )
-            for block_table, slot_mapping in zip(self._block_table, self._slot_mapping)
-        ]
+            longest = int(ends.max())
+            max_seq_len = self._captures.bound(longest) if is_captured else longest
+            bounds = {"max_query_len": int(counts.max()), "max_seq_len": max_seq_len}
         return InputBatch(
             request_ids=request_ids,
             rows=rows,
@@ -165,9 +161,42 @@ class InputBuffers:
             num_tokens=num_tokens,
             input_ids=self._input_ids.device[:num_tokens_padded],
             positions=self._positions.device[:num_tokens_padded],
-            steps=steps,
+            steps=self._steps(num_tokens_padded, num_rows, num_blocks, **bounds),
             is_decode=is_decode,
         )
+
+    def padding(self, num_rows: int, max_seq_len: int) -> InputBatch:
+        """A decode of this shape with no request in it, for a capture."""
+        self._query_start_loc.host[0] = 0
+        self._pad(0, num_rows)
+        self._upload(num_rows, num_rows)
+        nobody = np.empty(0, np.int64)
+        return InputBatch(
+            request_ids=[],
+            rows=nobody,
+            begins=nobody,
+            ends=nobody,
+            first_rows=nobody,
+            samples=nobody,
+            num_tokens=0,
+            input_ids=self._input_ids.device[:num_rows],
+            positions=self._positions.device[:num_rows],
+            steps=self._steps(num_rows, num_rows, 0, max_query_len=1, max_seq_len=max_seq_len),
+            is_decode=True,
+        )
+
+    def _steps(self, num_tokens: int, num_rows: int, num_blocks: int, **bounds: int) -> list[StepInputs]:
+        """What attention reads, as views of the buffers; one a KV cache group."""
+        return [
+            StepInputs(
+                query_start_loc=self._query_start_loc.device[: num_rows + 1],
+                seq_lens=self._seq_lens.device[:num_rows],
+                block_table=block_table.view(num_rows, num_blocks),
+                slot_mapping=slot_mapping.device[:num_tokens],
+                **bounds,
+            )
+            for block_table, slot_mapping in zip(self._block_table, self._slot_mapping)
+        ]
 
     def _pad(self, num_reqs: int, num_rows: int) -> None:
         """Rows of one token each that see nothing and are written nowhere."""
@@ -176,30 +205,14 @@ class InputBuffers:
         self._positions.host[padding] = 0
         self._seq_lens.host[padding] = 0
         self._query_start_loc.host[num_reqs + 1 : num_rows + 1] = self._counting[num_reqs + 1 : num_rows + 1]
-        for block_table, slot_mapping in zip(self._block_table, self._slot_mapping):
-            block_table.host[padding] = 0
+        for slot_mapping in self._slot_mapping:
             slot_mapping.host[padding] = -1
 
     def _upload(self, num_tokens: int, num_rows: int) -> None:
         for mirror in (self._input_ids, self._positions, *self._slot_mapping):
             mirror.upload(num_tokens)
-        for mirror in (self._seq_lens, *self._block_table):
-            mirror.upload(num_rows)
+        self._seq_lens.upload(num_rows)
         self._query_start_loc.upload(num_rows + 1)
-
-
-_BOUND_STEP = 1024  # tokens: a segment of attention
-
-
-def _bounds(counts: np.ndarray, ends: np.ndarray, is_decode: bool) -> dict[str, int]:
-    """What the host knows of a batch's lengths, so that nobody need ask the device.
-
-    Of a decode a bound from a short list (1, 2, 4, … segments): a captured step is launched for its bound.
-    """
-    num_segments = -(-int(ends.max()) // _BOUND_STEP)
-    if is_decode:
-        num_segments = 1 << (num_segments - 1).bit_length()
-    return {"max_query_len": int(counts.max()), "max_seq_len": num_segments * _BOUND_STEP}
 
 
 def _num_moves(batch: InputBatch, table: RequestTable) -> int:

@@ -25,11 +25,22 @@ class Budget:
     weight_bytes: int
     step_bytes: int  # activations and logits of the largest step
     process_bytes: int = 0  # what this process already holds: the interpreter, torch
+    graph_bytes: int = 0  # what captured decode steps keep, beside the largest step
+    num_graphs: int = 0  # at most
 
     @property
     def left_bytes(self) -> int:
         """What is left for the cache once the weights are there and a step has room."""
-        return self.available_bytes - self.weight_bytes - self.step_bytes
+        return self.available_bytes - self.weight_bytes - self.step_bytes - self.graph_bytes
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What steps were found to take on a device of its own, in bytes."""
+
+    step_bytes: int  # the largest step, and the buffers of its inputs
+    graph_bytes: int = 0  # captured decode steps, all that there may be
+    num_graphs: int = 0
 
 
 @dataclass(frozen=True)
@@ -98,8 +109,8 @@ def check_weights_fit(budget: Budget) -> None:
     """Raise ConfigError when not even the weights and one step fit into what is available."""
     if budget.left_bytes <= 0:
         raise ConfigError(
-            f"the model needs {gib(budget.weight_bytes)} for weights and {gib(budget.step_bytes)} for a step, "
-            f"{gib(budget.available_bytes)} of {gib(budget.limit_bytes)} are available; serve a smaller model, "
+            f"the model needs {gib(budget.weight_bytes)} for weights{_graphs(budget)} and {gib(budget.step_bytes)} for a "
+            f"step, {gib(budget.available_bytes)} of {gib(budget.limit_bytes)} are available; serve a smaller model, "
             "lower --max-num-batched-tokens, or give the process more memory"
         )
 
@@ -115,12 +126,12 @@ def _num_blocks(cache: CacheConfig, spec: KVCacheSpec, budget: Budget) -> int:
         return asked // spec.bytes_per_block
     if cache.gpu_memory_utilization is not None:
         share = cache.gpu_memory_utilization
-        needed = budget.process_bytes + budget.weight_bytes + budget.step_bytes
+        needed = budget.process_bytes + budget.weight_bytes + budget.step_bytes + budget.graph_bytes
         room = int(share * budget.limit_bytes) - needed
         if room < spec.bytes_per_block:
             raise ConfigError(
                 f"--gpu-memory-utilization {share:g} of {gib(budget.limit_bytes)} leaves no KV cache beside "
-                f"{gib(budget.weight_bytes)} of weights, {gib(budget.step_bytes)} for a step and "
+                f"{gib(budget.weight_bytes)} of weights{_graphs(budget)}, {gib(budget.step_bytes)} for a step and "
                 f"{gib(budget.process_bytes)} in use; raise it"
             )
         _check_room(f"--gpu-memory-utilization {share:g}", room, budget)
@@ -139,14 +150,21 @@ def _check_room(asked_by: str, num_bytes: int, budget: Budget) -> None:
 
 def describe(size: KVCacheSize, budget: Budget) -> str:
     """The line the log shows."""
-    used = budget.weight_bytes + budget.step_bytes + size.num_bytes
+    used = budget.weight_bytes + budget.step_bytes + budget.graph_bytes + size.num_bytes
     return (
         f"memory: weights {gib(budget.weight_bytes)} + KV cache {gib(size.num_bytes)} + a step "
-        f"{gib(budget.step_bytes)} = {gib(used)} of {gib(budget.available_bytes)} available (limit "
+        f"{gib(budget.step_bytes)}{_graphs(budget, ' + ')} = {gib(used)} of {gib(budget.available_bytes)} available (limit "
         f"{gib(budget.limit_bytes)}); KV cache: {size.num_tokens:,} tokens in {size.num_blocks:,} blocks of "
         f"{size.block_size}, {size.max_concurrency:.2f} requests of {size.max_model_len:,} tokens at once"
         f"{_describe_groups(size.spec.groups)}"
     )
+
+
+def _graphs(budget: Budget, before: str = ", ") -> str:
+    """Empty where nothing is captured."""
+    if not budget.num_graphs:
+        return ""
+    return f"{before}up to {budget.num_graphs} captured decode steps {gib(budget.graph_bytes)}"
 
 
 def _describe_groups(groups: Sequence[KVCacheGroup]) -> str:

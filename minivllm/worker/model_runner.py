@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from minivllm.attention.backend import AttentionBackend, ForwardContext
+from minivllm.config.compilation import CaptureOptions
 from minivllm.layers.embedding import GivenEmbeddings
 from minivllm.messages.worker import (
     CachedRequestData,
@@ -27,15 +28,17 @@ from minivllm.messages.worker import (
     SchedulerOutput,
 )
 from minivllm.models.decoder import DecoderForCausalLM
+from minivllm.ops.op import OpSpec
 from minivllm.platforms.platform import Platform
-from minivllm.sample.sampler import NONFINITE, DrawBuffers, Drawn, DrawInputs, Sampler, SamplerOutput
+from minivllm.sample.sampler import NONFINITE, DrawBuffers, DrawInputs, Drawn, Sampler, SamplerOutput
 from minivllm.sample.step import GrammarMask, SampleBatch
 from minivllm.worker.buffers import Staging
+from minivllm.worker.capture_shapes import CaptureShapes
 from minivllm.worker.device_sampling import DeviceDraw, DeviceSampling, Handle
-from minivllm.worker.graphs import CapturedGraphs, StepGraphs, key_of, padded_size
+from minivllm.worker.graphs import CapturedGraphs, StepGraphs, key_of
 from minivllm.worker.input_batch import InputBatch, InputBuffers
 from minivllm.worker.prompt_embeds import PromptVectors
-from minivllm.worker.prompt_logprobs import PromptLogprobs
+from minivllm.worker.prompt_logprobs import PromptLogprobs, PromptScores
 from minivllm.worker.request_state import RequestTable
 
 
@@ -75,10 +78,12 @@ class ModelRunner:
         max_num_seqs: int,
         group_of_layer: list[int],
         enforce_eager: bool = False,
+        captures: CaptureOptions = CaptureOptions(),
         platform: Platform | None = None,
     ) -> None:
         """group_of_layer: each layer's KV cache group; layers of different groups may share a tensor of kv_caches.
 
+        captures: on a device that captures steps, which, unless enforce_eager.
         platform: None for one whose memory is the host's.
         """
         block_size = backend.spec.block_size
@@ -87,27 +92,29 @@ class ModelRunner:
         num_groups = max(group_of_layer) + 1
         self.table = RequestTable(2 * max_num_seqs, max_model_len, block_size, num_groups=num_groups)
         self._staging = Staging(platform)
-        is_captured = self._staging.copies and platform.graphs is not None and not enforce_eager
+        self.capture_shapes: CaptureShapes | None = None
+        if self._staging.copies and platform.graphs is not None and not enforce_eager:
+            self.capture_shapes = CaptureShapes(captures, max_num_seqs, max_model_len)
         self.buffers = InputBuffers(
             max_num_batched_tokens,
             max_num_seqs,
             -(-max_model_len // block_size),
             num_groups=num_groups,
             staging=self._staging,
-            **({"padded_size": padded_size} if is_captured else {}),
+            captures=self.capture_shapes,
         )
         self._draw_buffers = DrawBuffers(max_num_seqs)
         self._sampling: DeviceSampling | None = None
+        most_rows = max_num_seqs if self.capture_shapes is None else self.capture_shapes.padded(max_num_seqs)
         if self._staging.copies:
-            self._sampling = DeviceSampling(
-                sampler, platform, self._staging, sampler.vocab_size, padded_size(max_num_seqs)
-            )
+            self._sampling = DeviceSampling(sampler, platform, self._staging, sampler.vocab_size, most_rows)
         self._group_of_layer = group_of_layer
-        self.prompt_logprobs = PromptLogprobs(lambda hidden: model.compute_logits(hidden).cpu(), sampler)
-        self.prompt_vectors = PromptVectors(backend.spec.dtype)
+        spec = OpSpec("cpu" if platform is None else platform.device, torch.float32)
+        self.prompt_logprobs = PromptLogprobs(model.compute_logits, spec, self._staging)
+        self.prompt_vectors = PromptVectors(backend.spec.dtype, self._staging)
         self._graphs: StepGraphs | CapturedGraphs | None = None
-        if is_captured:
-            self._graphs = CapturedGraphs(platform.graphs, padded_size(max_num_seqs))
+        if self.capture_shapes is not None:
+            self._graphs = CapturedGraphs(platform.graphs, self.capture_shapes.sizes[-1], self.most_captures)
         elif not enforce_eager and not self._staging.copies:
             self._graphs = StepGraphs()
         self._batch: InputBatch | None = None
@@ -123,7 +130,7 @@ class ModelRunner:
             return
         self._batch = batch = self._prepare(plan.num_scheduled_tokens)
         given = self.prompt_vectors.of_step(batch)
-        if self._graphs is not None and batch.is_decode and given is None:
+        if self._is_replayed(batch) and given is None:
             self._run_decode(batch)
         else:
             self._run(batch, given)
@@ -142,6 +149,11 @@ class ModelRunner:
     def _run(self, batch: InputBatch, given: GivenEmbeddings | None) -> None:
         ctx = self._context(self._metadata(batch))
         self._hidden = self.model.forward(batch.input_ids, batch.positions, ctx, given)
+
+    def _is_replayed(self, batch: InputBatch) -> bool:
+        if self._graphs is None or not batch.is_decode:
+            return False
+        return self.capture_shapes is None or self.capture_shapes.has(len(batch.rows))
 
     def _run_decode(self, batch: InputBatch) -> None:
         if self._decode is None or self._decode.batch is not batch:
@@ -176,6 +188,25 @@ class ModelRunner:
         drawn = (self._sampling or self.sampler).draw(logits, draw)
         return logits, drawn.token_ids, drawn.broken
 
+    @property
+    def most_captures(self) -> int:
+        """How many there may be: of every shape, for tokens drawn plainly and from truncated distributions."""
+        return 2 * len(self.capture_shapes)
+
+    @torch.inference_mode()
+    def capture(self, num_rows: int, max_seq_len: int) -> None:
+        """Capture a decode step of one of `capture_shapes` before a batch has it; tokens are drawn plainly."""
+        self._staging.begin()
+        decode = self._describe(self.buffers.padding(num_rows, max_seq_len))
+        self._staging.end()
+        self._graphs.capture(decode.key, partial(self._step, decode))
+
+    def forget_captures(self) -> None:
+        """The model or the cache lies elsewhere from now on, or nowhere."""
+        if isinstance(self._graphs, CapturedGraphs):
+            self._decode = self._decoded = None
+            self._graphs.clear()
+
     def _metadata(self, batch: InputBatch) -> list[Any]:
         """One a KV cache group."""
         return [self.backend.build_metadata(step) for step in batch.steps]
@@ -209,48 +240,43 @@ class ModelRunner:
         self._batch = self._hidden = None
         if batch is None:
             return Handle(ModelRunnerOutput)
-        logits, drawn = (None, None) if hidden is not None else (self._decoded.logits, self._decoded.drawn)
         sampling, table = self._sampling, self.table
         result = ModelRunnerOutput(batch.request_ids, [[] for _ in batch.request_ids])
         rows = batch.rows[batch.samples]
-        if logits is None:
-            self.prompt_logprobs.add_to(result, batch, hidden, table)
-            if len(rows):
-                logits = self.model.compute_logits(hidden.index_select(0, sampling.rows_on_device(batch)))
-        if logits is None:
-            self._staging.end()
-            return Handle(lambda: result)
-        if drawn is None:
-            drawn = sampling.draw(logits, sampling.inputs(rows, table.num_tokens[rows], len(rows)))
+        prompt_scores: list[PromptScores] = []
+        if hidden is not None:
+            prompt_scores = self.prompt_logprobs.score(batch, hidden, table)
+            if not len(rows):
+                self._staging.end()
+                return Handle(partial(_with_prompts, result, prompt_scores), sampling.mark())
+            last_rows = sampling.rows_on_device(batch)
+            last_ids = batch.input_ids.index_select(0, last_rows)
+            logits = self.model.compute_logits(hidden.index_select(0, last_rows))
+            inputs = sampling.inputs(rows, table.num_tokens[rows], len(rows))
+            drawn = sampling.draw(logits, inputs)
+        else:
+            last_ids, inputs = batch.input_ids, self._decode.draw
+            logits, drawn = self._decoded.logits, self._decoded.drawn
         self._staging.end()
-        pending = sampling.keep(drawn, rows, table.num_tokens[rows])
-        columns, on_host = self._sample_on_host(rows, logits, grammar)
-        sampling.known(pending, columns)
-        table.advance(np.delete(rows, columns))
+        if self.sampler.needs_host:
+            sampled = self._sample_on_host(logits[: len(rows)], rows, grammar)
+            return Handle(lambda: self._report(batch, sampled, _with_prompts(result, prompt_scores)))
+        step, mask = self._sample_batch(rows), self._mask_of(grammar, rows)
+        pending = sampling.sample(logits, drawn, inputs, step, last_ids, mask)
+        table.advance(rows)
         return Handle(
-            lambda: self._report(batch, sampling.output(pending).with_rows(columns, on_host), result)
+            lambda: self._report(batch, sampling.output(pending), _with_prompts(result, prompt_scores)),
+            pending.arrived,
         )
 
     def _sample_on_host(
-        self, rows: np.ndarray, logits: torch.Tensor, grammar: GrammarOutput | None
-    ) -> tuple[np.ndarray, SamplerOutput | None]:
-        """The columns whose requests ask for more than a device does, and their tokens, which the table then has."""
-        needs_host = ~self.sampler.draws_alone(rows)
-        if grammar is not None:
-            needs_host |= np.isin(rows, self.table.rows(grammar.request_ids))
-        columns = np.flatnonzero(needs_host)
-        if not len(columns):
-            return columns, None
-        # What they ask for may depend on every token so far; this step's own are kept already.
-        self._sampling.absorb(self.table)
-        own = rows[columns]
-        sampled = self.sampler(
-            logits[torch.from_numpy(columns).to(logits.device)].cpu(),
-            self._sample_batch(own),
-            self._mask_of(grammar, own),
-        )
-        self._append(own, sampled)
-        return columns, sampled
+        self, logits: torch.Tensor, rows: np.ndarray, grammar: GrammarOutput | None
+    ) -> SamplerOutput:
+        """Waits for the logits, and for the tokens before them: the operator's code may look at all of them."""
+        self._sampling.absorb(self.table, all_of_it=True)
+        sampled = self.sampler(logits.cpu(), self._sample_batch(rows), self._mask_of(grammar, rows))
+        self._append(rows, sampled)
+        return sampled
 
     # Plan --------------------------------------------------------------------
 
@@ -304,7 +330,7 @@ class ModelRunner:
         """From the logits, or from hidden states that give them."""
         result = ModelRunnerOutput(batch.request_ids, [[] for _ in batch.request_ids])
         if logits is None:
-            self.prompt_logprobs.add_to(result, batch, hidden, self.table)
+            _with_prompts(result, self.prompt_logprobs.score(batch, hidden, self.table))
             if not len(batch.samples):
                 return result
             logits = self.model.compute_logits(hidden[batch.sampled_rows])
@@ -392,3 +418,10 @@ class ModelRunner:
         going_on = np.ones(len(rows), bool)
         going_on[list(sampled.failed)] = False
         self.table.append_tokens(rows[going_on], sampled.token_ids[going_on])
+
+
+def _with_prompts(result: ModelRunnerOutput, found: list[PromptScores]) -> ModelRunnerOutput:
+    """The same result, with the prompts' scores, which have arrived."""
+    for scores in found:
+        scores.add_to(result)
+    return result

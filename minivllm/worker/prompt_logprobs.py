@@ -7,14 +7,18 @@ none of the prompt.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-from minivllm.messages.engine import LogprobsLists
 from minivllm.messages.worker import ModelRunnerOutput
-from minivllm.sample.logprobs import concatenate
-from minivllm.sample.sampler import NONFINITE, Sampler
+from minivllm.ops.op import OpSpec
+from minivllm.ops.sampling import broken_rows
+from minivllm.sample.logprobs import LogprobsReader, TokenValues, concatenate
+from minivllm.sample.sampler import NONFINITE
 from minivllm.sampling_params import SamplingParams
+from minivllm.worker.buffers import Staging
 from minivllm.worker.input_batch import InputBatch
 from minivllm.worker.request_state import RequestTable
 
@@ -22,10 +26,29 @@ from minivllm.worker.request_state import RequestTable
 _ROWS_AT_ONCE = 64
 
 
+@dataclass(frozen=True)
+class PromptScores:
+    """What a step found of one prompt; where the device has memory of its own, on its way to the host's."""
+
+    request_id: str
+    parts: list[TokenValues]  # in order
+    broken: list[torch.Tensor]  # [rows of the part] bool: what is no number
+
+    def add_to(self, result: ModelRunnerOutput) -> None:
+        """When it has arrived."""
+        if any(part.any() for part in self.broken):
+            result.failed[self.request_id] = NONFINITE
+        else:
+            result.prompt_logprobs[self.request_id] = concatenate([part.lists() for part in self.parts])
+
+
 class PromptLogprobs:
-    def __init__(self, compute_logits: Callable[[torch.Tensor], torch.Tensor], sampler: Sampler) -> None:
-        """compute_logits: hidden states [M, hidden_size] -> [M, vocab_size] float32."""
-        self._compute_logits, self._sampler = compute_logits, sampler
+    def __init__(
+        self, compute_logits: Callable[[torch.Tensor], torch.Tensor], spec: OpSpec, staging: Staging
+    ) -> None:
+        """compute_logits: hidden states [M, hidden_size] -> [M, vocab_size] float32; spec: of the logits."""
+        # Those of a prompt are logprobs of unprocessed logits, whatever --logprobs-mode says.
+        self._compute_logits, self._read, self._staging = compute_logits, LogprobsReader(spec), staging
         self._asked: dict[int, _Asked] = {}
 
     def add_request(self, row: int, params: SamplingParams) -> None:
@@ -35,10 +58,11 @@ class PromptLogprobs:
     def remove_request(self, row: int) -> None:
         self._asked.pop(row, None)
 
-    def add_to(self, result: ModelRunnerOutput, batch: InputBatch, hidden: torch.Tensor, table: RequestTable) -> None:
-        """Fill in what this step's tokens predict of prompts; hidden: [num_tokens, hidden_size]."""
+    def score(self, batch: InputBatch, hidden: torch.Tensor, table: RequestTable) -> list[PromptScores]:
+        """What this step's tokens predict of prompts; hidden: [num_tokens, hidden_size]."""
+        found: list[PromptScores] = []
         if not self._asked:
-            return
+            return found
         for i, row in enumerate(batch.rows.tolist()):
             if row not in self._asked:
                 continue
@@ -47,25 +71,28 @@ class PromptLogprobs:
             if end <= begin:
                 continue
             first = int(batch.first_rows[i])
-            targets = torch.from_numpy(table.token_ids[row, begin + 1 : end + 1]).long()
-            lists = self._score(hidden[first : first + end - begin], targets, begin, self._asked[row])
-            if lists is None:
-                result.failed[batch.request_ids[i]] = NONFINITE
-            else:
-                result.prompt_logprobs[batch.request_ids[i]] = lists
+            rows, targets = hidden[first : first + end - begin], table.token_ids[row, begin + 1 : end + 1]
+            found.append(self._score(batch.request_ids[i], rows, targets, begin, self._asked[row]))
+        return found
 
-    def _score(self, hidden: torch.Tensor, targets: torch.Tensor, begin: int, asked: _Asked) -> LogprobsLists | None:
-        """A row for each of `targets`, the tokens after positions begin …; None if a row of logits is not finite."""
-        parts = []
-        for rows, ids in zip(hidden.split(_ROWS_AT_ONCE), targets.split(_ROWS_AT_ONCE)):
-            logits = self._compute_logits(rows)
-            if self._sampler.nonfinite_rows(logits):
-                return None
-            end = begin + len(ids)
-            also = None if asked.token_ids is None else asked.token_ids[begin:end]
-            parts.append(self._sampler.logprobs_of(logits, ids, asked.num_logprobs, also))
-            begin = end
-        return concatenate(parts)
+    def _score(
+        self, request_id: str, hidden: torch.Tensor, targets: np.ndarray, begin: int, asked: _Asked
+    ) -> PromptScores:
+        """A row for each of `targets`, the tokens after positions begin …"""
+        scores = PromptScores(request_id, [], [])
+        token_ids = self._staging.send(targets.astype(np.int64))
+        also = None
+        if asked.token_ids is not None:
+            also = self._staging.send(asked.token_ids[begin : begin + len(targets)])
+        for start in range(0, len(targets), _ROWS_AT_ONCE):
+            part = slice(start, start + _ROWS_AT_ONCE)
+            logits = self._compute_logits(hidden[part])
+            values = self._read(
+                logits, token_ids[part], asked.num_logprobs, None if also is None else also[part]
+            )
+            scores.parts.append(values.to_host(self._staging.fetch))
+            scores.broken.append(self._staging.fetch(broken_rows(logits)))
+        return scores
 
 
 class _Asked:
@@ -73,8 +100,8 @@ class _Asked:
 
     def __init__(self, params: SamplingParams) -> None:
         self.num_logprobs = params.prompt_logprobs or 0
-        self.token_ids: torch.Tensor | None = None  # [num_prompt_tokens - 1, k] int64, -1 for none
+        self.token_ids: np.ndarray | None = None  # [num_prompt_tokens - 1, k] int64, -1 for none
         if params.prompt_logprob_token_ids is not None:
-            asked = torch.tensor(params.prompt_logprob_token_ids, dtype=torch.int64)
-            nothing = torch.full((params.prompt_logprob_start or 0, asked.shape[1]), -1)
-            self.token_ids = torch.cat([nothing, asked])
+            asked = np.array(params.prompt_logprob_token_ids, np.int64)
+            nothing = np.full((params.prompt_logprob_start or 0, asked.shape[1]), -1)
+            self.token_ids = np.concatenate([nothing, asked])

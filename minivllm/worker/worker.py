@@ -6,14 +6,17 @@ cache gets what is left there when the weights are loaded and the largest step h
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from minivllm.attention.backend import AttentionBackend, AttentionSpec
 from minivllm.attention.registry import select_backend
+from minivllm.config.compilation import read_compilation
 from minivllm.config.engine import EngineConfig
 from minivllm.config.profiler import read_profiler_config
 from minivllm.config.scheduler import step_limits
@@ -21,19 +24,21 @@ from minivllm.exceptions import ConfigError
 from minivllm.layers.linear import BATCH_INVARIANT
 from minivllm.logger import init_logger
 from minivllm.logits_processors import load_logits_processors
+from minivllm.messages.engine import SLEEPING_PARTS
 from minivllm.messages.kv_cache import KVCacheGroup, KVCacheSpec
 from minivllm.messages.worker import GrammarOutput, ModelRunnerOutput, SchedulerOutput, WorkerReady
 from minivllm.models import loader
 from minivllm.models.decoder import DecoderForCausalLM
 from minivllm.models.registry import load_class
-from minivllm.ops.native import touch
+from minivllm.ops.native import MemoryTaker
 from minivllm.ops.op import NoImplementation
-from minivllm.platforms.platform import Platform, detect
+from minivllm.platforms.platform import DevicePlatform, Platform, detect
 from minivllm.sample.custom import CustomProcessors
 from minivllm.sample.sampler import Sampler
 from minivllm.worker import kv_layout, largest_step, memory
 from minivllm.worker.device_sampling import Handle
 from minivllm.worker.model_runner import ModelRunner
+from minivllm.worker.penalty_counts import PenaltyCounts
 from minivllm.worker.profiler import WorkerProfiler
 
 logger = init_logger(__name__)
@@ -54,9 +59,12 @@ class Worker:
         """platform: None for the one that the configuration and this machine give."""
         self.config = config
         self.platform = detect(config.device) if platform is None else platform
+        self._plans_in_flight = config.scheduler.max_plans_in_flight(leaves_host_free=not self.platform.is_host)
         self.runner: ModelRunner | None = None
+        self.memory_taker: MemoryTaker | None = None
         self._load: Callable[[], None] | None = None  # the weights, into the places they have
-        self._has_weights = False
+        self._away: dict[str, Callable[[], None]] = {}  # of SLEEPING_PARTS, what is given back, and what has it again
+        self._on_host: list[tuple[torch.Tensor, torch.Tensor]] = []  # weights that are away, and copies of them
         profiler = read_profiler_config(config.observability.profiler_config)
         self._profiler = WorkerProfiler(profiler) if profiler.is_on else None
 
@@ -70,9 +78,9 @@ class Worker:
         """
         config, platform = self.config, self.platform
         platform.prepare(config.cpu)
-        if config.model.enable_sleep_mode and not platform.is_host:
-            raise ConfigError(f"--enable-sleep-mode is not served on {platform.name} yet; leave it out")
+        self._say_if_async()
         on_progress("checking the model")
+        self._check_options()
         custom = self._custom_processors()
         dtype = resolve_dtype(config.model.dtype, config.hf_config.dtype)
         if dtype not in platform.supported_dtypes:
@@ -96,34 +104,24 @@ class Worker:
                 loader.load_weights(plan, dtype, platform, show_progress=config.load.use_tqdm_on_load)
 
         load()
-        self._load, self._has_weights = load, True
+        self._load = load
         if not platform.is_host:
             on_progress("measuring the largest step")
-            step_bytes = self._measure_step(
-                model, backend, max_num_batched_tokens, max_num_seqs, size.max_model_len
-            )
+            measured = self._measure_step(model, backend, max_num_batched_tokens, max_num_seqs, size)
             size, (max_num_batched_tokens, max_num_seqs) = self._size_cache_and_step(
-                model, backend, max_model_len, free_bytes, step_bytes
+                model, backend, max_model_len, free_bytes, measured
             )
 
         on_progress("laying out the KV cache")
         # Untouched pages take no memory: they are the system's until a block is written.
         tensors = [backend.new_kv_cache(size.num_blocks) for _ in range(size.spec.num_layers)]
-        if config.cache.touch_kv_cache and platform.is_host:
-            touch(tensors)
-        places = kv_layout.places(size.spec.groups)
-        self.runner = ModelRunner(
-            model,
-            backend,
-            [tensors[place] for _, place in places],
-            Sampler(config.hf_config.vocab_size, config.model.logprobs_mode, custom=custom),
-            max_model_len=size.max_model_len,
-            max_num_batched_tokens=max_num_batched_tokens,
-            max_num_seqs=max_num_seqs,
-            group_of_layer=[group for group, _ in places],
-            enforce_eager=config.model.enforce_eager,
-            platform=platform,
+        self._take_memory(tensors)
+        self.runner = self._new_runner(
+            model, backend, tensors, custom, size, max_num_batched_tokens, max_num_seqs
         )
+        if self.runner.capture_shapes is not None:
+            on_progress("capturing decode steps")
+            self._capture()
         return WorkerReady(
             max_model_len=size.max_model_len,
             num_blocks=size.num_blocks,
@@ -136,6 +134,7 @@ class Worker:
                 filter(None, [platform.numerics_id, backend.layout_id, config.model.quantization])
             ),
             kv_cache_groups=tuple(size.spec.groups),
+            plans_in_flight=self._plans_in_flight,
         )
 
     def execute_model(self, plan: SchedulerOutput) -> None:
@@ -160,29 +159,54 @@ class Worker:
         assert self._profiler is not None
         return self._profiler.stop()
 
+    @torch.inference_mode()
     def sleep(self, level: int) -> None:
-        """Give back the KV cache's memory, at level 2 that of the weights too. No step may follow before `wake_up`."""
-        runner = self._initialized()
-        before = self.platform.process_memory_bytes()
-        tensors = list(runner.kv_caches)
+        """Give back the KV cache's memory, at level 2 that of the weights too. No step may follow before `wake_up`.
+
+        On a device weights are given back at level 1 already, and kept in the host's memory.
+        """
+        runner, platform = self._initialized(), self.platform
+        if self.memory_taker is not None:
+            self.memory_taker.stop()
+        before = platform.process_memory_bytes()
+        weights = list({id(tensor): tensor for weight in runner.model.weights() for tensor in weight.tensors}.values())
         if level >= 2:
-            self._has_weights = False
-            tensors += [tensor for weight in runner.model.weights() for tensor in weight.tensors]
-        for tensor in tensors:
-            self.platform.give_back(tensor)
-        after = self.platform.process_memory_bytes()
+            self._on_host.clear()
+        elif isinstance(platform, DevicePlatform) and "weights" not in self._away:
+            self._on_host = _copies_on_host(weights, platform)
+        runner.forget_captures()
+        if level >= 2 or self._on_host:
+            self._give_back("weights", weights)
+        self._give_back("kv_cache", runner.kv_caches)
+        after = platform.process_memory_bytes()
         logger.info("asleep at level %d: %s of memory, before %s", level, memory.gib(after), memory.gib(before))
 
+    def _give_back(self, part: str, tensors: list[torch.Tensor]) -> None:
+        if part not in self._away:
+            self._away[part] = self.platform.give_back(tensors)
+
     @torch.inference_mode()
-    def wake_up(self) -> None:
-        """Read the weights again if they were given back. The cache's memory comes as it is written.
+    def wake_up(self, parts: Sequence[str] = SLEEPING_PARTS) -> None:
+        """Have memory again; weights that were given back are read again, or copied from where they were kept.
 
         Raises:
-            ModelFilesError: the checkpoint is not what it was; may be called again.
+            ModelFilesError: the checkpoint is not what it was. EngineError: others have the memory. May be called again.
         """
-        if not self._has_weights:
-            self._load()
-            self._has_weights = True
+        if "weights" in parts and "weights" in self._away:
+            self._away["weights"]()
+            if self._on_host:
+                for tensor, copy in self._on_host:
+                    tensor.copy_(copy)
+            else:
+                self._load()
+            self._on_host.clear()
+            del self._away["weights"]
+        if "kv_cache" in parts and "kv_cache" in self._away:
+            self._away["kv_cache"]()
+            self._take_memory(list(self._initialized().kv_caches))
+            del self._away["kv_cache"]
+        if not self._away and self._initialized().capture_shapes is not None:
+            self._capture()
 
     @property
     def is_asynchronous(self) -> bool:
@@ -202,13 +226,32 @@ class Worker:
 
     def shutdown(self) -> None:
         """Let go of the model and the cache. May be called again."""
-        self.runner = self._load = None
+        if self.memory_taker is not None:
+            self.memory_taker.stop()
+        self.runner = self._load = self.memory_taker = None
 
     def _initialized(self) -> ModelRunner:
         assert self.runner is not None, "initialize comes first, and nothing after shutdown"
         return self.runner
 
     # Start -------------------------------------------------------------------
+
+    def _say_if_async(self) -> None:
+        if self._plans_in_flight > 1 and self.config.scheduler.async_scheduling is None:
+            logger.info(
+                "async scheduling is on: the next step is planned while %s runs this one; --no-async-scheduling "
+                "turns it off",
+                self.platform.name,
+            )
+
+    def _take_memory(self, caches: list[torch.Tensor]) -> None:
+        if self.config.cache.touch_kv_cache and self.platform.is_host:
+            self.memory_taker = MemoryTaker(caches)
+
+    def _check_options(self) -> None:
+        """Refuse what this platform does not have."""
+        if self.platform.graphs is None and read_compilation(self.config.compilation).asks_for_sizes:
+            raise ConfigError(f"sizes of captured graphs are given, and {self.platform.name} captures none; leave them out")
 
     def _attention_backend(self, dtype: torch.dtype) -> AttentionBackend:
         hf, block_size = self.config.hf_config, self.config.cache.block_size
@@ -254,26 +297,84 @@ class Worker:
             return None
         return loader.make_plan(model, loader.check_files(Path(self.config.model.model)))
 
+    def _new_runner(
+        self,
+        model: DecoderForCausalLM,
+        backend: AttentionBackend,
+        tensors: list[torch.Tensor],
+        custom: CustomProcessors | None,
+        size: memory.KVCacheSize,
+        max_num_batched_tokens: int,
+        max_num_seqs: int,
+    ) -> ModelRunner:
+        """tensors: the KV cache's, one for each layer of the largest group."""
+        places = kv_layout.places(size.spec.groups)
+        options = read_compilation(self.config.compilation)
+        return ModelRunner(
+            model,
+            backend,
+            [tensors[place] for _, place in places],
+            Sampler(self.config.hf_config.vocab_size, self.config.model.logprobs_mode, custom=custom),
+            max_model_len=size.max_model_len,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_num_seqs=max_num_seqs,
+            group_of_layer=[group for group, _ in places],
+            enforce_eager=self.config.model.enforce_eager or options.is_off,
+            captures=options,
+            platform=self.platform,
+        )
+
+    def _capture(self) -> None:
+        """Captures before the first request: all of them if that is asked for, else the largest.
+
+        The largest comes first in any case: what it allocates then serves all others.
+        """
+        shapes = list(self.runner.capture_shapes)
+        if not self.config.compilation.cudagraph_capture_at_start:
+            shapes = shapes[:1]
+        show = self.config.load.use_tqdm_on_load and len(shapes) > 1
+        for num_rows, max_seq_len in tqdm(shapes, desc="Capturing decode steps", unit="", disable=not show):
+            self.runner.capture(num_rows, max_seq_len)
+
     def _measure_step(
         self,
         model: DecoderForCausalLM,
         backend: AttentionBackend,
         num_tokens: int,
         num_seqs: int,
-        max_model_len: int,
-    ) -> int:
-        """Bytes of the largest step as it runs, and what captured decodes keep beside it."""
+        size: memory.KVCacheSize,
+    ) -> memory.Measured:
+        """What the largest step takes as it runs, and what captured decodes will keep beside it."""
 
         def step() -> None:
             largest_step.run(model, backend, num_tokens, num_seqs)
 
         step()  # kernels are compiled and libraries make their workspaces: that stays, and is not the step's
-        num_rows = min(num_seqs, num_tokens)
-        measured = self.platform.peak_bytes_of(step) + backend.scratch_bytes(num_rows, max_model_len)
-        if self.platform.graphs is None or self.config.model.enforce_eager:
-            return measured
-        captured = memory.step_bytes(self.config.hf_config, num_rows, num_rows, backend.spec.dtype.itemsize)
-        return measured + captured + self.platform.graphs.reserved_bytes
+        step_bytes = self.platform.peak_bytes_of(step)
+        step_bytes += backend.scratch_bytes(min(num_seqs, num_tokens), size.max_model_len)
+        # Made when the first request is penalised.
+        step_bytes += PenaltyCounts.num_bytes(self.config.hf_config.vocab_size, min(num_seqs, num_tokens))
+        runners: list[ModelRunner] = []
+
+        def make_runner() -> None:
+            tensors = [backend.new_kv_cache(1)] * size.spec.num_layers
+            runners.append(self._new_runner(model, backend, tensors, None, size, num_tokens, num_seqs))
+
+        step_bytes += self.platform.kept_bytes_of(make_runner)  # the buffers of a step's inputs
+        runner = runners.pop()
+        if runner.capture_shapes is None:
+            return memory.Measured(step_bytes)
+        shapes = list(runner.capture_shapes)
+        largest, smallest = shapes[0], shapes[-1]
+        # The first makes the places that all share; what each of the others takes is its own, whatever its size.
+        first = self.platform.kept_bytes_of(partial(runner.capture, *largest))
+        other = self.platform.kept_bytes_of(partial(runner.capture, *smallest)) if len(shapes) > 1 else first
+        runner.forget_captures()
+        self.platform.release_unused()
+        truncated = 2 * largest[0] * self.config.hf_config.vocab_size * 4  # copies of logits, where top-p and the like cut
+        return memory.Measured(
+            step_bytes, first + truncated + (runner.most_captures - 1) * other, runner.most_captures
+        )
 
     def _size_cache_and_step(
         self,
@@ -281,11 +382,11 @@ class Worker:
         backend: AttentionBackend,
         max_model_len: int,
         free_bytes: int,
-        step_bytes: int | None = None,
+        measured: memory.Measured | None = None,
     ) -> tuple[memory.KVCacheSize, tuple[int, int]]:
         """The cache, max_num_batched_tokens and max_num_seqs.
 
-        free_bytes: before anything of the model was there; step_bytes: what the largest step takes, None: about.
+        free_bytes: before anything of the model was there; measured: what steps take, None: about.
 
         With max_model_len `auto` the length follows from the cache, the cache from what a step needs, and without
         chunked prefill the step from the length. The least step gives a length that a larger step can only shorten:
@@ -294,13 +395,11 @@ class Worker:
         config = self.config
         is_auto = config.model.max_model_len == "auto"
         limits = step_limits(config.scheduler, config.usage, 0 if is_auto else max_model_len)
-        size, budget = self._size_cache(model, backend, max_model_len, limits, free_bytes, step_bytes)
+        size, budget = self._size_cache(model, backend, max_model_len, limits, free_bytes, measured)
         if is_auto and not config.scheduler.enable_chunked_prefill:
             limits = step_limits(config.scheduler, config.usage, size.max_model_len)
-            size, budget = self._size_cache(
-                model, backend, size.max_model_len, limits, free_bytes, step_bytes
-            )
-        if self.platform.is_host or step_bytes is not None:
+            size, budget = self._size_cache(model, backend, size.max_model_len, limits, free_bytes, measured)
+        if self.platform.is_host or measured is not None:
             logger.info("%s", memory.describe(size, budget))
         return size, limits
 
@@ -311,11 +410,11 @@ class Worker:
         max_model_len: int,
         limits: tuple[int, int],
         free_bytes: int,
-        step_bytes: int | None,
+        measured: memory.Measured | None,
     ) -> tuple[memory.KVCacheSize, memory.Budget]:
         config = self.config
         dtype_bytes = backend.spec.dtype.itemsize
-        step_tokens = limits[0] * config.scheduler.max_plans_in_flight
+        step_tokens = limits[0] * self._plans_in_flight
         groups = self._kv_cache_groups(model, backend.spec.block_size, max_model_len, step_tokens)
         spec = KVCacheSpec(
             block_size=backend.spec.block_size,
@@ -325,8 +424,8 @@ class Worker:
             groups=groups,
             step_tokens=step_tokens,
         )
-        if step_bytes is None:
-            step_bytes = memory.step_bytes(config.hf_config, *limits, dtype_bytes)
+        if measured is None:
+            measured = memory.Measured(memory.step_bytes(config.hf_config, *limits, dtype_bytes))
         weight_bytes = sum(weight.num_bytes for weight in model.weights())
         cache = config.cache
         if self.platform.is_host:
@@ -334,12 +433,19 @@ class Worker:
                 limit_bytes=self.platform.memory_limit_bytes(),
                 available_bytes=self.platform.memory_available_bytes(),
                 weight_bytes=weight_bytes,
-                step_bytes=step_bytes,
+                step_bytes=measured.step_bytes,
                 process_bytes=self.platform.process_memory_bytes(),
             )
         else:
             # A share of what was free: what others hold of the device is not ours to count on.
-            budget = memory.Budget(free_bytes, free_bytes, weight_bytes, step_bytes)
+            budget = memory.Budget(
+                free_bytes,
+                free_bytes,
+                weight_bytes,
+                measured.step_bytes,
+                graph_bytes=measured.graph_bytes,
+                num_graphs=measured.num_graphs,
+            )
             if cache.gpu_memory_utilization is None:
                 cache = replace(cache, gpu_memory_utilization=self.platform.default_memory_utilization)
         is_auto = config.model.max_model_len == "auto"
@@ -353,6 +459,15 @@ class Worker:
         return kv_layout.group_layers(
             model.sliding_windows, max_model_len=max_model_len, step_tokens=step_tokens, block_size=block_size
         )
+
+
+def _copies_on_host(tensors: list[torch.Tensor], platform: DevicePlatform) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Each with a copy in pinned memory."""
+    copies = [(tensor, platform.new_pinned(tuple(tensor.shape), tensor.dtype)) for tensor in tensors]
+    for tensor, copy in copies:
+        copy.copy_(tensor, non_blocking=True)
+    platform.record_event().synchronize()
+    return copies
 
 
 def resolve_dtype(asked: str, checkpoint: str | None) -> torch.dtype:

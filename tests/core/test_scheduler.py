@@ -515,6 +515,25 @@ def test_a_waiting_request_that_is_aborted_never_reaches_the_worker():
     assert driver.run()["a"].finish_reason is FinishReason.LENGTH
 
 
+def test_while_new_requests_are_held_the_preempted_come_back():
+    driver = tight_driver(enable_prefix_caching=False)
+    for name in "abcd":
+        driver.add(make_request(name, prompt=[ord(name)] * 8, max_tokens=4))
+    driver.step()
+    driver.add(make_request("e", prompt=[1] * 8, max_tokens=4))
+    assert driver.step().preempted_req_ids == ["d", "c"]
+    driver.scheduler.hold_new()
+    driver.add(make_request("f", prompt=[1] * 8, max_tokens=4))
+    while driver.scheduler.has_requests():
+        driver.step()
+    assert sorted(name for name, answer in driver.answers.items() if answer.num_ends) == ["a", "b", "c", "d"]
+    assert driver.scheduler.make_stats().num_waiting_reqs == 2
+    driver.scheduler.check_integrity()
+    driver.scheduler.admit_new()
+    assert list(driver.step().num_scheduled_tokens) == ["e", "f"]
+    driver.run()
+
+
 def test_a_preempted_request_that_is_aborted_is_forgotten_by_the_worker():
     driver = tight_driver()
     for name in "ab":

@@ -153,6 +153,10 @@ class Walk:
         self._check_ended()
         if self.random.random() < 0.01:
             self.driver.scheduler.reset_prefix_cache()
+        if self.random.random() < 0.005:
+            self.driver.scheduler.hold_new()
+        elif self.random.random() < 0.3:
+            self.driver.scheduler.admit_new()
         self._listen()
 
     def _abort_some(self, alive: list[str]) -> None:
@@ -190,6 +194,7 @@ class Walk:
         self.driver.worker.failures = {request_id: "made to fail"}
 
     def finish(self) -> None:
+        self.driver.scheduler.admit_new()
         self.driver.run()
         self._check_ended()
         assert self.num_checked == self.num_asked

@@ -480,3 +480,24 @@ def test_a_snapshot_can_be_asked_for_in_mid_stream_and_when_nothing_runs():
         await stream.aclose()
 
     run(scenario, max_model_len=LONG)
+
+
+def test_what_constraints_need_is_started_once_nobody_wants_anything(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("minivllm.engine.async_llm._QUIET_LOOK_S", 0.01)
+    open_when_prepared = []
+
+    async def scenario(engine):
+        prepared, loop = asyncio.Event(), asyncio.get_running_loop()
+
+        def prepare() -> None:
+            open_when_prepared.append(engine.output_processor.has_unfinished_requests())
+            loop.call_soon_threadsafe(prepared.set)
+
+        engine.processor.prepare = prepare
+        await collect(engine, max_tokens=200)
+        await prepared.wait()
+        await collect(engine, max_tokens=5)
+        await asyncio.sleep(0.2)
+
+    run(scenario)
+    assert open_when_prepared == [False]

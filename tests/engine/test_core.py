@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from typing import Any
 
@@ -293,14 +294,101 @@ def test_the_cache_of_running_requests_is_reset_too_when_asked(scheduling: dict)
     assert tokens(heard) == tokens(run(calm))
 
 
-def test_a_core_reads_the_vocabulary_at_its_start_if_it_is_told_to(monkeypatch: pytest.MonkeyPatch):
-    read = []
-    monkeypatch.setattr(LazyGrammars, "preload", lambda self: read.append(1))
-    make_core()
-    assert read == []
+@pytest.mark.parametrize(("preload", "when"), [(True, "start"), (False, None), (None, "idle")])
+def test_a_core_reads_the_vocabulary_when_it_is_told_to(
+    monkeypatch: pytest.MonkeyPatch, preload: bool | None, when: str | None
+):
+    read, may_read = threading.Semaphore(0), threading.Event()
+
+    def wait_and_read(self: LazyGrammars) -> None:
+        assert may_read.wait(30)
+        read.release()
+
+    monkeypatch.setattr(LazyGrammars, "preload", wait_and_read)
+    if when == "start":
+        may_read.set()
     config = replace(
         make_config("tests.fakes:FakeExecutor", skip_tokenizer_init=False),
-        structured_outputs=StructuredOutputsConfig(structured_outputs_config={"preload": True}),
+        structured_outputs=StructuredOutputsConfig(structured_outputs_config={"preload": preload}),
     )
-    EngineCore(config, on_death=lambda cause: None, on_progress=lambda phase: None)
-    assert read == [1]
+    core = EngineCore(config, on_death=lambda cause: None, on_progress=lambda phase: None)
+    assert read.acquire(blocking=False) == (when == "start")
+    core.on_idle()  # returns at once
+    may_read.set()
+    core.on_idle()
+    assert read.acquire(timeout=30 if when == "idle" else 0.1) == (when == "idle")
+    assert not read.acquire(timeout=0.1)
+
+
+def stepped(core: EngineCore, heard: dict[str, list], num_steps: int = 10_000) -> None:
+    """So many steps, or until there is nothing to do."""
+    for _ in range(num_steps):
+        if not core.has_requests():
+            return
+        for message in core.step().values():
+            for output in message.outputs:
+                heard.setdefault(output.request_id, []).append(output)
+
+
+@pytest.mark.parametrize("scheduling", [{}, {"async_scheduling": True}])
+@pytest.mark.parametrize("clear_cache", [True, False])
+def test_requests_that_a_pause_keeps_go_on_with_the_same_tokens(scheduling: dict, clear_cache: bool):
+    asked = [request(f"r{i}", prompt=(i + 1, 2, 3) * 9, max_tokens=20, logprobs=1) for i in range(4)]
+    calm, core = make_core(**scheduling), make_core(**scheduling)
+    for each in asked:
+        calm.add_request(each)
+    expected = answers(run(calm))
+    heard: dict[str, list] = {}
+    for each in asked[:3]:
+        core.add_request(each)
+    stepped(core, heard, 5)
+    core.pause("keep")
+    assert core.is_paused()
+    stepped(core, heard)  # what was in flight is told, and nothing else
+    assert not core.is_coming_to_rest() and core.scheduler.kv_cache.pool.usage > 0
+    if clear_cache:
+        assert core.reset_prefix_cache(running_too=True) and core.scheduler.kv_cache.pool.usage == 0
+    core.add_request(asked[3])
+    assert not core.has_requests() and "r3" not in heard
+    core.resume()
+    stepped(core, heard)
+    flat = {i: [t for o in outputs for t in o[0]] for i, outputs in answers(heard).items()}
+    assert flat == {i: [t for o in outputs for t in o[0]] for i, outputs in expected.items()}
+    assert all(ends(outputs) == [FinishReason.LENGTH] for outputs in heard.values())
+
+
+def test_a_pause_that_waits_lets_requests_end_that_have_begun_and_holds_the_others():
+    core = make_core(max_num_seqs=2)
+    heard: dict[str, list] = {}
+    for name in "abc":
+        core.add_request(request(name, max_tokens=8))
+    stepped(core, heard, 3)
+    core.pause("wait")
+    core.add_request(request("d", max_tokens=8))
+    assert core.is_coming_to_rest()
+    stepped(core, heard)
+    assert not core.is_coming_to_rest() and sorted(heard) == ["a", "b"]
+    assert all(ends(heard[name]) == [FinishReason.LENGTH] for name in "ab")
+    core.abort_requests(["c"])
+    stepped(core, heard)
+    assert ends(heard["c"]) == [FinishReason.ABORT]
+    core.resume()
+    stepped(core, heard)
+    assert ends(heard["d"]) == [FinishReason.LENGTH]
+
+
+def test_a_pause_may_change_its_mind_and_what_one_held_another_aborts():
+    core = make_core(max_num_seqs=1)
+    heard: dict[str, list] = {}
+    for name in "ab":
+        core.add_request(request(name, max_tokens=30))
+    stepped(core, heard, 3)
+    core.pause("wait")
+    core.pause("keep")
+    stepped(core, heard)
+    assert core.scheduler.requests.keys() == {"a", "b"}
+    core.pause("abort")
+    stepped(core, heard)
+    assert [ends(heard[name]) for name in "ab"] == [[FinishReason.ABORT]] * 2
+    core.resume()
+    assert not core.is_paused()

@@ -141,7 +141,7 @@ def test_an_abbreviated_option_is_refused(capsys):
     "args",
     [
         ["--tensor-parallel-size", "2"], ["--tensor_parallel_size=2"], ["-tp", "2"], ["--enable-lora"],
-        ["--compilation-config.mode", "3"], ["--lora-dtype", "auto"], ["--tool-server", "demo"],
+        ["--lora-dtype", "auto"], ["--tool-server", "demo"],
     ],
 )  # fmt: skip
 def test_an_option_of_vllm_that_is_not_here_yet_is_refused_by_its_name(capsys, args: list[str]):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from minivllm.config.cache import CacheConfig
+from minivllm.config.compilation import CompilationConfig
 from minivllm.config.device import DeviceConfig
 from minivllm.config.engine import EngineConfig
 from minivllm.config.hf_config import HFConfig
@@ -34,6 +35,7 @@ def engine_config(model: Path, **options: Any) -> EngineConfig:
     parts = {
         "cache": (CacheConfig, {"block_size": BLOCK_SIZE}),
         "device": (DeviceConfig, {"device": "cpu"}),
+        "compilation": (CompilationConfig, {}),
         "scheduler": (SchedulerConfig, {}),
         "load": (LoadConfig, {"use_tqdm_on_load": False}),
         "model": (ModelConfig, {"model": str(model), "max_model_len": "auto"}),

@@ -14,19 +14,19 @@ needs_kernels = pytest.mark.skipif(
 )
 
 
-def make_case(vocab_size: int, num_rows: int = 5, num_more_words: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def make_case(vocab_size: int, num_rows: int = 5, num_more_words: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows 3, 0, 4 with bits of every kind: all, none and random ones."""
     rng = np.random.default_rng(vocab_size)
     bits = rng.integers(0, 2**32, (3, -(-vocab_size // 32) + num_more_words), dtype=np.uint32)
     bits[:, ::3], bits[:, 1::3] = 0, 0xFFFFFFFF
     bits[1] = rng.integers(0, 2**32, bits.shape[1], dtype=np.uint32)
-    return np.array([3, 0, 4]), bits
+    return torch.tensor([3, 0, 4]), torch.from_numpy(bits.view(np.int32))
 
 
 def test_the_reference_keeps_exactly_the_tokens_whose_bit_is_set():
     logits = torch.arange(120.0).reshape(3, 40)
-    bits = np.array([[1 << 3 | 1 << 31, 1 << 7]], np.uint32)
-    bitmask.reference(logits, np.array([1]), bits)
+    bits = torch.tensor([[(1 << 3 | 1 << 31) - (1 << 32), 1 << 7]], dtype=torch.int32)
+    bitmask.reference(logits, torch.tensor([1]), bits)
     assert logits[1].isfinite().nonzero().flatten().tolist() == [3, 31, 39]
     assert logits[1, 39] == 79 and logits[[0, 2]].isfinite().all()
 
@@ -48,7 +48,7 @@ def test_the_kernel_masks_what_the_reference_masks(isa, vocab_size, num_more_wor
 def test_no_rows_change_nothing(assert_same_bits):
     logits = torch.randn(2, 50)
     kept = logits.clone()
-    bitmask.cpu(logits, np.zeros(0, np.int64), np.zeros((0, 2), np.uint32))
+    bitmask.cpu(logits, torch.zeros(0, dtype=torch.int64), torch.zeros(0, 2, dtype=torch.int32))
     assert_same_bits(logits, kept)
 
 
@@ -59,4 +59,4 @@ def test_no_rows_change_nothing(assert_same_bits):
 )
 def test_bits_that_do_not_fit_are_refused(rows, shape, why):
     with pytest.raises(ValueError, match=why):
-        bitmask.cpu(torch.zeros(2, 50), np.array(rows), np.zeros(shape, np.uint32))
+        bitmask.cpu(torch.zeros(2, 50), torch.tensor(rows), torch.zeros(shape, dtype=torch.int32))

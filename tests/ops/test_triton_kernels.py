@@ -37,6 +37,27 @@ def test_a_kernel_agrees_with_its_reference(name):
     assert difference <= check.tolerance, f"max_diff {difference:.3g} > {check.tolerance:.3g}"
 
 
+@pytest.mark.parametrize("option", ["plain", "window_1100"])
+@pytest.mark.parametrize("num_parts", [1, 2])
+def test_few_programs_that_share_a_decodes_segments_give_the_bits_of_one_each(num_parts, option, monkeypatch):
+    from minivllm.ops.triton import paged_attention as kernel
+    from tests.gpu.cases.attention import attention
+
+    kinds = {"batch": "segments", "head_dim": 16, "group": 2, "option": option}
+    one_each = attention("cpu", False, **kinds).run()
+    monkeypatch.setattr(kernel, "choose_num_parts", lambda *sizes: num_parts)
+    assert torch.equal(attention("cpu", False, **kinds).run(), one_each)
+
+
+def test_a_batch_that_fills_a_card_launches_few_programs_that_may_find_nothing_to_do():
+    from minivllm.ops.triton.paged_attention import choose_num_parts
+
+    assert choose_num_parts(8, 128) == 128  # one request: all of its segments at once
+    assert choose_num_parts(64 * 8, 128) == 32
+    assert choose_num_parts(1024 * 8, 128) == 8
+    assert choose_num_parts(1024 * 8, 1) == 1
+
+
 OPS = {
     activation.silu_mul: "triton.activation", activation.gelu_tanh_mul: "triton.activation",
     embedding.embedding: "triton.embedding", kv_write.kv_write: "triton.kv_write", moe.moe: "triton.moe",

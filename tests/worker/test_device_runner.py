@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -13,20 +14,27 @@ from safetensors.torch import load_file, save_file
 
 from minivllm import LLM
 from minivllm.attention import registry
+from minivllm.config.compilation import CaptureOptions
 from minivllm.config.profiler import ProfilerConfig
-from minivllm.exceptions import ConfigError, ModelFilesError
+from minivllm.exceptions import ConfigError, EngineError, ModelFilesError
+from minivllm.logits_processors import BatchUpdate, LogitsProcessor
 from minivllm.messages.engine import EngineCoreRequest
 from minivllm.messages.worker import GrammarOutput
+from minivllm.models.decoder import DecoderForCausalLM
 from minivllm.models.loader import PinnedStream
-from minivllm.sample.sampler import Sampler
-from minivllm.sampling_params import SamplingParams
-from minivllm.worker.buffers import Staging
-from minivllm.worker.graphs import CapturedGraphs, padded_size
+from minivllm.ops.op import Op
+from minivllm.sampling_params import SamplingParams, ThinkingTokens
+from minivllm.worker.block_table import BlockTable
+from minivllm.worker.buffers import Mirror, Staging
+from minivllm.worker.capture_shapes import CaptureShapes, default_size
+from minivllm.worker.graphs import CapturedGraphs
+from minivllm.worker.model_runner import ModelRunner
 from minivllm.worker.profiler import WorkerProfiler
+from minivllm.worker.step_block_table import DeviceBlockTable
 from tests.models.loop import Loop
-from tests.worker.fake_device import FakeDevice, FakeGraphs
+from tests.worker.fake_device import FakeDevice, FakeGraphs, on_device, strict_ops
 
-PROMPTS = [[(i * 31 + length) % 490 for i in range(length)] for length in (60, 3, 62, 33, 1, 90, 17)]
+PROMPTS = [[(i * 31 + length) % 490 for i in range(length)] for length in (60, 3, 62, 33, 1, 90, 17, 5, 40, 9)]
 MIXED = [
     SamplingParams(temperature=0, max_tokens=20, ignore_eos=True),
     SamplingParams(temperature=0.9, max_tokens=30, ignore_eos=True),
@@ -37,7 +45,18 @@ MIXED = [
     SamplingParams(temperature=0, logprobs=3, max_tokens=12, ignore_eos=True),
     SamplingParams(temperature=1.1, min_p=0.05, logit_bias={7: 3.0}, max_tokens=18, ignore_eos=True),
     SamplingParams(temperature=0, prompt_logprobs=2, max_tokens=5, ignore_eos=True),
-]
+    SamplingParams(  # few tokens, so that the words come up
+        temperature=1.5, allowed_token_ids=[3, 4, 5, 6, 7], bad_words_token_ids=[[3, 4], [5, 6, 7], [7, 7]],
+        logprob_token_ids=[3, 100], max_tokens=24, ignore_eos=True,
+    ),
+    SamplingParams(
+        thinking_token_budget=4, thinking=ThinkingTokens([10], [11, 12], is_open=True), presence_penalty=1.0,
+        max_tokens=14, ignore_eos=True,
+    ),
+    SamplingParams(
+        temperature=1.2, allowed_token_ids=[3, 4], stop_token_ids=[3], min_tokens=9, max_tokens=20, logprobs=1
+    ),
+]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -91,55 +110,138 @@ def test_tokens_that_only_the_device_knows_survive_preemption(model: Path, expec
     assert loop.num_preemptions > 0
 
 
-class Spy:
-    """A sampler, and the tokens it was shown of the first row of each batch."""
+def test_the_host_reads_nothing_of_a_step_before_its_event_whatever_each_request_asks_for(
+    model: Path, expected, monkeypatch: pytest.MonkeyPatch
+):
+    """Logits cannot be read where they are, nor what is computed from them; copies give garbage until then."""
+    compute = DecoderForCausalLM.compute_logits
+    monkeypatch.setattr(DecoderForCausalLM, "compute_logits", lambda self, hidden: on_device(compute(self, hidden)))
+    monkeypatch.setattr(Op, "select", strict_ops(Op.select))
+    for options in ({}, {"num_gpu_blocks_override": 8, "max_model_len": 128, "enforce_eager": True}):
+        loop = Loop(model, platform=FakeDevice(), plans_in_flight=2, **options)
+        sampling = loop.worker.runner._sampling
+        sampling._last = on_device(sampling._last)
+        assert loop.run(PROMPTS, MIXED) == expected
 
-    def __init__(self, sampler: Sampler) -> None:
-        self._sampler, self.seen = sampler, []
 
-    def __call__(self, logits, batch, grammar):
-        self.seen.append(batch.token_ids[batch.rows[0], : batch.num_tokens[0]].tolist())
-        return self._sampler(logits, batch, grammar)
-
-    def __getattr__(self, name):
-        return getattr(self._sampler, name)
-
-
-def test_what_is_sampled_on_the_host_sees_tokens_that_only_the_device_knew(model: Path):
-    """A grammar that begins to count behind a free token: the host takes over in mid-request."""
+def test_a_grammar_that_begins_behind_a_free_token_masks_what_comes_next(model: Path):
     loop = Loop(model, platform=FakeDevice(), plans_in_flight=2)
-    worker, scheduler, prompt = loop.worker, loop.scheduler, PROMPTS[0]
-    spy = worker.runner.sampler = Spy(worker.runner.sampler)
-    scheduler.add_request(EngineCoreRequest("a", prompt, MIXED[0], seed=0))
-    everything = GrammarOutput(["a"], b"\xff" * (4 * -(-loop.config.hf_config.vocab_size // 32)))
-    plans, handles = [], []
-    for grammar in (None, everything):
-        plans.append(scheduler.schedule())
-        worker.execute_model(plans[-1])
+    worker, scheduler, prompts = loop.worker, loop.scheduler, [PROMPTS[1], PROMPTS[4]]
+    for request_id, prompt in zip("ab", prompts):
+        scheduler.add_request(EngineCoreRequest(request_id, prompt, MIXED[0], seed=0))
+    words = np.zeros(-(-loop.config.hf_config.vocab_size // 32), np.uint32)
+    words[123 // 32] = 1 << 123 % 32
+    handles = []
+    for grammar in (None, GrammarOutput(["a"], words.tobytes())):
+        worker.execute_model(scheduler.schedule())
         handles.append(worker.start_sampling(grammar))
-    first, second = (handle.result().sampled_token_ids[0] for handle in handles)
-    assert spy.seen == [prompt + first]
-    calm = Loop(model).run([prompt], MIXED[0])[0].tokens
-    assert first + second == calm[:2]
+    (first, free), (second, its) = (handle.result().sampled_token_ids for handle in handles)
+    calm, other = (answer.tokens for answer in Loop(model).run(prompts, MIXED[0]))
+    assert first == calm[:1] and second == [123] and calm[1] != 123
+    assert free + its == other[:2]
+
+
+class LastTokensSeen(LogitsProcessor):
+    """An operator's own code, which may look at every token so far."""
+
+    seen: ClassVar[list[list[int]]] = []
+
+    def __init__(self, config, device: torch.device, is_pin_memory: bool) -> None:
+        self.outputs: list[list[int]] = []
+
+    def is_argmax_invariant(self) -> bool:
+        return False
+
+    def update_state(self, batch_update: BatchUpdate | None) -> None:
+        if batch_update is not None:
+            self.outputs = [output for _, _, _, output in batch_update.added]
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        self.seen.append(list(self.outputs[0]))
+        return logits
+
+
+def test_an_operators_code_runs_on_the_host_and_sees_every_token(model: Path):
+    name = f"{__name__}:LastTokensSeen"
+    loop = Loop(model, platform=FakeDevice(), plans_in_flight=2, logits_processors=(name,))
+    answer = loop.run(PROMPTS[:1], MIXED[1])[0]
+    assert answer == Loop(model).run(PROMPTS[:1], MIXED[1])[0]
+    assert LastTokensSeen.seen == [answer.tokens[:i] for i in range(len(answer.tokens))]
 
 
 def test_decodes_are_padded_to_few_sizes_and_each_is_captured_once(model: Path):
     platform = FakeDevice()
     greedy = [SamplingParams(temperature=0, max_tokens=4 + 3 * i, ignore_eos=True) for i in range(11)]
-    Loop(model, platform=platform).run([[i + 1, 5, 9] for i in range(11)], greedy)
-    assert sorted(platform.graphs.num_rows) == sorted(set(platform.graphs.num_rows))
-    assert set(platform.graphs.num_rows) <= {1, 2, 4, 8, 16}
+    Loop(model, platform=platform, max_model_len=512).run([[i + 1, 5, 9] for i in range(11)], greedy)
+    captured = platform.graphs.num_rows[2:]  # behind the two that were measured
+    assert sorted(captured) == sorted(set(captured))
+    assert set(captured) <= {1, 2, 4, 8, 16}
 
 
 def test_sizes_waste_at_most_an_eighth_where_it_matters():
-    assert [padded_size(n) for n in (1, 2, 3, 4, 5, 8, 9, 64)] == [1, 2, 4, 4, 8, 8, 16, 64]
-    assert all(n <= padded_size(n) <= max(n + 7, n * 9 / 8) for n in range(5, 5000))
-    assert len({padded_size(n) for n in range(1, 513)}) < 40
-    assert len({padded_size(n) for n in range(513, 4097)}) == 24  # so that no server captures one for each number
+    assert [default_size(n) for n in (1, 2, 3, 4, 5, 8, 9, 64)] == [1, 2, 4, 4, 8, 8, 16, 64]
+    assert all(n <= default_size(n) <= max(n + 7, n * 9 / 8) for n in range(5, 5000))
+    assert len({default_size(n) for n in range(1, 513)}) < 40
+    assert len({default_size(n) for n in range(513, 4097)}) == 24  # so that no server captures one for each number
+
+
+def test_shapes_are_those_that_are_asked_for_as_far_as_there_is_a_use_for_them():
+    plain = CaptureShapes(CaptureOptions(), 5, 500)
+    assert list(plain) == [(8, 500), (4, 500), (2, 500), (1, 500)]
+    assert CaptureShapes(CaptureOptions(), 2000, 500).sizes[-1] == 512
+    assert CaptureShapes(CaptureOptions(largest=20), 2000, 500).sizes == (1, 2, 4, 8, 16, 20)
+    given = CaptureShapes(CaptureOptions(sizes=(2, 6, 12, 400)), 10, 40_000)
+    assert (given.sizes, given.lengths) == ((2, 6, 12), (1024, 40_000))
+    assert [given.padded(n) for n in (1, 2, 3, 7, 12)] == [2, 2, 6, 12, 12]
+    assert [given.bound(n) for n in (1, 1024, 1025, 40_000)] == [1024, 1024, 40_000, 40_000]
+    assert not given.has(13) and given.padded(13) == 13
+
+
+def test_a_decode_of_more_requests_than_are_captured_runs_without_a_graph(model: Path, expected):
+    platform = FakeDevice()
+    loop = Loop(model, platform=platform, cudagraph_capture_sizes=[1, 3])
+    platform.graphs.num_rows.clear()
+    assert loop.run(PROMPTS, MIXED) == expected
+    assert set(platform.graphs.num_rows) == {1, 3}
+
+
+@pytest.mark.parametrize("options", [{"enforce_eager": True}, {"compilation_config": {"cudagraph_mode": "NONE"}}], ids=str)
+def test_nothing_is_captured_where_nothing_shall_be(model: Path, expected, options):
+    platform = FakeDevice()
+    assert Loop(model, platform=platform, **options).run(PROMPTS[:2], MIXED[:2]) == expected[:2]
+    assert not platform.graphs.num_rows
+
+
+def test_all_shapes_are_captured_before_the_first_request_if_that_is_asked_for(model: Path, expected, capfd):
+    platform = FakeDevice()
+    options = {"max_num_seqs": 8, "max_model_len": 1200, "use_tqdm_on_load": True}
+    loop = Loop(model, platform=platform, cudagraph_capture_at_start=True, **options)
+    at_start = platform.graphs.num_rows[2:]  # behind the two that were measured
+    assert at_start == [8, 8, 4, 4, 2, 2, 1, 1]
+    assert "Capturing decode steps: 100%" in capfd.readouterr().err
+    plain = [params for params in MIXED if params.temperature == 0.9]
+    assert loop.run(PROMPTS[1:2], plain, seeds=[1]) == expected[1:2]
+    assert platform.graphs.num_rows[2:] == at_start
+
+
+def test_there_are_no_more_captures_than_memory_was_set_aside_for(model: Path, expected, monkeypatch, caplog):
+    monkeypatch.setattr(ModelRunner, "most_captures", 2)
+    platform = FakeDevice()
+    loop = Loop(model, platform=platform)
+    platform.graphs.num_rows.clear()
+    with caplog.at_level("WARNING", "minivllm"):
+        assert loop.run(PROMPTS, MIXED) == expected
+    assert len(platform.graphs.num_rows) == 1  # and the largest, at the start
+    assert caplog.text.count("2 decode steps are captured, which is what there is memory for") == 1
+
+
+def test_sizes_of_graphs_are_refused_where_nothing_is_captured(model: Path):
+    with pytest.raises(ConfigError, match="cpu captures none"):
+        Loop(model, max_cudagraph_capture_size=8)
 
 
 def test_captures_of_all_sizes_leave_their_results_in_one_place():
-    graphs, places = CapturedGraphs(FakeGraphs(), 8), set()
+    graphs, places = CapturedGraphs(FakeGraphs(), 8, 4), set()
     for num_rows in (2, 8, 4, 2):
         logits = torch.full((num_rows, 3), float(num_rows))
         drawn, broken = graphs.run(num_rows, lambda x=logits: (x + 1, x[:, 0].long()))
@@ -149,9 +251,12 @@ def test_captures_of_all_sizes_leave_their_results_in_one_place():
 
 
 def test_the_cache_is_a_share_of_what_was_free_when_weights_and_the_largest_step_are_taken_off(model: Path):
-    ready = Loop(model, platform=FakeDevice(256 << 20), num_gpu_blocks_override=None, max_num_seqs=4).ready
-    half, measured = 128 << 20, 5 << 20
-    assert half - 2 * measured < ready.kv_cache_bytes < half - measured
+    options = {"num_gpu_blocks_override": None, "max_num_seqs": 4, "max_model_len": 512}
+    ready = Loop(model, platform=FakeDevice(256 << 20), **options).ready
+    half, step, capture = 128 << 20, 5 << 20, 1 << 20
+    num_captures = 2 * 3  # of plain and of truncated draws: 1, 2 and 4 rows
+    least = step + capture + num_captures * capture  # the second is of buffers
+    assert half - least - step < ready.kv_cache_bytes < half - least
     with pytest.raises(ConfigError, match="lower it"):
         Loop(model, platform=FakeDevice(1 << 30), num_gpu_blocks_override=None, kv_cache_memory_bytes=1 << 30)
 
@@ -170,6 +275,50 @@ def test_an_upload_takes_what_the_host_had_then_and_its_place_is_not_reused_befo
     assert platform.num_events == 3
 
 
+class Uploads:
+    """How many rows of a kind each step sent."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.of_blocks: list[int] = []
+        upload = Mirror.upload
+
+        def counted(mirror: Mirror, num_rows: int) -> None:
+            if mirror.host.ndim == 2:
+                self.of_blocks.append(num_rows)
+            upload(mirror, num_rows)
+
+        monkeypatch.setattr(Mirror, "upload", counted)
+
+
+def test_of_block_tables_only_rows_that_changed_are_sent(model: Path, expected, monkeypatch):
+    uploads = Uploads(monkeypatch)
+    loop = Loop(model, platform=FakeDevice(), plans_in_flight=2, max_num_seqs=4)
+    answers = loop.run(PROMPTS, MIXED)
+    assert answers == expected
+    # A request's row is sent when it comes, and when it gets another block: of 32 tokens.
+    lengths = [len(prompt) + len(answer.tokens) for prompt, answer in zip(PROMPTS, answers)]
+    assert sum(uploads.of_blocks) <= len(PROMPTS) + sum(length // 32 + 1 for length in lengths)
+
+
+def test_a_devices_block_table_is_the_hosts_through_all_that_happens_to_it():
+    """Requests come, grow, are preempted and go; their rows are others' then, and the table grows."""
+    staging, generator = Staging(FakeDevice()), np.random.default_rng(3)
+    blocks, on_device = BlockTable(4, 6, 16), DeviceBlockTable(5, 6, staging)
+    for step in range(200):
+        if step == 50:
+            blocks.grow(9)
+        rows = generator.permutation(len(blocks.block_ids))[: generator.integers(1, 6)]
+        for row in generator.permutation(rows)[: generator.integers(0, 3)].tolist():
+            if blocks.num_blocks[row] == 6 or generator.random() < 0.3:
+                blocks.replace(row, generator.integers(0, 1000, 2).tolist())
+            else:
+                blocks.append(row, [int(generator.integers(0, 1000))])
+        staging.begin()
+        on_device.of_step(blocks, rows, 6)
+        staging.end()
+        assert on_device.view(len(rows), 6).tolist() == blocks.block_ids[rows].tolist()
+
+
 def test_where_memory_is_the_hosts_nothing_is_copied():
     mirror = Staging().mirror((3,), np.float32)
     mirror.host[:] = 5
@@ -178,24 +327,71 @@ def test_where_memory_is_the_hosts_nothing_is_copied():
     assert torch.from_numpy(mirror.host).dtype == mirror.device.dtype
 
 
-def test_a_whole_engine_plans_the_next_step_while_the_device_works(model: Path, monkeypatch):
+def test_a_whole_engine_plans_the_next_step_while_the_device_works_unless_told_otherwise(
+    model: Path, monkeypatch, capsys
+):
     prompts = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
     params = SamplingParams(temperature=0.8, seed=1, max_tokens=20, ignore_eos=True, detokenize=False)
 
-    def answers(**options) -> list[list[int]]:
+    def answers(num_plans: int, **options) -> list[list[int]]:
         sizes = {"num_gpu_blocks_override": 64, "max_model_len": 256, "block_size": 32}
         with LLM(
             str(model), skip_tokenizer_init=True, disable_frontend_multiprocessing=True, **sizes, **options
         ) as llm:
-            return [
-                list(answer.outputs[0].token_ids) for answer in llm.generate(prompts, params, use_tqdm=False)
-            ]
+            core = llm.llm_engine.engine_core._core
+            most = 0
 
-    expected = answers()
+            def schedule(now: float, plan=core.scheduler.schedule):
+                nonlocal most
+                most = max(most, len(core._plans) + 1)
+                return plan(now)
+
+            core.scheduler.schedule = schedule
+            tokens = [list(answer.outputs[0].token_ids) for answer in llm.generate(prompts, params, use_tqdm=False)]
+        assert most == core.executor.max_concurrent_batches == num_plans
+        return tokens
+
+    expected = answers(1)
     platform = FakeDevice()
     monkeypatch.setattr("minivllm.worker.worker.detect", lambda config: platform)
-    assert answers(async_scheduling=True) == expected
+    assert answers(1, async_scheduling=False) == expected
+    assert "async scheduling" not in capsys.readouterr().err
+    assert answers(2) == expected
+    assert "async scheduling is on: the next step is planned while fake runs this one" in capsys.readouterr().err
     assert platform.graphs.num_replays > 10
+
+
+@pytest.mark.parametrize("options", [{}, {"load_format": "dummy"}, {"cudagraph_capture_at_start": True}], ids=str)
+def test_a_device_that_has_slept_gives_the_same_answers_from_memory_that_lies_elsewhere(model: Path, options: dict):
+    platform = FakeDevice()
+    loop = Loop(model, platform=platform, plans_in_flight=2, enable_prefix_caching=False, **options)
+    expected, worker = loop.run(PROMPTS[:3], MIXED[:3]), loop.worker
+    runner = worker.runner
+    tensors = [tensor for weight in runner.model.weights() for tensor in weight.tensors] + runner.kv_caches
+    for levels in ((1,), (2,), (1, 2), (1, 1)):
+        for level in levels:
+            worker.sleep(level)
+        assert not any(tensor.untyped_storage().nbytes() for tensor in tensors)
+        worker.wake_up(["weights"])
+        assert not any(cache.untyped_storage().nbytes() for cache in runner.kv_caches)
+        worker.wake_up(["kv_cache"])
+        assert loop.run(PROMPTS[:3], MIXED[:3], seeds=[0, 1, 2]) == expected
+
+
+def test_a_device_whose_memory_others_took_meanwhile_says_so_and_may_be_woken_again(model: Path, monkeypatch):
+    loop = Loop(model, platform=FakeDevice(), enable_prefix_caching=False)
+    expected = loop.run(PROMPTS[:1], MIXED[0])
+    loop.worker.sleep(1)
+
+    def full(storage, size):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as others:
+        others.setattr(torch.UntypedStorage, "resize_", full)
+        with pytest.raises(EngineError, match="end what uses it and wake up again"):
+            loop.worker.wake_up()
+    loop.worker.wake_up()
+    assert loop.run(PROMPTS[:1], MIXED[0]) == expected
 
 
 def test_weights_come_to_the_device_through_pinned_memory_piece_by_piece(model: Path, monkeypatch):

@@ -18,12 +18,16 @@ from tests.models.loop import Loop
 from tests.worker.fake_device import FakeDevice
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
-PROMPTS = [[(i * 31 + length) % 490 for i in range(length)] for length in (30, 3, 17)]
+PROMPTS = [[(i * 31 + length) % 490 for i in range(length)] for length in (30, 3, 17, 9)]
 PARAMS = [
     SamplingParams(temperature=0, max_tokens=4, ignore_eos=True),
     SamplingParams(temperature=0.9, max_tokens=3, ignore_eos=True),
     SamplingParams(temperature=0.8, top_p=0.9, top_k=40, max_tokens=4, ignore_eos=True),
-]
+    SamplingParams(
+        temperature=0.9, repetition_penalty=1.3, frequency_penalty=0.4, allowed_token_ids=[3, 4, 5],
+        bad_words_token_ids=[[3, 4]], logprobs=2, max_tokens=4, ignore_eos=True,
+    ),
+]  # fmt: skip
 
 
 class InterpretedBackend(TritonBackend):
@@ -49,7 +53,7 @@ def test_its_tokens_are_the_cpus(
     monkeypatch.setattr(registry, "_BACKENDS", ["tests.worker.test_triton_runner:InterpretedBackend"])
     monkeypatch.setattr(Op, "select", triton_or_reference)
     platform = FakeDevice()
-    sizes = {"block_size": 16, "max_num_batched_tokens": 24}
+    sizes = {"block_size": 16, "max_num_batched_tokens": 24, "max_num_seqs": 4, "max_model_len": 64}
     loop = Loop(model, platform=platform, plans_in_flight=2, batch_invariant=batch_invariant, **sizes)
     assert loop.ready.numerics_id.endswith("rows-float32-v1")
     assert [answer.tokens for answer in loop.run(PROMPTS, PARAMS)] == expected

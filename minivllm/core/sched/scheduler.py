@@ -130,6 +130,8 @@ class Scheduler:
         self._grammars = grammars
         self._with_grammar: dict[str, Request] = {}  # of `requests`
         self._compiling: list[Request] = []  # their grammars are not ready; they wait outside the queue
+        self._holds_new = False
+        self._held: list[Request] = []  # they wait outside the queue for `admit_new`, which is why none ran yet
         self._ended_on_arrival: list[Request] = []
         self._finished_req_ids: list[str] = []  # the worker must forget these
         self._preempted_between: list[Request] = []  # since the last plan; the next one tells the worker
@@ -187,7 +189,29 @@ class Scheduler:
             self._with_grammar[accepted.request_id] = accepted
             self._compiling.append(accepted)
         else:
-            self.waiting.add(accepted)
+            self._enqueue(accepted)
+
+    def _enqueue(self, request: Request) -> None:
+        """To wait for its first step."""
+        if self._holds_new:
+            self._held.append(request)
+        else:
+            self.waiting.add(request)
+
+    def hold_new(self) -> None:
+        """Begin with no request from now on, be it queued or come later; those that have begun go on to their end."""
+        self._holds_new = True
+        for request in list(self.waiting):
+            if request.status is RequestStatus.WAITING:
+                self.waiting.remove(request)
+                self._held.append(request)
+
+    def admit_new(self) -> None:
+        """Take up those held, each at its place in the order."""
+        self._holds_new = False
+        for request in self._held:
+            self.waiting.add(request)
+        self._held = []
 
     def _check_request(self, request: EngineCoreRequest) -> None:
         num_prompt_tokens = len(request.prompt_token_ids)
@@ -242,14 +266,18 @@ class Scheduler:
         return bool(self.requests)
 
     def has_requests(self) -> bool:
-        """A step has something to do: requests, or finished ones the worker must still hear of."""
-        return bool(self.requests or self._finished_req_ids)
+        """A step has something to do: requests that are not held, or finished ones the worker must still hear of."""
+        return len(self.requests) > len(self._held) or bool(self._finished_req_ids)
+
+    @property
+    def _num_waiting(self) -> int:
+        return len(self.waiting) + len(self._compiling) + len(self._held)
 
     def make_stats(self) -> SchedulerStats:
         """The state now; counters since the last call."""
         stats = SchedulerStats(
             num_running_reqs=len(self.running),
-            num_waiting_reqs=len(self.waiting) + len(self._compiling),
+            num_waiting_reqs=self._num_waiting,
             kv_cache_usage=self.kv_cache.pool.usage,
             prefix_cache=self.kv_cache.take_prefix_stats(),
             num_preemptions=self._num_preemptions,
@@ -264,7 +292,7 @@ class Scheduler:
         block_stride, blocks = pool.states(_MAX_PICTURED_BLOCKS)
         return EngineSnapshot(
             num_running_reqs=len(self.running),
-            num_waiting_reqs=len(self.waiting) + len(self._compiling),
+            num_waiting_reqs=self._num_waiting,
             kv_cache_usage=pool.usage,
             num_prompt_tokens=prefix.queries,
             num_cached_tokens=prefix.hits,
@@ -312,7 +340,7 @@ class Scheduler:
             elif request.finish_if_grammar_ends():  # it did not compile, or the prior output was all of it
                 self._ended_on_arrival.append(request)
             else:
-                self.waiting.add(request)
+                self._enqueue(request)
         self._compiling = still_compiling
 
     def _continue_running(self, step: Step) -> None:
@@ -535,6 +563,8 @@ class Scheduler:
             self.kv_cache.free(request)
         elif request in self._compiling:
             self._compiling.remove(request)
+        elif request in self._held:
+            self._held.remove(request)
         else:
             self.waiting.remove(request)
 
@@ -610,7 +640,8 @@ class Scheduler:
             AssertionError: an invariant is broken; the message names the request or block.
         """
         self.kv_cache.check_integrity()
-        placed = [*self.waiting, *self.running, *self._compiling, *self._ended_on_arrival]
+        placed = [*self.waiting, *self.running, *self._compiling, *self._held, *self._ended_on_arrival]
+        assert self._holds_new or not self._held, "requests are held though new ones are admitted"
         constrained = {request_id for request_id, request in self.requests.items() if request.grammar is not None}
         assert constrained == set(self._with_grammar), "grammars are kept of other requests than have one"
         ids = [request.request_id for request in placed]

@@ -9,6 +9,7 @@ import triton.language as tl
 from minivllm.ops.checks import require
 
 _CHUNK = 4096
+_MOST_ASKED = 1024  # tokens at once
 
 
 @triton.jit
@@ -54,11 +55,12 @@ def _token_logprobs_kernel(
     at = tl.program_id(0).to(tl.int64)
     row = logits + at * row_stride
     top, log_total = _log_sum(row, vocab_size, CHUNK)
-    asked = tl.arange(0, BLOCK)
-    tokens = tl.load(token_ids + at * num_asked + asked, mask=asked < num_asked, other=-1)
-    is_token = (tokens >= 0) & (tokens < vocab_size)
-    values = tl.load(row + tokens, mask=is_token, other=float("-inf")) - top - log_total
-    tl.store(logprobs + at * num_asked + asked, values, mask=asked < num_asked)
+    for start in range(0, num_asked, BLOCK):
+        asked = start + tl.arange(0, BLOCK)
+        tokens = tl.load(token_ids + at * num_asked + asked, mask=asked < num_asked, other=-1)
+        is_token = (tokens >= 0) & (tokens < vocab_size)
+        values = tl.load(row + tokens, mask=is_token, other=float("-inf")) - top - log_total
+        tl.store(logprobs + at * num_asked + asked, values, mask=asked < num_asked)
     own = tl.load(row + tl.load(token_ids + at * num_asked))
     rank = tl.zeros([1], tl.int32)
     for start in range(0, vocab_size, CHUNK):
@@ -89,6 +91,6 @@ def token_logprobs(logits: torch.Tensor, token_ids: torch.Tensor) -> tuple[torch
     if num_rows:
         _token_logprobs_kernel[(num_rows,)](
             logprobs, ranks, logits, token_ids, logits.stride(0), logits.shape[1], num_asked,
-            CHUNK=_CHUNK, BLOCK=triton.next_power_of_2(num_asked), num_warps=8,
+            CHUNK=_CHUNK, BLOCK=min(triton.next_power_of_2(num_asked), _MOST_ASKED), num_warps=8,
         )  # fmt: skip
     return logprobs, ranks

@@ -2,8 +2,9 @@
 
 A program takes a tile of query rows (some tokens of one request, times the heads that share one KV head) through the
 request's keys, TILE absolute positions at a time, ascending (FlashAttention-2: Dao 2023, arXiv:2307.08691). Requests
-of few query rows are split along their keys at fixed borders, every SEGMENT absolute positions; `_merge_kernel` adds
-the parts up, ascending (split-KV as in FlashDecoding, Dao et al. 2023).
+of few query rows are split along their keys at fixed borders, every SEGMENT absolute positions, and programs share the
+segments (`choose_num_parts`); `_merge_kernel` adds the parts up, ascending (split-KV as in FlashDecoding, Dao et al.
+2023).
 
 Two ways to choose tiles, neither measured yet (docs/gpu.md):
 - as fast as may be: small query tiles for decode, large ones for prefill, which is not cut into segments;
@@ -34,6 +35,7 @@ SEGMENT = 1024  # absolute positions; DESIGN's, and the CPU's
 _LOG2E = tl.constexpr(1.4426950408889634)
 _NEGATIVE_INFINITY = tl.constexpr(float("-inf"))
 _MERGED_AT_ONCE = 8
+_LEAST_PARTS, _MOST_PROGRAMS = 8, 16384
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,18 @@ def choose_tiles(
     tiles = _TILES[kind][max(64, triton.next_power_of_2(head_dim))]
     rows = max(tiles.rows, triton.next_power_of_2(group))
     return Tiles(rows, tiles.keys, tiles.num_warps, tiles.num_stages)
+
+
+def choose_num_parts(num_tiles: int, max_segments: int) -> int:
+    """How many programs share the segments of a decode's request; num_tiles: requests times KV heads.
+
+    A decode is launched for the longest request that there may be (a captured one for --max-model-len). Whose request
+    has fewer segments finds nothing to do: it reads three numbers and ends, which should take about a microsecond of a
+    place in which two or three others wait for memory, so that 16,384 of them are some 40 µs of a Hopper card, none of
+    it measured. A batch that fills the card anyway gets no more than 8 programs a tile; a request much longer than the
+    others is then done by these 8 alone.
+    """
+    return min(max_segments, max(_LEAST_PARTS, _MOST_PROGRAMS // max(1, num_tiles)))
 
 
 # Kernels ---------------------------------------------------------------------
@@ -192,6 +206,118 @@ def _finish(acc, top, total, sinks, value_scale, HAS_SINKS: tl.constexpr):
     return acc / total[:, None] * value_scale
 
 
+@triton.jit
+def _request_of(query_start_loc, tile, num_reqs, TOKENS: tl.constexpr):
+    """Tiles are numbered over the batch: those of request b begin at query_start_loc[b] // TOKENS + b, which leaves room
+    enough for each and is known without a sum over requests."""
+    req, last = tile * 0, num_reqs - 1  # a tensor, in the interpreter too
+    while req < last:
+        middle = (req + last + 1) // 2
+        is_before = tl.load(query_start_loc + middle) // TOKENS + middle <= tile
+        req = tl.where(is_before, middle, req)
+        last = tl.where(is_before, last, middle - 1)
+    return req
+
+
+@triton.jit
+def _walk_segments(
+    q, row_positions, kv, scales, table, begin, end, first_read,
+    block_stride, half_stride, scale_block_stride, scale_half_stride, scale, softcap, slopes,
+    HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    SEGMENT: tl.constexpr, WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr,
+    IS_INT8: tl.constexpr, DOT_DTYPE: tl.constexpr,
+):  # fmt: skip
+    """What `_walk` carries, of the positions [begin, end): one segment after another, each from nothing, then added to
+    those before. (No fused multiply-adds: whether there is one must not depend on which kernel adds up.)"""
+    acc = tl.zeros([ROWS, BLOCK_DIM], tl.float32)
+    top = tl.full([ROWS], _NEGATIVE_INFINITY, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    for border in range(begin // SEGMENT * SEGMENT, end, SEGMENT):
+        part_acc, part_top, part_total = _walk(
+            tl.zeros([ROWS, BLOCK_DIM], tl.float32), tl.full([ROWS], _NEGATIVE_INFINITY, tl.float32),
+            tl.zeros([ROWS], tl.float32), q, row_positions, kv, scales, table,
+            tl.maximum(begin, border), tl.minimum(end, border + SEGMENT), first_read, end,
+            block_stride, half_stride, scale_block_stride, scale_half_stride, scale, softcap, slopes,
+            HEAD_DIM, BLOCK_DIM, BLOCK_SIZE, TILE, WINDOW, HAS_SOFTCAP, HAS_ALIBI, IS_INT8, True, DOT_DTYPE,
+        )  # fmt: skip
+        new_top = tl.maximum(top, part_top)
+        old_weight, part_weight = _weight(top, new_top), _weight(part_top, new_top)
+        acc = acc * old_weight[:, None] + part_acc * part_weight[:, None]
+        total = total * old_weight + part_total * part_weight
+        top = new_top
+    return acc, top, total
+
+
+@triton.jit
+def _walk_at_once(
+    q, row_positions, kv, scales, table, begin, end, first_read, first_position, end_position,
+    block_stride, half_stride, scale_block_stride, scale_half_stride, scale, softcap, slopes,
+    HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr, IS_INT8: tl.constexpr,
+    DOT_DTYPE: tl.constexpr,
+):  # fmt: skip
+    """What `_walk` carries, of the positions [begin, end). The rows' own positions: [first_position, end_position).
+
+    Between first_free and end_free every row sees every position, and no mask is needed.
+    """
+    first_free = begin
+    if WINDOW > 0:
+        first_free = tl.cdiv(tl.maximum(end_position - WINDOW, 0), TILE) * TILE
+    end_free = (first_position + 1) // TILE * TILE
+    first_free = tl.minimum(tl.maximum(first_free, begin), end)
+    end_free = tl.maximum(tl.minimum(end_free, end // TILE * TILE), first_free)
+    acc = tl.zeros([ROWS, BLOCK_DIM], tl.float32)
+    top = tl.full([ROWS], _NEGATIVE_INFINITY, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    if WINDOW > 0:
+        acc, top, total = _walk(
+            acc, top, total, q, row_positions, kv, scales, table, begin, first_free, first_read, end,
+            block_stride, half_stride, scale_block_stride, scale_half_stride, scale, softcap, slopes,
+            HEAD_DIM, BLOCK_DIM, BLOCK_SIZE, TILE, WINDOW, HAS_SOFTCAP, HAS_ALIBI, IS_INT8, True, DOT_DTYPE,
+        )  # fmt: skip
+    acc, top, total = _walk(
+        acc, top, total, q, row_positions, kv, scales, table, first_free, end_free, first_read, end,
+        block_stride, half_stride, scale_block_stride, scale_half_stride, scale, softcap, slopes,
+        HEAD_DIM, BLOCK_DIM, BLOCK_SIZE, TILE, WINDOW, HAS_SOFTCAP, HAS_ALIBI, IS_INT8, False, DOT_DTYPE,
+    )  # fmt: skip
+    return _walk(
+        acc, top, total, q, row_positions, kv, scales, table, end_free, end, first_read, end,
+        block_stride, half_stride, scale_block_stride, scale_half_stride, scale, softcap, slopes,
+        HEAD_DIM, BLOCK_DIM, BLOCK_SIZE, TILE, WINDOW, HAS_SOFTCAP, HAS_ALIBI, IS_INT8, True, DOT_DTYPE,
+    )  # fmt: skip
+
+
+@triton.jit
+def _attend_part(
+    out_places, part_acc, part_top, part, is_row, is_element, sinks, value_scale, is_whole,
+    q, row_positions, kv, scales, table, begin, end, first_read, first_position, end_position,
+    block_stride, half_stride, scale_block_stride, scale_half_stride, scale, softcap, slopes,
+    HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    SEGMENT: tl.constexpr, WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr,
+    HAS_ALIBI: tl.constexpr, IS_INT8: tl.constexpr, IS_INVARIANT: tl.constexpr, DOT_DTYPE: tl.constexpr,
+):  # fmt: skip
+    """A tile's attention to the positions [begin, end): to `out_places` if that is_whole, else to the rows' `part`."""
+    if IS_INVARIANT:
+        acc, top, total = _walk_segments(
+            q, row_positions, kv, scales, table, begin, end, first_read,
+            block_stride, half_stride, scale_block_stride, scale_half_stride, scale, softcap, slopes,
+            HEAD_DIM, BLOCK_DIM, BLOCK_SIZE, ROWS, TILE, SEGMENT, WINDOW, HAS_SOFTCAP, HAS_ALIBI, IS_INT8, DOT_DTYPE,
+        )  # fmt: skip
+    else:
+        acc, top, total = _walk_at_once(
+            q, row_positions, kv, scales, table, begin, end, first_read, first_position, end_position,
+            block_stride, half_stride, scale_block_stride, scale_half_stride, scale, softcap, slopes,
+            HEAD_DIM, BLOCK_DIM, BLOCK_SIZE, ROWS, TILE, WINDOW, HAS_SOFTCAP, HAS_ALIBI, IS_INT8, DOT_DTYPE,
+        )  # fmt: skip
+    if is_whole:
+        result = _finish(acc, top, total, sinks, value_scale, HAS_SINKS)
+        tl.store(out_places, result.to(out_places.dtype.element_ty), mask=is_element)
+    else:
+        tl.store(part_acc + part[:, None] * HEAD_DIM + tl.arange(0, BLOCK_DIM)[None, :], acc, mask=is_element)
+        tl.store(part_top + part * 2, top, mask=is_row)
+        tl.store(part_top + part * 2 + 1, total, mask=is_row)
+
+
 @triton.jit(do_not_specialize=["num_reqs", "max_segments"])
 def _attend_kernel(
     out, q, kv, scales, block_table, seq_lens, query_start_loc, part_acc, part_top, sink_logits, alibi_slopes,
@@ -202,38 +328,33 @@ def _attend_kernel(
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, SEGMENT: tl.constexpr,
     SPLIT_LEN: tl.constexpr, WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr,
-    HAS_ALIBI: tl.constexpr, IS_INT8: tl.constexpr, IS_INVARIANT: tl.constexpr, DOT_DTYPE: tl.constexpr,
+    HAS_ALIBI: tl.constexpr, IS_INT8: tl.constexpr, IS_INVARIANT: tl.constexpr, IS_DECODE: tl.constexpr,
+    DOT_DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (query tiles, num_kv_heads, segments).
+    """Grid: (query tiles, num_kv_heads, segments). IS_DECODE: no request has more than one row, so a tile is a request,
+    and where there are fewer programs than segments each takes every so-manieth.
 
-    Query tiles are numbered over the batch: those of request b begin at query_start_loc[b] // tokens + b, which leaves
-    room enough for each and is known without a sum over requests. Long ones, which come late, are started first.
+    Long queries, which come late, are started first.
     """
     TOKENS: tl.constexpr = ROWS // GROUP
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    kv_head, segment = tl.program_id(1), tl.program_id(2)
-    req, last = tl.program_id(0) * 0, num_reqs - 1  # a tensor, in the interpreter too
-    while req < last:
-        middle = (req + last + 1) // 2
-        is_before = tl.load(query_start_loc + middle) // TOKENS + middle <= tile
-        req = tl.where(is_before, middle, req)
-        last = tl.where(is_before, last, middle - 1)
+    tile, kv_head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
+    req = tile if IS_DECODE else _request_of(query_start_loc, tile, num_reqs, TOKENS)
     first_token = tl.load(query_start_loc + req)
     query_len = tl.load(query_start_loc + req + 1) - first_token
-    first_query = (tile - (first_token // TOKENS + req)) * TOKENS
+    seq_len = tl.load(seq_lens + req)
+    first_query = 0 if IS_DECODE else (tile - (first_token // TOKENS + req)) * TOKENS
     if first_query >= query_len:
         return
-
-    seq_len = tl.load(seq_lens + req)
     first_position = seq_len - query_len + first_query
-    end = tl.minimum(first_position + TOKENS, seq_len)
+    end_position = first_position + TOKENS
     first_read = tl.maximum(first_position - WINDOW + 1, 0) if WINDOW > 0 else 0
+    end_read = tl.minimum(end_position, seq_len)
+    # A request that is not split has one part, which is all of it.
     is_split = query_len <= SPLIT_LEN
-    begin = first_read // TILE * TILE
+    segment, end_segment = tl.program_id(2), 1
     if is_split:
-        begin = tl.maximum(begin, segment * SEGMENT)
-        end = tl.minimum(end, (segment + 1) * SEGMENT)
-    if (begin >= end) | ((segment > 0) & (query_len > SPLIT_LEN)):
+        segment, end_segment = segment + first_read // SEGMENT, tl.cdiv(end_read, SEGMENT)
+    if segment >= end_segment:
         return
 
     rows = tl.arange(0, ROWS)
@@ -244,78 +365,44 @@ def _attend_kernel(
     is_element = is_row[:, None] & (dims < HEAD_DIM)[None, :]
     q_places = tokens[:, None] * q_token_stride + heads[:, None] * q_head_stride + dims[None, :]
     queries_tile = tl.load(q + q_places, mask=is_element, other=0.0).to(DOT_DTYPE)
+    out_places = out + tokens[:, None] * out_token_stride + heads[:, None] * HEAD_DIM + dims[None, :]
     row_positions = seq_len - query_len + queries
-    slopes = tl.zeros([ROWS], tl.float32)
+    slopes, sinks = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
     if HAS_ALIBI:
         slopes = tl.load(alibi_slopes + heads, mask=is_row, other=0.0)
+    if HAS_SINKS:
+        sinks = tl.load(sink_logits + heads, mask=is_row, other=0.0)
     head_kv = kv + kv_head.to(tl.int64) * head_stride
     head_scales = scales
     if IS_INT8:
         head_scales = scales + kv_head.to(tl.int64) * scale_head_stride
     table = block_table + req.to(tl.int64) * table_stride
-
-    # Between these every row sees every position, and no mask is needed.
-    first_free = begin
-    if WINDOW > 0:
-        first_free = tl.cdiv(tl.maximum(first_position + TOKENS - WINDOW, 0), TILE) * TILE
-    end_free = (first_position + 1) // TILE * TILE
-
-    acc = tl.zeros([ROWS, BLOCK_DIM], tl.float32)
-    top = tl.full([ROWS], _NEGATIVE_INFINITY, tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    if IS_INVARIANT:
-        # One segment after another, each from nothing, then added to those before. A split request has one.
-        # (No fused multiply-adds: whether there is one must not depend on which kernel adds up.)
-        for border in range(begin // SEGMENT * SEGMENT, end, SEGMENT):
-            part_acc_, part_top_, part_total_ = _walk(
-                tl.zeros([ROWS, BLOCK_DIM], tl.float32), tl.full([ROWS], _NEGATIVE_INFINITY, tl.float32),
-                tl.zeros([ROWS], tl.float32), queries_tile, row_positions, head_kv, head_scales, table,
-                tl.maximum(begin, border), tl.minimum(end, border + SEGMENT), first_read, end,
+    first_part = req.to(tl.int64) * max_segments * SPLIT_LEN * NUM_HEADS + queries * NUM_HEADS + heads
+    begin, end = first_read // TILE * TILE, end_read
+    is_whole = (query_len > SPLIT_LEN) | (seq_len <= SEGMENT)
+    if IS_DECODE:
+        for part in range(segment, end_segment, tl.num_programs(2)):
+            _attend_part(
+                out_places, part_acc, part_top, first_part + part * (SPLIT_LEN * NUM_HEADS), is_row, is_element, sinks,
+                value_scale, is_whole, queries_tile, row_positions, head_kv, head_scales, table,
+                tl.maximum(begin, part * SEGMENT), tl.minimum(end, (part + 1) * SEGMENT),
+                first_read, first_position, end_position,
                 block_stride, half_stride, scale_block_stride, scale_half_stride, scale, softcap, slopes,
-                HEAD_DIM, BLOCK_DIM, BLOCK_SIZE, TILE, WINDOW, HAS_SOFTCAP, HAS_ALIBI, IS_INT8, True, DOT_DTYPE,
+                HEAD_DIM, BLOCK_DIM, BLOCK_SIZE, ROWS, TILE, SEGMENT, WINDOW, HAS_SOFTCAP, HAS_SINKS, HAS_ALIBI,
+                IS_INT8, IS_INVARIANT, DOT_DTYPE,
             )  # fmt: skip
-            new_top = tl.maximum(top, part_top_)
-            old_weight, part_weight = _weight(top, new_top), _weight(part_top_, new_top)
-            acc = acc * old_weight[:, None] + part_acc_ * part_weight[:, None]
-            total = total * old_weight + part_total_ * part_weight
-            top = new_top
     else:
-        first_free = tl.minimum(tl.maximum(first_free, begin), end)
-        end_free = tl.maximum(tl.minimum(end_free, end // TILE * TILE), first_free)
-        if WINDOW > 0:
-            acc, top, total = _walk(
-                acc, top, total, queries_tile, row_positions, head_kv, head_scales, table,
-                begin, first_free, first_read, end,
-                block_stride, half_stride, scale_block_stride, scale_half_stride, scale, softcap, slopes,
-                HEAD_DIM, BLOCK_DIM, BLOCK_SIZE, TILE, WINDOW, HAS_SOFTCAP, HAS_ALIBI, IS_INT8, True, DOT_DTYPE,
-            )  # fmt: skip
-        acc, top, total = _walk(
-            acc, top, total, queries_tile, row_positions, head_kv, head_scales, table,
-            first_free, end_free, first_read, end,
+        # Not a loop of one round: what would be kept for another costs registers that a tile of many rows has not.
+        if is_split:
+            begin, end = tl.maximum(begin, segment * SEGMENT), tl.minimum(end, (segment + 1) * SEGMENT)
+        _attend_part(
+            out_places, part_acc, part_top, first_part + segment * (SPLIT_LEN * NUM_HEADS), is_row, is_element, sinks,
+            value_scale, is_whole, queries_tile, row_positions, head_kv, head_scales, table, begin, end,
+            first_read, first_position, end_position,
             block_stride, half_stride, scale_block_stride, scale_half_stride, scale, softcap, slopes,
-            HEAD_DIM, BLOCK_DIM, BLOCK_SIZE, TILE, WINDOW, HAS_SOFTCAP, HAS_ALIBI, IS_INT8, False, DOT_DTYPE,
+            HEAD_DIM, BLOCK_DIM, BLOCK_SIZE, ROWS, TILE, SEGMENT, WINDOW, HAS_SOFTCAP, HAS_SINKS, HAS_ALIBI,
+            IS_INT8, IS_INVARIANT, DOT_DTYPE,
         )  # fmt: skip
-        acc, top, total = _walk(
-            acc, top, total, queries_tile, row_positions, head_kv, head_scales, table,
-            end_free, end, first_read, end,
-            block_stride, half_stride, scale_block_stride, scale_half_stride, scale, softcap, slopes,
-            HEAD_DIM, BLOCK_DIM, BLOCK_SIZE, TILE, WINDOW, HAS_SOFTCAP, HAS_ALIBI, IS_INT8, True, DOT_DTYPE,
-        )  # fmt: skip
-
-    if is_split & (seq_len > SEGMENT):
-        part = (
-            (req.to(tl.int64) * max_segments + segment) * SPLIT_LEN * NUM_HEADS + queries * NUM_HEADS + heads
-        )
-        tl.store(part_acc + part[:, None] * HEAD_DIM + dims[None, :], acc, mask=is_element)
-        tl.store(part_top + part * 2, top, mask=is_row)
-        tl.store(part_top + part * 2 + 1, total, mask=is_row)
-    else:
-        sinks = tl.zeros([ROWS], tl.float32)
-        if HAS_SINKS:
-            sinks = tl.load(sink_logits + heads, mask=is_row, other=0.0)
-        result = _finish(acc, top, total, sinks, value_scale, HAS_SINKS)
-        out_places = tokens[:, None] * out_token_stride + heads[:, None] * HEAD_DIM + dims[None, :]
-        tl.store(out + out_places, result.to(out.dtype.element_ty), mask=is_element)
 
 
 @triton.jit(do_not_specialize=["max_segments"])
@@ -426,7 +513,10 @@ def paged_attention(
     elements = kv_cache.view(_ELEMENTS[layout.dtype])
     scales = kv_cache.flatten(3).view(torch.float32)[..., -layout.block_size :] if is_int8 else None
     block_dim = max(16, triton.next_power_of_2(head_dim))
-    _attend_kernel[(num_tokens // tokens + num_reqs, layout.num_kv_heads, max_segments)](
+    is_decode = shape.max_query_len == 1
+    num_tiles = num_reqs if is_decode else num_tokens // tokens + num_reqs
+    num_parts = choose_num_parts(num_reqs * layout.num_kv_heads, max_segments) if is_decode else max_segments
+    _attend_kernel[(num_tiles, layout.num_kv_heads, num_parts)](
         out, q, elements, scales, block_table, seq_lens, query_start_loc, part_acc, part_top,
         options.sinks, options.alibi_slopes, num_reqs, max_segments,
         options.scale * (options.k_scale if is_fp8 else 1.0), options.softcap, options.v_scale if is_fp8 else 1.0,
@@ -435,7 +525,7 @@ def paged_attention(
         NUM_HEADS=num_heads, GROUP=group, HEAD_DIM=head_dim, BLOCK_DIM=block_dim, BLOCK_SIZE=layout.block_size,
         ROWS=tiles.rows, TILE=tiles.keys, SEGMENT=SEGMENT, SPLIT_LEN=split_len, WINDOW=options.sliding_window or 0,
         HAS_SOFTCAP=options.softcap > 0, HAS_SINKS=options.sinks is not None,
-        HAS_ALIBI=options.alibi_slopes is not None, IS_INT8=is_int8, IS_INVARIANT=batch_invariant,
+        HAS_ALIBI=options.alibi_slopes is not None, IS_INT8=is_int8, IS_INVARIANT=batch_invariant, IS_DECODE=is_decode,
         DOT_DTYPE=_TRITON_DTYPES[dot_dtype], num_warps=tiles.num_warps, num_stages=tiles.num_stages,
         enable_fp_fusion=not batch_invariant,
     )  # fmt: skip

@@ -42,9 +42,9 @@ def _routes(routes):
         yield from [route] if inner is None else _routes(inner.routes)
 
 
-def test_what_cannot_be_done_is_an_error_that_says_so(engine: FakeEngine):
-    response = Api(engine, enable_dev_endpoints=True).post("/pause?mode=keep", None)
-    assert (response.status_code, response.json()["error"]["type"]) == (501, "NotImplementedError")
+def test_a_way_to_pause_that_is_none_is_refused_by_name(engine: FakeEngine):
+    response = Api(engine, enable_dev_endpoints=True).post("/pause?mode=freeze", None)
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "query.mode")
 
 
 @pytest.mark.parametrize("path", ["/start_profile", "/stop_profile"])
@@ -125,7 +125,7 @@ def test_the_tokenizers_configuration_is_told_when_opened(engine: FakeEngine, tm
 
 @pytest.fixture
 def llm(tiny_model: Path):
-    yield from started(tiny_model)
+    yield from started(tiny_model, max_model_len=2048)
 
 
 @pytest.fixture
@@ -231,33 +231,52 @@ def test_a_profile_is_files_of_the_worker_and_of_the_server(sleeper: AsyncLLM, t
     assert "process_outputs" in names and "process_outputs" in functions.read_text()
 
 
-def test_a_paused_engine_takes_no_work_until_it_is_resumed(llm: AsyncLLM):
-    async def answer(request_id: str, max_tokens: int) -> str:
-        params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+def test_a_paused_engine_begins_with_nothing_until_it_is_resumed(llm: AsyncLLM):
+    async def answer(request_id: str, max_tokens: int) -> tuple[str, list[int]]:
+        params = SamplingParams(max_tokens=max_tokens, ignore_eos=True, seed=7)
         async for output in llm.generate({"prompt_token_ids": [1, 2]}, params, request_id):
             last = output
-        return last.outputs[0].finish_reason
+            told[request_id] = len(last.outputs[0].token_ids)
+        return last.outputs[0].finish_reason, list(last.outputs[0].token_ids)
+
+    told: dict[str, int] = {}  # tokens, by request
+
+    async def begun(request_id: str) -> asyncio.Task:
+        task = asyncio.ensure_future(answer(request_id, 2000))
+        await until(lambda: told.get(request_id, 0) > 3)
+        return task
 
     async def main() -> None:
-        open_one = asyncio.ensure_future(answer("a-0", 200))
-        await until(lambda: open_one.done() or llm.output_processor.has_unfinished_requests())
-        await llm.pause(abort=True)
-        assert await open_one == "abort"
+        calm = (await answer("calm", 2000))[1]
+        open_one = await begun("a-0")
+        await llm.pause_generation("abort")
+        assert (await open_one)[0] == "abort"
         waiting = asyncio.ensure_future(answer("b-0", 3))
         await asyncio.sleep(0.05)
-        assert llm.is_paused and not waiting.done() and not llm.output_processor.has_unfinished_requests()
-        llm.resume()
-        assert await waiting == "length"
-        running = asyncio.ensure_future(answer("c-0", 200))
-        await until(lambda: running.done() or llm.output_processor.has_unfinished_requests())
-        await llm.pause(abort=False)
-        assert await running == "length"
-        llm.resume()
-        both = [asyncio.ensure_future(answer(name, 200)) for name in ("d-0", "d-1", "e")]
-        await until(lambda: both[0].done() or llm.output_processor.num_unfinished_requests == 3)
-        assert await llm.abort_matching(["d", "nobody"]) == 2
+        assert await llm.is_paused() and not waiting.done()
+        await llm.resume_generation()
+        assert (await waiting)[0] == "length"
+
+        running = await begun("c-0")
+        await llm.pause_generation("wait")
+        assert (await running)[0] == "length"
+        await llm.resume_generation()
+
+        for clear_cache in (True, False):
+            kept = await begun(f"d-{clear_cache}")
+            await llm.pause_generation("keep", clear_cache)
+            waiting = asyncio.ensure_future(answer(f"e-{clear_cache}", 3))
+            had = dict(told)
+            await asyncio.sleep(0.05)
+            assert told == had and not kept.done() and not waiting.done()
+            await llm.resume_generation()
+            assert await kept == ("length", calm)
+            assert (await waiting)[0] == "length"
+
+        three = [await begun(name) for name in ("f-0", "f-1", "g")]
+        assert await llm.abort_matching(["f", "nobody"]) == 2
         assert await llm.abort_matching([]) == 1
-        assert [await task for task in both] == ["abort"] * 3
+        assert [(await task)[0] for task in three] == ["abort"] * 3
         with pytest.raises(EngineError, match="no_such_method"):
             await llm.collective_rpc("no_such_method")
 

@@ -76,6 +76,9 @@ def log_softmax(device: str, large: bool, *, vocab_size: int) -> Check:
 def token_logprobs(device: str, large: bool, *, vocab_size: int) -> Check:
     logits = logits_of(device, large, vocab_size, 5)[[0, 4]]
     tokens = torch.tensor([[3, 0, -1], [vocab_size - 1, 5, 1]], device=device)
+    if vocab_size > 1024:  # many are asked for
+        more = torch.arange(vocab_size, device=device).flip(0).expand(2, vocab_size)
+        tokens = torch.cat([tokens, more], 1).contiguous()
 
     def expected() -> tuple[torch.Tensor, ...]:
         values = torch.log_softmax(logits.double(), -1).gather(1, tokens.clamp_min(0))
@@ -88,8 +91,9 @@ def token_logprobs(device: str, large: bool, *, vocab_size: int) -> Check:
 def masking(device: str, large: bool) -> Check:
     logits = randn(device, 5, 151936 if large else 5003)
     rng = np.random.default_rng(0)
-    rows = np.array([4, 1], np.int64)
-    bits = rng.integers(0, 1 << 32, (2, -(-logits.shape[1] // 32) + 1), dtype=np.uint32)
+    rows = torch.tensor([4, 1], device=device)
+    words = rng.integers(0, 1 << 32, (2, -(-logits.shape[1] // 32) + 1), dtype=np.uint32)
+    bits = torch.from_numpy(words.view(np.int32)).to(device)
 
     def masked(apply) -> torch.Tensor:
         changed = logits.clone()

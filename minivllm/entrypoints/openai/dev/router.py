@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 
 from minivllm.entrypoints.openai.dev.serving import collective_rpc, server_info
 from minivllm.entrypoints.openai.utils import JsonRoute, require_json
-from minivllm.exceptions import NotImplementedHereError
+from minivllm.messages.engine import PauseMode
 
 MAX_REQUEST_IDS = 16_384
 
@@ -43,32 +43,25 @@ async def reset_prefix_cache(
 
 
 @router.post("/pause")
-async def pause(
-    raw_request: Request, mode: Literal["abort", "wait", "keep"] = "abort", clear_cache: bool = True
-) -> Response:
-    """Take no work: open requests are aborted, or waited for; new ones wait for /resume."""
-    if mode == "keep":
-        raise NotImplementedHereError("mode=keep is not supported: requests cannot be frozen; use abort or wait")
-    engine = raw_request.app.state.engine
-    await engine.pause(abort=mode == "abort")
-    if clear_cache:
-        await engine.reset_prefix_cache()
+async def pause(raw_request: Request, mode: PauseMode = "abort", clear_cache: bool = True) -> Response:
+    """Begin with nothing until /resume, new requests wait: open ones are aborted, waited for, or kept to go on then."""
+    await raw_request.app.state.engine.pause_generation(mode, clear_cache)
     return JSONResponse({"status": "paused"})
 
 
 @router.post("/resume")
 async def resume(raw_request: Request) -> Response:
-    raw_request.app.state.engine.resume()
+    await raw_request.app.state.engine.resume_generation()
     return JSONResponse({"status": "resumed"})
 
 
 @router.get("/is_paused")
 async def is_paused(raw_request: Request) -> Response:
-    return JSONResponse({"is_paused": raw_request.app.state.engine.is_paused})
+    return JSONResponse({"is_paused": await raw_request.app.state.engine.is_paused()})
 
 
 @router.post("/sleep")
-async def sleep(raw_request: Request, level: int = 1, mode: Literal["abort", "wait", "keep"] = "abort") -> Response:
+async def sleep(raw_request: Request, level: int = 1, mode: PauseMode = "abort") -> Response:
     """Give back the KV cache's memory, at level 2 the weights' too. Open requests are aborted, waited for, or kept;
     those that are kept, and those that come, wait for /wake_up."""
     state = raw_request.app.state

@@ -1,0 +1,219 @@
+"""Every native kernel against the machine: bytes or operations a second, and the share of what they could be at most.
+
+    python benchmarks/kernels.py [--only norm gemm …] [--rows 1 64 2048]
+
+The sizes are those of the Qwen3-0.6B shape in bfloat16. The least a call can take is its bytes (each one it must read or
+write, once) at the rate at which as many are read again and again by `read_memory`, or its operations at the peak of
+tile products, whichever is longer; the share is that over the time of the fastest call. Weights are read cold: so many
+copies in turn that no cache holds them. Everything else is as warm as in a forward pass, and for a few microseconds of
+work a call's own cost, Python's included (`empty call`), is most of it. Attention is `attention.py`'s.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import attention
+import numpy as np
+import torch
+from gemm import COLD_BYTES, SHAPES
+from roofline import bandwidth, best_seconds, peak_products
+
+from minivllm.attention.backend import AttentionSpec
+from minivllm.attention.backends.cpu_native import CpuNativeBackend
+from minivllm.ops import (
+    activation,
+    bitmask,
+    kv_layout,
+    kv_write,
+    log_softmax,
+    native,
+    rms_norm,
+    rotary,
+    sampling,
+    scaling,
+)
+from minivllm.ops.linear import PackedLinear
+from minivllm.ops.linear_int8 import PackedInt8Linear
+
+HIDDEN, INNER, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 1024, 3072, 16, 8, 128, 151936
+BF16 = torch.bfloat16
+SHARED_CACHE = 64 << 20  # what is larger is taken to be read from memory
+MOST_LOGITS_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    run: Callable[[], object]
+    num_bytes: float
+    flop: float = 0.0
+    calls: int = 1  # in one run; bytes and flop are of one
+    int8: bool = False
+    cold: bool = False
+
+
+def small(rows: int) -> Iterator[Case]:
+    """What works on hidden states."""
+    x = torch.randn(rows, HIDDEN).to(BF16)
+    residual, weight = torch.randn(rows, HIDDEN).to(BF16), torch.ones(HIDDEN, dtype=BF16)
+    yield Case("norm: rms_norm", lambda: rms_norm.cpu(x, weight, 1e-6), 4 * rows * HIDDEN)
+    added = functools.partial(rms_norm.add_cpu, x, residual, weight, 1e-6)
+    yield Case("norm: rms_norm of a sum", added, 8 * rows * HIDDEN)
+    q, k = (torch.randn(rows, heads, HEAD_DIM).to(BF16) for heads in (HEADS, KV_HEADS))
+    positions, cos_sin = torch.arange(rows), torch.rand(max(rows, 2), HEAD_DIM)
+    norms = rotary.HeadNorms(torch.ones(HEAD_DIM, dtype=BF16), torch.ones(HEAD_DIM, dtype=BF16), 1e-6)
+    moved = 4 * rows * (HEADS + KV_HEADS) * HEAD_DIM
+    yield Case("rotary", lambda: rotary.cpu(positions, q, k, cos_sin), moved)
+    yield Case("rotary: and norms of heads", lambda: rotary.cpu(positions, q, k, cos_sin, norms), moved)
+    v, slots = torch.randn_like(k), torch.arange(rows)
+    for kind, size in (("bfloat16", 2), ("int8", 1), ("fp8_e4m3", 1)):
+        layout = kv_layout.KvLayout(kind, KV_HEADS, HEAD_DIM, 128)
+        cache = torch.zeros(layout.shape(-(-rows // 128)), dtype=torch.uint8)
+        write = functools.partial(kv_write.cpu, k, v, cache, slots, layout=layout)
+        yield Case(f"kv_write: {kind}", write, 2 * rows * KV_HEADS * HEAD_DIM * (2 + size))
+    gate_up = torch.randn(rows, 2 * INNER).to(BF16)
+    yield Case("activation: silu_mul", lambda: activation.cpu(gate_up), 6 * rows * INNER)
+    yield Case("activation: gelu_tanh_mul", lambda: activation.gelu_tanh_cpu(gate_up), 6 * rows * INNER)
+    yield Case("scaling: scale", lambda: scaling.scale_cpu(x, 1.0), 4 * rows * HIDDEN)
+
+
+def on_logits(rows: int) -> Iterator[Case]:
+    """What works on logits, float32."""
+    logits = torch.randn(rows, VOCAB) * 4
+    size = 4 * rows * VOCAB
+    seeds, positions = torch.arange(rows), torch.arange(rows)
+    for name, degree in (("greedy", 0.0), ("temperature 1", 1.0)):
+        degrees = torch.full((rows,), degree)
+        draw = functools.partial(sampling.gumbel_argmax_cpu, logits, degrees, seeds, positions)
+        yield Case(f"sampling: token, {name}", draw, size)
+    top_k, top_p = torch.full((rows,), 50, dtype=torch.int32), torch.full((rows,), 0.9)
+    min_p, scratch = torch.zeros(rows), torch.empty_like(logits)
+
+    def truncate(k: torch.Tensor, p: torch.Tensor) -> None:
+        scratch.copy_(logits)  # it works in place; the copy is counted
+        sampling.top_k_top_p_min_p_cpu(scratch, k, p, min_p)
+
+    every, whole = torch.full_like(top_k, VOCAB), torch.ones(rows)
+    yield Case("sampling: copy, top-k 50", lambda: truncate(top_k, whole), 4 * size)
+    yield Case("sampling: copy, top-p 0.9", lambda: truncate(every, top_p), 4 * size)
+    yield Case("sampling: rows not finite", lambda: sampling.nonfinite_rows_cpu(logits), size)
+    yield Case("logprobs: log_softmax", lambda: log_softmax.cpu(logits), 2 * size)
+    bits = np.random.default_rng(0).integers(0, 2**32, (rows, -(-VOCAB // 32)), np.uint32)
+    every_row = np.arange(rows)
+    yield Case("bitmask", lambda: bitmask.cpu(scratch, every_row, bits), 2 * size + bits.nbytes)
+    yield Case("scaling: soft_cap", lambda: scaling.soft_cap_cpu(scratch, 30.0), 2 * size)
+
+
+def linear(rows: int) -> Iterator[Case]:
+    """Linear layers, each with the epilogue that a layer gives it."""
+    for cls in (PackedLinear, PackedInt8Linear):
+        int8 = cls is PackedInt8Linear
+        for name, (into, out) in SHAPES["qwen3-0.6b"].items():
+            if name == "vocabulary" and rows > MOST_LOGITS_ROWS:
+                continue
+            layers = _copies(cls, into, out, gated=name == "gate_up")
+            x = torch.randn(rows, into).to(BF16)
+            result = torch.zeros(rows, out // 2 if name == "gate_up" else out, dtype=BF16)
+            read = (1 if int8 else 2) * into * out + 2 * rows * (into + result.shape[1])
+            run = functools.partial(_multiply, layers, name, x, result)
+            kind = "int8" if int8 else "bf16"
+            yield Case(f"gemm: {name}, {kind}", run, read, 2 * rows * into * out, len(layers), int8, cold=True)
+    embedding = PackedLinear(VOCAB, HIDDEN, BF16)
+    embedding.load_rows(0, torch.randn(VOCAB, HIDDEN).to(BF16))
+    ids = torch.randint(0, VOCAB, (rows,))
+    yield Case("embedding: gather_rows", lambda: embedding.rows(ids), 4 * rows * HIDDEN)
+
+
+def _copies(cls: type[PackedLinear], into: int, out: int, *, gated: bool) -> list[PackedLinear]:
+    layers = [cls(out, into, BF16, gated=gated) for _ in range(max(1, COLD_BYTES // (2 * into * out)))]
+    weight = torch.randn(out, into).mul_(into**-0.5).to(BF16)
+    for layer in layers:
+        layer.load_rows(0, weight)
+    return layers
+
+
+def _multiply(layers: list[PackedLinear], name: str, x: torch.Tensor, result: torch.Tensor) -> None:
+    for layer in layers:
+        if name == "gate_up":
+            layer.silu_mul(x, out=result)
+        elif name in ("o", "down"):
+            layer.add_to(result, x)
+        else:
+            layer(x, out=result)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", default=[""], help="what names begin with; attention is one")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 64, 2048])
+    parser.add_argument("--seconds", type=float, default=0.1, help="of measuring each")
+    args = parser.parse_args()
+    read, peak = bandwidth(0.5), {"bfloat16": peak_products("bfloat16", 0.3), "int8": peak_products("int8", 0.3)}
+    print(f"{native.lib.isa()}, {native.lib.num_threads()} threads; read {read:.1f} GB/s, tile products {peak}")
+    nothing = torch.zeros(1, 1, dtype=BF16)
+    empty = best_seconds(lambda: scaling.scale_cpu(nothing, 1.0), 0.05)
+    print(f"empty call: {1e6 * empty:.1f} µs\n\n| kernel | rows | µs | GB/s | T(FL)OP/s | share |\n|---|---|---|---|---|---|")
+    wanted = tuple(args.only)
+    for rows in args.rows:
+        for cases in (small, on_logits, linear):
+            if cases is on_logits and rows > MOST_LOGITS_ROWS:
+                continue
+            for case in cases(rows):
+                if case.name.startswith(wanted):
+                    _tell(case, rows, args.seconds, read, peak)
+    if "attention".startswith(wanted):
+        _attention(read, peak["bfloat16"])
+    read_again = bandwidth(0.5)
+    print(f"\nread at the end: {read_again:.1f} GB/s")
+
+
+def _tell(case: Case, rows: int, seconds: float, read: float, peak: dict[str, float]) -> None:
+    took = best_seconds(case.run, seconds) / case.calls
+    top = peak["int8" if case.int8 else "bfloat16"]
+    _row(case.name, str(rows), took, case.num_bytes, case.flop, read if case.cold else _warm(case.num_bytes, read), top)
+
+
+def _row(name: str, rows: str, took: float, num_bytes: float, flop: float, read: float, top: float) -> None:
+    least = max(num_bytes / read / 1e9, flop / top / 1e12 if top else 0.0)
+    operations = f"{flop / took / 1e12:.2f}" if flop else ""
+    rate = f"{num_bytes / took / 1e9:.1f}"
+    print(f"| {name} | {rows} | {1e6 * took:.1f} | {rate} | {operations} | {least / took:.0%} |", flush=True)
+
+
+@functools.lru_cache
+def _warm(num_bytes: float, read: float) -> float:
+    """GB/s of reading so many bytes again and again."""
+    if num_bytes > SHARED_CACHE:
+        return read
+    size = max(512, int(num_bytes) // 512 * 512)
+    buffer = torch.ones(size + 64, dtype=torch.uint8)
+    start = buffer.data_ptr() + -buffer.data_ptr() % 64
+    return size / best_seconds(lambda: native.lib.read_memory(start, size), 0.03) / 1e9
+
+
+def _attention(read: float, top: float) -> None:
+    for kind in ("auto", "int8"):
+        backend = CpuNativeBackend(AttentionSpec(HEADS, KV_HEADS, HEAD_DIM, 128, BF16, "cpu", kind))
+        for name, lens, shared in (
+            ("decode, 64 × 384", [384] * 64, 0),
+            ("decode, 1 × 4096", [4096], 0),
+            ("decode, 32 × (1024 shared + 64)", [1088] * 32, 1024),
+        ):
+            took, _, num_bytes = attention.decode(backend, lens, shared, 1.0, with_torch=False)
+            flop = 4 * sum(lens) * HEADS * HEAD_DIM
+            _row(f"attention: {name}, {kind}", str(len(lens)), took, num_bytes, flop, read, top)
+        for rows in (512, 4096):
+            took, _ = attention.prefill(backend, rows, with_torch=False)
+            num_bytes = 2 * rows * HEAD_DIM * (2 * HEADS + 2 * KV_HEADS)
+            flop = 2 * rows * rows * HEADS * HEAD_DIM
+            _row(f"attention: prefill, {kind}", str(rows), took, num_bytes, flop, read, top)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)  # two pools of threads would fight for the processors
+    with torch.inference_mode():
+        main()
