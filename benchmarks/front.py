@@ -85,12 +85,12 @@ def chat_load(load: Any) -> type:
     """load.py's client, asking for chat: a message of words where completions have token ids."""
 
     class ChatLoad(load.Load):
-        def _request(self, work: Any) -> bytes:
-            words = " ".join(str(self._pick.randrange(10000)) for _ in range(work.num_in // 4))
+        def _request(self, prompt: list[int], num_out: int) -> bytes:
+            words = " ".join(str(token_id) for token_id in prompt[::4])
             body = {
                 "model": self._model,
                 "messages": [{"role": "user", "content": words}],
-                "max_tokens": work.num_out,
+                "max_tokens": num_out,
                 "ignore_eos": True,
                 "stream": True,
                 "stream_options": {"include_usage": True},
@@ -107,6 +107,7 @@ def main() -> None:
     import load
     import peers
     import psutil
+    import works
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
@@ -119,25 +120,33 @@ def main() -> None:
     command = [sys.executable, "-m", "minivllm.entrypoints.openai.api_server", "--model", str(args.model)]
     command += ["--distributed-executor-backend", "front:NoModel", "--no-enable-prefix-caching"]
     here = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    peer = peers.Peer("front", command, env={STEP_MS: str(args.step_ms), "PYTHONPATH": here})
-    with peers.Server(peer, peers.free_port(), Path(tempfile.mkdtemp()) / "server.log") as server:
-        children = psutil.Process(server._process.pid).children()
-        core = max(children, key=lambda child: sum(child.cpu_times()[:2]))
-        pids = {"api": server._process.pid, "core": core.pid}
+    peer = peers.Peer("front", lambda works: command, env={STEP_MS: str(args.step_ms), "PYTHONPATH": here})
+    server = peers.Server(peer, [], Path(tempfile.mkdtemp()) / "server.log")
+    try:
+        api = psutil.Process(server.processes.root.pid)
+        core = max(api.children(), key=lambda child: sum(child.cpu_times()[:2]))
         make = chat_load(load) if args.chat else load.Load
         served = load.served_model(peers.HOST, server.port)
         client = make(peers.HOST, server.port, served, vocab_size, seed=time.time_ns())
-        client.run(load.Work(64, 128))  # until what is kept is there
+        client.run(works.Work(requests=128, streams=64))  # until what is kept is there
         for streams in args.streams:
-            work, results, spent = load.Work(streams, 2 * streams), [], []
-            for _ in range(args.repeat):
-                before = processor_us(pids)
-                results.append(client.run(work))
-                spent.append({k: v / results[-1].tokens for k, v in (processor_us(pids) - before).items()})
-            print(f"{streams} streams: {load.describe(load.median(results))}")
-            usual = {name: statistics.median(each.get(name, 0.0) for each in spent) for name in spent[-1]}
-            shown = sorted(usual.items(), key=lambda item: -item[1])
-            print("    µs a token: " + ", ".join(f"{name} {us:.1f}" for name, us in shown if us >= 0.1), flush=True)
+            measure(client, works.Work(requests=2 * streams, streams=streams), args.repeat, api.pid, core.pid)
+    finally:
+        server.processes.end()
+
+
+def measure(client: Any, work: Any, repeat: int, api_pid: int, core_pid: int) -> None:
+    import load
+
+    results, spent, pids = [], [], {"api": api_pid, "core": core_pid}
+    for _ in range(repeat):
+        before = processor_us(pids)
+        results.append(client.run(work))
+        spent.append({name: us / results[-1].tokens for name, us in (processor_us(pids) - before).items()})
+    print(f"{work.streams} streams: {load.describe(load.median(results))}")
+    usual = {name: statistics.median(each.get(name, 0.0) for each in spent) for name in spent[-1]}
+    shown = sorted(usual.items(), key=lambda item: -item[1])
+    print("    µs a token: " + ", ".join(f"{name} {us:.1f}" for name, us in shown if us >= 0.1), flush=True)
 
 
 if __name__ == "__main__":
