@@ -59,6 +59,10 @@ class CudaPlatform(DevicePlatform):
         self.graphs = CudaGraphs()
 
     @property
+    def has_fp8(self) -> bool:
+        return torch.cuda.get_device_capability() >= (8, 9)
+
+    @property
     def numerics_id(self) -> str:
         """cuBLAS and Triton choose other kernels on another card or in another version: then other bits."""
         major, minor = torch.cuda.get_device_capability()

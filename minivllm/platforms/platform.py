@@ -57,6 +57,7 @@ class Platform(ABC):
     default_block_size: int  # tokens in a KV block
     block_size_multiple: int  # the kernels' KV tile
     supported_dtypes: tuple[torch.dtype, ...]
+    has_fp8: bool = False  # whether it multiplies 8-bit floats
     graphs: Graphs | None = None  # None where there is no such thing
     # Of the memory limit, for weights, activations and KV cache, where no flag says another; None: as CacheConfig says.
     default_memory_utilization: float | None = None

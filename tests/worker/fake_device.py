@@ -121,15 +121,15 @@ class FakeGraphs(Graphs):
     def __init__(self) -> None:
         self.num_rows: list[int] = []  # of each capture
         self.num_replays = 0
-        self._generation = 0  # captures of an earlier one may not be replayed
+        self.generation = 0  # how often all were forgotten: captures of an earlier one may not be replayed
 
     def capture(self, step: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[Callable[[], None], Any]:
         results = step()
         self.num_rows.append(len(results[0]))
-        generation = self._generation
+        generation = self.generation
 
         def replay() -> None:
-            assert generation == self._generation, "a graph that was forgotten is replayed"
+            assert generation == self.generation, "a graph that was forgotten is replayed"
             self.num_replays += 1
             for place, value in zip(results, step()):
                 place.copy_(value)
@@ -139,7 +139,7 @@ class FakeGraphs(Graphs):
         return replay, results
 
     def forget(self) -> None:
-        self._generation += 1
+        self.generation += 1
 
 
 class FakeDevice(CpuPlatform, DevicePlatform):
