@@ -2,9 +2,9 @@
 
     python -m benchmarks.gpu [--only kernels decode-1B …] [--seconds 460]
 
-Needs Python 3.12 with torch 2.11, triton 3.6, numpy, msgspec, psutil and tqdm; transformers only for its own row. Ceilings
-are measured in the same run. Rows that would begin after `--seconds` are left out, and said to be. Exit status 2, loudly,
-without a GPU, with what would have been measured.
+Needs Python 3.12 with torch 2.11, triton 3.6, numpy, msgspec, psutil and tqdm; transformers only for its own row.
+Ceilings are measured in the same run. Rows that would begin after `--seconds` are left out, and said to be. Exit status
+2, loudly, without a GPU, with what would have been measured.
 """
 
 from __future__ import annotations

@@ -129,6 +129,15 @@ class Model:
 
     # Measurements ------------------------------------------------------------
 
+    def capturing(self, name: str) -> Row:
+        """What a capture holds up: a step that meets a new shape, or the start where all are made then."""
+        runner = self.worker.runner
+        *_, smallest = runner.capture_shapes
+        begin = time.perf_counter()
+        runner.capture(*smallest)
+        seconds = (time.perf_counter() - begin) * len(runner.capture_shapes) / runner.most_captures
+        return Row(f"{name} capturing a decode step", "-", "-", f"{seconds * 1e3:.0f} ms; {runner.most_captures} at most")
+
     def decode(
         self, batch: int, context: int, *, steps: int = 40, warm: int = 6, params: SamplingParams = PLAIN
     ) -> tuple[float, float]:
@@ -192,6 +201,8 @@ def run(
     asking: batches that are also measured with penalties, a bias and logprobs in every request.
     """
     hf = model.hf
+    if model.worker.runner.capture_shapes is not None:
+        yield model.capturing(name)
     for context in contexts:
         for batch, params in [(batch, PLAIN) for batch in batches] + [(batch, ASKING) for batch in asking]:
             what = f"{name} decode, batch {batch}, context {context:,}"

@@ -1,9 +1,10 @@
 """A step's block table, from the host's tables to where attention reads it: copied, or followed on a device.
 
-A device has a copy of the host's table. A request keeps its row there (`request_state.py`), so its blocks are sent once,
-and again only when it gets more or others. A step reads rows in its own order: they are gathered on the device, and
-where the batch is the last one's, and nobody got a block, nothing is sent or done at all. All of it is work given to
-the device in order: what changes a row comes behind the steps that read it as it was, and before the one that needs it.
+A device has a copy of the host's table. A request keeps its row there (`request_state.py`), so its blocks are sent
+once, and again only when it gets more or others. A step reads rows in its own order: they are gathered on the device,
+and where the batch is the last one's, and nobody got a block, nothing is sent or done at all. All of it is work given
+to the device in order: what changes a row comes behind the steps that read it as it was, and before the one that needs
+it.
 """
 
 from __future__ import annotations

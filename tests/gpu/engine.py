@@ -196,10 +196,18 @@ def _unwaiting(call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def memory_accounting(device: Device) -> Finding:
-    """Bytes above --gpu-memory-utilization of what was free, after a busy run; a tenth of a percent is let pass."""
+    """Bytes above --gpu-memory-utilization of what was free, after a busy run; a tenth of a percent is let pass.
+
+    By what the driver has free, graphs and all that torch keeps for later included.
+    """
     share = 0.3
     platform = device.new_platform(False)
-    free = platform.memory_available_bytes()
+
+    def free_bytes() -> int:
+        return torch.cuda.mem_get_info()[0] if device.name == "cuda" else platform.memory_available_bytes()
+
+    platform.release_unused()
+    free = free_bytes()
     with tempfile.TemporaryDirectory() as directory:
         loop = device.loop(
             _model(directory, device.dtype),
@@ -208,8 +216,21 @@ def memory_accounting(device: Device) -> Finding:
             max_num_seqs=64,
         )
         loop.run(_prompts() * 8, _mixed() * 8)
-        used = max(0, free - platform.memory_available_bytes())
+        used = max(0, free - free_bytes())
     return Finding(max(0.0, used - share * free), free / 1000)
+
+
+def sleep(device: Device) -> Finding:
+    """Answers before and after sleeping at each level, to the bit: weights come back, and graphs are captured anew."""
+    with tempfile.TemporaryDirectory() as directory:
+        loop = device.loop(_model(directory, device.dtype), batch_invariant=True, enable_prefix_caching=False)
+        prompts, params = _prompts()[:3], _mixed()[:3]
+        expected, different = loop.run(prompts, params), 0.0
+        for level in (1, 2):
+            loop.worker.sleep(level)
+            loop.worker.wake_up()
+            different += _num_different(loop.run(prompts, params), expected)
+    return Finding(different, 0.0)
 
 
 def server(device: Device) -> Finding:
@@ -253,6 +274,7 @@ CHECKS: dict[str, Callable[[Device], Finding]] = {
     "engine_graphs_against_eager": graphs_against_eager,
     "engine_sampling_as_on_the_host": sampling_as_on_the_host,
     "engine_no_wait_in_a_step": no_wait_in_a_step,
+    "engine_sleep": sleep,
     "engine_memory_accounting": memory_accounting,
     "engine_server": server,
 }

@@ -1,4 +1,4 @@
-"""`--quantization fp8`: the Triton kernel, interpreted, in a whole model on the device that is none; refused elsewhere."""
+"""`--quantization fp8`: the Triton kernel, interpreted, in a model on the device that is none; refused elsewhere."""
 
 from __future__ import annotations
 

@@ -206,7 +206,9 @@ def test_a_decode_of_more_requests_than_are_captured_runs_without_a_graph(model:
     assert set(platform.graphs.num_rows) <= {1, 3}
 
 
-@pytest.mark.parametrize("options", [{"enforce_eager": True}, {"compilation_config": {"cudagraph_mode": "NONE"}}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"enforce_eager": True}, {"compilation_config": {"cudagraph_mode": "NONE"}}], ids=str
+)
 def test_nothing_is_captured_where_nothing_shall_be(model: Path, expected, options):
     platform = FakeDevice()
     assert Loop(model, platform=platform, **options).run(PROMPTS[:2], MIXED[:2]) == expected[:2]

@@ -47,6 +47,7 @@ def test_steps_of_a_model_are_measured_as_a_server_makes_them(monkeypatch: pytes
     ))  # fmt: skip
     assert rows.pop() == models.Row("tiny prefill of 32", "-", "-", "not run: out of time")
     assert [row.what for row in rows][-1] == "tiny prefill of 64"
+    assert rows.pop(0).what == "tiny capturing a decode step"
     assert "do not fit" in rows[2].note and "penalties" in rows[3].what
     assert all(float(row.rate.replace(",", "")) > 0 for row in rows if row is not rows[2])
     assert platform.graphs.num_replays > 8
