@@ -90,15 +90,34 @@ private:
     static_assert(sizeof(Config) == 64);
 };
 
-// Fetches what comes next of a weight into L2, some lines at each step.
+// Fetches what comes next of a weight, some lines at each step. For thin products into L1, as it is read soon and once;
+// else into L2, in several places at once: the processor's own fetching follows each of them only some lines ahead, and
+// prefetches that wait for memory hold the few buffers that tile loads need as well.
 struct Ahead {
+    static constexpr int64_t kStreams = 4;
+
     const char* next;
     const char* end;
-    int64_t lines;  // a step
+    int64_t lines;  // a step, of each stream
+    int64_t part;   // bytes of a stream
 
+    static Ahead of_thin(const char* next, const char* end) { return {next, end, 32, 0}; }
+    // All of [next, end) in about num_steps steps.
+    static Ahead of_thick(const char* next, const char* end, int64_t num_steps) {
+        const int64_t lines = end > next ? ((end - next) / 64 + kStreams - 1) / kStreams : 0;  // of a stream
+        return {next, next + lines * 64, (lines + num_steps - 1) / num_steps, lines * 64};
+    }
+
+    template <bool kThin>
     MINIVLLM_INLINE void step() {
         if (next >= end) return;
-        for (int64_t i = 0; i < lines; ++i, next += 64) _mm_prefetch(next, _MM_HINT_T1);
+        for (int64_t i = 0; i < lines; ++i, next += 64) {
+            if (kThin) {
+                _mm_prefetch(next, _MM_HINT_T0);
+                continue;
+            }
+            for (int64_t s = 0; s < kStreams; ++s) _mm_prefetch(next + s * part, _MM_HINT_T1);
+        }
     }
 };
 
@@ -189,7 +208,7 @@ private:
 
     void thin(const Element* panel, const End& end) {
         const char* from = reinterpret_cast<const char*>(panel);
-        Ahead ahead{from + kAheadBytes, fetch_end_, 32};
+        Ahead ahead = Ahead::of_thin(from + kAheadBytes, fetch_end_);
         float* sums = sums_ + which_ * kGroupSums;
         which_ ^= 1;
         add_products<true>(sums, true, 0, 0, steps_, panel, ahead);
@@ -203,7 +222,7 @@ private:
             const Element* chunk = panel + first * 2 * kTile;
             const char* next = reinterpret_cast<const char*>(chunk + steps * 2 * kTile);
             const char* last = next + kChunkSteps * 2048;
-            Ahead ahead{next, last < fetch_end_ ? last : fetch_end_, (32 + num_groups_ - 1) / num_groups_};
+            Ahead ahead = Ahead::of_thick(next, last < fetch_end_ ? last : fetch_end_, steps * num_groups_);
             for (int64_t g = 0; g < num_groups_; ++g) {
                 float* sums = sums_ + g * kGroupSums;
                 add_products<false>(sums, first == 0, g, first, steps, chunk, ahead);
@@ -230,7 +249,7 @@ private:
                                       Ahead& ahead) {
         load_sums<kTiles>(sums, are_zero);
         for (int64_t s = 0; s < steps; ++s, x += 2 * kTile, w += 2 * kTile) {
-            ahead.step();
+            ahead.step<kThin>();
             // What is read again stays in L1: the rows of a thin product, the first half of a thick one's chunk.
             const bool is_held = !kThin && s < kHeldSteps;
             load_upper(x, kThin);
