@@ -94,7 +94,7 @@ private:
 // else into L2, in several places at once: the processor's own fetching follows each of them only some lines ahead, and
 // prefetches that wait for memory hold the few buffers that tile loads need as well.
 struct Ahead {
-    static constexpr int64_t kStreams = 4;
+    static constexpr int64_t kStreams = 8;
 
     const char* next;
     const char* end;
