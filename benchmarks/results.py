@@ -65,13 +65,38 @@ def median(runs: list[dict], key: str) -> float:
 
 
 def as_table(results: Results) -> str:
-    """All cells, in Markdown."""
-    parts = []
+    """All cells, in Markdown: side by side, then each by itself."""
+    parts = [_side_by_side(results, model) for model in dict.fromkeys(model for model, _ in results.cells())]
     for roof in results.rooflines():
         parts.append("```\n" + table(roof) + "\n```\n")
     for model, cell in results.cells():
         parts.append(f"### {cell}, {model.name}\n\n" + "\n".join(_cell(results, model, cell)) + "\n")
     return "\n".join(parts)
+
+
+def _side_by_side(results: Results, model: Path) -> str:
+    """Tokens a second (of starts, seconds), and how many times as fast ours is."""
+    cells = [cell for each, cell in results.cells() if each == model]
+    engines = list(dict.fromkeys(name for cell in cells for name in results.engines(str(model), cell)))
+    lines = [f"| {model.name} | {' | '.join(cells)} |", "|---" * (len(cells) + 1) + "|"]
+    for engine in engines:
+        lines.append(f"| {engine} | {' | '.join(_short(results, str(model), cell, engine) for cell in cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _short(results: Results, model: str, cell: str, engine: str) -> str:
+    runs, ours = results.of(model, cell, engine), results.of(model, cell, "ours")
+    if not runs:
+        return "failed" if results.failure(model, cell, engine) else ""
+    key = "seconds" if cell == "start" else "tokens_s"
+    value = median(runs, key)
+    text = f"{value:.1f} s" if cell == "start" else f"{value:.1f}"
+    if cell != "start" and runs[0]["requests"] != WORKS[cell].requests:
+        text += f" of {runs[0]['requests']} requests"
+    if ours and engine != "ours":
+        ratio = value / median(ours, key) if cell == "start" else median(ours, key) / value
+        text += f" ({ratio:.2f} ×)"
+    return text
 
 
 def _cell(results: Results, model: Path, cell: str) -> list[str]:

@@ -163,7 +163,7 @@ class FakeWorker:
         """The cache's content is gone; the next plan says whose blocks were."""
         self.kv.clear()
 
-    def wake_up(self) -> None:
+    def wake_up(self, parts: Sequence[str]) -> None:
         pass
 
     def _apply(self, plan: SchedulerOutput) -> None:
@@ -343,7 +343,7 @@ class FakeExecutor(Executor):
 
     def __init__(self, config: EngineConfig, **callbacks: Any) -> None:
         super().__init__(config, **callbacks)
-        self.max_concurrent_batches = 2 if config.scheduler.async_scheduling else 1
+        self.max_concurrent_batches = config.scheduler.max_plans_in_flight(leaves_host_free=False)
 
     def initialize(self) -> WorkerReady:
         config = self.config

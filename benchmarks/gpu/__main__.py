@@ -2,22 +2,31 @@
 
     python -m benchmarks.gpu [--only kernels decode-1B …] [--seconds 460]
 
-Needs Python 3.12 with torch 2.11, triton 3.6, numpy, msgspec, psutil and tqdm; transformers only for its own row. Ceilings
-are measured in the same run. Parts that would begin after `--seconds` are left out, and said to be. Exit status 2, loudly, without a GPU.
+Needs Python 3.12 with torch 2.11, triton 3.6, numpy, msgspec, psutil and tqdm; transformers only for its own row.
+Ceilings are measured in the same run. Rows that would begin after `--seconds` are left out, and said to be. Exit status
+2, loudly, without a GPU, with what would have been measured.
 """
 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import gc
 import sys
 import time
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
 import torch
 
+from benchmarks.gpu.clock import Ceilings, Clock
 from minivllm.platforms.platform import cuda_why_not
 
-PARTS = ("kernels", "sampling", "decode-1B", "decode-8B", "transformers")
+if TYPE_CHECKING:
+    from benchmarks.gpu.models import Row
+
+PARTS = ("attention", "decode-8B", "decode-1B", "kernels", "sampling", "transformers")
+_GRACE_S = 60  # what a row may last beyond --seconds before it is taken to hang
 
 
 def main() -> int:
@@ -26,12 +35,13 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=460)
     args = parser.parse_args()
     if (reason := cuda_why_not()) is not None:
-        print(f"NOTHING WAS MEASURED: {reason}", file=sys.stderr)
+        parts = ", ".join(part for part in PARTS if part in args.only)
+        print(f"NOTHING WAS MEASURED: {reason}. On a GPU, in this order: {parts}", file=sys.stderr)
         return 2
     begin = time.perf_counter()
+    faulthandler.dump_traceback_later(args.seconds + _GRACE_S, exit=True)  # what hangs in a driver hears no signal
 
     from benchmarks.gpu import kernels, models, peers
-    from benchmarks.gpu.clock import Ceilings, Clock
 
     major, minor = torch.cuda.get_device_capability()
     print(
@@ -41,54 +51,49 @@ def main() -> int:
     ceilings = Ceilings(clock)
     print(ceilings)
 
-    def is_time_left(part: str) -> bool:
-        if part not in args.only:
-            return False
-        if time.perf_counter() - begin > args.seconds:
-            print(f"{part} IS LEFT OUT: {args.seconds:.0f} seconds are over")
-            return False
-        return True
+    def is_time_left() -> bool:
+        return time.perf_counter() - begin < args.seconds
 
-    if is_time_left("kernels"):
-        print(f"\n{'kernel':<76} {'us':>9} {'rate':>14} {'of ceiling':>10}")
-        for group in (kernels.attention_kernels, kernels.other_kernels):
-            for kernel in group():
+    # In the order of what is worth knowing.
+    for part in (part for part in PARTS if part in args.only):
+        if not is_time_left():
+            print(f"\n{part}: not run: {args.seconds:.0f} seconds are over")
+        elif part in ("attention", "kernels"):
+            print(f"\n{'kernel':<76} {'us':>9} {'rate':>14} {'of ceiling':>10}")
+            for kernel in kernels.attention_kernels() if part == "attention" else kernels.other_kernels():
+                if not is_time_left():
+                    print(f"{kernel.name:<76} not run: out of time")
+                    continue
                 result = kernels.measure(kernel, clock, ceilings)
                 print(
                     f"{result.name:<76} {result.seconds * 1e6:9.1f} {result.rate:>14} {result.share:10.0%}",
                     flush=True,
                 )
-    if is_time_left("sampling"):
-        for batch in (1, 64, 256):
-            show(models.sampling(128256, batch, "cuda", clock))
-    for name in models.SHAPES:
-        if not is_time_left(f"decode-{name}"):
-            continue
-        model = models.Model(models.SHAPES[name])
-        print(
-            f"\n{name}: {model.seconds_to_first_token:.1f} s to the first token (imports apart, weights made up)"
-        )
-        show(
-            models.run(
-                name,
-                model,
-                ceilings,
-                batches=(1, 8, 64, 256),
-                contexts=(1024, 8192),
-                prompts=(512, 2048, 8192),
-            )
-        )
-        model.worker.shutdown()
-        del model
-        gc.collect()
-        torch.cuda.empty_cache()
-    if is_time_left("transformers"):
-        show([peers.run("1B", models.SHAPES["1B"], batch=64, prompt_len=128, num_tokens=64)])
+        elif part == "sampling":
+            for batch in (1, 64, 256):
+                show(models.sampling(128256, batch, "cuda", clock))
+        elif part == "transformers":
+            show([peers.run("1B", models.SHAPES["1B"], batch=64, prompt_len=128, num_tokens=64)])
+        else:
+            decode(part.removeprefix("decode-"), ceilings, is_time_left)
     print(f"\n{time.perf_counter() - begin:.0f} s")
     return 0
 
 
-def show(rows: list) -> None:
+def decode(name: str, ceilings: Ceilings, is_time_left: Callable[[], bool]) -> None:
+    from benchmarks.gpu import models
+
+    model = models.Model(models.SHAPES[name])
+    print(f"\n{name}: {model.seconds_to_first_token:.1f} s to the first token (imports apart, weights made up)")
+    sizes = {"batches": (1, 8, 64, 256), "contexts": (1024, 8192), "prompts": (512, 2048, 8192)}
+    show(models.run(name, model, ceilings, **sizes, is_time_left=is_time_left))
+    model.worker.shutdown()
+    del model
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def show(rows: Iterable[Row]) -> None:
     for row in rows:
         print(f"{row.what:<62} {row.rate:>10} tokens/s {row.share:>6} of roofline   {row.note}", flush=True)
 

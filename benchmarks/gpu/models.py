@@ -10,6 +10,7 @@ import json
 import tempfile
 import time
 from collections import deque
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,11 +41,21 @@ SHAPES = {
 }  # fmt: skip
 
 
+OUT_OF_TIME = "not run: out of time"
+
+
 class Row(NamedTuple):
     what: str
     rate: str  # tokens/s
     share: str  # of the roofline
     note: str
+
+
+PLAIN = SamplingParams(temperature=0.8, max_tokens=10**6, ignore_eos=True)
+ASKING = SamplingParams(
+    temperature=0.8, repetition_penalty=1.1, presence_penalty=0.1, logit_bias={7: 1.0}, logprobs=5, max_tokens=10**6,
+    ignore_eos=True,
+)  # fmt: skip
 
 
 class Model:
@@ -83,7 +94,7 @@ class Model:
     # Requests ----------------------------------------------------------------
 
     def requests(
-        self, count: int, num_tokens: int, num_to_come: int, *, computed: int
+        self, count: int, num_tokens: int, num_to_come: int, *, computed: int, params: SamplingParams = PLAIN
     ) -> list[NewRequestData]:
         """Requests in blocks of their own, with `computed` tokens in the cache."""
         blocks = -(-(num_tokens + num_to_come) // self.ready.block_size)
@@ -96,7 +107,6 @@ class Model:
             self._num_requests += 1
             ids = list(range(1 + i * blocks, 1 + (i + 1) * blocks))
             prompt = [(7 * i + j) % (self.hf.vocab_size - 10) for j in range(num_tokens)]
-            params = SamplingParams(temperature=0.8, max_tokens=10**6, ignore_eos=True)
             made.append(NewRequestData(f"r{self._num_requests}", prompt, [], params, i, [], [ids], computed))
         return made
 
@@ -119,9 +129,20 @@ class Model:
 
     # Measurements ------------------------------------------------------------
 
-    def decode(self, batch: int, context: int, *, steps: int = 40, warm: int = 6) -> tuple[float, float]:
+    def capturing(self, name: str) -> Row:
+        """What a capture holds up: a step that meets a new shape, or the start where all are made then."""
+        runner = self.worker.runner
+        *_, smallest = runner.capture_shapes
+        begin = time.perf_counter()
+        runner.capture(*smallest)
+        seconds = (time.perf_counter() - begin) * len(runner.capture_shapes) / runner.most_captures
+        return Row(f"{name} capturing a decode step", "-", "-", f"{seconds * 1e3:.0f} ms; {runner.most_captures} at most")
+
+    def decode(
+        self, batch: int, context: int, *, steps: int = 40, warm: int = 6, params: SamplingParams = PLAIN
+    ) -> tuple[float, float]:
         """Seconds a step, and seconds of it that the host worked; two plans in flight, as a server has them."""
-        made = self.requests(batch, context, steps + warm + 2, computed=context - 1)
+        made = self.requests(batch, context, steps + warm + 2, computed=context - 1, params=params)
         ids = [request.request_id for request in made]
         counts = dict.fromkeys(ids, 1)
         nothing: list = [[] for _ in ids]
@@ -172,34 +193,47 @@ class Model:
 
 def run(
     name: str, model: Model, ceilings: Ceilings, *, batches: tuple[int, ...], contexts: tuple[int, ...],
-    prompts: tuple[int, ...], steps: int = 40,
-) -> list[Row]:  # fmt: skip
-    rows = []
+    prompts: tuple[int, ...], steps: int = 40, asking: tuple[int, ...] = (64,),
+    is_time_left: Callable[[], bool] = lambda: True,
+) -> Iterator[Row]:  # fmt: skip
+    """A row as soon as it is measured; those that would begin when no time is left say so.
+
+    asking: batches that are also measured with penalties, a bias and logprobs in every request.
+    """
     hf = model.hf
+    if model.worker.runner.capture_shapes is not None:
+        yield model.capturing(name)
     for context in contexts:
-        for batch in batches:
+        for batch, params in [(batch, PLAIN) for batch in batches] + [(batch, ASKING) for batch in asking]:
+            what = f"{name} decode, batch {batch}, context {context:,}"
+            if params is ASKING:
+                what += ", penalties, bias and logprobs"
+            if not is_time_left():
+                yield Row(what, "-", "-", OUT_OF_TIME)
+                continue
             try:
-                seconds, host = model.decode(batch, context, steps=steps)
+                seconds, host = model.decode(batch, context, steps=steps, params=params)
             except MemoryError as error:
-                rows.append(Row(f"{name} decode, batch {batch}, context {context:,}", "-", "-", str(error)))
+                yield Row(what, "-", "-", str(error))
                 continue
             floor = (model.read_bytes + batch * context * model.kv_bytes_of_token) / ceilings.bandwidth
             # (a large batch is bound by its products as well)
             floor = max(floor, 2 * batch * model.read_bytes / 2 / ceilings.flops)
             is_hidden = "hidden" if host < seconds else "NOT hidden"
             note = f"{seconds * 1e3:.2f} ms a step, host {host * 1e6:.0f} us ({is_hidden})"
-            what = f"{name} decode, batch {batch}, context {context:,}"
-            rows.append(Row(what, f"{batch / seconds:,.0f}", f"{floor / seconds:.0%}", note))
+            yield Row(what, f"{batch / seconds:,.0f}", f"{floor / seconds:.0%}", note)
     for num_tokens in prompts:
+        if not is_time_left():
+            yield Row(f"{name} prefill of {num_tokens:,}", "-", "-", OUT_OF_TIME)
+            continue
         seconds = model.prefill(num_tokens)
         products = 2 * model.read_bytes / 2 * num_tokens
         attention = 4 * hf.num_hidden_layers * hf.num_attention_heads * hf.head_dim * num_tokens**2 / 2
         floor = (products + attention) / ceilings.flops
-        rows.append(
-            Row(f"{name} prefill of {num_tokens:,}", f"{num_tokens / seconds:,.0f}", f"{floor / seconds:.0%}",
-                f"{seconds * 1e3:.1f} ms")
+        yield Row(
+            f"{name} prefill of {num_tokens:,}", f"{num_tokens / seconds:,.0f}", f"{floor / seconds:.0%}",
+            f"{seconds * 1e3:.1f} ms",
         )  # fmt: skip
-    return rows
 
 
 def sampling(vocab_size: int, batch: int, device: str, clock: Clock) -> list[Row]:
@@ -207,7 +241,9 @@ def sampling(vocab_size: int, batch: int, device: str, clock: Clock) -> list[Row
     import torch
 
     from minivllm.ops.op import OpSpec
+    from minivllm.ops.penalties import apply_penalties
     from minivllm.ops.sampling import gumbel_argmax, top_k_top_p_min_p
+    from minivllm.sample.logprobs import LogprobsReader
 
     spec = OpSpec(device, torch.float32, {"vocab_size": vocab_size})
     choose, truncate = gumbel_argmax.select(spec), top_k_top_p_min_p.select(spec)
@@ -218,10 +254,14 @@ def sampling(vocab_size: int, batch: int, device: str, clock: Clock) -> list[Row
         torch.zeros(batch, device=device),
     )
     seeds, positions = (torch.arange(batch, device=device) for _ in range(2))
+    counts = torch.zeros(batch, vocab_size, dtype=torch.int32, device=device)
+    penalise, read = apply_penalties.select(spec), LogprobsReader(spec)
     rows = []
     for what, work in (
         ("noise and argmax", lambda: choose(logits, temperature, seeds, positions)),
         ("top-k, top-p, min-p", lambda: truncate(logits.clone(), top_k, top_p, min_p)),
+        ("penalties", lambda: penalise(logits, counts, positions, top_p, min_p, min_p)),
+        ("logprobs of 1 and of the 5 likeliest", lambda: read(logits, positions, 5)),
     ):
         seconds = clock.seconds(work)
         note = f"{seconds * 1e6:.0f} us, {logits.nbytes / seconds / 1e9:,.0f} GB/s of logits"

@@ -20,14 +20,14 @@ struct alignas(64) Config {
     uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-// Random bytes; as bfloat16, random numbers of either sign from 1 to 2.
+// Random bytes; as bfloat16, random numbers from -2 to 2.
 void fill(uint8_t* data, bool is_bf16) {
     uint32_t state = 1;
-    for (int64_t i = 0; i < kSteps * 4 * kTileBytes; ++i) {
+    for (int64_t i = 0; i < kSteps * 4 * kTileBytes; i += 2) {
         state = state * 1664525 + 1013904223;
-        data[i] = uint8_t(state >> 24);
-        if (is_bf16 && i % 2 == 1) data[i] = (data[i] & 0x80) | 0x3f;
-        if (is_bf16 && i % 2 == 0) data[i] |= 0x80;  // the exponent's lowest bit
+        uint16_t pair = uint16_t(state >> 16);
+        if (is_bf16) pair = uint16_t(float_to_bits(float(int32_t(state)) * 0x1p-30f) >> 16);
+        std::memcpy(data + i, &pair, 2);
     }
 }
 

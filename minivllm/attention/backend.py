@@ -13,6 +13,7 @@ import torch
 
 from minivllm.ops.kv_layout import KvLayout
 from minivllm.ops.paged_attention import Options
+from minivllm.ops.rotary import Turn
 
 # What the cache stores, as ops/kv_layout.py names it: by the model's type, and by what --kv-cache-dtype may name instead.
 _SAME_AS_MODEL = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -134,3 +135,18 @@ class AttentionBackend(ABC):
         q: [T, num_heads, head_dim]; k, v: [T, num_kv_heads, head_dim]; all may be strided views.
         Returns [T, num_heads, head_dim], which the next call may overwrite.
         """
+
+    def turn_and_forward(
+        self,
+        turn: Turn,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        kv_cache: torch.Tensor,
+        metadata: Any,
+        *,
+        options: Options,
+    ) -> torch.Tensor:
+        """`forward` of q and k that are still to be turned, in place."""
+        turn(q, k)
+        return self.forward(q, k, v, kv_cache, metadata, options=options)

@@ -24,8 +24,9 @@ class CompilationConfig:
     max_cudagraph_capture_size: int | None = None
     """On a GPU: the largest of the default sizes, in place of 512."""
     cudagraph_capture_at_start: bool = False
-    """On a GPU: capture every size before the first request is taken, and show how far it is; a start then lasts seconds
-    longer. Without it a size is captured when a batch first has it, which holds that step up by tenths of a second."""
+    """On a GPU: capture every size before the first request is taken, and show how far it is; a start then lasts some
+    seconds longer. Without it a size is captured when a batch first has it, which holds that step up by tenths of a
+    second."""
     compilation_config: dict[str, Any] | None = field(default=None, metadata={"short": "-cc"})
     """vLLM's JSON object, of which these keys are taken: cudagraph_capture_sizes, max_cudagraph_capture_size,
     cudagraph_mode (FULL_DECODE_ONLY, which is so anyway, or NONE, as --enforce-eager) and mode (0, no torch.compile,
@@ -75,7 +76,9 @@ def read_compilation(config: CompilationConfig) -> CaptureOptions:
     largest = _either("max_cudagraph_capture_size", config.max_cudagraph_capture_size, keys.max_cudagraph_capture_size)
     if sizes is not None:
         if not sizes or min(sizes) < 1:
-            raise ConfigError(f"cudagraph_capture_sizes={sizes} must be numbers of at least 1; for none: --enforce-eager")
+            raise ConfigError(
+                f"cudagraph_capture_sizes={sizes} must be numbers of at least 1; for none: --enforce-eager"
+            )
         if largest not in (None, max(sizes)):
             raise ConfigError(
                 f"max_cudagraph_capture_size={largest} is not the largest of cudagraph_capture_sizes={sizes}; give one"

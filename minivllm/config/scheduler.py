@@ -40,15 +40,18 @@ class SchedulerConfig:
     max_num_queued_tokens: int | None = None
     """Prompt tokens of requests still without a first token; once so many wait, a further request is answered with
     503."""
-    async_scheduling: bool = False
-    """Plan the next step while this one runs. Changes no answer; see docs/operations.md for when it pays."""
+    async_scheduling: bool | None = None
+    """Plan the next step while this one runs. Default: where steps run on a GPU. Changes no answer; see
+    docs/operations.md for when it pays."""
     stream_interval: int = 1
     """Tokens between two chunks of a stream; the first and the last are sent at once."""
 
-    @property
-    def max_plans_in_flight(self) -> int:
-        """Steps planned before the first one's result is in, at most."""
-        return 2 if self.async_scheduling else 1
+    def max_plans_in_flight(self, *, leaves_host_free: bool) -> int:
+        """Steps planned before the first one's result is in, at most.
+
+        leaves_host_free: whether a step runs on a device of its own, where planning meanwhile costs it nothing.
+        """
+        return 2 if (leaves_host_free if self.async_scheduling is None else self.async_scheduling) else 1
 
 
 def step_limits(scheduler: SchedulerConfig, usage: Usage, max_model_len: int) -> tuple[int, int]:

@@ -278,8 +278,8 @@ class EngineCore:
 
     def wake_up(self, parts: Sequence[str]) -> bool:
         """Have these of SLEEPING_PARTS again; whether all are back, and requests go on."""
-        if "weights" in parts and "weights" in self._asleep:
-            self.executor.collective_rpc("wake_up")
+        if self._asleep.intersection(parts):
+            self.executor.collective_rpc("wake_up", (list(parts),))
         self._asleep.difference_update(parts)
         if not self._asleep:
             self._sleep_level = 0

@@ -10,7 +10,7 @@ import functools
 from dataclasses import dataclass
 from typing import Literal
 
-from minivllm.entrypoints.tool_use import NO_TOOLS, ToolUse, form_of_calls, form_of_free_calls
+from minivllm.entrypoints.tool_use import NO_TOOLS, ToolUse, form_of_calls, form_of_free_calls, form_of_free_tagged_calls
 from minivllm.exceptions import ConfigError, RequestError
 from minivllm.logger import init_logger
 from minivllm.reasoning.abstract import ReasoningParser
@@ -44,15 +44,17 @@ class AnswerFormat:
     def __post_init__(self) -> None:
         if self.strict_level != "auto" and not self.has_triggered_grammar:
             raise ConfigError(
-                f"--tool-strict-level {self.strict_level} needs a --tool-call-parser whose calls begin with a mark and "
-                "hold JSON (hermes, mistral, deepseek_v3, granite, phi4_mini_json)"
+                f"--tool-strict-level {self.strict_level} needs a --tool-call-parser whose calls begin with a mark of "
+                "their own (hermes, mistral, deepseek_v3, granite, phi4_mini_json, kimi_k2, qwen3_coder, glm45)"
             )
 
     @property
     def has_triggered_grammar(self) -> bool:
         """A grammar can hold a call that the model begins by itself."""
-        written = self.tool_parser.call_format if self.tool_parser is not None else None
-        return written is not None and bool(written.trigger)
+        parser = self.tool_parser
+        if parser is None:
+            return False
+        return parser.tagged_format is not None or bool(parser.call_format and parser.call_format.trigger)
 
     def plan(self, use: ToolUse = NO_TOOLS, *, include_reasoning: bool = True) -> AnswerPlan:
         """How answers to one request are read.
@@ -101,7 +103,10 @@ class AnswerPlan:
         if not self.format.has_triggered_grammar:
             _note_not_strict(parser.__name__)
             return None
-        return form_of_free_calls(self.use, parser.call_format, all_strict=level == "parameter")
+        all_strict = level == "parameter"
+        if parser.tagged_format is not None:
+            return form_of_free_tagged_calls(self.use, parser.tagged_format, all_strict=all_strict)
+        return form_of_free_calls(self.use, parser.call_format, all_strict=all_strict)
 
     @property
     def calls_its_own_way(self) -> bool:

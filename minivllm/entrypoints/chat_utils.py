@@ -20,6 +20,8 @@ _MEDIA_PARTS = {
     "input_file": "files",
 }  # fmt: skip
 
+MAX_PARTS = 16_384  # of one message
+
 ContentFormat = Literal["string", "openai"]
 
 
@@ -167,7 +169,16 @@ def _texts(content: Any, role: Any, place: str) -> list[str]:
     if not isinstance(content, Sequence) or isinstance(content, bytes):
         kind = "missing" if content is None else f"a {type(content).__name__}"
         raise _wrong(f"{place} is {kind}; it must be a string or a list of parts", place)
+    check_num_parts(content, place)
     return [_part_text(part, f"{place}[{i}]") for i, part in enumerate(content)]
+
+
+def check_num_parts(content: Sequence[Any], place: str) -> None:
+    """Raises:
+    RequestError: a message has more parts than fit.
+    """
+    if len(content) > MAX_PARTS:
+        raise _wrong(f"{place} holds {len(content)} parts; at most {MAX_PARTS} fit", place)
 
 
 def _part_text(part: Any, place: str) -> str:

@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from minivllm.exceptions import RequestError
 from minivllm.sampling_params import StructuredOutputsParams
-from minivllm.tool_parsers.abstract import CallFormat
+from minivllm.tool_parsers.abstract import CallFormat, TaggedFormat, dereferenced
+from minivllm.tool_parsers.xml_calls import types_of
 
 MAX_TOOLS = 1024
 MAX_NAME_CHARS = 256
@@ -167,24 +168,94 @@ def form_of_free_calls(use: ToolUse, written: CallFormat, *, all_strict: bool) -
     if written.first:  # all calls stand together, and may come again
         calls = _one_or_more(written, tags, only_one=not use.parallel)
         tags = [{"type": "tag", "begin": written.first, "content": calls, "end": written.last}]
-    return _form(
-        {
-            "type": "triggered_tags",
-            "triggers": [written.trigger],
-            "tags": tags,
-            "at_least_one": False,
-            "stop_after_first": not use.parallel,
-        }
-    )
+    return _form(_free_text_with(tags, written.trigger, only_one=not use.parallel))
+
+
+def form_of_free_tagged_calls(use: ToolUse, written: TaggedFormat, *, all_strict: bool) -> StructuredOutputsParams:
+    """The same of calls whose arguments are tagged texts. A strict function's are those that its schema names, in that
+    order: JSON of their schemas; texts that may be strings are any, or those of an enum."""
+    tags = [_tagged_call(written, tool, is_held=all_strict or is_strict(tool)) for tool in use.tools]
+    return _form(_free_text_with(tags, written.trigger, only_one=not use.parallel))
+
+
+def _free_text_with(tags: list[dict[str, Any]], trigger: str, *, only_one: bool) -> dict[str, Any]:
+    return {
+        "type": "triggered_tags",
+        "triggers": [trigger],
+        "tags": tags,
+        "at_least_one": False,
+        "stop_after_first": only_one,
+    }
 
 
 def _tag(written: CallFormat, tool: dict[str, Any], arguments: dict[str, Any]) -> dict[str, Any]:
+    begin = written.begin + written.spelt(tool["function"]["name"])
+    content = {"type": "json_schema", "json_schema": arguments}
+    if written.number:
+        number = {"type": "regex", "pattern": written.number}
+        content = _sequence([number, _const(written.middle), content])
+    else:
+        begin += written.middle
+    return {"type": "tag", "begin": begin, "content": content, "end": written.end}
+
+
+def _tagged_call(written: TaggedFormat, tool: dict[str, Any], *, is_held: bool) -> dict[str, Any]:
+    begin = written.begin + tool["function"]["name"] + written.name_end
+    schema = _arguments_schema(tool)
+    properties = schema.get("properties")
+    if not is_held or not isinstance(properties, dict):
+        # A mark that ends them may be a special token, which only the first part of a trigger can be.
+        if written.arguments_end:
+            return {"type": "tag", "begin": begin, "content": _text_until(written.arguments_end), "end": written.end}
+        return {"type": "tag", "begin": begin, "content": _text_until(written.end), "end": ""}
+    shared = {name: schema[name] for name in ("$defs", "definitions") if name in schema}
+    required = schema.get("required") or ()
+    arguments = []
+    for name, given in properties.items():
+        argument = _tagged_argument(written, name, given if isinstance(given, dict) else {}, shared)
+        arguments.append(argument if name in required else _either([_const(""), argument]))
     return {
         "type": "tag",
-        "begin": written.begin + written.spelt(tool["function"]["name"]) + written.middle,
-        "content": {"type": "json_schema", "json_schema": arguments},
+        "begin": begin,
+        "content": _sequence([*arguments, _const(written.arguments_end)]),
         "end": written.end,
     }
+
+
+def _tagged_argument(
+    written: TaggedFormat, name: str, schema: dict[str, Any], shared: dict[str, Any]
+) -> dict[str, Any]:
+    """shared: what the schema may refer to."""
+    begin = _const(written.key + name + written.value)
+    meant = dereferenced(schema, shared)
+    texts = [meant["const"]] if "const" in meant else meant.get("enum")
+    if isinstance(texts, list) and texts and all(isinstance(text, str) for text in texts):
+        return _sequence([begin, _either([_const(text) for text in texts]), _const(written.value_end)])
+    types = types_of(meant)
+    if not types or "string" in types:  # which is how the parser reads it, too
+        return _sequence([begin, _text_until(written.value_end)])
+    value = {"type": "json_schema", "json_schema": {**shared, **schema}}
+    return _sequence([begin, value, _const(written.value_end)])
+
+
+def _const(text: str) -> dict[str, Any]:
+    return {"type": "const_string", "value": text}
+
+
+def _sequence(elements: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"type": "sequence", "elements": elements}
+
+
+def _either(elements: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"type": "or", "elements": elements}
+
+
+def _text_until(mark: str) -> dict[str, Any]:
+    """Any text up to a mark, and the mark."""
+    tag = {"begin": mark, "content": _const(""), "end": ""}
+    return {
+        "type": "triggered_tags", "triggers": [mark], "tags": [tag], "at_least_one": True, "stop_after_first": True,
+    }  # fmt: skip
 
 
 def _one_or_more(written: CallFormat, tags: list[dict[str, Any]], *, only_one: bool) -> dict[str, Any]:

@@ -28,7 +28,8 @@ class Executor(ABC):
     from `initialize`'s thread.
     """
 
-    max_concurrent_batches: int = 1  # plans given to it and not yet answered, at most; a subclass may take more
+    # Plans given to it and not yet answered, at most; a subclass may take more, of which `initialize` has the last word.
+    max_concurrent_batches: int = 1
 
     def __init__(
         self,

@@ -54,7 +54,9 @@ class RayExecutor(Executor):
         self._place()
         self._start_actor()
         self.on_progress("loading the model in a Ray actor")
-        return Decoder(WorkerReady)(self._fetch(self._actor.initialize.remote()))
+        ready = Decoder(WorkerReady)(self._fetch(self._actor.initialize.remote()))
+        self.max_concurrent_batches = ready.plans_in_flight
+        return ready
 
     # -- start
 

@@ -38,7 +38,7 @@ class _Done(Future):
 
 
 class UniProcExecutor(Executor):
-    """One worker. Every verb is a call, and every future done; with --async-scheduling the calls are made one after
+    """One worker. Every verb is a call, and every future done; under async scheduling the calls are made one after
     another by a thread of their own, which computes most of the time without Python's lock. Where the worker's device
     works while the host goes on, that thread goes on too, and another waits for the tokens.
     """
@@ -49,18 +49,23 @@ class UniProcExecutor(Executor):
         self._thread: ThreadPoolExecutor | None = None
         self._results: ThreadPoolExecutor | None = None
         if self.config.scheduler.async_scheduling:
-            self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="worker")
             self.max_concurrent_batches = 2
 
     def initialize(self) -> WorkerReady:
+        self.worker = self.new_worker()
+        ready = self.worker.initialize(self.on_progress)
+        self.max_concurrent_batches = ready.plans_in_flight
+        if ready.plans_in_flight > 1:
+            self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="worker")
+            if self.worker.is_asynchronous:
+                self._results = ThreadPoolExecutor(max_workers=1, thread_name_prefix="results")
+        return ready
+
+    def new_worker(self) -> Worker:
         self.on_progress("importing torch")
         from minivllm.worker.worker import Worker  # torch comes with it
 
-        self.worker = Worker(self.config)
-        ready = self.worker.initialize(self.on_progress)
-        if self._thread is not None and self.worker.is_asynchronous:
-            self._results = ThreadPoolExecutor(max_workers=1, thread_name_prefix="results")
-        return ready
+        return Worker(self.config)
 
     def execute_model(self, plan: SchedulerOutput) -> Future[None]:
         return self._call(self.worker.execute_model, plan)

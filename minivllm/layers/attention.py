@@ -12,6 +12,7 @@ from minivllm.exceptions import ModelFilesError
 from minivllm.layers.weight import Weight
 from minivllm.ops.checks import require
 from minivllm.ops.paged_attention import Options
+from minivllm.ops.rotary import Turn
 
 
 class Attention:
@@ -46,11 +47,17 @@ class Attention:
         )
 
     def __call__(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ctx: ForwardContext
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ctx: ForwardContext, turn: Turn | None = None
     ) -> torch.Tensor:
-        """q: [T, num_heads, head_dim]; k, v: [T, num_kv_heads, head_dim] -> [T, num_heads * head_dim]."""
-        kv_cache, metadata = ctx.kv_caches[self.layer_index], ctx.metadata[self.layer_index]
-        out = self._backend.forward(q, k, v, kv_cache, metadata, options=self.options)
+        """q: [T, num_heads, head_dim]; k, v: [T, num_kv_heads, head_dim] -> [T, num_heads * head_dim].
+
+        turn: to be done to q and k first, in place.
+        """
+        where = ctx.kv_caches[self.layer_index], ctx.metadata[self.layer_index]
+        if turn is None:
+            out = self._backend.forward(q, k, v, *where, options=self.options)
+        else:
+            out = self._backend.turn_and_forward(turn, q, k, v, *where, options=self.options)
         return out.view(q.shape[0], -1)
 
     def scales(self) -> Iterator[Weight]:

@@ -15,15 +15,14 @@ from minivllm.ops.op import OpSpec
 
 @dataclass(frozen=True)
 class GivenEmbeddings:
-    """Vectors that some of a step's rows have in place of their tokens' embeddings."""
+    """Vectors that some of a step's rows have in place of their tokens' embeddings, where the model is."""
 
     rows: torch.Tensor  # [K] int64, of the step
     values: torch.Tensor  # [K, hidden_size], in the model's dtype
 
     def put_into(self, embeddings: torch.Tensor) -> None:
         """embeddings: [T, hidden_size], changed in place."""
-        device = embeddings.device  # these were made by the host
-        embeddings[self.rows.to(device)] = self.values.to(device)
+        embeddings.index_copy_(0, self.rows, self.values)
 
 
 class LMHead:

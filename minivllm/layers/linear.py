@@ -13,12 +13,18 @@ import torch
 from minivllm.layers.activation import gated_activation
 from minivllm.layers.weight import Weight, weight_of
 from minivllm.ops.linear import DenseLinear, invariant_linear, linear
+from minivllm.ops.linear_fp8 import fp8_linear
 from minivllm.ops.linear_int8 import int8_linear
 from minivllm.ops.op import Op, OpSpec
 
 _FUSED_ACTIVATIONS = ("silu", "swish")
 BATCH_INVARIANT = "batch_invariant"  # in the place of a quantization: none, and the same sums for any number of rows
-_FORMATS: dict[str | None, Op] = {None: linear, "int8": int8_linear, BATCH_INVARIANT: invariant_linear}
+_FORMATS: dict[str | None, Op] = {
+    None: linear,
+    "int8": int8_linear,
+    "fp8": fp8_linear,
+    BATCH_INVARIANT: invariant_linear,
+}
 
 
 def linear_class(

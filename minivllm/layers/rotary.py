@@ -14,14 +14,14 @@ import torch
 
 from minivllm.config.hf_config import HFConfig
 from minivllm.ops.op import OpSpec
-from minivllm.ops.rotary import HeadNorms, rotary
+from minivllm.ops.rotary import HeadNorms, Turn, rotary
 
 # [head_dim / 2] float32 in radians a token; factor of cosine and sine.
 Frequencies = tuple[torch.Tensor, float]
 
 
 class RotaryEmbedding:
-    """Turns queries and keys by their positions, in place."""
+    """How queries and keys are turned by their positions."""
 
     def __init__(self, config: HFConfig, max_positions: int, *, dtype: torch.dtype, device: str) -> None:
         """max_positions: length of the table, in tokens."""
@@ -30,11 +30,9 @@ class RotaryEmbedding:
         self.cos_sin = torch.cat([angles.cos() * factor, angles.sin() * factor], dim=-1).to(device)
         self._rotary = rotary.select(OpSpec(device, dtype, {"head_dim": config.head_dim}))
 
-    def __call__(
-        self, positions: torch.Tensor, q: torch.Tensor, k: torch.Tensor, norms: HeadNorms | None = None
-    ) -> None:
-        """positions: [T] int64; q: [T, num_heads, head_dim]; k: [T, num_kv_heads, head_dim]; norms come first."""
-        self._rotary(positions, q, k, self.cos_sin, norms)
+    def turn(self, positions: torch.Tensor, norms: HeadNorms | None = None) -> Turn:
+        """For tokens at these positions, [T] int64; norms come first."""
+        return Turn(positions, self.cos_sin, norms, self._rotary)
 
 
 def rope_frequencies(config: HFConfig) -> Frequencies:

@@ -77,3 +77,4 @@ class WorkerReady(msgspec.Struct, array_like=True):
     dtype: str
     numerics_id: str
     kv_cache_groups: tuple[KVCacheGroup, ...] = ONE_FULL_GROUP
+    plans_in_flight: int = 1  # steps it is to be given before the first one's result is in, at most

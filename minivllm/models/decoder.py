@@ -75,8 +75,7 @@ class SelfAttention:
         norms = None
         if self.q_norm is not None:
             norms = HeadNorms(self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
-        self.rotary(positions, q, k, norms)
-        self.o_proj.add_to(residual, self.attention(q, k, v, ctx))
+        self.o_proj.add_to(residual, self.attention(q, k, v, ctx, self.rotary.turn(positions, norms)))
 
     def weights(self) -> Iterator[Weight]:
         yield from self.qkv_proj.weights()

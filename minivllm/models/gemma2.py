@@ -32,8 +32,7 @@ class GemmaAttention(SelfAttention):
         q, k, v = self.qkv_proj(x)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        self.rotary(positions, q, k)
-        return self.o_proj(self.attention(q, k, v, ctx))
+        return self.o_proj(self.attention(q, k, v, ctx, self.rotary.turn(positions)))
 
 
 class GemmaMLP(MLP):

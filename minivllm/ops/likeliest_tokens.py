@@ -6,7 +6,7 @@ import torch
 
 from minivllm.ops.op import Impl, Op, OpSpec
 
-_ROWS_AT_ONCE = 16  # a key has 8 bytes, and there is one of each logit
+KEYS_AT_ONCE = 16  # rows: a key has 8 bytes, and there is one of each logit
 
 
 def reference(logits: torch.Tensor, num_tokens: int) -> torch.Tensor:
@@ -18,7 +18,7 @@ def reference(logits: torch.Tensor, num_tokens: int) -> torch.Tensor:
     if not len(logits):
         return torch.empty(0, num_tokens, dtype=torch.int64, device=logits.device)
     return torch.cat(
-        [_keys(rows).topk(num_tokens, dim=1).indices for rows in logits.split(_ROWS_AT_ONCE)]
+        [_keys(rows).topk(num_tokens, dim=1).indices for rows in logits.split(KEYS_AT_ONCE)]
     )
 
 

@@ -1,7 +1,7 @@
 """Linear layers in float8 (e4m3), made from a checkpoint of floats as it is loaded. For cards that multiply it.
 
 As `ops/linear_int8.py`: a weight has one scale for each output feature, x one for each row, found when it comes; the
-largest magnitude is 448. Products are exact, sums float32. No --quantization asks for it yet (docs/gpu.md).
+largest magnitude is 448. Products are exact, sums float32.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def quantise_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class DenseFp8Linear(DenseScaledLinear):
-    """The specification."""
+    """The specification. It serves nobody: it multiplies in float64."""
 
     code_dtype, quantise = torch.float8_e4m3fn, staticmethod(quantise_rows)
 
@@ -33,5 +33,5 @@ def why_not(spec: OpSpec) -> str | None:
     return None if gpu.has_fp8(spec.device) else "float8 needs compute capability 8.9"
 
 
-IMPLEMENTATIONS = [Impl("triton.linear:TritonFp8Linear", why_not), Impl(DenseFp8Linear)]
+IMPLEMENTATIONS = [Impl("triton.linear:TritonFp8Linear", why_not)]
 fp8_linear = Op("fp8_linear", IMPLEMENTATIONS)

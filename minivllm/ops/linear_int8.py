@@ -72,7 +72,8 @@ class DenseScaledLinear(DenseLinear):
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         """As the base class; dequantised."""
         scales = torch.nn.functional.embedding(ids, self._scales)  # checks the ids
-        return (self._weight[ids].float() * scales).to(self.dtype)
+        codes = self._weight.view(torch.uint8)[ids].view(self.code_dtype)  # torch gathers no 8-bit floats everywhere
+        return (codes.float() * scales).to(self.dtype)
 
     def _sums(
         self, x: torch.Tensor, bias: torch.Tensor | None, addend: torch.Tensor | None

@@ -1,4 +1,4 @@
-"""Log-probabilities over the vocabulary. Rows are independent.
+"""Log-probabilities over the vocabulary, of which `token_logprobs.py` is made. Rows are independent.
 
 The native sums go in fixed chunks of the vocabulary merged in ascending order, so that a row's bits
 do not depend on the other rows or on the number of threads.
@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import torch
 
-from minivllm.ops import gpu, native
+from minivllm.ops import native
 from minivllm.ops.checks import require
-from minivllm.ops.op import Impl, Op, OpSpec
+from minivllm.ops.op import OpSpec
 
 
 def reference(logits: torch.Tensor) -> torch.Tensor:
@@ -30,11 +30,3 @@ def cpu_why_not(spec: OpSpec) -> str | None:
     if spec.dtype != torch.float32:
         return f"logits are {spec.dtype}, not torch.float32"
     return native.why_not(spec)
-
-
-IMPLEMENTATIONS = [
-    Impl(cpu, cpu_why_not),
-    Impl("triton.log_softmax:log_softmax", gpu.float32_why_not),
-    Impl(reference),
-]
-log_softmax = Op("log_softmax", IMPLEMENTATIONS)

@@ -8,6 +8,7 @@ the nearer to exact.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,19 @@ class HeadNorms(NamedTuple):
     q_weight: torch.Tensor
     k_weight: torch.Tensor
     eps: float
+
+
+class Turn(NamedTuple):
+    """What is still to be done to queries and keys before attention."""
+
+    positions: torch.Tensor  # [T] int64
+    cos_sin: torch.Tensor
+    norms: HeadNorms | None
+    rotary: Callable[..., None]  # of this op, as it was selected
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor) -> None:
+        """Do it, in place."""
+        self.rotary(self.positions, q, k, self.cos_sin, self.norms)
 
 
 def reference(

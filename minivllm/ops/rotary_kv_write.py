@@ -1,7 +1,6 @@
 """Rotary embedding with its norms, and the cache write of what comes of it: on a GPU one launch for three.
 
-For devices with a cache in a `RowLayout`. Models call the two ops one after another everywhere; nothing calls this yet
-(docs/gpu.md).
+For devices with a cache in a `RowLayout`: the Triton backend calls it (`attention/backends/triton.py`).
 """
 
 from __future__ import annotations

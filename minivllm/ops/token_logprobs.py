@@ -31,7 +31,7 @@ def _gathered(
 
 IMPLEMENTATIONS = [
     Impl(cpu, log_softmax.cpu_why_not),
-    Impl("triton.log_softmax:token_logprobs", gpu.float32_why_not),
+    Impl("triton.token_logprobs:token_logprobs", gpu.float32_why_not),
     Impl(reference),
 ]
 token_logprobs = Op("token_logprobs", IMPLEMENTATIONS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -52,13 +52,10 @@ class CpuPlatform(Platform):
     def process_memory_bytes(self) -> int:
         return psutil.Process().memory_info().rss
 
-    def give_back(self, tensor: torch.Tensor) -> None:
-        # Whole pages of ours alone; the next touch of one finds it zeroed. Addresses stay, and so recorded steps.
-        begin = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-        end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-        if begin < end and _libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED):
-            number = ctypes.get_errno()
-            raise OSError(number, f"madvise: {os.strerror(number)}")
+    def give_back(self, tensors: Sequence[torch.Tensor]) -> Callable[[], None]:
+        for tensor in tensors:
+            _give_pages_back(tensor)
+        return lambda: None
 
     def prepare(self, cpu: CpuConfig) -> None:
         processors = read_cpu_bind(cpu.cpu_bind)
@@ -73,6 +70,15 @@ class CpuPlatform(Platform):
         if cpu.cpu_threads is not None or processors is not None:
             num_threads = cpu.cpu_threads or min(len(processors), native.lib.num_threads())
             native.lib.set_num_threads(num_threads, processors or [])
+
+
+def _give_pages_back(tensor: torch.Tensor) -> None:
+    # Whole pages of ours alone; the next touch of one finds it zeroed. Addresses stay, and so recorded steps.
+    begin = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if begin < end and _libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED):
+        number = ctypes.get_errno()
+        raise OSError(number, f"madvise: {os.strerror(number)}")
 
 
 # Control groups --------------------------------------------------------------

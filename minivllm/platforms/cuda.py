@@ -43,9 +43,7 @@ class CudaGraphs(Graphs):
         return graph.replay, results
 
     def forget(self) -> None:
-        self._pool = None  # which is given back with the last graph
-        gc.collect()
-        torch.cuda.empty_cache()
+        self._pool = None  # whose memory the last graph gives back
 
 
 class CudaPlatform(DevicePlatform):
@@ -59,6 +57,10 @@ class CudaPlatform(DevicePlatform):
     def __init__(self, *, batch_invariant: bool = False) -> None:
         self._batch_invariant = batch_invariant
         self.graphs = CudaGraphs()
+
+    @property
+    def has_fp8(self) -> bool:
+        return torch.cuda.get_device_capability() >= (8, 9)
 
     @property
     def numerics_id(self) -> str:
@@ -83,8 +85,10 @@ class CudaPlatform(DevicePlatform):
     def process_memory_bytes(self) -> int:
         return torch.cuda.memory_allocated()
 
-    def give_back(self, tensor: torch.Tensor) -> None:
-        raise NotImplementedError("sleeping is refused on a GPU: what is captured reads memory that must stay there")
+    def release_unused(self) -> None:
+        torch.cuda.synchronize()
+        gc.collect()
+        torch.cuda.empty_cache()
 
     def prepare(self, cpu: CpuConfig) -> None:
         torch.set_num_threads(cpu.cpu_threads or 1)  # what is left for the host is small
@@ -105,8 +109,7 @@ class CudaPlatform(DevicePlatform):
 
     def peak_bytes_of(self, step: Callable[[], object]) -> int:
         """Reserved memory counts: fragments that nobody can use are used up as well."""
-        gc.collect()
-        torch.cuda.empty_cache()
+        self.release_unused()
         before = torch.cuda.memory_reserved()
         torch.cuda.reset_peak_memory_stats()
         step()
@@ -117,13 +120,8 @@ class CudaPlatform(DevicePlatform):
 
     def kept_bytes_of(self, work: Callable[[], object]) -> int:
         """By what the driver has free: it holds what torch knows nothing of, such as a graph's own memory."""
-        before = self._free_bytes()
+        self.release_unused()
+        before = torch.cuda.mem_get_info()[0]
         work()
-        return max(0, before - self._free_bytes())
-
-    @staticmethod
-    def _free_bytes() -> int:
-        torch.cuda.synchronize()
-        gc.collect()
-        torch.cuda.empty_cache()
-        return torch.cuda.mem_get_info()[0]
+        self.release_unused()
+        return max(0, before - torch.cuda.mem_get_info()[0])

@@ -6,14 +6,14 @@ Nobody else asks for a device by name: a capability that is missing is None, or 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
 import torch
 
 from minivllm.config.cpu import CpuConfig
 from minivllm.config.device import DeviceConfig
-from minivllm.exceptions import ConfigError
+from minivllm.exceptions import ConfigError, EngineError
 from minivllm.logger import init_logger
 
 logger = init_logger(__name__)
@@ -57,6 +57,7 @@ class Platform(ABC):
     default_block_size: int  # tokens in a KV block
     block_size_multiple: int  # the kernels' KV tile
     supported_dtypes: tuple[torch.dtype, ...]
+    has_fp8: bool = False  # whether it multiplies 8-bit floats
     graphs: Graphs | None = None  # None where there is no such thing
     # Of the memory limit, for weights, activations and KV cache, where no flag says another; None: as CacheConfig says.
     default_memory_utilization: float | None = None
@@ -79,9 +80,12 @@ class Platform(ABC):
         """What this process holds now."""
 
     @abstractmethod
-    def give_back(self, tensor: torch.Tensor) -> None:
-        """Let the system have the memory under a tensor until it is written to again. Its place stays, what it holds is
-        lost."""
+    def give_back(self, tensors: Sequence[torch.Tensor]) -> Callable[[], None]:
+        """Let the system have the memory under these tensors; what they hold is lost. What is returned has it again.
+
+        On a host their places stay, and it does nothing: memory comes as it is written. On a device they may lie
+        elsewhere then. It raises EngineError if others have taken too much, and may be called again.
+        """
 
     @abstractmethod
     def prepare(self, cpu: CpuConfig) -> None:
@@ -117,6 +121,30 @@ class DevicePlatform(Platform):
     @abstractmethod
     def record_event(self) -> Event:
         """The end of all work given to the device so far."""
+
+    @abstractmethod
+    def release_unused(self) -> None:
+        """Let others have what this process holds on the device without using it."""
+
+    def give_back(self, tensors: Sequence[torch.Tensor]) -> Callable[[], None]:
+        """Empties their storages. Whoever holds a tensor, or a view of one, keeps it."""
+        storages = {storage.data_ptr(): storage for storage in (tensor.untyped_storage() for tensor in tensors)}
+        sizes = [(storage, storage.nbytes()) for storage in storages.values()]
+        for storage, _ in sizes:
+            storage.resize_(0)
+        self.release_unused()
+
+        def take_back() -> None:
+            try:
+                for storage, num_bytes in sizes:
+                    storage.resize_(num_bytes)
+            except torch.OutOfMemoryError as error:
+                raise EngineError(
+                    f"{self.name} has not the memory any more that was given back "
+                    f"({sum(num_bytes for _, num_bytes in sizes) / 2**30:.2f} GiB); end what uses it and wake up again"
+                ) from error
+
+        return take_back
 
     @abstractmethod
     def peak_bytes_of(self, step: Callable[[], object]) -> int:

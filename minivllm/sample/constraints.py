@@ -14,26 +14,34 @@ from minivllm.sampling_params import SamplingParams
 _MASKED = float("-inf")
 
 
-class AllowedTokens(LogitsStep[np.ndarray]):
+class _Allowed(NamedTuple):
+    token_ids: np.ndarray  # [k] int64
+    words: np.ndarray  # the same, as in LogitsChanges
+
+
+class AllowedTokens(LogitsStep[_Allowed]):
     """`allowed_token_ids`: nothing else can be chosen."""
 
     field = "allowed_token_ids"
 
-    def user(self, params: SamplingParams, eos_token_ids: list[int]) -> np.ndarray | None:
-        return self._inside(params.allowed_token_ids) if params.allowed_token_ids else None
+    def user(self, params: SamplingParams, eos_token_ids: list[int]) -> _Allowed | None:
+        if not params.allowed_token_ids:
+            return None
+        token_ids = self._inside(params.allowed_token_ids)
+        bits = np.zeros(32 * -(-self.vocab_size // 32), np.uint8)
+        bits[token_ids] = 1
+        return _Allowed(token_ids, np.packbits(bits, bitorder="little").view(np.uint32))
 
-    def apply_one(self, logits: torch.Tensor, user: np.ndarray, i: int, batch: SampleBatch) -> None:
-        ids = torch.from_numpy(user)
+    def apply_one(self, logits: torch.Tensor, user: _Allowed, i: int, batch: SampleBatch) -> None:
+        ids = torch.from_numpy(user.token_ids)
         kept = logits[ids]
         logits.fill_(_MASKED)
         logits[ids] = kept
 
-    def describe_one(self, user: np.ndarray, i: int, batch: SampleBatch, changes: LogitsChanges) -> None:
-        bits = np.zeros(32 * -(-self.vocab_size // 32), np.uint8)
-        bits[user] = 1
-        changes.allow_only(i, np.packbits(bits, bitorder="little").view(np.uint32))
+    def describe_one(self, user: _Allowed, i: int, batch: SampleBatch, changes: LogitsChanges) -> None:
+        changes.allow_only(i, user.words)
 
-    def forbids(self, user: np.ndarray, i: int, batch: SampleBatch) -> bool:
+    def forbids(self, user: _Allowed, i: int, batch: SampleBatch) -> bool:
         return True
 
 

@@ -16,13 +16,15 @@ from minivllm.tool_parsers.pieces import Answer, CallArguments, CallEnd, CallSta
 from minivllm.utils.text_source import Malformed, Reading, TextReader
 
 MAX_NAME_CHARS = 256  # of a function's name, where its end must be looked for
+_MAX_REFERENCES = 8  # of schemas, one to the next
 
 
 @dataclass(frozen=True)
 class CallFormat:
     """How a model writes a call whose arguments are JSON: begin, the name, middle, the arguments, end.
 
-    Grammars that force a call are made of it. quoted: the name is a JSON string. `first` and `last` stand around all
+    Grammars that force a call are made of it. quoted: the name is a JSON string. number: a regular expression of what
+    stands between the name and middle, and tells calls apart. `first` and `last` stand around all
     calls, `separator` between two. `trigger` is how that begins and no other text does, so that a grammar may let a
     model write what it likes until there; "" where nothing does.
     """
@@ -35,10 +37,29 @@ class CallFormat:
     first: str = ""
     last: str = ""
     trigger: str = ""
+    number: str = ""
 
     def spelt(self, name: str) -> str:
         """A function's name as it stands in a call."""
         return json.dumps(name, ensure_ascii=False) if self.quoted else name
+
+
+@dataclass(frozen=True)
+class TaggedFormat:
+    """How a model writes a call whose arguments are texts between tags: begin, the function's name, name_end, then of each
+    argument key, its name, value, its text, value_end; then arguments_end and end. All calls begin with `trigger`.
+
+    Grammars that hold a call which the model begins by itself are made of it.
+    """
+
+    begin: str
+    name_end: str
+    key: str
+    value: str
+    value_end: str
+    arguments_end: str
+    end: str
+    trigger: str
 
 
 class ToolParser(TextReader[Piece]):
@@ -55,6 +76,8 @@ class ToolParser(TextReader[Piece]):
     needs_special_tokens: ClassVar[bool] = False
     # How to make a model write calls in its own way; None: a JSON list of calls is asked of it instead.
     call_format: ClassVar[CallFormat | None] = None
+    # The same of calls that are not JSON. A call that is forced is asked for as JSON, for which schemas say more.
+    tagged_format: ClassVar[TaggedFormat | None] = None
 
     def __init__(self, tools: Sequence[dict[str, Any]] | None = None) -> None:
         """tools: the request's, each {"type": "function", "function": {"name", "parameters", …}}."""
@@ -187,13 +210,26 @@ class ToolParser(TextReader[Piece]):
 
     def schema_of(self, function: str, parameter: str) -> dict[str, Any] | None:
         """What the request says of a function's parameter; None: nothing."""
-        properties = self._parameters.get(function, {}).get("properties")
+        parameters = self._parameters.get(function, {})
+        properties = parameters.get("properties")
         found = properties.get(parameter) if isinstance(properties, dict) else None
-        return found if isinstance(found, dict) else None
+        return dereferenced(found, parameters) if isinstance(found, dict) else None
 
     def _emit_content(self, text: str) -> None:
         self._held = ""
         self._found.append(Content(text))
+
+
+def dereferenced(schema: dict[str, Any], document: dict[str, Any]) -> dict[str, Any]:
+    """What a schema stands for that refers to one of the document's definitions."""
+    for _ in range(_MAX_REFERENCES):
+        kind, _, name = str(schema.get("$ref", "")).removeprefix("#/").partition("/")
+        definitions = document.get(kind) if kind in ("$defs", "definitions") else None
+        found = definitions.get(name) if isinstance(definitions, dict) else None
+        if not isinstance(found, dict):
+            break
+        schema = found
+    return schema
 
 
 def _is_text(text: str) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from minivllm.tool_parsers.abstract import MAX_NAME_CHARS, Malformed
+from minivllm.tool_parsers.abstract import MAX_NAME_CHARS, Malformed, TaggedFormat
 from minivllm.tool_parsers.xml_calls import TaggedToolParser
 from minivllm.utils.text_source import Reading
 
@@ -12,6 +12,16 @@ KEY, KEY_END, VALUE, VALUE_END = "<arg_key>", "</arg_key>", "<arg_value>", "</ar
 
 class Glm45ToolParser(TaggedToolParser):
     needs_special_tokens = True
+    tagged_format = TaggedFormat(
+        begin=BEGIN,
+        name_end="\n",
+        key=KEY,
+        value=f"{KEY_END}\n{VALUE}",
+        value_end=f"{VALUE_END}\n",
+        arguments_end="",
+        end=END,
+        trigger=BEGIN,
+    )
 
     def read(self) -> Reading[None]:
         while (yield from self.source.until(BEGIN, emit=self.content))[1]:

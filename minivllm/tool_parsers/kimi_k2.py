@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from minivllm.tool_parsers.abstract import Malformed, ToolParser
+from minivllm.tool_parsers.abstract import CallFormat, Malformed, ToolParser
 from minivllm.utils.text_source import Reading
 
 SECTION_BEGINS = ("<|tool_calls_section_begin|>", "<|tool_call_section_begin|>")
@@ -13,6 +13,16 @@ MAX_ID_CHARS = 256
 
 class KimiK2ToolParser(ToolParser):
     needs_special_tokens = True
+    call_format = CallFormat(
+        CALL_BEGIN + "functions.",
+        ARGUMENTS,
+        CALL_END,
+        quoted=False,
+        first=SECTION_BEGINS[0],
+        last=SECTION_ENDS[0],
+        trigger=SECTION_BEGINS[0],
+        number=":[0-9]{1,3}",
+    )
 
     def read(self) -> Reading[None]:
         while (found := (yield from self.source.until(*SECTION_BEGINS, emit=self.content)))[1]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from minivllm.tool_parsers.abstract import MAX_NAME_CHARS, Malformed
+from minivllm.tool_parsers.abstract import MAX_NAME_CHARS, Malformed, TaggedFormat
 from minivllm.tool_parsers.xml_calls import TaggedToolParser
 from minivllm.utils.text_source import Reading
 
@@ -13,6 +13,16 @@ PARAMETER, PARAMETER_END = "<parameter=", "</parameter>"
 
 class Qwen3CoderToolParser(TaggedToolParser):
     needs_special_tokens = True
+    tagged_format = TaggedFormat(
+        begin=f"{BEGIN}\n{FUNCTION}",
+        name_end=">\n",
+        key=PARAMETER,
+        value=">\n",
+        value_end=f"\n{PARAMETER_END}\n",
+        arguments_end=FUNCTION_END,
+        end=f"\n{END}",
+        trigger=BEGIN,
+    )
 
     def read(self) -> Reading[None]:
         # The model leaves the outer mark out now and then.

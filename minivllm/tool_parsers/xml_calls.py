@@ -33,7 +33,7 @@ class TaggedToolParser(ToolParser):
 
 def typed(text: str, schema: dict[str, Any] | None) -> Any:
     """What a text stands for: a string, unless the schema has no string and the text is JSON."""
-    types = _types(schema)
+    types = types_of(schema)
     if "null" in types and text.strip() in ("null", "None"):
         return None
     if not types or "string" in types:
@@ -47,7 +47,7 @@ def typed(text: str, schema: dict[str, Any] | None) -> Any:
         return text
 
 
-def _types(schema: dict[str, Any] | None) -> set[str]:
+def types_of(schema: dict[str, Any] | None) -> set[str]:
     """The types a schema allows, as far as it names them; empty: anything."""
     if not schema:
         return set()
@@ -56,11 +56,13 @@ def _types(schema: dict[str, Any] | None) -> set[str]:
         return {given}
     if isinstance(given, list):
         return {each for each in given if isinstance(each, str)}
+    if "const" in schema:
+        return {_type_of(schema["const"])}
     if isinstance(schema.get("enum"), list):
         return {_type_of(value) for value in schema["enum"]}
     for word in ("anyOf", "oneOf"):
         if isinstance(schema.get(word), list):
-            return {each for option in schema[word] if isinstance(option, dict) for each in _types(option)}
+            return {each for option in schema[word] if isinstance(option, dict) for each in types_of(option)}
     return set()
 
 

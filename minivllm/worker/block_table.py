@@ -14,6 +14,7 @@ class BlockTable:
         self.block_size = block_size
         self.block_ids = np.zeros((num_rows, max_blocks), np.int32)
         self.num_blocks = np.zeros(num_rows, np.int64)
+        self.is_changed = np.zeros(num_rows, bool)  # since a copy of the row was last made; for who makes copies
 
     def replace(self, row: int, block_ids: list[int]) -> None:
         self.num_blocks[row] = 0
@@ -23,6 +24,7 @@ class BlockTable:
         begin = self.num_blocks[row]
         self.block_ids[row, begin : begin + len(block_ids)] = block_ids
         self.num_blocks[row] = begin + len(block_ids)
+        self.is_changed[row] = True
 
     def clear(self, row: int) -> None:
         self.num_blocks[row] = 0
@@ -35,6 +37,7 @@ class BlockTable:
     def grow(self, num_rows: int) -> None:
         self.block_ids = longer(self.block_ids, num_rows)
         self.num_blocks = longer(self.num_blocks, num_rows)
+        self.is_changed = longer(self.is_changed, num_rows)
 
 
 def longer(array: np.ndarray, num_rows: int) -> np.ndarray:

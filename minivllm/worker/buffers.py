@@ -55,17 +55,19 @@ class Staging:
     def mirror(self, shape: tuple[int, ...], dtype: type) -> Mirror:
         return Mirror(shape, dtype, self._platform, self)
 
-    def send(self, values: np.ndarray) -> torch.Tensor:
+    def send(self, values: np.ndarray | torch.Tensor) -> torch.Tensor:
         """The same on the device, for what has no place of its own there because its size is never the same.
 
         The device fetches it from pinned memory while the host goes on. That memory is let go of at once: whoever
         gives it out again knows what is still being fetched (torch's allocator does).
         """
+        if isinstance(values, np.ndarray):
+            values = torch.from_numpy(values)
         if self._platform is None:
-            return torch.from_numpy(values)
-        pinned = self._platform.new_pinned(values.shape, torch.from_numpy(values[:0]).dtype)
-        pinned.numpy()[...] = values
-        place = torch.empty(values.shape, dtype=pinned.dtype, device=self._platform.device)
+            return values
+        pinned = self._platform.new_pinned(tuple(values.shape), values.dtype)
+        pinned.copy_(values)
+        place = torch.empty(values.shape, dtype=values.dtype, device=self._platform.device)
         return place.copy_(pinned, non_blocking=True)
 
     def fetch(self, values: torch.Tensor) -> torch.Tensor:

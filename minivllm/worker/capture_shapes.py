@@ -23,7 +23,7 @@ class CaptureShapes:
         self.lengths = (_SHORT, max_seq_len) if max_seq_len > _SHORT else (max_seq_len,)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        """All (rows, bound of lengths), the largest first: what captures allocate is then there for those that follow."""
+        """All (rows, bound of lengths), the largest first: what it allocates is there for those that follow."""
         return ((size, length) for size in reversed(self.sizes) for length in reversed(self.lengths))
 
     def __len__(self) -> int:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from minivllm.messages.worker import ModelRunnerOutput
+from minivllm.ops.likeliest_tokens import KEYS_AT_ONCE
 from minivllm.ops.op import OpSpec
 from minivllm.ops.sampling import broken_rows, gumbel_argmax, top_k_top_p_min_p
 from minivllm.platforms.platform import Event, Platform
@@ -25,6 +26,8 @@ from minivllm.sample.step import GrammarMask, SampleBatch
 from minivllm.worker.buffers import Mirror, Staging
 from minivllm.worker.device_logits import DeviceLogits
 from minivllm.worker.input_batch import InputBatch
+from minivllm.worker.penalty_counts import PenaltyCounts
+from minivllm.worker.prompt_logprobs import PROMPT_ROWS_AT_ONCE
 from minivllm.worker.request_state import RequestTable
 
 _NO_TOKEN_LEFT = 2  # of a row that its request's constraints broke; 1: the model did
@@ -100,6 +103,13 @@ class DeviceSampling:
         self._turn = 0
         self._pending: deque[_Pending] = deque()
 
+    @staticmethod
+    def num_bytes(vocab_size: int, num_rows: int) -> int:
+        """Of the device, at most, beyond copies of a step's logits: counts of tokens, made when somebody is penalised,
+        and what reading logprobs takes meanwhile (rows of a prompt's logits, and the keys that order some)."""
+        reading = vocab_size * (4 * PROMPT_ROWS_AT_ONCE + 32 * KEYS_AT_ONCE)
+        return PenaltyCounts.num_bytes(vocab_size, num_rows) + reading
+
     # Tokens that only the device knows -------------------------------------------
 
     def absorb(self, table: RequestTable, *, all_of_it: bool = False) -> None:
@@ -158,6 +168,12 @@ class DeviceSampling:
                 "min_p": self._upload(self._min_p, columns.min_p.numpy(), num_rows),
             }
         return DeviceDraw(**draw)
+
+    def kinds_of_inputs(self, num_rows: int) -> tuple[DeviceDraw, DeviceDraw]:
+        """All that `inputs` may give for so many rows, where they lie: without truncation and with it."""
+        plain = [place.device[:num_rows] for place in (self._temperature, self._seeds, self._positions)]
+        truncated = [place.device[:num_rows] for place in (self._top_k, self._top_p, self._min_p)]
+        return DeviceDraw(*plain), DeviceDraw(*plain, *truncated)
 
     def draw(self, logits: torch.Tensor, inputs: DeviceDraw) -> Drawn:
         """A token a row; logits stay as they are. A row's token does not depend on whether others truncate."""

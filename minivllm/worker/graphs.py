@@ -149,7 +149,7 @@ class CapturedGraphs:
             self._is_full = True
 
     def _into_places(self, step: Step) -> tuple[torch.Tensor, ...]:
-        """What `step()` gives, one row a request each, copied. The first call, which no capture is, makes the places."""
+        """What `step()` gives, one row a request each, copied. The first call, which is no capture, makes them."""
         results = step()
         for result in results[len(self._places) :]:
             self._places.append(result.new_empty(self._max_rows, *result.shape[1:]))

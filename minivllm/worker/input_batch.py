@@ -16,6 +16,7 @@ from minivllm.ops.decode_step import DecodeBooks, StepColumns
 from minivllm.worker.buffers import Staging
 from minivllm.worker.capture_shapes import CaptureShapes
 from minivllm.worker.request_state import RequestTable
+from minivllm.worker.step_block_table import DeviceBlockTable, HostBlockTable, StepBlockTable
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,10 @@ class InputBuffers:
         self._slot_mapping = [staging.mirror((max_num_tokens,), np.int64) for _ in range(num_groups)]
         self._query_start_loc = staging.mirror((most + 1,), np.int32)
         self._seq_lens = staging.mirror((most,), np.int32)
-        self._block_table = [staging.mirror((most, max_blocks), np.int32) for _ in range(num_groups)]
+        self._block_table: list[StepBlockTable] = [
+            DeviceBlockTable(most, max_blocks, staging) if staging.copies else HostBlockTable(most, max_blocks)
+            for _ in range(num_groups)
+        ]
         self._begins = np.zeros(max_num_reqs, np.int64)
         self._ends = np.zeros(max_num_reqs, np.int64)
         self._counting = np.arange(max_num_tokens + 1)
@@ -137,15 +141,13 @@ class InputBuffers:
         num_blocks = -(-int(ends.max()) // table.blocks[0].block_size)
         for blocks, block_table, slot_mapping in zip(table.blocks, self._block_table, self._slot_mapping):
             slot_mapping.host[:num_tokens] = blocks.slots(row_of_token, positions)
-            block_table.host[:num_reqs, :num_blocks] = blocks.block_ids[rows, :num_blocks]
+            block_table.of_step(blocks, rows, num_blocks)
         if num_rows > num_reqs:
             self._pad(num_reqs, num_rows)
         num_tokens_padded = num_tokens + num_rows - num_reqs
         bounds = {}
         if self._staging.copies:
             self._upload(num_tokens_padded, num_rows)
-            # What a captured step reads has one shape, whatever the requests' lengths.
-            num_blocks = self._block_table[0].device.shape[1]
             longest = int(ends.max())
             max_seq_len = self._captures.bound(longest) if is_captured else longest
             bounds = {"max_query_len": int(counts.max()), "max_seq_len": max_seq_len}
@@ -168,7 +170,6 @@ class InputBuffers:
         self._query_start_loc.host[0] = 0
         self._pad(0, num_rows)
         self._upload(num_rows, num_rows)
-        num_blocks = self._block_table[0].device.shape[1]
         nobody = np.empty(0, np.int64)
         return InputBatch(
             request_ids=[],
@@ -180,7 +181,7 @@ class InputBuffers:
             num_tokens=0,
             input_ids=self._input_ids.device[:num_rows],
             positions=self._positions.device[:num_rows],
-            steps=self._steps(num_rows, num_rows, num_blocks, max_query_len=1, max_seq_len=max_seq_len),
+            steps=self._steps(num_rows, num_rows, 0, max_query_len=1, max_seq_len=max_seq_len),
             is_decode=True,
         )
 
@@ -190,7 +191,7 @@ class InputBuffers:
             StepInputs(
                 query_start_loc=self._query_start_loc.device[: num_rows + 1],
                 seq_lens=self._seq_lens.device[:num_rows],
-                block_table=block_table.device[:num_rows, :num_blocks],
+                block_table=block_table.view(num_rows, num_blocks),
                 slot_mapping=slot_mapping.device[:num_tokens],
                 **bounds,
             )
@@ -204,15 +205,13 @@ class InputBuffers:
         self._positions.host[padding] = 0
         self._seq_lens.host[padding] = 0
         self._query_start_loc.host[num_reqs + 1 : num_rows + 1] = self._counting[num_reqs + 1 : num_rows + 1]
-        for block_table, slot_mapping in zip(self._block_table, self._slot_mapping):
-            block_table.host[padding] = 0
+        for slot_mapping in self._slot_mapping:
             slot_mapping.host[padding] = -1
 
     def _upload(self, num_tokens: int, num_rows: int) -> None:
         for mirror in (self._input_ids, self._positions, *self._slot_mapping):
             mirror.upload(num_tokens)
-        for mirror in (self._seq_lens, *self._block_table):
-            mirror.upload(num_rows)
+        self._seq_lens.upload(num_rows)
         self._query_start_loc.upload(num_rows + 1)
 
 

@@ -109,8 +109,8 @@ def check_weights_fit(budget: Budget) -> None:
     """Raise ConfigError when not even the weights and one step fit into what is available."""
     if budget.left_bytes <= 0:
         raise ConfigError(
-            f"the model needs {gib(budget.weight_bytes)} for weights{_graphs(budget)} and {gib(budget.step_bytes)} for a "
-            f"step, {gib(budget.available_bytes)} of {gib(budget.limit_bytes)} are available; serve a smaller model, "
+            f"the model needs {gib(budget.weight_bytes)} for weights{_graphs(budget)} and {gib(budget.step_bytes)} for "
+            f"a step, {gib(budget.available_bytes)} of {gib(budget.limit_bytes)} are available; serve a smaller model, "
             "lower --max-num-batched-tokens, or give the process more memory"
         )
 
@@ -153,8 +153,8 @@ def describe(size: KVCacheSize, budget: Budget) -> str:
     used = budget.weight_bytes + budget.step_bytes + budget.graph_bytes + size.num_bytes
     return (
         f"memory: weights {gib(budget.weight_bytes)} + KV cache {gib(size.num_bytes)} + a step "
-        f"{gib(budget.step_bytes)}{_graphs(budget, ' + ')} = {gib(used)} of {gib(budget.available_bytes)} available (limit "
-        f"{gib(budget.limit_bytes)}); KV cache: {size.num_tokens:,} tokens in {size.num_blocks:,} blocks of "
+        f"{gib(budget.step_bytes)}{_graphs(budget, ' + ')} = {gib(used)} of {gib(budget.available_bytes)} available "
+        f"(limit {gib(budget.limit_bytes)}); KV cache: {size.num_tokens:,} tokens in {size.num_blocks:,} blocks of "
         f"{size.block_size}, {size.max_concurrency:.2f} requests of {size.max_model_len:,} tokens at once"
         f"{_describe_groups(size.spec.groups)}"
     )

@@ -111,7 +111,7 @@ class ModelRunner:
         self._group_of_layer = group_of_layer
         spec = OpSpec("cpu" if platform is None else platform.device, torch.float32)
         self.prompt_logprobs = PromptLogprobs(model.compute_logits, spec, self._staging)
-        self.prompt_vectors = PromptVectors(backend.spec.dtype)
+        self.prompt_vectors = PromptVectors(backend.spec.dtype, self._staging)
         self._graphs: StepGraphs | CapturedGraphs | None = None
         if self.capture_shapes is not None:
             self._graphs = CapturedGraphs(platform.graphs, self.capture_shapes.sizes[-1], self.most_captures)
@@ -168,13 +168,16 @@ class ModelRunner:
             self._decoded = _Decoded(outputs, drawn, on_host)
 
     def _describe(self, batch: InputBatch) -> _Decode:
-        metadata = self._metadata(batch)
         draw: DrawInputs | DeviceDraw | None = None
         if self._sampling is not None:
             with torch.inference_mode():
                 draw = self._sampling.inputs(batch.rows, batch.ends, len(batch.input_ids))
         elif self.sampler.only_draws(batch.rows):
             draw = self.sampler.draw_inputs(batch.rows, batch.ends, self._draw_buffers)
+        return self._decode_of(batch, draw)
+
+    def _decode_of(self, batch: InputBatch, draw: DrawInputs | DeviceDraw | None) -> _Decode:
+        metadata = self._metadata(batch)
         key = key_of(batch.input_ids, batch.positions, metadata, draw)
         return _Decode(batch, self._context(metadata), draw, key)
 
@@ -190,16 +193,19 @@ class ModelRunner:
 
     @property
     def most_captures(self) -> int:
-        """How many there may be: of every shape, for tokens drawn plainly and from truncated distributions."""
-        return 2 * len(self.capture_shapes)
+        """How many there may be: of every shape, for each way to draw tokens."""
+        return len(self._sampling.kinds_of_inputs(1)) * len(self.capture_shapes)
 
     @torch.inference_mode()
     def capture(self, num_rows: int, max_seq_len: int) -> None:
-        """Capture a decode step of one of `capture_shapes` before a batch has it; tokens are drawn plainly."""
+        """Capture the decode steps of one of `capture_shapes` before a batch has it."""
         self._staging.begin()
-        decode = self._describe(self.buffers.padding(num_rows, max_seq_len))
+        batch = self.buffers.padding(num_rows, max_seq_len)
         self._staging.end()
-        self._graphs.capture(decode.key, partial(self._step, decode))
+        # What takes more memory comes first: it then serves the others.
+        for draw in reversed(self._sampling.kinds_of_inputs(num_rows)):
+            decode = self._decode_of(batch, draw)
+            self._graphs.capture(decode.key, partial(self._step, decode))
 
     def forget_captures(self) -> None:
         """The model or the cache lies elsewhere from now on, or nowhere."""

@@ -10,13 +10,14 @@ import torch
 
 from minivllm.layers.embedding import GivenEmbeddings
 from minivllm.messages.engine import PromptEmbeds
+from minivllm.worker.buffers import Staging
 from minivllm.worker.input_batch import InputBatch
 
 
 class PromptVectors:
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, staging: Staging) -> None:
         """dtype: of the model."""
-        self._dtype = dtype
+        self._dtype, self._staging = dtype, staging
         self._of_row: dict[int, torch.Tensor] = {}  # [num_prompt_tokens, hidden_size]
 
     def add_request(self, row: int, embeds: PromptEmbeds | None) -> None:
@@ -50,4 +51,6 @@ class PromptVectors:
             first = int(batch.first_rows[i])
             rows.append(torch.arange(first, first + end - begin))
             values.append(vectors[begin:end])
-        return GivenEmbeddings(torch.cat(rows), torch.cat(values)) if rows else None
+        if not rows:
+            return None
+        return GivenEmbeddings(self._staging.send(torch.cat(rows)), self._staging.send(torch.cat(values)))

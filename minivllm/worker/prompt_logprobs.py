@@ -23,7 +23,7 @@ from minivllm.worker.input_batch import InputBatch
 from minivllm.worker.request_state import RequestTable
 
 # Logits of a prompt held at once: a whole chunk over a large vocabulary is a gigabyte.
-_ROWS_AT_ONCE = 64
+PROMPT_ROWS_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,8 @@ class PromptLogprobs:
         also = None
         if asked.token_ids is not None:
             also = self._staging.send(asked.token_ids[begin : begin + len(targets)])
-        for start in range(0, len(targets), _ROWS_AT_ONCE):
-            part = slice(start, start + _ROWS_AT_ONCE)
+        for start in range(0, len(targets), PROMPT_ROWS_AT_ONCE):
+            part = slice(start, start + PROMPT_ROWS_AT_ONCE)
             logits = self._compute_logits(hidden[part])
             values = self._read(
                 logits, token_ids[part], asked.num_logprobs, None if also is None else also[part]

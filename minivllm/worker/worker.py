@@ -6,7 +6,7 @@ cache gets what is left there when the weights are loaded and the largest step h
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from minivllm.exceptions import ConfigError
 from minivllm.layers.linear import BATCH_INVARIANT
 from minivllm.logger import init_logger
 from minivllm.logits_processors import load_logits_processors
+from minivllm.messages.engine import SLEEPING_PARTS
 from minivllm.messages.kv_cache import KVCacheGroup, KVCacheSpec
 from minivllm.messages.worker import GrammarOutput, ModelRunnerOutput, SchedulerOutput, WorkerReady
 from minivllm.models import loader
@@ -31,13 +32,12 @@ from minivllm.models.decoder import DecoderForCausalLM
 from minivllm.models.registry import load_class
 from minivllm.ops.native import MemoryTaker
 from minivllm.ops.op import NoImplementation
-from minivllm.platforms.platform import Platform, detect
+from minivllm.platforms.platform import DevicePlatform, Platform, detect
 from minivllm.sample.custom import CustomProcessors
 from minivllm.sample.sampler import Sampler
 from minivllm.worker import kv_layout, largest_step, memory
-from minivllm.worker.device_sampling import Handle
+from minivllm.worker.device_sampling import DeviceSampling, Handle
 from minivllm.worker.model_runner import ModelRunner
-from minivllm.worker.penalty_counts import PenaltyCounts
 from minivllm.worker.profiler import WorkerProfiler
 
 logger = init_logger(__name__)
@@ -58,10 +58,12 @@ class Worker:
         """platform: None for the one that the configuration and this machine give."""
         self.config = config
         self.platform = detect(config.device) if platform is None else platform
+        self._plans_in_flight = config.scheduler.max_plans_in_flight(leaves_host_free=not self.platform.is_host)
         self.runner: ModelRunner | None = None
         self.memory_taker: MemoryTaker | None = None
         self._load: Callable[[], None] | None = None  # the weights, into the places they have
-        self._has_weights = False
+        self._away: dict[str, Callable[[], None]] = {}  # of SLEEPING_PARTS, what is given back, and what has it again
+        self._on_host: list[tuple[torch.Tensor, torch.Tensor]] = []  # weights that are away, and copies of them
         profiler = read_profiler_config(config.observability.profiler_config)
         self._profiler = WorkerProfiler(profiler) if profiler.is_on else None
 
@@ -75,6 +77,7 @@ class Worker:
         """
         config, platform = self.config, self.platform
         platform.prepare(config.cpu)
+        self._say_if_async()
         on_progress("checking the model")
         self._check_options()
         custom = self._custom_processors()
@@ -100,7 +103,7 @@ class Worker:
                 loader.load_weights(plan, dtype, platform, show_progress=config.load.use_tqdm_on_load)
 
         load()
-        self._load, self._has_weights = load, True
+        self._load = load
         if not platform.is_host:
             on_progress("measuring the largest step")
             measured = self._measure_step(model, backend, max_num_batched_tokens, max_num_seqs, size)
@@ -130,6 +133,7 @@ class Worker:
                 filter(None, [platform.numerics_id, backend.layout_id, config.model.quantization])
             ),
             kv_cache_groups=tuple(size.spec.groups),
+            plans_in_flight=self._plans_in_flight,
         )
 
     def execute_model(self, plan: SchedulerOutput) -> None:
@@ -154,32 +158,55 @@ class Worker:
         assert self._profiler is not None
         return self._profiler.stop()
 
+    @torch.inference_mode()
     def sleep(self, level: int) -> None:
-        """Give back the KV cache's memory, at level 2 that of the weights too. No step may follow before `wake_up`."""
-        runner = self._initialized()
+        """Give back the KV cache's memory, at level 2 that of the weights too. No step may follow before `wake_up`.
+
+        On a device weights are given back at level 1 already, and kept in the host's memory.
+        """
+        runner, platform = self._initialized(), self.platform
         if self.memory_taker is not None:
             self.memory_taker.stop()
-        before = self.platform.process_memory_bytes()
-        tensors = list(runner.kv_caches)
+        before = platform.process_memory_bytes()
+        weights = list({id(tensor): tensor for weight in runner.model.weights() for tensor in weight.tensors}.values())
         if level >= 2:
-            self._has_weights = False
-            tensors += [tensor for weight in runner.model.weights() for tensor in weight.tensors]
-        for tensor in tensors:
-            self.platform.give_back(tensor)
-        after = self.platform.process_memory_bytes()
+            self._on_host.clear()
+        elif isinstance(platform, DevicePlatform) and "weights" not in self._away:
+            self._on_host = _copies_on_host(weights, platform)
+        runner.forget_captures()
+        if level >= 2 or self._on_host:
+            self._give_back("weights", weights)
+        self._give_back("kv_cache", runner.kv_caches)
+        after = platform.process_memory_bytes()
         logger.info("asleep at level %d: %s of memory, before %s", level, memory.gib(after), memory.gib(before))
 
+    def _give_back(self, part: str, tensors: list[torch.Tensor]) -> None:
+        if part not in self._away:
+            self._away[part] = self.platform.give_back(tensors)
+
     @torch.inference_mode()
-    def wake_up(self) -> None:
-        """Read the weights again if they were given back. The cache's memory comes as at the start.
+    def wake_up(self, parts: Sequence[str] = SLEEPING_PARTS) -> None:
+        """Have memory again; weights that were given back are read again, or copied from where they were kept.
 
         Raises:
-            ModelFilesError: the checkpoint is not what it was; may be called again.
+            ModelFilesError: the checkpoint is not what it was.
+            EngineError: others have the memory. It may be called again after either.
         """
-        if not self._has_weights:
-            self._load()
-            self._has_weights = True
-        self._take_memory(list(self._initialized().kv_caches))
+        if "weights" in parts and "weights" in self._away:
+            self._away["weights"]()
+            if self._on_host:
+                for tensor, copy in self._on_host:
+                    tensor.copy_(copy)
+            else:
+                self._load()
+            self._on_host.clear()
+            del self._away["weights"]
+        if "kv_cache" in parts and "kv_cache" in self._away:
+            self._away["kv_cache"]()
+            self._take_memory(list(self._initialized().kv_caches))
+            del self._away["kv_cache"]
+        if not self._away and self._initialized().capture_shapes is not None:
+            self._capture()
 
     @property
     def is_asynchronous(self) -> bool:
@@ -209,6 +236,14 @@ class Worker:
 
     # Start -------------------------------------------------------------------
 
+    def _say_if_async(self) -> None:
+        if self._plans_in_flight > 1 and self.config.scheduler.async_scheduling is None:
+            logger.info(
+                "async scheduling is on: the next step is planned while %s runs this one; --no-async-scheduling "
+                "turns it off",
+                self.platform.name,
+            )
+
     def _take_memory(self, caches: list[torch.Tensor]) -> None:
         if self.config.cache.touch_kv_cache and self.platform.is_host:
             self.memory_taker = MemoryTaker(caches)
@@ -216,7 +251,14 @@ class Worker:
     def _check_options(self) -> None:
         """Refuse what this platform does not have."""
         if self.platform.graphs is None and read_compilation(self.config.compilation).asks_for_sizes:
-            raise ConfigError(f"sizes of captured graphs are given, and {self.platform.name} captures none; leave them out")
+            raise ConfigError(
+                f"sizes of captured graphs are given, and {self.platform.name} captures none; leave them out"
+            )
+        if self.config.model.quantization == "fp8" and not self.platform.has_fp8:
+            raise ConfigError(
+                f"--quantization fp8 needs a GPU of compute capability 8.9 or above, and this is {self.platform.name}; "
+                "try --quantization int8"
+            )
 
     def _attention_backend(self, dtype: torch.dtype) -> AttentionBackend:
         hf, block_size = self.config.hf_config, self.config.cache.block_size
@@ -310,15 +352,15 @@ class Worker:
         size: memory.KVCacheSize,
     ) -> memory.Measured:
         """What the largest step takes as it runs, and what captured decodes will keep beside it."""
+        most_tokens = min(num_tokens, num_seqs * size.max_model_len)
 
         def step() -> None:
-            largest_step.run(model, backend, num_tokens, num_seqs)
+            largest_step.run(model, backend, most_tokens, num_seqs)
 
         step()  # kernels are compiled and libraries make their workspaces: that stays, and is not the step's
         step_bytes = self.platform.peak_bytes_of(step)
         step_bytes += backend.scratch_bytes(min(num_seqs, num_tokens), size.max_model_len)
-        # Made when the first request is penalised.
-        step_bytes += PenaltyCounts.num_bytes(self.config.hf_config.vocab_size, min(num_seqs, num_tokens))
+        step_bytes += DeviceSampling.num_bytes(self.config.hf_config.vocab_size, min(num_seqs, num_tokens))
         runners: list[ModelRunner] = []
 
         def make_runner() -> None:
@@ -329,16 +371,14 @@ class Worker:
         runner = runners.pop()
         if runner.capture_shapes is None:
             return memory.Measured(step_bytes)
-        shapes = list(runner.capture_shapes)
-        largest, smallest = shapes[0], shapes[-1]
+        largest, *others = runner.capture_shapes
         # The first makes the places that all share; what each of the others takes is its own, whatever its size.
-        first = self.platform.kept_bytes_of(partial(runner.capture, *largest))
-        other = self.platform.kept_bytes_of(partial(runner.capture, *smallest)) if len(shapes) > 1 else first
+        graph_bytes = self.platform.kept_bytes_of(partial(runner.capture, *largest))
+        if others:
+            graph_bytes += len(others) * self.platform.kept_bytes_of(partial(runner.capture, *others[-1]))
         runner.forget_captures()
-        truncated = 2 * largest[0] * self.config.hf_config.vocab_size * 4  # copies of logits, where top-p and the like cut
-        return memory.Measured(
-            step_bytes, first + truncated + (runner.most_captures - 1) * other, runner.most_captures
-        )
+        self.platform.release_unused()
+        return memory.Measured(step_bytes, graph_bytes, runner.most_captures)
 
     def _size_cache_and_step(
         self,
@@ -378,7 +418,7 @@ class Worker:
     ) -> tuple[memory.KVCacheSize, memory.Budget]:
         config = self.config
         dtype_bytes = backend.spec.dtype.itemsize
-        step_tokens = limits[0] * config.scheduler.max_plans_in_flight
+        step_tokens = limits[0] * self._plans_in_flight
         groups = self._kv_cache_groups(model, backend.spec.block_size, max_model_len, step_tokens)
         spec = KVCacheSpec(
             block_size=backend.spec.block_size,
@@ -423,6 +463,15 @@ class Worker:
         return kv_layout.group_layers(
             model.sliding_windows, max_model_len=max_model_len, step_tokens=step_tokens, block_size=block_size
         )
+
+
+def _copies_on_host(tensors: list[torch.Tensor], platform: DevicePlatform) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Each with a copy in pinned memory."""
+    copies = [(tensor, platform.new_pinned(tuple(tensor.shape), tensor.dtype)) for tensor in tensors]
+    for tensor, copy in copies:
+        copy.copy_(tensor, non_blocking=True)
+    platform.record_event().synchronize()
+    return copies
 
 
 def resolve_dtype(asked: str, checkpoint: str | None) -> torch.dtype:

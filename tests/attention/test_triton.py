@@ -12,6 +12,8 @@ import tests.gpu.interpreter  # noqa: F401  before the kernels
 from minivllm.attention.backend import AttentionSpec, StepInputs
 from minivllm.attention.backends.triton import TritonBackend
 from minivllm.ops.paged_attention import Options, reference
+from minivllm.ops.rotary import HeadNorms, Turn
+from minivllm.ops.triton.rotary import rotary
 from tests.gpu.case import ints, max_diff, randn
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -52,6 +54,27 @@ def test_chunks_then_decodes_see_what_was_written(kv_cache_dtype, batch_invarian
             layout=backend.layout, options=options,
         )  # fmt: skip
         assert max_diff(got, expected) < 1e-5
+
+
+@pytest.mark.parametrize("has_norms", [False, True])
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "int8", "fp8"])
+def test_turned_and_written_in_one_launch_is_turned_then_written(kv_cache_dtype, has_norms):
+    backend = TritonBackend(spec(kv_cache_dtype=kv_cache_dtype, dtype=torch.bfloat16))
+    step = step_of([20, 3], [5, 3], max_query_len=5, max_seq_len=20)
+    norms = HeadNorms(*(randn("cpu", 32, dtype=torch.bfloat16, seed=i) for i in range(2)), 1e-6) if has_norms else None
+    turn = Turn(torch.tensor([15, 16, 17, 18, 19, 0, 1, 2]), randn("cpu", 24, 32), norms, rotary)
+    results = []
+    for turns in (True, False):
+        q, k, v = randn("cpu", 8, 8, 32, dtype=torch.bfloat16).split([4, 2, 2], dim=1)
+        cache, options = backend.new_kv_cache(32).zero_(), Options(32**-0.5)
+        if turns:
+            out = backend.turn_and_forward(turn, q, k, v, cache, backend.build_metadata(step), options=options)
+        else:
+            turn(q, k)
+            out = backend.forward(q, k, v, cache, backend.build_metadata(step), options=options)
+        results.append((out, q, k, cache))
+    for one, two in zip(*results):
+        assert torch.equal(one, two)
 
 
 def test_a_block_is_one_range_of_bytes_and_its_layout_has_a_name():

@@ -33,7 +33,7 @@ def test_what_is_asked_for_is_read(given: dict, options: CaptureOptions):
         ({"max_cudagraph_capture_size": 0}, "0 must be at least 1"),
         ({"cudagraph_capture_sizes": [1, 8], "max_cudagraph_capture_size": 4}, "4 is not the largest"),
         ({"cudagraph_capture_sizes": [1], "compilation_config": {"cudagraph_capture_sizes": [2]}}, "contradict"),
-        ({"cudagraph_capture_sizes": [1], "compilation_config": {"cudagraph_mode": "NONE"}}, "sizes of graphs are given"),
+        ({"cudagraph_capture_sizes": [1], "compilation_config": {"cudagraph_mode": "NONE"}}, "graphs are given"),
         ({"compilation_config": {"cudagraph_mode": "PIECEWISE"}}, "say FULL_DECODE_ONLY or NONE"),
         ({"compilation_config": {"mode": 3}}, "mode=3 asks for torch.compile"),
         ({"compilation_config": {"use_inductor": True}}, "unknown field use_inductor"),

@@ -18,6 +18,7 @@ class PlainWorker:
     """`worker.Worker`'s seam over a FakeWorker. A prompt may ask for trouble by its first token."""
 
     RAISE, DIE, WAIT = 13, 14, 15
+    is_asynchronous = False
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
@@ -28,7 +29,8 @@ class PlainWorker:
             raise ModelFilesError("model.norm.weight has shape [63], expected [64]")
         on_progress("pretending to load")
         self.worker = FakeWorker(num_blocks=64, block_size=16, vocab_size=self.config.hf_config.vocab_size)
-        return WorkerReady(256, 64, 16, 1024, 16, 256, "fake", "fake")
+        num_plans = self.config.scheduler.max_plans_in_flight(leaves_host_free=False)
+        return WorkerReady(256, 64, 16, 1024, 16, 256, "fake", "fake", plans_in_flight=num_plans)
 
     def execute_model(self, plan: SchedulerOutput) -> None:
         first_tokens = {new.prompt_token_ids[0] for new in plan.scheduled_new_reqs}
@@ -53,9 +55,8 @@ class PlainWorker:
 class PlainUniExecutor(UniProcExecutor):
     """The in-process executor over a PlainWorker."""
 
-    def initialize(self) -> WorkerReady:
-        self.worker = PlainWorker(self.config)
-        return self.worker.initialize(self.on_progress)
+    def new_worker(self) -> PlainWorker:
+        return PlainWorker(self.config)
 
 
 class PlainRayExecutor(RayExecutor):

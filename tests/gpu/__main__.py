@@ -1,22 +1,28 @@
 """Every kernel on this machine's GPU, against its reference, as one table.
 
-    python -m tests.gpu [--only attention gumbel] [--small] [--json results.json]
+    python -m tests.gpu [--only attention gumbel] [--small] [--seconds 450] [--list] [--json results.json]
 
 Run from a checkout; needs torch with CUDA, triton, numpy, msgspec and tqdm; neither pytest nor the extension.
-Without a GPU, or where no name begins so, it says so and exits with 2: nothing was checked.
+Without a GPU, or where no name begins so, it says so and exits with 2: nothing was checked. One case of each kind comes
+first, then the engine's checks, then all other cases; what would begin after --seconds is not run, which is no success.
 """
 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import os
 import sys
 import time
 import traceback
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import NamedTuple
 
 SKIPPED = 2  # the exit code
+OUT_OF_TIME = "not run: out of time"
+_GRACE_S = 60  # what a check may last beyond --seconds before it is taken to hang
 
 
 class Row(NamedTuple):
@@ -62,6 +68,43 @@ def check_engine(name: str) -> Row:
         return failed(name, error)
 
 
+class Task(NamedTuple):
+    """A row of the table to come."""
+
+    name: str
+    size: str
+    run: Callable[[], Row]
+
+
+def all_tasks(only: tuple[str, ...], is_small: bool, checks: Iterable[str]) -> list[Task]:
+    """In the order of what is worth knowing: one case of each kind, the engine's checks, the other cases.
+
+    A case's kind is said by its first two words. only: beginnings of names.
+    """
+    cases = [name for name in all_cases() if name.startswith(only)]
+    firsts = list({"_".join(name.split("_")[:2]): name for name in reversed(cases)}.values())[::-1]
+
+    def of_case(name: str, is_large: bool) -> Task:
+        return Task(name, "large" if is_large else "small", partial(check, name, is_large))
+
+    first = [of_case(name, not is_small) for name in firsts]
+    engine = [Task(name, "", partial(check_engine, name)) for name in checks if name.startswith(only)]
+    sizes = (False,) if is_small else (False, True)
+    rest = [of_case(name, is_large) for name in cases for is_large in sizes]
+    known = {(task.name, task.size) for task in first}
+    return first + engine + [task for task in rest if (task.name, task.size) not in known]
+
+
+def run_all(tasks: list[Task], deadline: float, clock: Callable[[], float] = time.monotonic) -> list[Row]:
+    """Run and show them, as long as the clock is before the deadline."""
+    rows: list[Row] = []
+    for task in tasks:
+        is_late = clock() >= deadline
+        rows.append(Row(task.name, float("inf"), 0.0, 0.0, OUT_OF_TIME) if is_late else task.run())
+        show(rows[-1], task.size)
+    return rows
+
+
 def failed(name: str, error: Exception) -> Row:
     traceback.print_exception(error)
     said = f"{type(error).__name__}: {error}".splitlines()[0]  # some errors say nothing
@@ -93,12 +136,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="*", default=[""], help="beginnings of names")
     parser.add_argument("--small", action="store_true", help="only the sizes that the interpreter runs")
+    parser.add_argument("--seconds", type=float, default=450, help="begin no check later than so")
+    parser.add_argument("--list", action="store_true", help="only say what would be checked, in which order")
     parser.add_argument("--json", help="write the rows there, too")
     args = parser.parse_args()
+    deadline = time.monotonic() + args.seconds
     if reason := why_skipped():
         print(f"\n*** GPU TESTS SKIPPED, NOTHING WAS CHECKED: {reason} ***\n", file=sys.stderr)
+        if args.list:
+            list_tasks(args)
+        else:
+            print("python -m tests.gpu --list says what a GPU would be asked to do", file=sys.stderr)
         return SKIPPED
     os.environ["TRITON_INTERPRET"] = "0"
+    if args.list:
+        list_tasks(args)
+        return SKIPPED
     import torch
     import triton
 
@@ -109,34 +162,40 @@ def main() -> int:
         print(f"*** THE CUDA C++ KERNELS ARE NOT CHECKED: {reason} ***")
     card = torch.cuda.get_device_name()
     print(f"{card}, torch {torch.__version__}, triton {triton.__version__}, {time.strftime('%Y-%m-%d')}")
-    cases, checks = ([name for name in names if name.startswith(tuple(args.only))] for names in (all_cases(), CHECKS))
-    if not cases and not checks:
+    tasks = all_tasks(tuple(args.only), args.small, CHECKS)
+    if not tasks:
         print(f"*** NOTHING WAS CHECKED: no name begins with {' or '.join(args.only)} ***", file=sys.stderr)
         return SKIPPED
     if torch.cuda.get_device_capability() < (8, 9):
         print(f"*** FLOAT8 IS NOT CHECKED: {card} has no conversions of it ***")
-        cases = [name for name in cases if "fp8" not in name]
-    rows: list[Row] = []
+        tasks = [task for task in tasks if "fp8" not in task.name]
+    faulthandler.dump_traceback_later(args.seconds + _GRACE_S, exit=True)  # what hangs in a driver hears no signal
     print(f"{'case':<64} {'size':<5} {'max diff':>9} {'allowed':>8} {'ms':>8}")
-    for name in cases:
-        for large in (False,) if args.small else (False, True):
-            rows.append(check(name, large))
-            show(rows[-1], "large" if large else "small")
-    for name in checks:
-        rows.append(check_engine(name))
-        show(rows[-1], "")
-    bad = [row.name for row in rows if not row.is_good]
+    rows = run_all(tasks, deadline)
+    late = [row.name for row in rows if row.error == OUT_OF_TIME]
+    bad = [row.name for row in rows if not row.is_good and row.error != OUT_OF_TIME]
     print(
-        f"{len(rows) - len(bad)} of {len(rows)} good on {card}"
+        f"{len(rows) - len(bad) - len(late)} of {len(rows)} good on {card}"
         + (f"; wrong: {', '.join(bad)}" if bad else "")
+        + (f"; {len(late)} NOT RUN, for {args.seconds:.0f} seconds were over" if late else "")
     )
     if args.json:
         with open(args.json, "w") as file:
             json.dump({"card": card, "rows": [row._asdict() for row in rows]}, file, indent=1)
-    return bool(bad)
+    return bool(bad or late)
+
+
+def list_tasks(args: argparse.Namespace) -> None:
+    from tests.gpu.engine import CHECKS
+
+    for task in all_tasks(tuple(args.only), args.small, CHECKS):
+        print(f"{task.name:<64} {task.size}")
 
 
 def show(row: Row, size: str) -> None:
+    if row.error == OUT_OF_TIME:
+        print(f"{row.name:<64} {size:<5} {OUT_OF_TIME}")
+        return
     said = "ok" if row.is_good else f"WRONG {row.error}"
     numbers = f"{row.difference:9.2g} {row.tolerance:8.2g} {row.milliseconds:8.3f}"
     print(f"{row.name:<64} {size:<5} {numbers} {said}", flush=True)

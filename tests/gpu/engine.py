@@ -18,9 +18,13 @@ from typing import Any, NamedTuple
 import torch
 
 from minivllm.config.device import DeviceConfig
+from minivllm.logger import init_logger
 from minivllm.platforms.platform import Platform, detect
 from minivllm.sampling_params import SamplingParams
+from tests.gpu import sampling
 from tests.models.loop import Answer, Loop
+
+logger = init_logger(__name__)
 
 _EXAMPLES = str(Path(__file__).resolve().parents[2] / "examples")
 PROMPT_LENGTHS = (150, 33, 64, 5, 97, 1)
@@ -72,7 +76,9 @@ def _prompts() -> list[list[int]]:
 def _mixed() -> list[SamplingParams]:
     kinds: list[dict[str, Any]] = [
         {"temperature": 0}, {"temperature": 0.9}, {"temperature": 0.8, "top_p": 0.9, "top_k": 40},
-        {"temperature": 0.7, "repetition_penalty": 1.2}, {"temperature": 0, "logprobs": 3}, {"temperature": 1.1, "min_p": 0.05},
+        {"temperature": 0.7, "repetition_penalty": 1.2, "bad_words_token_ids": [[3, 4]]},
+        {"temperature": 0, "logprobs": 3, "logit_bias": {5: 1.5}},
+        {"temperature": 1.1, "min_p": 0.05, "prompt_logprobs": 1},
     ]  # fmt: skip
     return [SamplingParams(max_tokens=16 + 3 * i, ignore_eos=True, **kind) for i, kind in enumerate(kinds)]
 
@@ -140,11 +146,68 @@ def graphs_against_eager(device: Device) -> Finding:
     return Finding(_num_different(captured, eager), 0.0)
 
 
+def sampling_as_on_the_host(device: Device) -> Finding:
+    """Requests of every kind, of all logprobs modes: rows whose tokens, ranks or reasons to fail are not the host's, or
+    whose logprobs are not within 1e-4."""
+    platform, vocab_size, different = device.new_platform(False), 32003, 0
+    for mode in sampling.MODES:
+        requests = sampling.everybody(logprobs=4)
+        host = sampling.OnHost(requests, mode, vocab_size)
+        ours = sampling.OnDevice(
+            requests, mode, vocab_size, platform, to_device=lambda tensor: tensor.to(platform.device)
+        )
+        different += sum(map(len, sampling.steps(host, ours, vocab_size, num_steps=6, tolerance=1e-4)))
+    return Finding(float(different), 0.0)
+
+
+def no_wait_in_a_step(device: Device) -> Finding:
+    """1 if torch finds the host waiting for the device while a step is given to it; captures, once a shape, aside."""
+    with tempfile.TemporaryDirectory() as directory:
+        # Without a prefix cache the second run has the steps of the first.
+        loop = device.loop(_model(directory, device.dtype), plans_in_flight=2, enable_prefix_caching=False)
+        prompts, params = _prompts(), _mixed()
+        loop.run(prompts, params)
+        worker = loop.worker
+        worker.execute_model = _unwaiting(worker.execute_model)
+        worker.start_sampling = _unwaiting(worker.start_sampling)
+        try:
+            loop.run(prompts, params)
+        except RuntimeError as error:
+            if "synchroniz" not in str(error):
+                raise
+            logger.warning("a step waits for the device", exc_info=error)
+            return Finding(1.0, 0.0)
+    return Finding(0.0, 0.0)
+
+
+def _unwaiting(call: Callable[..., Any]) -> Callable[..., Any]:
+    """The same call, in which torch raises where it would wait for a card; a device that is none never waits."""
+    if not torch.cuda.is_available():
+        return call
+
+    def called(*args: Any) -> Any:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return call(*args)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    return called
+
+
 def memory_accounting(device: Device) -> Finding:
-    """Bytes above --gpu-memory-utilization of what was free, after a busy run; a tenth of a percent is let pass."""
+    """Bytes above --gpu-memory-utilization of what was free, after a busy run; a tenth of a percent is let pass.
+
+    By what the driver has free, graphs and all that torch keeps for later included.
+    """
     share = 0.3
     platform = device.new_platform(False)
-    free = platform.memory_available_bytes()
+
+    def free_bytes() -> int:
+        return torch.cuda.mem_get_info()[0] if device.name == "cuda" else platform.memory_available_bytes()
+
+    platform.release_unused()
+    free = free_bytes()
     with tempfile.TemporaryDirectory() as directory:
         loop = device.loop(
             _model(directory, device.dtype),
@@ -153,8 +216,21 @@ def memory_accounting(device: Device) -> Finding:
             max_num_seqs=64,
         )
         loop.run(_prompts() * 8, _mixed() * 8)
-        used = max(0, free - platform.memory_available_bytes())
+        used = max(0, free - free_bytes())
     return Finding(max(0.0, used - share * free), free / 1000)
+
+
+def sleep(device: Device) -> Finding:
+    """Answers before and after sleeping at each level, to the bit: weights come back, and graphs are captured anew."""
+    with tempfile.TemporaryDirectory() as directory:
+        loop = device.loop(_model(directory, device.dtype), batch_invariant=True, enable_prefix_caching=False)
+        prompts, params = _prompts()[:3], _mixed()[:3]
+        expected, different = loop.run(prompts, params), 0.0
+        for level in (1, 2):
+            loop.worker.sleep(level)
+            loop.worker.wake_up()
+            different += _num_different(loop.run(prompts, params), expected)
+    return Finding(different, 0.0)
 
 
 def server(device: Device) -> Finding:
@@ -196,6 +272,9 @@ CHECKS: dict[str, Callable[[Device], Finding]] = {
     },
     "engine_schedule_independence": schedule_independence,
     "engine_graphs_against_eager": graphs_against_eager,
+    "engine_sampling_as_on_the_host": sampling_as_on_the_host,
+    "engine_no_wait_in_a_step": no_wait_in_a_step,
+    "engine_sleep": sleep,
     "engine_memory_accounting": memory_accounting,
     "engine_server": server,
 }

@@ -1,28 +1,40 @@
-"""The pool under the worst of circumstances: more threads than processors, tiny jobs one after another, two who start them."""
+"""The pool under the worst of circumstances: more threads than processors, jobs of different kernels one after another."""
 
 import threading
 
 import numpy as np
 
-from minivllm.utils import native
+from minivllm.ops import native
 
-ROUNDS = 4000
-SIZES = [512, 1024, 1536, 4096, 512 * 37]  # one to five threads' worth, so that jobs differ in what is claimed
+ROUNDS = 20_000
+LARGEST = 512 * 601
+SIZES = [1024, 1536, 512 * 5, 512 * 37, LARGEST]  # two to five threads' worth, so that jobs differ in what is claimed
+FLOAT32 = 0
+
+
+def aligned(num_bytes: int) -> np.ndarray:
+    buffer = np.zeros(num_bytes + 64, np.uint8)
+    start = -buffer.ctypes.data % 64
+    return buffer[start : start + num_bytes]
 
 
 def test_a_late_worker_never_mixes_two_jobs():
-    words = np.random.default_rng(0).integers(0, 2**63, 512 * 37 // 8 * 2 + 8, np.uint64)
-    start = -words.ctypes.data % 64 // 8
-    expected = {size: np.bitwise_xor.reduce(words[start : start + size // 8]) for size in SIZES}
+    words = aligned(LARGEST).view(np.uint64)
+    words[:] = np.random.default_rng(0).integers(0, 2**63, len(words), np.uint64)
+    expected = {size: np.bitwise_xor.reduce(words[: size // 8]) for size in SIZES}
+    signs = [aligned(4 * 50_001).view(np.float32) for _ in range(2)]
     wrong: list[tuple[int, int]] = []
 
-    def run(first: int) -> None:
+    def run(starter: int) -> None:
+        own, address = signs[starter].ctypes.data, words.ctypes.data
         for i in range(ROUNDS):
-            size = SIZES[(first + i) % len(SIZES)]
-            found = native.lib.read_memory(words.ctypes.data + 8 * start, size)
-            if found != expected[size]:
+            size = SIZES[(starter + i) % len(SIZES)]
+            native.lib.scale(FLOAT32, own, len(signs[starter]), -1.0)
+            if native.lib.read_memory(address, size) != expected[size]:
                 wrong.append((i, size))
 
+    for sign in signs:
+        sign[:] = 1
     before = native.lib.num_threads()
     native.lib.set_num_threads(5)
     try:
@@ -34,3 +46,4 @@ def test_a_late_worker_never_mixes_two_jobs():
     finally:
         native.lib.set_num_threads(before)
     assert wrong == []
+    assert all((sign == 1).all() for sign in signs)  # turned an even number of times

@@ -49,3 +49,9 @@ def test_no_rows_have_no_tokens():
 
 def test_a_device_is_not_waited_for():
     assert likeliest_tokens.likeliest_tokens.select(OpSpec("cuda", torch.float32)) is likeliest_tokens.reference
+
+
+@needs_kernels
+def test_a_cpu_gets_the_native_logprobs_of_what_is_float32():
+    assert token_logprobs.token_logprobs.select(OpSpec("cpu", torch.float32)) is token_logprobs.cpu
+    assert token_logprobs.token_logprobs.select(OpSpec("cpu", torch.bfloat16)) is token_logprobs.reference

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CASES = """
     attention_mixed_h attention_decode_h attention_mixed_i attention_mixed_all rms_norm_bf16 add_rms_norm_bf16_1
     silu_mul_bf16 gelu_mul_bf16 embedding scale_bf16 soft_cap_bf16 kv_write_bf16 rotary_bf16 rotary_kv_write
-    gumbel_argmax_130 truncation_130 log_softmax_130 token_logprobs_130 bitmask penalties moe_bf16
+    gumbel_argmax_130 truncation_130 token_logprobs_130 bitmask penalties moe_bf16
     linear_gemm_residual linear_gemm_silu_a linear_int8_silu_a linear_fp8_silu_a
 """.split()
 

@@ -6,7 +6,7 @@ What the runner does for a GPU, it does here: copies through pinned memory, padd
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -121,15 +121,15 @@ class FakeGraphs(Graphs):
     def __init__(self) -> None:
         self.num_rows: list[int] = []  # of each capture
         self.num_replays = 0
-        self._generation = 0  # captures of an earlier one may not be replayed
+        self.generation = 0  # how often all were forgotten: captures of an earlier one may not be replayed
 
     def capture(self, step: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[Callable[[], None], Any]:
         results = step()
         self.num_rows.append(len(results[0]))
-        generation = self._generation
+        generation = self.generation
 
         def replay() -> None:
-            assert generation == self._generation, "a graph that was forgotten is replayed"
+            assert generation == self.generation, "a graph that was forgotten is replayed"
             self.num_replays += 1
             for place, value in zip(results, step()):
                 place.copy_(value)
@@ -139,7 +139,7 @@ class FakeGraphs(Graphs):
         return replay, results
 
     def forget(self) -> None:
-        self._generation += 1
+        self.generation += 1
 
 
 class FakeDevice(CpuPlatform, DevicePlatform):
@@ -163,6 +163,19 @@ class FakeDevice(CpuPlatform, DevicePlatform):
 
     def new_pinned(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype)
+
+    def release_unused(self) -> None:
+        pass
+
+    def give_back(self, tensors: Sequence[torch.Tensor]) -> Callable[[], None]:
+        take_back = DevicePlatform.give_back(self, tensors)
+
+        def and_spoil() -> None:
+            take_back()
+            for tensor in tensors:
+                tensor.view(torch.uint8).fill_(0xFF)  # NaN, of whatever type
+
+        return and_spoil
 
     def peak_bytes_of(self, step: Callable[[], object]) -> int:
         step()

@@ -51,6 +51,12 @@ def test_a_card_that_cannot_serve_is_passed_over_and_refused_where_it_is_asked_f
         detect(DeviceConfig(device="cuda"))
 
 
+def test_8_bit_floats_need_ada_or_hopper(monkeypatch):
+    for capability, has_fp8 in (((8, 0), False), ((8, 6), False), ((8, 9), True), ((9, 0), True)):
+        pretend(monkeypatch, capability=capability)
+        assert detect().has_fp8 is has_fp8
+
+
 def test_cuda_is_refused_with_the_reason_where_there_is_none():
     with pytest.raises(ConfigError, match="--device cuda: torch .*--device cpu"):
         detect(DeviceConfig(device="cuda"))

@@ -6,6 +6,7 @@ import pytest
 
 from minivllm.attention import registry
 from minivllm.worker.device_sampling import DeviceSampling
+from minivllm.worker.penalty_counts import PenaltyCounts
 from tests.gpu import engine
 from tests.worker.fake_device import FakeDevice
 
@@ -26,3 +27,8 @@ def test_it_finds_nothing_where_there_is_nothing(name: str):
 def test_a_token_of_another_request_is_found(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(DeviceSampling, "complete", lambda self, batch: None)
     assert engine.schedule_independence(DEVICE).difference > 0
+
+
+def test_counts_that_stand_still_are_found(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(PenaltyCounts, "_catch_up", lambda self, slots, batch, last_ids: None)
+    assert engine.sampling_as_on_the_host(DEVICE).difference > 0

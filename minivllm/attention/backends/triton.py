@@ -14,6 +14,7 @@ from minivllm.ops import gpu
 from minivllm.ops.kv_layout import RowLayout
 from minivllm.ops.op import OpSpec
 from minivllm.ops.paged_attention import Options
+from minivllm.ops.rotary import Turn
 
 _BLOCK_STEP = 16  # tokens; so that rows, and int8's scales behind them, start at multiples of 16 bytes
 _MOST_HEAD_DIM = 256
@@ -37,8 +38,9 @@ class TritonBackend(AttentionBackend):
         # Here, not above: who serves on a CPU may ask why_not without having Triton.
         from minivllm.ops.triton.kv_write import kv_write
         from minivllm.ops.triton.paged_attention import BatchShape, paged_attention, scratch_shape
+        from minivllm.ops.triton.rotary import rotary_kv_write
 
-        self._write, self._attend = kv_write, paged_attention
+        self._write, self._turn_and_write, self._paged_attention = kv_write, rotary_kv_write, paged_attention
         self._shape_class, self._scratch_shape = BatchShape, scratch_shape
 
     @classmethod
@@ -82,9 +84,30 @@ class TritonBackend(AttentionBackend):
             k, v, kv_cache, step.slot_mapping,
             layout=self.layout, k_scale=options.k_scale, v_scale=options.v_scale,
         )  # fmt: skip
-        shape = self._shape_class(metadata.max_query_len, metadata.max_seq_len)
+        return self._attend(q, kv_cache, metadata, options)
+
+    def turn_and_forward(
+        self,
+        turn: Turn,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        kv_cache: torch.Tensor,
+        metadata: Metadata,
+        *,
+        options: Options,
+    ) -> torch.Tensor:
+        """Norms, rotation and cache write are one launch."""
+        self._turn_and_write(
+            turn.positions, q, k, v, turn.cos_sin, turn.norms, kv_cache, metadata.step.slot_mapping,
+            layout=self.layout, k_scale=options.k_scale, v_scale=options.v_scale,
+        )  # fmt: skip
+        return self._attend(q, kv_cache, metadata, options)
+
+    def _attend(self, q: torch.Tensor, kv_cache: torch.Tensor, metadata: Metadata, options: Options) -> torch.Tensor:
+        step, shape = metadata.step, self._shape_class(metadata.max_query_len, metadata.max_seq_len)
         # Its scratch is allocated anew each time: what is captured in a graph must be the graph's own.
-        return self._attend(
+        return self._paged_attention(
             q, kv_cache, step.block_table, step.seq_lens, step.query_start_loc,
             layout=self.layout, options=options, shape=shape, batch_invariant=self.spec.batch_invariant,
         )  # fmt: skip

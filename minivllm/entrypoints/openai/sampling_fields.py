@@ -186,7 +186,10 @@ class SamplingFields(BaseModel):
             note_deprecated(name, f"structured_outputs.{GUIDED[name]}")
         renamed = {GUIDED[name]: body[name] for name in given}
         rest = {name: value for name, value in body.items() if name not in GUIDED}
-        return {**rest, "structured_outputs": {**renamed, **(rest.get("structured_outputs") or {})}}
+        wanted = rest.get("structured_outputs") or {}
+        if not isinstance(wanted, Mapping):
+            return rest  # which is refused for that
+        return {**rest, "structured_outputs": {**renamed, **wanted}}
 
     @model_validator(mode="after")
     def _check_what_belongs_together(self) -> SamplingFields:

@@ -47,6 +47,38 @@ def choose_tile(out_features: int, dtype: torch.dtype) -> Tile:
     return Tile(64, 64 if out_features >= 8192 else 32, depth, 4, 4)
 
 
+@triton.jit
+def _add_product(acc, a, b, DEPTH: tl.constexpr, IS_INT8: tl.constexpr, IS_FP8: tl.constexpr):
+    """acc + a @ b."""
+    if IS_INT8:
+        return acc + tl.dot(a, b, out_dtype=tl.int32)
+    else:
+        return tl.dot(a, b, acc, input_precision="ieee", max_num_imprecise_acc=DEPTH if IS_FP8 else None)
+
+
+@triton.jit
+def _products(
+    x_rows, weight_rows, up_offset, is_row, is_column, in_features, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr, EPILOGUE: tl.constexpr, IS_INT8: tl.constexpr, IS_FP8: tl.constexpr,
+):  # fmt: skip
+    """A tile's sums over all of K, ascending; a second one for the up projection's rows, zero where there are none."""
+    sum_dtype: tl.constexpr = tl.int32 if IS_INT8 else tl.float32
+    acc = tl.zeros([ROWS, COLUMNS], sum_dtype)
+    up = tl.zeros([ROWS, COLUMNS], sum_dtype)
+    for start in range(0, in_features, DEPTH):
+        k = start + tl.arange(0, DEPTH)
+        is_k = k < in_features
+        weight_mask = is_column[None, :] & is_k[:, None]
+        a = tl.load(x_rows + k[None, :], mask=is_row[:, None] & is_k[None, :], other=0.0)
+        b = tl.load(weight_rows + k[:, None], mask=weight_mask, other=0.0, eviction_policy="evict_first")
+        acc = _add_product(acc, a, b, DEPTH, IS_INT8, IS_FP8)
+        if EPILOGUE == _SILU_MUL:
+            places = weight_rows + up_offset + k[:, None]
+            c = tl.load(places, mask=weight_mask, other=0.0, eviction_policy="evict_first")
+            up = _add_product(up, a, c, DEPTH, IS_INT8, IS_FP8)
+    return acc, up
+
+
 @triton.jit(do_not_specialize=["num_rows"])  # one code, and no compiler, for any number of rows
 def _gemm_kernel(
     out, x, weight, bias, addend, x_scales, weight_scales,
@@ -60,7 +92,6 @@ def _gemm_kernel(
     dtype that gate and up are rounded to before the activation.
     """
     row_tiles, column_tiles = tl.cdiv(num_rows, ROWS), tl.cdiv(out_features, COLUMNS)
-    depth = tl.arange(0, DEPTH)
     # Neighbours share columns, so that a weight's tile is read from memory once for all rows.
     for tile in range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0)):
         rows = tile % row_tiles * ROWS + tl.arange(0, ROWS)
@@ -68,36 +99,10 @@ def _gemm_kernel(
         is_row, is_column = rows < num_rows, columns < out_features
         x_rows = x + rows.to(tl.int64)[:, None] * x_stride
         weight_rows = weight + columns.to(tl.int64)[None, :] * weight_stride
-        sum_dtype: tl.constexpr = tl.int32 if IS_INT8 else tl.float32
-        acc = tl.zeros([ROWS, COLUMNS], sum_dtype)
-        up = tl.zeros([ROWS, COLUMNS], sum_dtype)
-        for start in range(0, in_features, DEPTH):
-            k = start + depth
-            x_mask, weight_mask = (
-                is_row[:, None] & (k < in_features)[None, :],
-                is_column[None, :] & (k < in_features)[:, None],
-            )
-            a = tl.load(x_rows + k[None, :], mask=x_mask, other=0.0)
-            b = tl.load(weight_rows + k[:, None], mask=weight_mask, other=0.0, eviction_policy="evict_first")
-            if IS_INT8:
-                acc += tl.dot(a, b, out_dtype=tl.int32)
-            else:
-                acc = tl.dot(
-                    a, b, acc, input_precision="ieee", max_num_imprecise_acc=DEPTH if IS_FP8 else None
-                )
-            if EPILOGUE == _SILU_MUL:
-                c = tl.load(
-                    weight_rows + up_offset + k[:, None],
-                    mask=weight_mask,
-                    other=0.0,
-                    eviction_policy="evict_first",
-                )
-                if IS_INT8:
-                    up += tl.dot(a, c, out_dtype=tl.int32)
-                else:
-                    up = tl.dot(
-                        a, c, up, input_precision="ieee", max_num_imprecise_acc=DEPTH if IS_FP8 else None
-                    )
+        acc, up = _products(
+            x_rows, weight_rows, up_offset, is_row, is_column, in_features, ROWS, COLUMNS, DEPTH, EPILOGUE,
+            IS_INT8, IS_FP8,
+        )  # fmt: skip
 
         places = out + rows.to(tl.int64)[:, None] * out_stride + columns[None, :]
         is_element = is_row[:, None] & is_column[None, :]
@@ -105,37 +110,14 @@ def _gemm_kernel(
         if addend is not None:
             addend_places = addend + rows.to(tl.int64)[:, None] * addend_stride + columns[None, :]
         y = _dressed(
-            acc,
-            0,
-            rows,
-            columns,
-            is_row,
-            is_column,
-            is_element,
-            bias,
-            addend,
-            addend_places,
-            x_scales,
-            weight_scales,
+            acc, 0, rows, columns, is_row, is_column, is_element, bias, addend, addend_places, x_scales, weight_scales,
             IS_INT8 or IS_FP8,
-        )
+        )  # fmt: skip
         if EPILOGUE == _SILU_MUL:
-            up_rows = up_offset // weight_stride
             u = _dressed(
-                up,
-                up_rows,
-                rows,
-                columns,
-                is_row,
-                is_column,
-                is_element,
-                bias,
-                addend,
-                addend_places,
-                x_scales,
-                weight_scales,
-                IS_INT8 or IS_FP8,
-            )
+                up, up_offset // weight_stride, rows, columns, is_row, is_column, is_element, bias, addend,
+                addend_places, x_scales, weight_scales, IS_INT8 or IS_FP8,
+            )  # fmt: skip
             gate = y.to(ROUNDED).to(tl.float32)
             active = (gate / (1.0 + tl.exp(-gate))).to(ROUNDED).to(tl.float32)
             y = active * u.to(ROUNDED).to(tl.float32)

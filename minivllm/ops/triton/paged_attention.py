@@ -208,8 +208,8 @@ def _finish(acc, top, total, sinks, value_scale, HAS_SINKS: tl.constexpr):
 
 @triton.jit
 def _request_of(query_start_loc, tile, num_reqs, TOKENS: tl.constexpr):
-    """Tiles are numbered over the batch: those of request b begin at query_start_loc[b] // TOKENS + b, which leaves room
-    enough for each and is known without a sum over requests."""
+    """Tiles are numbered over the batch: those of request b begin at query_start_loc[b] // TOKENS + b, which leaves
+    room enough for each and is known without a sum over requests."""
     req, last = tile * 0, num_reqs - 1  # a tensor, in the interpreter too
     while req < last:
         middle = (req + last + 1) // 2

@@ -75,6 +75,7 @@ def error_of(response) -> dict:
         ({"best_of": 2, "temperature": 0}, "n", "greedy"),
         ({"guided_json": {"contains": {}}}, "structured_outputs", "contains"),
         ({"guided_regex": "a", "guided_choice": ["b"]}, "structured_outputs", "exactly one"),
+        ({"guided_regex": "a", "structured_outputs": [None]}, "structured_outputs", "dictionary"),
         ({"structured_outputs": {"regex": "("}}, "structured_outputs", "unclosed group"),
         ({"structured_outputs": {"regexp": "a"}}, "structured_outputs", "regexp"),
         ({"structured_outputs": {}}, "structured_outputs", "exactly one"),
@@ -99,7 +100,7 @@ def error_of(response) -> dict:
         ({"logprob_token_ids": [1], "logprobs": 1, "echo": True, "max_tokens": 0}, "logprob_token_ids", "answer"),
         ({"repetition_detection": {"max_pattern_size": 3}}, "repetition_detection.min_count", "2"),
         ({"repetition_detection": {"pattern": 3}}, "repetition_detection", "pattern"),
-        ({"vllm_xargs": {"a": 2**63}}, "extra_args", "64 bit"),
+        ({"vllm_xargs": {"a": 2**63}}, "vllm_xargs", "64 bit"),
     ],
 )
 def test_a_wrong_field_is_refused_by_name(api: Api, change: dict, param: str | None, says: str | None):

@@ -15,7 +15,8 @@ from tests.entrypoints.openai.fakes import MAX_MODEL_LEN, VOCAB_SIZE, FakeEngine
 
 ROOT = Path(__file__).resolve().parents[3]
 PAGE = (ROOT / "docs" / "server.md").read_text()
-COMPLETE, CHAT = "/v1/completions", "/v1/chat/completions"
+COMPLETE, CHAT, RESPOND = "/v1/completions", "/v1/chat/completions", "/v1/responses"
+MESSAGES = "/v1/messages"
 USER = {"role": "user", "content": "x"}
 
 
@@ -52,6 +53,9 @@ CASES: dict[str, tuple[int, str, Any, str | None]] = {
     "prompts of a completion": (1024, COMPLETE, lambda k: {"prompt": ["x"] * k, "max_tokens": 1}, "prompt"),
     "conversations of a batch": (1024, f"{CHAT}/batch", lambda k: {"messages": [[USER]] * k}, "messages"),
     "`messages` (`input` on `/v1/responses`)": (16_384, CHAT, lambda k: {"messages": [USER] * k}, "messages"),
+    "parts of a message's `content`": (
+        16_384, CHAT, lambda k: {"messages": [{"role": "user", "content": [{"type": "text", "text": ""}] * k}]},
+        "messages[0].content"),
     "`tools`": (1024, CHAT, lambda k: {"messages": [USER], "tools": [tool(f"f{i}") for i in range(k)],
                                       "tool_choice": "none"}, "tools"),
     "name of a function": (256, CHAT, lambda k: {"messages": [USER], "tools": [tool("f" * k)], "tool_choice": "none"},
@@ -82,6 +86,10 @@ CASES: dict[str, tuple[int, str, Any, str | None]] = {
     "`structured_outputs.choice`": (10_000, COMPLETE, lambda k: {"prompt": "x", **choice(k)}, "structured_outputs"),
     "`cache_salt`": (128, COMPLETE, lambda k: {"prompt": "x", "cache_salt": "s" * k}, "cache_salt"),
     "`request_id`": (256, COMPLETE, lambda k: {"prompt": "x", "request_id": "r" * k}, "request_id"),
+    "`include` of `/v1/responses`": (
+        64, RESPOND, lambda k: {"input": "x", "include": ["message.output_text.logprobs"] * k}, "include"),
+    "`metadata` of `/v1/responses`": (
+        65_536, RESPOND, lambda k: {"input": "x", "metadata": {"a": "x" * (k - len('{"a": ""}'))}}, "metadata"),
     "`tokens` of `/detokenize`": (1 << 20, "/detokenize", lambda k: {"tokens": [65] * k}, "tokens"),
     "`request_ids` of `/abort_requests`": (16_384, "/abort_requests", lambda k: {"request_ids": ["a"] * k},
                                            "request_ids"),
@@ -115,3 +123,17 @@ def test_a_limit_is_the_one_of_the_table(engine: FakeEngine, what: str):
     if at_limit is not None and at_limit.status_code != 200 and path not in ("/abort_requests",):
         assert at_limit.json()["error"]["message"] != error["message"]
         assert str(MAX_MODEL_LEN) in at_limit.text or "vocabulary" in at_limit.text, at_limit.text
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        (RESPOND, lambda parts: {"input": [{"role": "user", "content": parts("input_text")}]}, "input[0].content"),
+        (MESSAGES, lambda parts: {"messages": [{"role": "user", "content": parts("text")}]}, "messages[0].content"),
+        (MESSAGES, lambda parts: {"messages": [USER], "system": parts("text")}, "system"),
+    ],
+)
+def test_parts_are_counted_on_every_route_of_messages(api: Api, path: str, body: Any, param: str):
+    many = body(lambda kind: [{"type": kind, "text": ""}] * 16_385)
+    error = api.post(path, {"max_tokens": 1, **many} if path == MESSAGES else many)
+    assert error.status_code == 400 and f"{param} holds 16385 parts" in error.text

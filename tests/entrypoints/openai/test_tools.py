@@ -13,6 +13,7 @@ from minivllm.entrypoints.tool_use import JSON_LIST, read_tool_use
 from minivllm.exceptions import ConfigError
 from minivllm.sampling_params import StructuredOutputsParams
 from minivllm.structured_output.grammar import to_grammar
+from minivllm.tool_parsers.abstract import TaggedFormat
 from minivllm.tool_parsers.pieces import Answer
 from minivllm.tool_parsers.registry import TOOL_PARSERS
 from tests.entrypoints.openai.conftest import Api
@@ -309,7 +310,7 @@ def test_without_a_parser_required_calls_are_a_json_list_and_a_named_one_its_arg
 def test_what_a_grammar_makes_a_model_write_its_parser_reads(name: str, choice: Any):
     parser = TOOL_PARSERS.get(name)
     form = parser.call_format or JSON_LIST
-    call = form.begin + form.spelt("get_weather") + form.middle + '{"city": "Rome"}' + form.end
+    call = form.begin + form.spelt("get_weather") + ":0" * bool(form.number) + form.middle + '{"city": "Rome"}' + form.end
     text = form.first + form.separator.join([call] if choice is NAMED else [call, call]) + form.last
     if choice is NAMED and parser.call_format is None:
         text = '{"city": "Rome"}'
@@ -326,6 +327,7 @@ def test_what_a_grammar_makes_a_model_write_its_parser_reads(name: str, choice: 
 
 STRICT = [{"type": "function", "function": {**TOOLS[0]["function"], "strict": True}}, TOOLS[1]]
 FREE = sorted(name for name in TOOL_PARSERS.names if (f := TOOL_PARSERS.get(name).call_format) and f.trigger)
+TAGGED = sorted(name for name in TOOL_PARSERS.names if TOOL_PARSERS.get(name).tagged_format)
 
 
 def accepts(form: StructuredOutputsParams, text: str) -> bool:
@@ -337,8 +339,20 @@ def accepts(form: StructuredOutputsParams, text: str) -> bool:
 
 def written(parser: str, *calls: tuple[str, str]) -> str:
     form = TOOL_PARSERS.get(parser).call_format
-    texts = [form.begin + form.spelt(name) + form.middle + arguments + form.end for name, arguments in calls]
+    if form is None:
+        return "\n".join(tagged(TOOL_PARSERS.get(parser).tagged_format, name, arguments) for name, arguments in calls)
+    texts = [
+        form.begin + form.spelt(name) + f":{i}" * bool(form.number) + form.middle + arguments + form.end
+        for i, (name, arguments) in enumerate(calls)
+    ]
     return form.first + form.separator.join(texts) + form.last
+
+
+def tagged(form: TaggedFormat, name: str, arguments: str) -> str:
+    given = json.loads(arguments)
+    texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in given.items()} if isinstance(given, dict) else {}
+    inside = "".join(form.key + k + form.value + text + form.value_end for k, text in texts.items())
+    return form.begin + name + form.name_end + inside + form.arguments_end + form.end
 
 
 @pytest.mark.parametrize("name", FREE)
@@ -352,6 +366,38 @@ def test_strict_functions_are_enforced_where_the_model_calls_by_itself(name: str
     for call in (("get_weather", '{"town": "Rome"}'), ("get_weather", "{}"), ("get_weather", '{"city": 3}'),
                  ("get_wether", '{"city": "Rome"}'), ("now", "[]")):  # fmt: skip
         assert not accepts(plan.form, f"Well: {written(name, call)}"), call
+
+
+TYPED = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string"}, "days": {"type": "integer", "minimum": 1}, "unit": {"enum": ["C", "F"]},
+        "where": {"$ref": "#/$defs/place"}, "tags": {"type": ["array", "null"], "items": {"type": "string"}},
+    },
+    "required": ["city", "days"],
+    "$defs": {"place": {"type": "object", "properties": {"x": {"type": "number"}}, "required": ["x"]}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TAGGED)
+def test_strict_tagged_arguments_have_the_types_of_their_schemas(name: str):
+    """And what the grammar lets through, the parser reads as what the schema says."""
+    tools = [{"type": "function", "function": {"name": "f", "parameters": TYPED, "strict": True}},
+             {"type": "function", "function": {"name": "now", "parameters": {"type": "object"}}}]  # fmt: skip
+    parser = TOOL_PARSERS.get(name)
+    form = AnswerFormat(parser, auto_tool_choice=True).plan(read_tool_use(tools, "auto")).form
+    for given in ({"city": "<b>\nRome</b>", "days": 3}, {"city": "", "days": 1, "unit": "F", "where": {"x": 1.5}},
+                  {"city": "Oslo", "days": 2, "tags": ["a"]}, {"city": "Oslo", "days": 2, "tags": None}):  # fmt: skip
+        text = f"Hm.\n{written(name, ('f', json.dumps(given)))} Done."
+        assert accepts(form, text), text
+        [call] = parser(tools).parse(text).calls
+        assert json.loads(call.arguments) == given
+    for given in ({"city": "Rome"}, {"days": 1}, {"city": "Rome", "days": "many"}, {"city": "Rome", "days": 0}, {},
+                  {"city": "Rome", "days": 1, "unit": "K"}, {"city": "Rome", "days": 1, "where": {"x": "?"}},
+                  {"city": "Rome", "days": 1, "more": 1}):  # fmt: skip
+        assert not accepts(form, written(name, ("f", json.dumps(given)))), given
+    assert accepts(form, "Just text.") and accepts(form, written(name, ("now", '{"x": [1], "y": "z"}')))
+    assert not accepts(form, written(name, ("then", "{}")))
 
 
 @pytest.mark.parametrize("name", FREE)

@@ -9,9 +9,9 @@ import torch
 
 from minivllm.ops import bitmask, penalties, sampling
 from minivllm.ops.triton import bitmask as triton_bitmask
-from minivllm.ops.triton import log_softmax as triton_log_softmax
 from minivllm.ops.triton import penalties as triton_penalties
 from minivllm.ops.triton import sampling as triton_sampling
+from minivllm.ops.triton import token_logprobs as triton_token_logprobs
 from tests.gpu.case import Case, Check, randn
 
 
@@ -66,13 +66,6 @@ def truncation(device: str, large: bool, *, vocab_size: int) -> Check:
     )
 
 
-def log_softmax(device: str, large: bool, *, vocab_size: int) -> Check:
-    logits = logits_of(device, large, vocab_size, 5)[[0, 1, 4]]
-    return Check(
-        lambda: triton_log_softmax.log_softmax(logits), lambda: torch.log_softmax(logits.double(), -1), 2e-6
-    )
-
-
 def token_logprobs(device: str, large: bool, *, vocab_size: int) -> Check:
     logits = logits_of(device, large, vocab_size, 5)[[0, 4]]
     tokens = torch.tensor([[3, 0, -1], [vocab_size - 1, 5, 1]], device=device)
@@ -85,7 +78,7 @@ def token_logprobs(device: str, large: bool, *, vocab_size: int) -> Check:
         ranks = (logits >= logits.gather(1, tokens[:, :1])).sum(1)
         return values.masked_fill(tokens < 0, float("-inf")), ranks
 
-    return Check(lambda: triton_log_softmax.token_logprobs(logits, tokens), expected, 2e-6)
+    return Check(lambda: triton_token_logprobs.token_logprobs(logits, tokens), expected, 2e-6)
 
 
 def masking(device: str, large: bool) -> Check:
@@ -133,7 +126,6 @@ def _cases() -> dict[str, Case]:
     for vocab_size in (130, 9001):
         found[f"gumbel_argmax_{vocab_size}"] = partial(gumbel, vocab_size=vocab_size)
         found[f"truncation_{vocab_size}"] = partial(truncation, vocab_size=min(vocab_size, 3001))
-        found[f"log_softmax_{vocab_size}"] = partial(log_softmax, vocab_size=vocab_size)
         found[f"token_logprobs_{vocab_size}"] = partial(token_logprobs, vocab_size=vocab_size)
     return found
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from minivllm.entrypoints.chat_utils import check_num_parts
 from minivllm.entrypoints.openai.as_chat import chat_request, string_field
 from minivllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from minivllm.entrypoints.openai.messages.protocol import CountTokensRequest, MessagesRequest
@@ -56,9 +57,11 @@ def _messages(request: CountTokensRequest) -> list[dict[str, Any]]:
         content = message.get("content")
         if isinstance(content, str):
             messages.append({"role": message["role"], "content": content})
-        elif not isinstance(content, list):
+            continue
+        if not isinstance(content, list):
             raise RequestError(f"{place}.content must be a string or a list of blocks", param=f"{place}.content")
-        elif message["role"] == "assistant":
+        check_num_parts(content, f"{place}.content")
+        if message["role"] == "assistant":
             messages.append(_assistant(content, f"{place}.content"))
         else:
             messages += _user(message["role"], content, f"{place}.content")
@@ -118,6 +121,7 @@ def _texts(content: Any, place: str) -> str:
         return content
     if not isinstance(content, list):
         raise RequestError(f"{place} must be a string or a list of blocks", param=place)
+    check_num_parts(content, place)
     for i, block in enumerate(content):
         if (kind := _kind(block, f"{place}[{i}]")) != "text":
             raise UnsupportedError(f"{place}[{i}]: blocks of type {kind!r} are not supported; send text", param=place)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from minivllm.entrypoints.chat_utils import check_num_parts
 from minivllm.entrypoints.openai.as_chat import chat_request, string_field
 from minivllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from minivllm.entrypoints.openai.responses.protocol import CallItem, Item, MessageItem, ResponsesRequest
@@ -109,6 +110,7 @@ def _content(content: Any, place: str) -> str:
         return content
     if not isinstance(content, list):
         raise RequestError(f"{place} must be a string or a list of parts", param=place)
+    check_num_parts(content, place)
     texts = []
     for i, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any, ClassVar
 
 import msgspec
@@ -34,6 +35,10 @@ ACCEPTED: dict[str, Accepts] = {
     "truncation": one_of(None, "disabled"),
     "user": anything,
 }
+
+
+MAX_INCLUDE = 64
+MAX_METADATA_CHARS = 65_536  # as JSON; they come back in every answer, and are stored with it
 
 
 class ResponsesRequest(BaseModel):
@@ -89,6 +94,12 @@ class ResponsesRequest(BaseModel):
     def _check(self) -> ResponsesRequest:
         if self.input == "" or self.input == []:
             raise RequestError("input is empty", param="input")
+        if len(self.include or ()) > MAX_INCLUDE:
+            raise RequestError(f"include holds {len(self.include)}; at most {MAX_INCLUDE} fit", param="include")
+        if (size := len(json.dumps(self.metadata))) > MAX_METADATA_CHARS:
+            raise RequestError(
+                f"metadata is {size} characters of JSON; at most {MAX_METADATA_CHARS} fit", param="metadata"
+            )
         if self.max_output_tokens is not None and self.max_output_tokens < 1:
             raise RequestError(
                 f"max_output_tokens must be at least 1, got {self.max_output_tokens}", param="max_output_tokens"

@@ -1,4 +1,4 @@
-"""Log-probabilities: of the whole vocabulary, or of given tokens with no more written than is asked for."""
+"""Log-probabilities of given tokens, with no more written than is asked for."""
 
 from __future__ import annotations
 
@@ -25,18 +25,6 @@ def _log_sum(row, vocab_size, CHUNK: tl.constexpr):
         total = total * tl.exp(top - safe_top) + tl.sum(tl.exp(x - safe_top), 0)
         top = new_top
     return tl.max(top, 0), tl.sum(tl.log(total), 0)
-
-
-@triton.jit
-def _log_softmax_kernel(out, logits, row_stride, vocab_size, CHUNK: tl.constexpr):
-    """Grid: (num_rows,)."""
-    at = tl.program_id(0).to(tl.int64)
-    row = logits + at * row_stride
-    top, log_total = _log_sum(row, vocab_size, CHUNK)
-    for start in range(0, vocab_size, CHUNK):
-        index = start + tl.arange(0, CHUNK)
-        x = tl.load(row + index, mask=index < vocab_size, other=0.0)
-        tl.store(out + at * vocab_size + index, x - top - log_total, mask=index < vocab_size)
 
 
 @triton.jit
@@ -68,17 +56,6 @@ def _token_logprobs_kernel(
         x = tl.load(row + index, mask=index < vocab_size, other=float("-inf"))
         rank += tl.sum(((x >= own) & (index < vocab_size)).to(tl.int32), 0)
     tl.store(ranks + at, tl.sum(rank, 0).to(tl.int64))
-
-
-def log_softmax(logits: torch.Tensor) -> torch.Tensor:
-    """`reference` of `ops/log_softmax.py`. logits may have any row stride."""
-    require("logits", logits, torch.float32, logits.shape, dense=1)
-    out = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
-    if out.numel():
-        _log_softmax_kernel[(len(logits),)](
-            out, logits, logits.stride(0), logits.shape[1], CHUNK=_CHUNK, num_warps=8
-        )
-    return out
 
 
 def token_logprobs(logits: torch.Tensor, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,6 +1,6 @@
 """Every native kernel against the machine: bytes or operations a second, and the share of what they could be at most.
 
-    python benchmarks/kernels.py [--only norm gemm …] [--rows 1 64 2048]
+    python benchmarks/native_kernels.py [--only norm gemm …] [--rows 1 64 2048]
 
 The sizes are those of the Qwen3-0.6B shape in bfloat16. The least a call can take is its bytes (each one it must read or
 write, once) at the rate at which as many are read again and again by `read_memory`, or its operations at the peak of
@@ -17,9 +17,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import attention
-import numpy as np
 import torch
-from gemm import COLD_BYTES, SHAPES
+from gemm import SHAPES
 from roofline import bandwidth, best_seconds, peak_products
 
 from minivllm.attention.backend import AttentionSpec
@@ -43,6 +42,7 @@ HIDDEN, INNER, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 1024, 3072, 16, 8, 128, 151936
 BF16 = torch.bfloat16
 SHARED_CACHE = 64 << 20  # what is larger is taken to be read from memory
 MOST_LOGITS_ROWS = 64
+COLD_BYTES = 640 << 20  # of weights, read in turn
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,8 @@ def small(rows: int) -> Iterator[Case]:
     added = functools.partial(rms_norm.add_cpu, x, residual, weight, 1e-6)
     yield Case("norm: rms_norm of a sum", added, 8 * rows * HIDDEN)
     q, k = (torch.randn(rows, heads, HEAD_DIM).to(BF16) for heads in (HEADS, KV_HEADS))
-    positions, cos_sin = torch.arange(rows), torch.rand(max(rows, 2), HEAD_DIM)
+    angles = torch.rand(rows, HEAD_DIM // 2)  # true rotations: q and k are turned in place, and must not shrink
+    positions, cos_sin = torch.arange(rows), torch.cat([angles.cos(), angles.sin()], 1)
     norms = rotary.HeadNorms(torch.ones(HEAD_DIM, dtype=BF16), torch.ones(HEAD_DIM, dtype=BF16), 1e-6)
     moved = 4 * rows * (HEADS + KV_HEADS) * HEAD_DIM
     yield Case("rotary", lambda: rotary.cpu(positions, q, k, cos_sin), moved)
@@ -102,9 +103,9 @@ def on_logits(rows: int) -> Iterator[Case]:
     yield Case("sampling: copy, top-p 0.9", lambda: truncate(every, top_p), 4 * size)
     yield Case("sampling: rows not finite", lambda: sampling.nonfinite_rows_cpu(logits), size)
     yield Case("logprobs: log_softmax", lambda: log_softmax.cpu(logits), 2 * size)
-    bits = np.random.default_rng(0).integers(0, 2**32, (rows, -(-VOCAB // 32)), np.uint32)
-    every_row = np.arange(rows)
-    yield Case("bitmask", lambda: bitmask.cpu(scratch, every_row, bits), 2 * size + bits.nbytes)
+    bits = torch.randint(-(2**31), 2**31, (rows, -(-VOCAB // 32)), dtype=torch.int32)
+    every_row = torch.arange(rows)
+    yield Case("bitmask", lambda: bitmask.cpu(scratch, every_row, bits), size + bits.nbytes)
     yield Case("scaling: soft_cap", lambda: scaling.soft_cap_cpu(scratch, 30.0), 2 * size)
 
 
@@ -129,7 +130,8 @@ def linear(rows: int) -> Iterator[Case]:
 
 
 def _copies(cls: type[PackedLinear], into: int, out: int, *, gated: bool) -> list[PackedLinear]:
-    layers = [cls(out, into, BF16, gated=gated) for _ in range(max(1, COLD_BYTES // (2 * into * out)))]
+    layers = [cls(out, into, BF16, gated=gated)]
+    layers += [cls(out, into, BF16, gated=gated) for _ in range(COLD_BYTES // layers[0].nbytes)]
     weight = torch.randn(out, into).mul_(into**-0.5).to(BF16)
     for layer in layers:
         layer.load_rows(0, weight)

@@ -1,0 +1,107 @@
+"""What the comparison with other engines promises: nothing stays behind, nothing measured is lost; and that scripts run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+sys.path.append(str(BENCHMARKS))
+
+floors = pytest.importorskip("floors")
+from processes import Processes  # noqa: E402
+from results import Results, as_table  # noqa: E402
+from roofline import Roofline  # noqa: E402
+
+# A parent that waits for two children, one of which left the session and the other ignores what it is asked.
+FAMILY = "setsid sleep 61 & (trap '' TERM; sleep 62; sleep 63) & echo there; wait"
+ROOF = Roofline(2, "amx", 30.0, 20.0, {1: 0.03, 2048: 2.5}, {}, {}, {}, {1: 0.06, 2048: 4.0}, 5.0, 10.0)
+
+
+def gone(pids: list[int], limit_s: float = 15) -> bool:
+    end = time.monotonic() + limit_s
+    while any(alive(pid) for pid in pids) and time.monotonic() < end:
+        time.sleep(0.05)
+    return not any(alive(pid) for pid in pids)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_all_that_an_engine_starts_is_paused_and_ends_with_it(tmp_path: Path):
+    engine = Processes(["bash", "-c", FAMILY], {}, tmp_path / "log", talks=True)
+    assert engine.root.stdout.readline() == b"there\n"
+    while len(engine.members()) < 4:
+        time.sleep(0.02)
+    members = engine.members()
+    engine.pause()
+    time.sleep(0.1)
+    assert {process.status() for process in members} == {psutil.STATUS_STOPPED}
+    engine.end()
+    assert gone([process.pid for process in members])
+
+
+STARTER = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from processes import Guard, Processes
+engine = Processes(["bash", "-c", "sleep 61 & sleep 62"], {}, Path(os.devnull), guard=Guard())
+while len(engine.members()) < 3:
+    pass
+print(*(process.pid for process in engine.members()), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_comparison_leaves_behind_is_ended_by_its_guard():
+    done = subprocess.run([sys.executable, "-c", STARTER, str(BENCHMARKS)], capture_output=True, text=True)
+    pids = [int(pid) for pid in done.stdout.split()]
+    assert len(pids) == 3, done.stderr
+    assert gone(pids)
+
+
+def test_results_are_kept_line_by_line_and_a_failure_says_why(tmp_path: Path):
+    run = {"kind": "run", "model": "/m", "cell": "T1", "seconds": 1.0, "requests": 8, "us_a_token": 5.0, "memory_mb": 9.0}
+    results = Results(tmp_path / "r.jsonl")
+    for rate in (100.0, 300.0, 200.0):
+        results.add(**run, engine="ours", tokens_s=rate)
+    results.add(**run | {"requests": 2}, engine="other", tokens_s=50.0)
+    results.add(kind="failed", model="/m", cell="T1", engine="third", why="it ended with 1")
+    again = Results(tmp_path / "r.jsonl")
+    assert [line["tokens_s"] for line in again.of("/m", "T1", "ours")] == [100.0, 300.0, 200.0]
+    first, rest = as_table(again).split("###")
+    assert "| other | 50.0 of 2 requests (4.00 ×) |" in first
+    rows = {row.split(" | ")[0]: row for row in rest.splitlines()}
+    assert "| 200.0 | 100.0 to 300.0 |" in rows["| ours"]
+    assert "| 4.00 × |" in rows["| other"] and "of 2 of the 8 requests" in rows["| other"]
+    assert "it ended with 1" in rows["| third"]
+    assert (tmp_path / "r.md").read_text() == as_table(again)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("work", ["W1", "W2", "W3", "W4", "W5"])
+def test_no_floor_lies_below_the_bound_of_reading_and_tile_products(work: str, int8: bool):
+    shape = floors.ModelShape(28, 16, 8, 128, 1024, 3072, 151936)
+    floor, bound = (floors.Floor(shape, ROOF, int8, at_peak).seconds(work) for at_peak in (False, True))
+    assert 0 < bound <= floor
+    slower = replace(ROOF, bandwidth_gbs=15.0)
+    assert floors.Floor(shape, slower, int8).seconds(work) > floor
+
+
+@pytest.mark.parametrize("script", ["compare", "native_kernels", "attention", "gemm", "roofline", "floors", "startup", "offline", "load"])
+def test_a_script_says_what_it_is_for(script: str):
+    command = [sys.executable, f"{script}.py", "--help"]
+    done = subprocess.run(command, cwd=BENCHMARKS, capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 0 and len(done.stdout) > 200, done.stderr
