@@ -16,6 +16,10 @@ int num_threads();            // the calling thread included; by default the CPU
 // which is the system's; with none given, so are all.
 void set_num_threads(int n, const std::vector<int>& processors = {});
 
+// While on, threads wait for work (and for each other) awake for up to about a millisecond: for a stretch of calls with
+// something else between them. Otherwise for some 30 µs, then they sleep.
+void stay_awake(bool on);
+
 // Runs fn(ctx, i) once for each i in [0, count), count <= num_threads(), on as many threads as are there to take one;
 // returns when all are done. fn must not throw.
 void run_on_threads(int count, void (*fn)(void* ctx, int index), void* ctx);
