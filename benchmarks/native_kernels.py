@@ -6,7 +6,8 @@ The sizes are those of the Qwen3-0.6B shape in bfloat16. The least a call can ta
 write, once) at the rate at which as many are read again and again by `read_memory`, or its operations at the peak of
 tile products, whichever is longer; the share is that over the time of the fastest call. Weights are read cold: so many
 copies in turn that no cache holds them. Everything else is as warm as in a forward pass, and for a few microseconds of
-work a call's own cost, Python's included (`empty call`), is most of it. Attention is `attention.py`'s.
+work a call's own cost, Python's included (`empty call`), is most of it. Attention is `attention.py`'s. The machine's limits
+are measured between the groups of kernels, and the best of them counts: the table is printed at the end.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 import attention
 import torch
 from gemm import SHAPES
-from roofline import bandwidth, best_seconds, peak_products
+from roofline import best_seconds, peak_products
 
 from minivllm.attention.backend import AttentionSpec
 from minivllm.attention.backends.cpu_native import CpuNativeBackend
@@ -148,56 +149,84 @@ def _multiply(layers: list[PackedLinear], name: str, x: torch.Tensor, result: to
             layer(x, out=result)
 
 
+class Limits:
+    """The most that was seen of the machine so far: GB/s of reading, operations a second by type."""
+
+    def __init__(self) -> None:
+        self._memory = native.huge_pages(1 << 30)
+        self._memory.fill_(1)
+        self.read, self.peak = 0.0, {"bfloat16": 0.0, "int8": 0.0}
+
+    def measure(self) -> None:
+        self.read = max(self.read, self._rate(1 << 30, 0.3))
+        for dtype in self.peak:
+            self.peak[dtype] = max(self.peak[dtype], peak_products(dtype, 0.15))
+
+    @functools.cache
+    def warm(self, num_bytes: float) -> float:
+        """GB/s of reading so many bytes again and again."""
+        return self._rate(max(512, int(num_bytes) // 512 * 512), 0.03)
+
+    def _rate(self, size: int, seconds: float) -> float:
+        address = self._memory.data_ptr()
+        return size / best_seconds(lambda: native.lib.read_memory(address, size), seconds) / 1e9
+
+
+@dataclass(frozen=True)
+class Row:
+    """What became of a case."""
+
+    name: str
+    rows: int
+    seconds: float
+    num_bytes: float
+    flop: float
+    int8: bool = False
+    warm: float | None = None  # GB/s of reading as much from the caches
+
+    def text(self, limits: Limits) -> str:
+        peak = limits.peak["int8" if self.int8 else "bfloat16"]
+        read = limits.read if self.warm is None else max(self.warm, limits.read)
+        least = max(self.num_bytes / read / 1e9, self.flop / peak / 1e12 if peak else 0.0)
+        operations = f"{self.flop / self.seconds / 1e12:.2f}" if self.flop else ""
+        rate = f"{self.num_bytes / self.seconds / 1e9:.1f}"
+        took = f"{1e6 * self.seconds:.1f}"
+        return f"| {self.name} | {self.rows} | {took} | {rate} | {operations} | {least / self.seconds:.0%} |"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=[""], help="what names begin with; attention is one")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 64, 2048])
     parser.add_argument("--seconds", type=float, default=0.1, help="of measuring each")
     args = parser.parse_args()
-    read, peak = bandwidth(0.5), {"bfloat16": peak_products("bfloat16", 0.3), "int8": peak_products("int8", 0.3)}
-    print(f"{native.lib.isa()}, {native.lib.num_threads()} threads; read {read:.1f} GB/s, tile products {peak}")
+    wanted, limits, found = tuple(args.only), Limits(), []
     nothing = torch.zeros(1, 1, dtype=BF16)
     empty = best_seconds(lambda: scaling.scale_cpu(nothing, 1.0), 0.05)
-    print(f"empty call: {1e6 * empty:.1f} µs\n\n| kernel | rows | µs | GB/s | T(FL)OP/s | share |\n|---|---|---|---|---|---|")
-    wanted = tuple(args.only)
     for rows in args.rows:
         for cases in (small, on_logits, linear):
             if cases is on_logits and rows > MOST_LOGITS_ROWS:
                 continue
-            for case in cases(rows):
-                if case.name.startswith(wanted):
-                    _tell(case, rows, args.seconds, read, peak)
+            limits.measure()
+            found += [
+                _measure(case, rows, args.seconds, limits) for case in cases(rows) if case.name.startswith(wanted)
+            ]
     if "attention".startswith(wanted):
-        _attention(read, peak["bfloat16"])
-    read_again = bandwidth(0.5)
-    print(f"\nread at the end: {read_again:.1f} GB/s")
+        found += _attention()
+    limits.measure()
+    peaks = ", ".join(f"{dtype} {rate:.2f} T(FL)OP/s" for dtype, rate in limits.peak.items())
+    print(f"{native.lib.isa()}, {native.lib.num_threads()} threads; read {limits.read:.1f} GB/s; tile products {peaks}")
+    print(f"empty call: {1e6 * empty:.1f} µs\n\n| kernel | rows | µs | GB/s | T(FL)OP/s | share |\n|---|---|---|---|---|---|")
+    print("\n".join(row.text(limits) for row in found))
 
 
-def _tell(case: Case, rows: int, seconds: float, read: float, peak: dict[str, float]) -> None:
+def _measure(case: Case, rows: int, seconds: float, limits: Limits) -> Row:
     took = best_seconds(case.run, seconds) / case.calls
-    top = peak["int8" if case.int8 else "bfloat16"]
-    _row(case.name, str(rows), took, case.num_bytes, case.flop, read if case.cold else _warm(case.num_bytes, read), top)
+    warm = limits.warm(case.num_bytes) if not case.cold and case.num_bytes <= SHARED_CACHE else None
+    return Row(case.name, rows, took, case.num_bytes, case.flop, case.int8, warm)
 
 
-def _row(name: str, rows: str, took: float, num_bytes: float, flop: float, read: float, top: float) -> None:
-    least = max(num_bytes / read / 1e9, flop / top / 1e12 if top else 0.0)
-    operations = f"{flop / took / 1e12:.2f}" if flop else ""
-    rate = f"{num_bytes / took / 1e9:.1f}"
-    print(f"| {name} | {rows} | {1e6 * took:.1f} | {rate} | {operations} | {least / took:.0%} |", flush=True)
-
-
-@functools.lru_cache
-def _warm(num_bytes: float, read: float) -> float:
-    """GB/s of reading so many bytes again and again."""
-    if num_bytes > SHARED_CACHE:
-        return read
-    size = max(512, int(num_bytes) // 512 * 512)
-    buffer = torch.ones(size + 64, dtype=torch.uint8)
-    start = buffer.data_ptr() + -buffer.data_ptr() % 64
-    return size / best_seconds(lambda: native.lib.read_memory(start, size), 0.03) / 1e9
-
-
-def _attention(read: float, top: float) -> None:
+def _attention() -> Iterator[Row]:
     for kind in ("auto", "int8"):
         backend = CpuNativeBackend(AttentionSpec(HEADS, KV_HEADS, HEAD_DIM, 128, BF16, "cpu", kind))
         for name, lens, shared in (
@@ -207,12 +236,11 @@ def _attention(read: float, top: float) -> None:
         ):
             took, _, num_bytes = attention.decode(backend, lens, shared, 1.0, with_torch=False)
             flop = 4 * sum(lens) * HEADS * HEAD_DIM
-            _row(f"attention: {name}, {kind}", str(len(lens)), took, num_bytes, flop, read, top)
+            yield Row(f"attention: {name}, {kind}", len(lens), took, num_bytes, flop)
         for rows in (512, 4096):
             took, _ = attention.prefill(backend, rows, with_torch=False)
             num_bytes = 2 * rows * HEAD_DIM * (2 * HEADS + 2 * KV_HEADS)
-            flop = 2 * rows * rows * HEADS * HEAD_DIM
-            _row(f"attention: prefill, {kind}", str(rows), took, num_bytes, flop, read, top)
+            yield Row(f"attention: prefill, {kind}", rows, took, num_bytes, 2 * rows * rows * HEADS * HEAD_DIM)
 
 
 if __name__ == "__main__":

@@ -172,11 +172,10 @@ class AsyncMPClient(_SocketClient):
 
     def _on_readable(self) -> None:
         """Read all there is: the descriptor does not signal again for what is left (zmq_getsockopt(3), ZMQ_FD)."""
+        socket = self._core.output_socket
         try:
-            while True:
-                self._receive(self._core.output_socket.recv_multipart(zmq.NOBLOCK))
-        except zmq.Again:
-            pass
+            while socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:  # asking costs less than an exception at the end
+                self._receive(socket.recv_multipart(zmq.NOBLOCK))
         except (EngineDeadError, zmq.ZMQError):
             self._stop_reading()
         self._wake_reader()

@@ -16,13 +16,18 @@ _MAX_PENDING_TOKENS = 8
 
 
 class ByteDecoder:
-    """Tokens whose bytes are known: a UTF-8 reader that keeps the open bytes of a divided character."""
+    """Tokens whose bytes are known: a UTF-8 reader that keeps the open bytes of a divided character.
+
+    Most tokens are whole characters and follow whole ones: these need no reader, their text is known.
+    """
 
     def __init__(self, tokenizer: Tokenizer, prompt_token_ids: list[int], skip_special_tokens: bool) -> None:
         self._bytes_of = tokenizer.token_bytes
+        self._whole_texts = tokenizer.whole_texts
         self._hidden = tokenizer.special_ids if skip_special_tokens else frozenset()
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._at_start = tokenizer.strips_leading_space and not self._has_visible_tail(prompt_token_ids)
+        self._takes_whole_texts = not self._at_start  # nothing is open
         for token in prompt_token_ids[-_CONTEXT_TOKENS:]:
             self.add(token)
 
@@ -34,13 +39,18 @@ class ByteDecoder:
 
     def add(self, token: int) -> str:
         """The text that this token completes."""
+        if self._takes_whole_texts and (text := self._whole_texts[token]) is not None:
+            return text
         if token in self._hidden:
             return ""
         data = self._bytes_of(token)
         if self._at_start and data:
             self._at_start = False
             data = data.removeprefix(b" ")
-        return self._utf8.decode(data)
+        text = self._utf8.decode(data)
+        open_bytes, _ = self._utf8.getstate()
+        self._takes_whole_texts = not (open_bytes or self._at_start)
+        return text
 
     def flush(self) -> str:
         """U+FFFD for a character that will not be completed, else nothing."""
@@ -183,11 +193,15 @@ class IncrementalDetokenizer:
 
     def next_text(self, *, finished: bool, delta: bool) -> str:
         """What may be shown now: all of it, or with `delta` what was not shown before."""
-        end = len(self.text) if finished else max(len(self.text) - self._held_back, 0)
+        text, shown = self.text, self._shown
+        end = len(text)
+        if self._held_back and not finished:
+            end = max(end - self._held_back, 0)
         if not delta:
-            return self.text[:end]
-        shown, self._shown = self._shown, max(end, self._shown)
-        return self.text[shown:end]
+            return text[:end]
+        if end > shown:
+            self._shown = end
+        return text[shown:end]
 
 
 def _decoder(

@@ -90,6 +90,8 @@ class RequestState:
         self.num_prompt_tokens = len(request.prompt_token_ids)
         self.prompt_token_ids = None if request.prompt_embeds is not None else request.prompt_token_ids
         self.params = params
+        self._delta = params.output_kind is RequestOutputKind.DELTA
+        self._only_final = params.output_kind is RequestOutputKind.FINAL_ONLY
         self.parent = parent
         self.index = index
         self.collector = collector
@@ -158,27 +160,27 @@ class RequestState:
     def _is_due(self, finished: bool) -> bool:
         if finished:
             return True
-        if self.params.output_kind is RequestOutputKind.FINAL_ONLY:
+        if self._only_final:
             return False
         num_unsent = len(self.detokenizer.token_ids) - self.num_sent_tokens
         return num_unsent > 0 and (self.num_sent_tokens == 0 or num_unsent >= self.stream_interval)
 
     def _answer(self, finished: bool) -> CompletionOutput:
-        delta = self.params.output_kind is RequestOutputKind.DELTA
-        start = self.num_sent_tokens if delta else 0
-        self.num_sent_tokens = len(self.detokenizer.token_ids)
+        detokenizer = self.detokenizer
+        start = self.num_sent_tokens if self._delta else 0
+        self.num_sent_tokens = len(detokenizer.token_ids)
         logprobs = self.logprobs.logprobs
         return CompletionOutput(
             index=self.index,
-            text=self.detokenizer.next_text(finished=finished, delta=delta),
-            token_ids=self.detokenizer.token_ids[start:],
+            text=detokenizer.next_text(finished=finished, delta=self._delta),
+            token_ids=detokenizer.token_ids[start:],
             cumulative_logprob=self.logprobs.cumulative_logprob,
             logprobs=None if logprobs is None else logprobs[max(start - self.num_unscored_tokens, 0) :],
         )
 
     def _prompt_logprobs(self) -> tuple[PromptLogprobs | None, list[list[float]] | None]:
         """All rows, and those of tokens asked for by id; under DELTA only once."""
-        if self.sent_prompt_logprobs and self.params.output_kind is RequestOutputKind.DELTA:
+        if self.sent_prompt_logprobs and self._delta:
             return None, None
         self.sent_prompt_logprobs = True
         return self.logprobs.prompt_logprobs, self.logprobs.prompt_token_id_logprobs
@@ -294,7 +296,8 @@ class OutputProcessor:
             ended_by_stop_token=output.finish_reason is FinishReason.STOP and state.is_stopped_by(output),
             finished=output.finish_reason is not None,
         )
-        if not state.detokenizer.has_ended:
+        has_logprobs = output.new_logprobs is not None or output.new_prompt_logprobs is not None
+        if has_logprobs and not state.detokenizer.has_ended:
             state.logprobs.update(output)
         if stop is not None and output.finish_reason is not FinishReason.ERROR:
             return FinishReason.STOP, stop

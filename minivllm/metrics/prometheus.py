@@ -342,11 +342,13 @@ class PrometheusStatLogger:
         """Nothing to say: it is scraped."""
 
     def _set_sleep_level(self, level: int) -> None:
+        self._sleep_level = level
         for of_level, gauge in enumerate(self._sleep_states):
             gauge.set(of_level == level)
 
     def _record_scheduler(self, stats: SchedulerStats) -> None:
-        self._set_sleep_level(stats.sleep_level)
+        if stats.sleep_level != self._sleep_level:
+            self._set_sleep_level(stats.sleep_level)
         self._num_running.set(stats.num_running_reqs)
         self._num_waiting.set(stats.num_waiting_reqs)
         self._num_waiting_for_capacity.set(stats.num_waiting_reqs)

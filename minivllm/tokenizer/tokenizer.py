@@ -8,6 +8,7 @@ All methods may be called from several threads at once: the Rust tokenizer is ne
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -238,9 +239,32 @@ class Tokenizer:
             return bytes([int(byte[1], 16)]) if byte else piece.replace(_SPACE, " ").encode()
         return self._decode_by_library([token_id], False).encode()
 
+    @cached_property
+    def whole_texts(self) -> WholeTexts:
+        return WholeTexts(self)
+
     def token_text(self, token_id: int) -> str:
         """The token alone as text; bytes of a divided character become U+FFFD."""
         return self.token_bytes(token_id).decode("utf-8", errors="replace")
+
+
+class WholeTexts(dict):
+    """By token id: the text that a token adds wherever it follows a whole character; None where it has no such text.
+
+    Those are tokens whose bytes are not whole characters, and special ones, which may be hidden. Made as they are met.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        self._tokenizer = tokenizer
+
+    def __missing__(self, token_id: int) -> str | None:
+        text = None
+        if token_id not in self._tokenizer.special_ids:
+            with contextlib.suppress(UnicodeDecodeError):
+                text = self._tokenizer.token_bytes(token_id).decode()
+        self[token_id] = text
+        return text
 
 
 def _decoders(rust: Any) -> list[dict]:

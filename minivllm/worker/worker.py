@@ -32,13 +32,14 @@ from minivllm.models.decoder import DecoderForCausalLM
 from minivllm.models.registry import load_class
 from minivllm.ops.native import MemoryTaker
 from minivllm.ops.op import NoImplementation
-from minivllm.platforms.platform import DevicePlatform, Platform, detect
+from minivllm.platforms.platform import Platform, detect
 from minivllm.sample.custom import CustomProcessors
 from minivllm.sample.sampler import Sampler
 from minivllm.worker import kv_layout, largest_step, memory
 from minivllm.worker.device_sampling import DeviceSampling, Handle
 from minivllm.worker.model_runner import ModelRunner
 from minivllm.worker.profiler import WorkerProfiler
+from minivllm.worker.sleeping import Sleeping
 
 logger = init_logger(__name__)
 
@@ -61,9 +62,7 @@ class Worker:
         self._plans_in_flight = config.scheduler.max_plans_in_flight(leaves_host_free=not self.platform.is_host)
         self.runner: ModelRunner | None = None
         self.memory_taker: MemoryTaker | None = None
-        self._load: Callable[[], None] | None = None  # the weights, into the places they have
-        self._away: dict[str, Callable[[], None]] = {}  # of SLEEPING_PARTS, what is given back, and what has it again
-        self._on_host: list[tuple[torch.Tensor, torch.Tensor]] = []  # weights that are away, and copies of them
+        self._sleeping: Sleeping | None = None
         profiler = read_profiler_config(config.observability.profiler_config)
         self._profiler = WorkerProfiler(profiler) if profiler.is_on else None
 
@@ -103,7 +102,6 @@ class Worker:
                 loader.load_weights(plan, dtype, platform, show_progress=config.load.use_tqdm_on_load)
 
         load()
-        self._load = load
         if not platform.is_host:
             on_progress("measuring the largest step")
             measured = self._measure_step(model, backend, max_num_batched_tokens, max_num_seqs, size)
@@ -118,6 +116,8 @@ class Worker:
         self.runner = self._new_runner(
             model, backend, tensors, custom, size, max_num_batched_tokens, max_num_seqs
         )
+        weights = [tensor for weight in model.weights() for tensor in weight.tensors]
+        self._sleeping = Sleeping(platform, weights, tensors, load)
         if self.runner.capture_shapes is not None:
             on_progress("capturing decode steps")
             self._capture()
@@ -158,54 +158,23 @@ class Worker:
         assert self._profiler is not None
         return self._profiler.stop()
 
-    @torch.inference_mode()
     def sleep(self, level: int) -> None:
-        """Give back the KV cache's memory, at level 2 that of the weights too. No step may follow before `wake_up`.
-
-        On a device weights are given back at level 1 already, and kept in the host's memory.
-        """
-        runner, platform = self._initialized(), self.platform
+        """Give memory back as `sleeping.py` says. No step may follow before `wake_up`."""
         if self.memory_taker is not None:
             self.memory_taker.stop()
-        before = platform.process_memory_bytes()
-        weights = list({id(tensor): tensor for weight in runner.model.weights() for tensor in weight.tensors}.values())
-        if level >= 2:
-            self._on_host.clear()
-        elif isinstance(platform, DevicePlatform) and "weights" not in self._away:
-            self._on_host = _copies_on_host(weights, platform)
-        runner.forget_captures()
-        if level >= 2 or self._on_host:
-            self._give_back("weights", weights)
-        self._give_back("kv_cache", runner.kv_caches)
-        after = platform.process_memory_bytes()
+        before = self.platform.process_memory_bytes()
+        self._initialized().forget_captures()
+        self._sleeping.sleep(level)
+        after = self.platform.process_memory_bytes()
         logger.info("asleep at level %d: %s of memory, before %s", level, memory.gib(after), memory.gib(before))
 
-    def _give_back(self, part: str, tensors: list[torch.Tensor]) -> None:
-        if part not in self._away:
-            self._away[part] = self.platform.give_back(tensors)
-
-    @torch.inference_mode()
     def wake_up(self, parts: Sequence[str] = SLEEPING_PARTS) -> None:
-        """Have memory again; weights that were given back are read again, or copied from where they were kept.
-
-        Raises:
-            ModelFilesError: the checkpoint is not what it was.
-            EngineError: others have the memory. It may be called again after either.
-        """
-        if "weights" in parts and "weights" in self._away:
-            self._away["weights"]()
-            if self._on_host:
-                for tensor, copy in self._on_host:
-                    tensor.copy_(copy)
-            else:
-                self._load()
-            self._on_host.clear()
-            del self._away["weights"]
-        if "kv_cache" in parts and "kv_cache" in self._away:
-            self._away["kv_cache"]()
-            self._take_memory(list(self._initialized().kv_caches))
-            del self._away["kv_cache"]
-        if not self._away and self._initialized().capture_shapes is not None:
+        """Have memory again, as `Sleeping.wake_up`; the cache's comes as at the start."""
+        runner = self._initialized()
+        woken = self._sleeping.wake_up(parts)
+        if "kv_cache" in woken:
+            self._take_memory(list(runner.kv_caches))
+        if woken and self._sleeping.is_awake and runner.capture_shapes is not None:
             self._capture()
 
     @property
@@ -228,7 +197,7 @@ class Worker:
         """Let go of the model and the cache. May be called again."""
         if self.memory_taker is not None:
             self.memory_taker.stop()
-        self.runner = self._load = self.memory_taker = None
+        self.runner = self._sleeping = self.memory_taker = None
 
     def _initialized(self) -> ModelRunner:
         assert self.runner is not None, "initialize comes first, and nothing after shutdown"
@@ -463,15 +432,6 @@ class Worker:
         return kv_layout.group_layers(
             model.sliding_windows, max_model_len=max_model_len, step_tokens=step_tokens, block_size=block_size
         )
-
-
-def _copies_on_host(tensors: list[torch.Tensor], platform: DevicePlatform) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Each with a copy in pinned memory."""
-    copies = [(tensor, platform.new_pinned(tuple(tensor.shape), tensor.dtype)) for tensor in tensors]
-    for tensor, copy in copies:
-        copy.copy_(tensor, non_blocking=True)
-    platform.record_event().synchronize()
-    return copies
 
 
 def resolve_dtype(asked: str, checkpoint: str | None) -> torch.dtype:

@@ -78,8 +78,9 @@ def _routers(frontend: FrontendConfig, *, profiles: bool) -> list[APIRouter]:
     from minivllm.entrypoints.openai.responses.router import router as responses_router
     from minivllm.entrypoints.openai.tokenize import router as tokenize
 
-    routers = [health_router, metrics_router, models_router, tokenize.router, completion_router, chat_router]
-    routers += [batch_router, responses_router, messages_router, invocations_router, lora_router]
+    # Most requests first: paths are compared in this order.
+    routers = [completion_router, chat_router, responses_router, messages_router, health_router, metrics_router]
+    routers += [models_router, tokenize.router, batch_router, invocations_router, lora_router]
     is_dev = frontend.enable_dev_endpoints or envs.get("VLLM_SERVER_DEV_MODE") not in (None, "0")
     if is_dev or profiles:
         routers.append(profile_router)

@@ -136,12 +136,12 @@ class ServingBase(ABC):
         answering: Answering,
         num_logprobs: int | None = None,
         *,
-        index: int | None = None,
+        request_id: str | None = None,
         vectors: SavedTensor | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
-        """The engine's outputs. num_logprobs: what a beam search reports; else `params` say it. index: of the prompt,
-        where there may be several. vectors: in place of the prompt's token ids."""
-        request_id = answering.id if index is None else f"{answering.id}-{index}"
+        """The engine's outputs. num_logprobs: what a beam search reports; else `params` say it. request_id: the
+        prompt's, where there may be several; else the answer's. vectors: in place of the prompt's token ids."""
+        request_id = request_id or answering.id
         if isinstance(params, BeamSearchParams):
             outputs = self._beams(token_ids, params, request, request_id, num_logprobs)
         else:

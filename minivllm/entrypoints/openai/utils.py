@@ -200,26 +200,26 @@ async def require_json(raw_request: Request) -> None:
         )
 
 
-async def merge(streams: list[AsyncGenerator[T, None]]) -> AsyncGenerator[tuple[int, T], None]:
-    """Items of several generators as they come, each with its generator's index; all are closed at the end.
+def merge(streams: list[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
+    """Items of several generators as they come; all are closed at the end.
 
     Raises whatever the first of them to fail raises; what others raise is dropped.
     """
-    waiting: dict[asyncio.Task[T], int] = {}
+    return streams[0] if len(streams) == 1 else _merge(streams)
+
+
+async def _merge(streams: list[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
+    waiting: dict[asyncio.Task[T], AsyncGenerator[T, None]] = {}
     try:
-        if len(streams) == 1:  # the common case needs no tasks
-            async for item in streams[0]:
-                yield 0, item
-            return
-        waiting = {asyncio.ensure_future(_next(stream)): index for index, stream in enumerate(streams)}
+        waiting = {asyncio.ensure_future(_next(stream)): stream for stream in streams}
         while waiting:
             done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
-                index = waiting.pop(task)
+                stream = waiting.pop(task)
                 item = task.result()
                 if item is not _END:
-                    waiting[asyncio.ensure_future(_next(streams[index]))] = index
-                    yield index, item
+                    waiting[asyncio.ensure_future(_next(stream))] = stream
+                    yield item
     finally:
         for task in waiting:
             await _cancel(task)

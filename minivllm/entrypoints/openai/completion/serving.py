@@ -80,6 +80,10 @@ class _Job:
     prompts: list[_Prompt]
     formatter: LogprobsFormatter
     choices: dict[int, _Choice] = field(default_factory=dict)
+    prompts_by_id: dict[str, _Prompt] = field(init=False)  # as the engine names what it answers
+
+    def __post_init__(self) -> None:
+        self.prompts_by_id = {f"{self.answering.id}-{prompt.index}": prompt for prompt in self.prompts}
 
     @property
     def n(self) -> int:
@@ -130,10 +134,10 @@ class ServingCompletion(ServingBase):
                     request,
                     answering,
                     request.logprobs,
-                    index=prompt.index,
+                    request_id=request_id,
                     vectors=prompt.vectors,
                 )
-                for prompt in prompts
+                for request_id, prompt in job.prompts_by_id.items()
             ]
         )
         return await self._answer(job, outputs, job.num_choices)
@@ -191,11 +195,11 @@ class ServingCompletion(ServingBase):
         )
         return params.clone(n=request.best_of) if request.chooses else params
 
-    async def _whole(self, job: _Job, outputs: AsyncGenerator[tuple[int, RequestOutput], None]) -> Completion:
+    async def _whole(self, job: _Job, outputs: AsyncGenerator[RequestOutput, None]) -> Completion:
         bodies: dict[int, CompletionChoice] = {}
         async with contextlib.aclosing(outputs):
-            async for index, output in outputs:
-                for choice, answer in self._answers(job, index, output):
+            async for output in outputs:
+                for choice, answer in self._answers(job, output):
                     body = bodies[choice.index] = self._body(job, choice, answer)
                     choice.cumulative_logprob = answer.cumulative_logprob or 0.0
                     if job.request.prompt_logprobs is not None:
@@ -204,14 +208,14 @@ class ServingCompletion(ServingBase):
         return self._completion(job, _best(job, choices) if job.request.chooses else choices, job.usage)
 
     async def _chunks(
-        self, job: _Job, outputs: AsyncGenerator[tuple[int, RequestOutput], None]
+        self, job: _Job, outputs: AsyncGenerator[RequestOutput, None]
     ) -> AsyncGenerator[Completion | bytes, None]:
         continuous = job.request.continuous_usage_stats
         only_text = not (continuous or job.request.return_token_ids or job.request.only_echoes)
         only_text = only_text and job.request.logprobs is None
         async with contextlib.aclosing(outputs):
-            async for index, output in outputs:
-                for choice, answer in self._answers(job, index, output):
+            async for output in outputs:
+                for choice, answer in self._answers(job, output):
                     if only_text and choice.started and answer.finish_reason is None:
                         choice.num_tokens += len(answer.token_ids)
                         if answer.text:
@@ -236,18 +240,19 @@ class ServingCompletion(ServingBase):
             )
         return choice.event(text)
 
-    def _answers(
-        self, job: _Job, index: int, output: RequestOutput
-    ) -> list[tuple[_Choice, CompletionOutput]]:
-        prompt = job.prompts[index]
+    def _answers(self, job: _Job, output: RequestOutput) -> list[tuple[_Choice, CompletionOutput]]:
+        prompt = job.prompts_by_id[output.request_id]
         if prompt.num_cached is None:  # of n answers the first: the others find what it has left
             prompt.num_cached = self._cached(output.num_cached_tokens)
         if output.prompt_logprobs is not None:
             prompt.logprobs = output.prompt_logprobs
         answers = []
         for answer in check_output(output).outputs:
-            number = index * job.n + answer.index
-            answers.append((job.choices.setdefault(number, _Choice(prompt, number)), answer))
+            number = prompt.index * job.n + answer.index
+            choice = job.choices.get(number)
+            if choice is None:
+                choice = job.choices[number] = _Choice(prompt, number)
+            answers.append((choice, answer))
         return answers
 
     def _body(self, job: _Job, choice: _Choice, answer: CompletionOutput) -> CompletionChoice:
