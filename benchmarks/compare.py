@@ -276,6 +276,7 @@ def main() -> None:
     began = time.monotonic()
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: sys.exit(1))  # whatever ends us, what runs ends too
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it
     guard = Guard()
     with suppress(KeyboardInterrupt):
         for i, (model, cells, share) in enumerate(plan):

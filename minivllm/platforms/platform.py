@@ -52,8 +52,7 @@ class Platform(ABC):
 
     name: str
     device: str  # as torch spells it
-    is_host: bool = True  # the device's memory is the host's: a step's inputs are made where they are read; else it is
-    # a DevicePlatform
+    is_host: bool = True  # the device's memory is the host's: inputs are made where they are read
     default_block_size: int  # tokens in a KV block
     block_size_multiple: int  # the kernels' KV tile
     supported_dtypes: tuple[torch.dtype, ...]

@@ -166,7 +166,8 @@ class Sampler:
         if changed or grammar is not None:
             for i in self._nonfinite_rows(logits):
                 if i not in failed:
-                    failed[i], at_fault[i] = self.contradiction(i, batch, grammar)
+                    fields = self.forbidding(i, batch, grammar)  # one at least has forbidden all
+                    failed[i], at_fault[i] = contradiction(fields, int(batch.num_output_tokens[i])), fields[0]
         why = self._process(logits, batch, failed)
         for step in self._after_custom:
             step.apply(logits, batch)
@@ -234,20 +235,12 @@ class Sampler:
         logprobs = self._logprobs(self._reported(logits, asking), drawn.token_ids, rows, asking)
         return SamplerOutput(drawn.token_ids.numpy(), logprobs, failed)
 
-    def contradiction(self, i: int, batch: SampleBatch, grammar: GrammarMask | None) -> tuple[str, str]:
-        """What to say of a request whose constraints forbid every token, and the field at fault: the first that forbids
-        tokens now, as its user wrote it. One at least has forbidden all.
-        """
+    def forbidding(self, i: int, batch: SampleBatch, grammar: GrammarMask | None) -> list[str]:
+        """The fields by which column i's request forbids tokens now, as its user wrote them."""
         fields = [step.field for step in self._before_custom if step.forbids_tokens(i, batch)]
         if grammar is not None and i in grammar.columns:
             fields.insert(0, self._form_fields.get(int(batch.rows[i]), "structured_outputs"))
-        verb = "leaves" if len(fields) == 1 else "together leave"
-        num_output_tokens = int(batch.num_output_tokens[i])
-        why = (
-            f"{' and '.join(fields)} {verb} no token that could come next, after {num_output_tokens} tokens of output; "
-            "allow more"
-        )
-        return why, fields[0]
+        return fields
 
     def _process(self, logits: torch.Tensor, batch: SampleBatch, failed: dict[int, str]) -> str | None:
         """The operator's processors, in place; adds to `failed` whom they leave nothing. Why nobody can go on."""
@@ -320,6 +313,15 @@ class Sampler:
             values = self._read(logits, token_ids[columns], asked.num_likeliest, also)
             found |= zip(columns, values.lists_of_rows())
         return found
+
+
+def contradiction(fields: list[str], num_output_tokens: int) -> str:
+    """What to say of constraints that forbid every token."""
+    verb = "leaves" if len(fields) == 1 else "together leave"
+    return (
+        f"{' and '.join(fields)} {verb} no token that could come next, after {num_output_tokens} tokens of output; "
+        "allow more"
+    )
 
 
 class _Chosen:

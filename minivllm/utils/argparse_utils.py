@@ -23,8 +23,8 @@ _NUMBER = re.compile(r"-\d+(\.\d+)?[a-zA-Z]*")
 class FlexibleArgumentParser(argparse.ArgumentParser):
     """An ArgumentParser that takes `_` for `-`, never abbreviates, and suggests the nearest option.
 
-    An option that takes a JSON object may be given by its parts: `--a.b.c 1` is `--a '{"b": {"c": 1}}'`, and
-    `--a.b+ x` appends to a list. `--config file.yaml` reads options from a file; what the command line says wins, and
+    An option that takes a JSON object may be given by its parts: `--a.b.c 1` is `--a '{"b": {"c": 1}}'`, also with a
+    short name for --a, and `--a.b+ x` appends to a list. `--config file.yaml` reads options from a file; what the command line says wins, and
     `namespace.from_config` names what came from the file.
 
     `refuse(option, value)` is asked about every option that is not ours, with the word behind it or None: it gives
@@ -113,7 +113,7 @@ class FlexibleArgumentParser(argparse.ArgumentParser):
             if not word.startswith("-") or word == "-" or _NUMBER.fullmatch(word):
                 result.append(word)
                 continue
-            option, equals, value = word.partition("=")
+            option, equals, value = self._with_long_name(word).partition("=")
             head, dot, part = option.partition(".")
             ours = head.replace("_", "-") + dot + part if option.startswith("--") else option
             known = ours in self._option_string_actions
@@ -126,6 +126,12 @@ class FlexibleArgumentParser(argparse.ArgumentParser):
             num_ignored = self._refuse(option, ours, value if equals else behind)
             del queue[: num_ignored if behind is not None else 0]
         return result
+
+    def _with_long_name(self, word: str) -> str:
+        """`-x.b` as `--a.b`, if -x is short for an --a that takes a JSON object."""
+        head, dot, rest = word.partition(".")
+        action = self._option_string_actions.get(head)
+        return action.option_strings[-1] + dot + rest if dot and isinstance(action, _JsonAction) else word
 
     def _is_foreign(self, option: str) -> bool:
         """Whether a word with one dash is another program's short option rather than -xVALUE of ours."""
@@ -202,15 +208,26 @@ class _Formatter(argparse.HelpFormatter):
 class _ListAction(argparse.Action):
     """Several words, or one JSON list."""
 
+    item, items = str, "strings"
+
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         if len(values) == 1 and values[0].lstrip().startswith("["):
             try:
                 values = json.loads(values[0])
             except ValueError as error:
                 raise argparse.ArgumentError(self, f"{values[0]!r} is not JSON: {error}") from None
-            if not all(isinstance(value, str) for value in values):
-                raise argparse.ArgumentError(self, "the JSON list must hold strings")
-        setattr(namespace, self.dest, values)
+            if not all(type(value) is self.item for value in values):
+                raise argparse.ArgumentError(self, f"the JSON list must hold {self.items}")
+        try:
+            setattr(namespace, self.dest, [self.item(value) for value in values])
+        except ValueError:
+            raise argparse.ArgumentError(self, f"{' '.join(values)!r} are not all {self.items}") from None
+
+
+class _NumbersAction(_ListAction):
+    """The same of whole numbers."""
+
+    item, items = int, "whole numbers"
 
 
 class _RepeatedAction(_ListAction):
@@ -314,6 +331,8 @@ def _option(hint: Any, field: dataclasses.Field) -> dict[str, Any]:
     if len(words) and len(members) == 1:
         return {"choices": words, "metavar": "{" + ",".join(map(str, words)) + "}"}
     kinds = [get_origin(member) or member for member in members if get_origin(member) is not Literal]
+    if kinds == [list] and get_args(members[0]) == (int,):
+        return {"action": _NumbersAction, "nargs": "+", "metavar": "N"}
     if kinds == [list]:
         action = _RepeatedAction if field.metadata.get("repeatable") else _ListAction
         return {"action": action, "nargs": "+", "metavar": "NAME"}

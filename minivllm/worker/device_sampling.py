@@ -21,7 +21,7 @@ from minivllm.ops.op import OpSpec
 from minivllm.ops.sampling import broken_rows, gumbel_argmax, top_k_top_p_min_p
 from minivllm.platforms.platform import Event, Platform
 from minivllm.sample.logprobs import LogprobsReader, TokenValues
-from minivllm.sample.sampler import NONFINITE, Drawn, Sampler, SamplerOutput
+from minivllm.sample.sampler import NONFINITE, Drawn, Sampler, SamplerOutput, contradiction
 from minivllm.sample.step import GrammarMask, SampleBatch
 from minivllm.worker.buffers import Mirror, Staging
 from minivllm.worker.device_logits import DeviceLogits
@@ -57,8 +57,8 @@ class _Pending:
     token_ids: np.ndarray  # [M] int64, in pinned memory: read it when `arrived`
     broken: np.ndarray  # [M] uint8, likewise
     arrived: Event
-    batch: SampleBatch
-    grammar: GrammarMask | None
+    num_output_tokens: np.ndarray  # [M] int64, before this one
+    forbidding: dict[int, list[str]]  # by column: the fields that forbid tokens; the request may be gone by then
     # Columns, and what they asked for, in pinned memory.
     logprobs: list[tuple[list[int], TokenValues]] = field(default_factory=list)
 
@@ -226,7 +226,10 @@ class DeviceSampling:
                 also = None if each.named is None else self._staging.send(each.named[part])
                 values = self._read(rows, drawn.token_ids.index_select(0, index), each.num_likeliest, also)
                 logprobs.append((own, values.to_host(self._staging.fetch)))
-        return self._keep(drawn, batch, grammar, logprobs)
+        forbidding = {
+            column: self._sampler.forbidding(column, batch, grammar) for column in changes.constrained
+        }
+        return self._keep(drawn, batch, forbidding, logprobs)
 
     def _warp_and_choose(self, logits: torch.Tensor, inputs: DeviceDraw, index: torch.Tensor) -> torch.Tensor:
         """A token for each row of `logits`, which are processed in place. index: [rows] int64, which of `inputs`."""
@@ -242,7 +245,7 @@ class DeviceSampling:
         self,
         drawn: Drawn,
         batch: SampleBatch,
-        grammar: GrammarMask | None,
+        forbidding: dict[int, list[str]],
         logprobs: list[tuple[list[int], TokenValues]],
     ) -> _Pending:
         """Remember the tokens of these rows, and have them come to the host."""
@@ -254,21 +257,23 @@ class DeviceSampling:
         broken.copy_(drawn.broken[:count], non_blocking=True)
         arrived = self._platform.record_event()
         pending = _Pending(
-            batch.rows.copy(), batch.num_tokens, tokens.numpy(), broken.numpy(), arrived, batch, grammar, logprobs
-        )
+            rows=batch.rows.copy(), positions=batch.num_tokens, token_ids=tokens.numpy(), broken=broken.numpy(),
+            arrived=arrived, num_output_tokens=batch.num_output_tokens, forbidding=forbidding, logprobs=logprobs,
+        )  # fmt: skip
         self._pending.append(pending)
         return pending
 
-    def output(self, pending: _Pending) -> SamplerOutput:
+    @staticmethod
+    def output(pending: _Pending) -> SamplerOutput:
         """What was drawn, when it has arrived."""
         failed: dict[int, str] = {}
         at_fault: dict[int, str] = {}
         for column in np.flatnonzero(pending.broken).tolist():
             failed[column] = NONFINITE
-            if pending.broken[column] == _NO_TOKEN_LEFT:
-                failed[column], at_fault[column] = self._sampler.contradiction(
-                    column, pending.batch, pending.grammar
-                )
+            fields = pending.forbidding.get(column)
+            if pending.broken[column] == _NO_TOKEN_LEFT and fields:
+                failed[column] = contradiction(fields, int(pending.num_output_tokens[column]))
+                at_fault[column] = fields[0]
         logprobs = {}
         for columns, values in pending.logprobs:
             logprobs |= zip(columns, values.lists_of_rows())

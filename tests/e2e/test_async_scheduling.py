@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from minivllm import LLM, SamplingParams
+from minivllm.attention import registry
 from minivllm.outputs import RequestOutput
+from tests.worker.fake_device import FakeDevice
 
 REPETITION = {"max_pattern_size": 2, "min_pattern_size": 1, "min_count": 2}
 # All that must see the true tokens, or ends an answer while a plan with the next token is in flight.
@@ -65,3 +67,23 @@ def test_async_scheduling_gives_the_answers_of_sync_scheduling(tiny_model: Path,
     assert answers(tiny_model, is_async=True, **options) == whole
     ends = {answer.finish_reason for answer, *_ in (outputs for outputs, *_ in whole)}
     assert ends == {"length", "stop", "repetition"}
+
+
+def test_a_device_that_samples_by_itself_gives_the_cpus_answers(tiny_model: Path, monkeypatch: pytest.MonkeyPatch):
+    """Whatever is asked of sampling, grammars too, through the whole engine: two plans in flight, preemption."""
+    prompts, params = requests()
+    sizes = {"num_gpu_blocks_override": 24, "max_num_batched_tokens": 70, "max_num_seqs": 16}
+
+    def run() -> list[tuple]:
+        with LLM(
+            str(tiny_model), disable_frontend_multiprocessing=True, max_model_len=320, block_size=32, **sizes
+        ) as llm:
+            assert llm.llm_engine.engine_core._core.executor.max_concurrent_batches == num_plans
+            return [shown(output) for output in llm.generate(prompts[:30], params[:30], use_tqdm=False)]
+
+    num_plans = 1
+    expected = run()
+    monkeypatch.setattr("minivllm.worker.worker.detect", lambda config: FakeDevice())
+    monkeypatch.setattr(registry, "_BACKENDS", ["tests.worker.fake_device:FakeDeviceBackend"])
+    num_plans = 2
+    assert run() == expected

@@ -104,6 +104,21 @@ def test_a_list_may_be_words_or_json():
     assert parse("--allowed-origins", "http://a").allowed_origins == ["http://a"]
 
 
+def test_a_list_of_numbers_is_one_of_numbers(tmp_path: Path, capsys):
+    for words in (["1", "2", "8"], ["[1, 2, 8]"]):
+        assert parse("--cudagraph-capture-sizes", *words).cudagraph_capture_sizes == [1, 2, 8]
+    (tmp_path / "options.yaml").write_text("cudagraph-capture-sizes: [1, 2, 8]")
+    assert parse("--config", str(tmp_path / "options.yaml")).cudagraph_capture_sizes == [1, 2, 8]
+    for words in (["1", "two"], ['["1"]'], ["[1.5]"]):
+        assert "whole numbers" in last_line(capsys, "--cudagraph-capture-sizes", *words)
+
+
+def test_a_short_name_of_an_object_may_be_given_by_its_parts_too():
+    for option in ("-cc", "--compilation-config", "--compilation_config"):
+        args = parse(f"{option}.cudagraph_mode=NONE", f"{option}.mode", "0")
+        assert args.compilation_config == {"cudagraph_mode": "NONE", "mode": 0}
+
+
 def test_logits_processors_are_names_or_classes_and_are_looked_for_at_once(tiny_model: Path):
     from tests.sample.processors import NthToken, Sharpen
 
@@ -200,7 +215,6 @@ def test_without_a_model_the_one_in_the_box_is_served_under_its_name():
         (["m", "--model", "n"], "two models"),
         (["m", "--port", "65536"], "--port"),
         (["m", "--shutdown-timeout", "-1"], "--shutdown-timeout"),
-        (["m", "--disable-frontend-multiprocessing"], "LLM"),
         (["m", "--api-key", ""], "--api-key"),
         (["m", "--root-path", "api"], "--root-path"),
         (["m", "--chat-template", "no/such/file"], "no/such/file"),
@@ -343,3 +357,8 @@ def test_what_would_have_no_effect_is_refused_before_the_model_is_loaded(given: 
 def test_a_level_that_the_parser_can_hold_is_taken():
     validate_args(parse("--tool-strict-level", "parameter", *AUTO, "hermes"))
     validate_args(make_arg_parser().parse_args([str(box_model_path()), "--tool-strict-level", "function"]))
+
+
+def test_a_server_asked_for_one_process_says_that_it_has_two_and_starts(caplog: pytest.LogCaptureFixture):
+    validate_args(parse("--disable-frontend-multiprocessing"))
+    assert "--disable-frontend-multiprocessing changes nothing here" in caplog.text

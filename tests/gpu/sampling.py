@@ -106,9 +106,13 @@ class OnDevice(OnHost):
         drawn = sampling.draw(given, inputs)
         self._staging.end()
         pending = sampling.sample(given, drawn, inputs, batch, last_ids, grammar)
-        sampling.absorb(RequestTable(NUM_ROWS, 64, 16), all_of_it=True)
         self.given = given
+        self.before_arrival()
+        sampling.absorb(RequestTable(NUM_ROWS, 64, 16), all_of_it=True)
         return sampling.output(pending)
+
+    def before_arrival(self) -> None:
+        """Called when all is given to the device and nothing has come back."""
 
 
 def differences(ours: SamplerOutput, hosts: SamplerOutput, tolerance: float = 0.0) -> list[int]:

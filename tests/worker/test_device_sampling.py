@@ -82,6 +82,16 @@ def test_rows_of_no_numbers_and_constraints_that_leave_nothing_fail_for_the_host
     assert_same(device.sample(*given), expected)
 
 
+def test_a_request_that_left_meanwhile_is_still_told_why_it_failed():
+    params = SamplingParams(max_tokens=None, allowed_token_ids=[9], min_tokens=3)
+    device = OnTheDevice([params])
+    row = int(device.rows[0])
+    device.before_arrival = lambda: device.sampler.remove_request(row)
+    output = device.sample(torch.zeros(1, VOCAB), [[1, 2, 3]], 2)
+    assert output.fields_at_fault == {0: "allowed_token_ids"}
+    assert "after 1 tokens of output" in output.failed[0]
+
+
 def test_counts_outlive_a_request_that_lost_its_row_of_them_and_are_another_requests_no_more():
     """As many requests as there are rows of counts, then others, then the first again."""
     requests = [SamplingParams(temperature=0, frequency_penalty=0.7, max_tokens=None)] * (MOST_ROWS + 8)
@@ -131,7 +141,8 @@ def test_a_prompt_of_vectors_has_no_tokens_to_count():
     [
         lambda x: x.argmax().item(), lambda x: x.tolist(), lambda x: x.cpu(), lambda x: x[x > 0],
         lambda x: bool(x.any()), lambda x: x.nonzero(), lambda x: x.numpy(), lambda x: x[torch.tensor([0])],
-        lambda x: x[[0, 1]], lambda x: int(x[0]), lambda x: torch.zeros(3).copy_(x), lambda x: x.to("cpu"), lambda x: np.asarray(x),
+        lambda x: x[[0, 1]], lambda x: int(x[0]), lambda x: torch.zeros(3).copy_(x), lambda x: x.to("cpu"),
+        lambda x: np.asarray(x),
         lambda x: (x * 2 + torch.ones(3)).max().item(), lambda x: x.masked_select(x > 0),
     ],
 )  # fmt: skip
