@@ -35,10 +35,12 @@ from minivllm.ops.kv_layout import RowLayout
 from minivllm.ops.paged_attention import Options
 from minivllm.ops.triton.linear import TritonLinear
 from minivllm.ops.triton.paged_attention import SEGMENT, BatchShape, paged_attention
+from minivllm.ops.triton.penalties import count_tokens
 from tests.gpu.compiler import Compiler
 
 layout, linear = RowLayout("bfloat16", 2, 64, 64), TritonLinear(64, 64, torch.bfloat16, device="cpu")
 cache, options = torch.zeros(layout.shape(1), dtype=torch.uint8), Options(0.125)
+counts = torch.zeros(2, 64, dtype=torch.int32)
 with Compiler(90) as compiler:
     for n in (1, 3, 16):
         q, ids = torch.zeros(n, 4, 64, dtype=torch.bfloat16), torch.zeros(n, 40, dtype=torch.int32)
@@ -46,6 +48,8 @@ with Compiler(90) as compiler:
         shape = BatchShape(1, n * SEGMENT)
         paged_attention(q, cache, ids, lens, starts, layout=layout, options=options, shape=shape)
         linear(q[:, 0].contiguous())
+        slots = torch.zeros(n, dtype=torch.int64)
+        count_tokens(counts, slots, slots, slots.to(torch.uint8))
 print(*sorted(each.kernel for each in compiler.compiled.values()))
 """
 
@@ -56,4 +60,4 @@ def test_a_batch_of_another_size_needs_no_other_kernel():
     done = subprocess.run(
         [sys.executable, "-c", BATCHES], cwd=ROOT, env=environment, capture_output=True, text=True
     )
-    assert done.stdout.split() == ["_attend_kernel", "_gemm_kernel", "_merge_kernel"], done.stderr[-3000:]
+    assert done.stdout.split() == ["_attend_kernel", "_count_kernel", "_gemm_kernel", "_merge_kernel"], done.stderr[-3000:]
