@@ -60,6 +60,8 @@ NB_MODULE(_native, m) {
     m.def("num_threads", &num_threads, "Threads that share a kernel's work, the calling one included.");
     m.def("set_num_threads", &set_num_threads, nb::arg("n"), nb::arg("processors") = std::vector<int>(), release_gil,
           "The threads but the calling one are bound to `processors`, one each from the second on; [] binds none.");
+    m.def("stay_awake", &stay_awake, nb::arg("on"),
+          "While on, the threads wait for the next kernel awake for a millisecond instead of some 30 µs.");
     m.def("advise_huge_pages", &advise_huge_pages, nb::arg("address"), nb::arg("bytes"));
     nb::class_<Tape>(m, "Tape")
         .def(nb::init<>())

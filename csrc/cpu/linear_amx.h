@@ -22,7 +22,7 @@ constexpr int64_t kGroupRows = 32;     // rows of x at a time, two tiles
 constexpr int64_t kChunkSteps = 32;    // of K at a time: 64 KiB of a panel
 constexpr int64_t kHeldSteps = 16;     // of them, those that stay in L1: 32 KiB
 constexpr int64_t kWarmSteps = 8;      // between stores of tiles: see AmxPanels::keep_warm
-constexpr int64_t kAheadBytes = 8192;  // how far ahead of a thin product the weight is fetched
+constexpr int64_t kAheadBytes = 16384;  // how far ahead of a thin product the weight is fetched
 
 // [K/32][2 column groups][16 pairs of k][16 columns][2]: each [16][16][2] is one tile, 1 KiB.
 struct AmxLayout {
@@ -90,15 +90,33 @@ private:
     static_assert(sizeof(Config) == 64);
 };
 
-// Fetches what comes next of a weight into L2, some lines at each step.
+// Fetches what comes next of a weight, some lines at each step, in several places at once: the processor's own fetching
+// follows each of them only some lines ahead, and prefetches that wait for memory hold the few buffers that tile loads
+// need as well. For thin products into L1, as it is read soon and once; else into L2.
+template <bool kThin>
 struct Ahead {
-    const char* next;
+    static constexpr int64_t kPlaces = kThin ? 4 : 8;
+
+    const char* next;  // kPlaces parts from here on are being fetched, or were
     const char* end;
-    int64_t lines;  // a step
+    int64_t part;      // bytes
+    int64_t lines;     // a step, of each part
+    int64_t done = 0;  // bytes of each part
+
+    static Ahead thin(const char* next, const char* end) { return {next, end, 4096, 8}; }
+    // All of [next, end) in about num_steps steps.
+    static Ahead thick(const char* next, const char* end, int64_t num_steps) {
+        const int64_t bytes = end > next ? end - next : 0, lines = (bytes / 64 + kPlaces - 1) / kPlaces;
+        return {next, end, lines * 64, (lines + num_steps - 1) / num_steps};
+    }
 
     MINIVLLM_INLINE void step() {
         if (next >= end) return;
-        for (int64_t i = 0; i < lines; ++i, next += 64) _mm_prefetch(next, _MM_HINT_T1);
+        for (int64_t i = 0; i < lines; ++i, done += 64)
+            for (int64_t p = 0; p < kPlaces; ++p) _mm_prefetch(next + p * part + done, kThin ? _MM_HINT_T0 : _MM_HINT_T1);
+        if (done < part) return;
+        next += kPlaces * part;
+        done = 0;
     }
 };
 
@@ -189,7 +207,7 @@ private:
 
     void thin(const Element* panel, const End& end) {
         const char* from = reinterpret_cast<const char*>(panel);
-        Ahead ahead{from + kAheadBytes, fetch_end_, 32};
+        auto ahead = Ahead<true>::thin(from + kAheadBytes, fetch_end_);
         float* sums = sums_ + which_ * kGroupSums;
         which_ ^= 1;
         add_products<true>(sums, true, 0, 0, steps_, panel, ahead);
@@ -203,7 +221,7 @@ private:
             const Element* chunk = panel + first * 2 * kTile;
             const char* next = reinterpret_cast<const char*>(chunk + steps * 2 * kTile);
             const char* last = next + kChunkSteps * 2048;
-            Ahead ahead{next, last < fetch_end_ ? last : fetch_end_, (32 + num_groups_ - 1) / num_groups_};
+            auto ahead = Ahead<false>::thick(next, last < fetch_end_ ? last : fetch_end_, steps * num_groups_);
             for (int64_t g = 0; g < num_groups_; ++g) {
                 float* sums = sums_ + g * kGroupSums;
                 add_products<false>(sums, first == 0, g, first, steps, chunk, ahead);
@@ -218,7 +236,7 @@ private:
     // Adds steps [first, first + steps) of K for the rows of group g.
     template <bool kThin>
     MINIVLLM_INLINE void add_products(float* sums, bool are_zero, int64_t g, int64_t first, int64_t steps,
-                                      const Element* w, Ahead& ahead) {
+                                      const Element* w, Ahead<kThin>& ahead) {
         const Element* x = block_.rows + g * block_.stride + first * 2 * kTile;
         if (block_.num_rows - g * kRows > 16) add_products<kThin, 4>(sums, are_zero, x, w, steps, ahead);
         else add_products<kThin, 2>(sums, are_zero, x, w, steps, ahead);
@@ -227,7 +245,7 @@ private:
     // sums: kTiles tiles in the order of the tile registers.
     template <bool kThin, int kTiles>
     MINIVLLM_INLINE void add_products(float* sums, bool are_zero, const Element* x, const Element* w, int64_t steps,
-                                      Ahead& ahead) {
+                                      Ahead<kThin>& ahead) {
         load_sums<kTiles>(sums, are_zero);
         for (int64_t s = 0; s < steps; ++s, x += 2 * kTile, w += 2 * kTile) {
             ahead.step();

@@ -20,6 +20,7 @@ constexpr int64_t kMaxBlockRows = 512;            // and its sums with it
 constexpr int64_t kOwnRows = 256;                 // enough for a thread to read all of the weight meanwhile
 constexpr int64_t kMultipliesPerThread = 1 << 16;  // below this, waking another thread costs more than it saves
 constexpr int64_t kLargeOutputBytes = 8 << 20;     // more than stays in the cores' own caches
+constexpr int64_t kPanelsPerCopy = 16;             // from here on a thread prepares x for itself: nobody waits for it
 constexpr int64_t kPiecesPerThread = 8;            // a thread that is held up leaves its later pieces to the others
 
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
@@ -135,6 +136,10 @@ void gather_rows(void* out, const void* packed, int64_t k, const int64_t* ids, i
         for (int64_t i = begin; i < end; ++i) {
             const W* panel = static_cast<const W*>(packed) + ids[i] / Layout::kPanel * panel_elements<Layout>(k);
             W* to = static_cast<W*>(out) + i * k;
+            // Its elements lie in as many lines as there are, or half: all are asked for before one is waited for.
+            for (int64_t j = 0; j < k; j += 2)
+                _mm_prefetch(reinterpret_cast<const char*>(panel + Layout::offset(ids[i] % Layout::kPanel, j)),
+                             _MM_HINT_T0);
             for (int64_t j = 0; j < k; ++j) to[j] = panel[Layout::offset(ids[i] % Layout::kPanel, j)];
         }
     });
@@ -292,13 +297,21 @@ void multiply_blocks(const LinearCall& call) {
     }
     for (int64_t b = 0; b < blocks.count; ++b) {
         const int64_t first = blocks.first_row(b), rows = blocks.first_row(b + 1) - first;
-        const auto block = Kernel::prepare(call, first, rows);
         const int64_t least = 1 + kMultipliesPerThread / (rows * padded * Layout::kPanel);
         const int64_t piece = num_panels / (num_threads() * kPiecesPerThread);
-        parallel_shares(num_panels, piece > least ? piece : least, [&](int64_t begin, int64_t end, int64_t share_end) {
-            Kernel::run(call, block, first, {begin, end, share_end});
-            _mm_sfence();
-        });
+        const auto share_out = [&](const auto& prepare) {
+            parallel_shares(num_panels, piece > least ? piece : least, prepare,
+                            [&](const auto& block, int64_t begin, int64_t end, int64_t share_end) {
+                                Kernel::run(call, block, first, {begin, end, share_end});
+                                _mm_sfence();
+                            });
+        };
+        if (num_panels >= kPanelsPerCopy * num_threads()) {
+            share_out([&] { return Kernel::prepare(call, first, rows); });
+        } else {
+            const auto block = Kernel::prepare(call, first, rows);
+            share_out([&] { return block; });
+        }
     }
 }
 

@@ -23,6 +23,9 @@ namespace {
 
 // About 30 µs: longer than the gap between two kernels of a layer, shorter than anyone would notice as load.
 constexpr int kSpins = 700;
+constexpr int kAwakeSpins = 24000;  // about 1 ms
+
+std::atomic<bool> is_awake{false};
 
 inline void relax() {
 #if defined(__x86_64__)
@@ -48,7 +51,7 @@ public:
     // Returns the first value seen for which done(value).
     template <class Done>
     uint64_t wait(Done done) {
-        for (int i = 0; i < kSpins; ++i) {
+        for (int i = 0; i < kSpins || (i < kAwakeSpins && is_awake.load(std::memory_order_relaxed)); ++i) {
             if (uint64_t v = get(); done(v)) return v;
             relax();
         }
@@ -252,6 +255,8 @@ void set_num_threads(int n, const std::vector<int>& processors) {
         *pool_slot = make_pool(n);
     }
 }
+
+void stay_awake(bool on) { is_awake.store(on, std::memory_order_relaxed); }
 
 void run_on_threads(int count, void (*fn)(void*, int), void* ctx) {
     if (count <= 1 || inside_kernel) {

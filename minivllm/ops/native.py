@@ -6,6 +6,8 @@ strides (in elements), never torch; callers keep the tensors alive and check sha
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -38,6 +40,18 @@ def dtype_code(tensor: torch.Tensor) -> int:
     if code is None:
         raise ValueError(f"no native kernel for {tensor.dtype}; convert to float32, bfloat16 or float16")
     return code
+
+
+@contextlib.contextmanager
+def awake() -> Iterator[None]:
+    """The kernels' threads stay awake between calls inside: waking one takes longer than many a kernel of a short prompt."""
+    if lib is not None:
+        lib.stay_awake(True)
+    try:
+        yield
+    finally:
+        if lib is not None:
+            lib.stay_awake(False)
 
 
 _HUGE_PAGE = 2 << 20

@@ -87,7 +87,12 @@ class LogitsChanges:
     @property
     def columns(self) -> set[int]:
         """Those with any change."""
-        return {*self.allowed, *(column for column, _ in self.edits), *self.forced, *self.penalties}
+        return self.constrained.union(self.forced, self.penalties)
+
+    @property
+    def constrained(self) -> set[int]:
+        """Those that may be left without a token."""
+        return {*self.allowed, *(column for column, _ in self.edits)}
 
     def allow_only(self, column: int, words: np.ndarray) -> None:
         """words: as in `allowed`, of any length that the vocabulary fits into."""

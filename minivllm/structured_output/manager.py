@@ -7,11 +7,14 @@ before, in a process that could be killed (see checker.py); what fails here all 
 
 from __future__ import annotations
 
+import itertools
+import os
 import threading
 import time
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import llguidance
@@ -33,6 +36,9 @@ _LEXER_IS_FULL = "too many states"  # as llguidance says it
 _DOES_NOT_FIT = "doesn't satisfy the grammar"  # likewise; all else is a limit of what a grammar may take
 _ALL_ALLOWED = np.uint32(0xFFFFFFFF)
 _QUICK_S = 0.05  # what compiles faster may be compiled again between two steps
+_MAX_THREADS = 8  # that make masks
+_SLOW_S = 0.002  # what masks of a step take one after another that several threads are worth it
+_FEW_USES = 8  # of every lexer of a grammar, until there is one more
 
 
 class GrammarError(ValueError):
@@ -44,9 +50,10 @@ class _Compiled(NamedTuple):
 
     matcher: llguidance.LLMatcher
     rebuild: Callable[[], llguidance.LLMatcher] | None
+    lexer: int  # which one; copies share it and its lock
 
     def copy(self) -> _Compiled:
-        return _Compiled(self.matcher.deep_copy(), self.rebuild)
+        return self._replace(matcher=self.matcher.deep_copy())
 
 
 class MatcherState:
@@ -69,6 +76,7 @@ class MatcherState:
         self._param = param
         self._matcher: llguidance.LLMatcher | None = None
         self._rebuild: Callable[[], llguidance.LLMatcher] | None = None
+        self.lexer = 0  # once there is a matcher: states of one wait for each other on several threads
         self._unfollowed = list(prior_output_token_ids)
         self._followed: list[int] = []  # by the matcher
         self._thinking: ThinkingTracker | None = None  # None once the grammar has begun
@@ -117,15 +125,19 @@ class MatcherState:
         if self._compiled() is not None:
             self._follow(token_id)
 
-    def fill_mask(self, row: np.ndarray) -> None:
-        """row: contiguous uint32, bit t % 32 of word t // 32 says whether token t may come next."""
+    def matcher_for_mask(self) -> llguidance.LLMatcher | None:
+        """The one to fill a row with, before `finish_mask`; None if there is nothing to fill."""
         matcher = self._compiled()
+        return None if self._is_thinking else matcher
+
+    def finish_mask(self, row: np.ndarray) -> None:
+        """row: contiguous uint32, bit t % 32 of word t // 32 says whether token t may come next. The matcher has filled it."""
         if self._is_thinking:
             row[:] = _ALL_ALLOWED
             for token_id in self._marks.withheld:
                 row[token_id // 32] &= ~_bit(token_id)
             return
-        matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
+        matcher = self._matcher
         if matcher.is_error() and self._renew():
             matcher = self._matcher
             matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
@@ -140,7 +152,7 @@ class MatcherState:
         """The matcher, which has followed all there is; None when that went wrong."""
         if self._matcher is None and self._error is None:
             try:
-                self._matcher, self._rebuild = self._future.result(timeout=0)
+                self._matcher, self._rebuild, self.lexer = self._future.result(timeout=0)
             except Exception as error:
                 fault = self._param if isinstance(error, GrammarError) else None
                 self._fail(f"the grammar could not be compiled: {error}", fault)
@@ -190,6 +202,12 @@ class MatcherState:
         self._matcher = None
 
 
+def _fill(rows: list[tuple[llguidance.LLMatcher, np.ndarray]]) -> None:
+    """One after another, since they share a lexer and its lock. llguidance lets go of Python's meanwhile."""
+    for matcher, row in rows:
+        matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
+
+
 def _bit(token_id: int) -> np.uint32:
     """A token's place in its word of a mask."""
     return np.uint32(1 << token_id % 32)
@@ -203,7 +221,11 @@ class GrammarManager:
         self._load_tokenizer = load_tokenizer
         self._tokenizer: llguidance.LLTokenizer | None = None
         self._tokenizer_lock = threading.Lock()
-        self._cache = _CompiledCache()
+        self._num_threads = min(_MAX_THREADS, len(os.sched_getaffinity(0)))
+        self._makers: ThreadPoolExecutor | None = None
+        self._is_slow = False  # the masks of the last step were worth several threads
+        self._lexers = itertools.count()
+        self._cache = _CompiledCache(self._num_threads)
         self._pool: ThreadPoolExecutor | None = None
 
     def preload(self) -> None:
@@ -222,14 +244,33 @@ class GrammarManager:
     def bitmask(self, states: list[MatcherState]) -> bytes:
         """A row of 32-bit words for each; that of a state which fails allows everything."""
         masks = np.empty((len(states), -(-self._tokenizer.vocab_size // 32)), np.uint32)
-        # Copies of one grammar share a lexer and its lock: threads would wait for each other.
+        by_lexer: defaultdict[int, list[tuple[llguidance.LLMatcher, np.ndarray]]] = defaultdict(list)
         for row, state in zip(masks, states):
-            state.fill_mask(row)
+            matcher = state.matcher_for_mask()
+            if matcher is not None:
+                by_lexer[state.lexer].append((matcher, row))
+        began = time.perf_counter()
+        if self._is_slow:
+            list(self._mask_makers().map(_fill, by_lexer.values()))
+        else:
+            for rows in by_lexer.values():
+                _fill(rows)
+        took = time.perf_counter() - began
+        # That several threads took, one would have taken longer.
+        self._is_slow = len(by_lexer) > 1 and took > (_SLOW_S / 2 if self._is_slow else _SLOW_S)
+        for row, state in zip(masks, states):
+            state.finish_mask(row)
         return masks.tobytes()
 
+    def _mask_makers(self) -> ThreadPoolExecutor:
+        if self._makers is None:
+            self._makers = ThreadPoolExecutor(self._num_threads, thread_name_prefix="make-masks")
+        return self._makers
+
     def shutdown(self) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._pool, self._makers):
+            if pool is not None:
+                pool.shutdown(wait=False, cancel_futures=True)
 
     def _matcher(self, grammar: str) -> Future[_Compiled]:
         """A matcher at the beginning of its grammar, for one request alone."""
@@ -252,7 +293,8 @@ class GrammarManager:
             began = time.perf_counter()
             matcher = self._build(grammar)
             is_quick = time.perf_counter() - began < _QUICK_S
-            compiled = _Compiled(matcher, (lambda: self._build_apart(grammar)) if is_quick else None)
+            rebuild = (lambda: self._build_apart(grammar)) if is_quick else None
+            compiled = _Compiled(matcher, rebuild, next(self._lexers))
             self._cache.put(grammar, compiled)
         return compiled.copy()
 
@@ -270,33 +312,49 @@ class GrammarManager:
         return matcher
 
 
+@dataclass
+class _Lexer:
+    """A grammar compiled once: what copies of it share."""
+
+    compiled: _Compiled
+    num_uses: int = 1
+
+
 class _CompiledCache:
     """Compiled grammars by their text, the least recently used dropped first. Any thread may use it."""
 
-    def __init__(self) -> None:
-        self._entries: OrderedDict[str, tuple[_Compiled, int]] = OrderedDict()  # and the uses left
+    def __init__(self, most_lexers: int) -> None:
+        """most_lexers: how often one grammar is compiled, so that as many threads may make masks of it at a time."""
+        self._most_lexers = most_lexers
+        self._entries: OrderedDict[str, list[_Lexer]] = OrderedDict()
         self._num_chars = 0
         self._lock = threading.Lock()
 
     def take(self, grammar: str) -> _Compiled | None:
-        """One to be copied, never changed."""
+        """One to be copied, never changed. None if it should be compiled (once more)."""
         with self._lock:
-            entry = self._entries.get(grammar)
-            if entry is None:
+            lexers = self._entries.get(grammar)
+            if lexers is None:
                 return None
-            compiled, num_left = entry
-            if num_left <= 1:
-                self._drop(grammar)
-            else:
-                self._entries[grammar] = compiled, num_left - 1
-                self._entries.move_to_end(grammar)
-            return compiled
+            self._entries.move_to_end(grammar)
+            lexer = min(lexers, key=lambda lexer: lexer.num_uses)
+            has_room = len(lexers) < self._most_lexers and lexer.compiled.rebuild is not None
+            if has_room and lexer.num_uses >= _FEW_USES:
+                return None
+            lexer.num_uses += 1
+            if lexer.num_uses == _MAX_USES:
+                lexers.remove(lexer)
+                if not lexers:
+                    self._drop(grammar)
+            return lexer.compiled
 
     def put(self, grammar: str, compiled: _Compiled) -> None:
         with self._lock:
             if grammar not in self._entries:
+                self._entries[grammar] = []
                 self._num_chars += len(grammar)
-            self._entries[grammar] = compiled, _MAX_USES
+            if len(self._entries[grammar]) < self._most_lexers:
+                self._entries[grammar].append(_Lexer(compiled))
             while len(self._entries) > _MAX_CACHED or self._num_chars > _MAX_CACHED_CHARS:
                 self._drop(next(iter(self._entries)))
 

@@ -226,7 +226,9 @@ class DeviceSampling:
                 also = None if each.named is None else self._staging.send(each.named[part])
                 values = self._read(rows, drawn.token_ids.index_select(0, index), each.num_likeliest, also)
                 logprobs.append((own, values.to_host(self._staging.fetch)))
-        forbidding = {column: self._sampler.forbidding(column, batch, grammar) for column in columns}
+        forbidding = {
+            column: self._sampler.forbidding(column, batch, grammar) for column in changes.constrained
+        }
         return self._keep(drawn, batch, forbidding, logprobs)
 
     def _warp_and_choose(self, logits: torch.Tensor, inputs: DeviceDraw, index: torch.Tensor) -> torch.Tensor:
@@ -268,8 +270,8 @@ class DeviceSampling:
         at_fault: dict[int, str] = {}
         for column in np.flatnonzero(pending.broken).tolist():
             failed[column] = NONFINITE
-            if pending.broken[column] == _NO_TOKEN_LEFT:
-                fields = pending.forbidding[column]
+            fields = pending.forbidding.get(column)
+            if pending.broken[column] == _NO_TOKEN_LEFT and fields:
                 failed[column] = contradiction(fields, int(pending.num_output_tokens[column]))
                 at_fault[column] = fields[0]
         logprobs = {}

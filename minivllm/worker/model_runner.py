@@ -28,6 +28,7 @@ from minivllm.messages.worker import (
     SchedulerOutput,
 )
 from minivllm.models.decoder import DecoderForCausalLM
+from minivllm.ops import native
 from minivllm.ops.op import OpSpec
 from minivllm.platforms.platform import Platform
 from minivllm.sample.sampler import NONFINITE, DrawBuffers, DrawInputs, Drawn, Sampler, SamplerOutput
@@ -148,7 +149,8 @@ class ModelRunner:
     @torch.inference_mode()
     def _run(self, batch: InputBatch, given: GivenEmbeddings | None) -> None:
         ctx = self._context(self._metadata(batch))
-        self._hidden = self.model.forward(batch.input_ids, batch.positions, ctx, given)
+        with native.awake():
+            self._hidden = self.model.forward(batch.input_ids, batch.positions, ctx, given)
 
     def _is_replayed(self, batch: InputBatch) -> bool:
         if self._graphs is None or not batch.is_decode:

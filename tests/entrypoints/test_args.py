@@ -215,7 +215,6 @@ def test_without_a_model_the_one_in_the_box_is_served_under_its_name():
         (["m", "--model", "n"], "two models"),
         (["m", "--port", "65536"], "--port"),
         (["m", "--shutdown-timeout", "-1"], "--shutdown-timeout"),
-        (["m", "--disable-frontend-multiprocessing"], "LLM"),
         (["m", "--api-key", ""], "--api-key"),
         (["m", "--root-path", "api"], "--root-path"),
         (["m", "--chat-template", "no/such/file"], "no/such/file"),
@@ -358,3 +357,8 @@ def test_what_would_have_no_effect_is_refused_before_the_model_is_loaded(given: 
 def test_a_level_that_the_parser_can_hold_is_taken():
     validate_args(parse("--tool-strict-level", "parameter", *AUTO, "hermes"))
     validate_args(make_arg_parser().parse_args([str(box_model_path()), "--tool-strict-level", "function"]))
+
+
+def test_a_server_asked_for_one_process_says_that_it_has_two_and_starts(caplog: pytest.LogCaptureFixture):
+    validate_args(parse("--disable-frontend-multiprocessing"))
+    assert "--disable-frontend-multiprocessing changes nothing here" in caplog.text

@@ -21,7 +21,7 @@ from tests.worker.fake_device import FakeDevice
 
 PROMPTS = [list(range(3, 3 + length)) for length in (33, 5, 1)]
 PARAMS = SamplingParams(temperature=0, max_tokens=3, prompt_logprobs=0, logprobs=0, ignore_eos=True)
-SIZES = {"max_num_seqs": 4, "max_model_len": 64, "max_num_batched_tokens": 40}
+SIZES = {"max_num_seqs": 4, "max_model_len": 64, "max_num_batched_tokens": 40, "enforce_eager": True}
 SELECT = Op.select
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections import Counter
 
 import llguidance
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from minivllm.messages.engine import EngineCoreRequest
 from minivllm.sampling_params import SamplingParams, StructuredOutputsParams, ThinkingTokens
 from minivllm.structured_output.grammar import to_grammar
-from minivllm.structured_output.manager import GrammarManager, MatcherState
+from minivllm.structured_output.manager import GrammarManager, MatcherState, _CompiledCache
 from tests.structured_output.bytes import EOS, TOKENIZER, VOCABULARY
 
 
@@ -126,13 +127,30 @@ def test_requests_with_the_same_grammar_stand_where_each_of_them_does(manager: G
     assert [allowed(manager, state) for state in states] == ["abc", "abc", "d"]
 
 
-def test_a_grammar_is_compiled_once(manager: GrammarManager, monkeypatch: pytest.MonkeyPatch):
+def test_a_grammar_is_compiled_once_and_again_where_many_use_it(manager: GrammarManager, monkeypatch: pytest.MonkeyPatch):
     built = []
     build = manager._build
     monkeypatch.setattr(manager, "_build", lambda grammar: built.append(grammar) or build(grammar))
-    for _ in range(10):
-        start(manager, regex="once")
-    assert len(built) == 1
+    manager._cache = _CompiledCache(most_lexers=2)
+    states = [start(manager, regex="once") for _ in range(8)]
+    assert len(built) == 1 and len({state.lexer for state in states if not state.error}) == 1
+    states += [start(manager, regex="once") for _ in range(24)]
+    assert len(built) == 2
+    used = Counter(state.lexer for state in states if not state.error)
+    assert len(used) == 2 and min(used.values()) >= 12
+
+
+def test_masks_made_on_several_threads_are_the_same(manager: GrammarManager, monkeypatch: pytest.MonkeyPatch):
+    asked = [{"regex": "[a-c]+d"}, {"json_object": True}, {"choice": ["ab", "ac"]}]
+    states = [start(manager, **asked[i % 3]) for i in range(24)]
+    states.append(start(manager, thinking=ThinkingTokens([OPEN], CLOSE, is_open=True), regex="ab"))
+    monkeypatch.setattr("minivllm.structured_output.manager._SLOW_S", 0.0)
+    alone = manager.bitmask(states)
+    assert manager._is_slow and manager._makers is None
+    assert manager.bitmask(states) == alone and manager._makers is not None
+    monkeypatch.setattr("minivllm.structured_output.manager._SLOW_S", 60.0)
+    manager.bitmask(states)
+    assert not manager._is_slow
 
 
 # Behind thinking

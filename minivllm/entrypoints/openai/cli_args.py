@@ -16,11 +16,14 @@ from minivllm.engine.arg_utils import AsyncEngineArgs
 from minivllm.entrypoints.chat_utils import RESERVED_TEMPLATE_KWARGS
 from minivllm.entrypoints.openai.tls import check_tls
 from minivllm.exceptions import ConfigError
+from minivllm.logger import init_logger
 from minivllm.tool_parsers.registry import TOOL_PARSERS
 from minivllm.tracing import check_tracing
 from minivllm.utils.argparse_utils import FlexibleArgumentParser, add_dataclass_arguments
 from minivllm.utils.box_model import is_box_model
 from minivllm.utils.text import nearest
+
+logger = init_logger(__name__)
 
 # What bare --help shows.
 COMMON = (
@@ -95,8 +98,10 @@ def validate_args(args: argparse.Namespace) -> None:
     if args.shutdown_timeout < 0:
         raise ConfigError(f"--shutdown-timeout {args.shutdown_timeout} must be 0 or more seconds")
     if args.disable_frontend_multiprocessing:
-        raise ConfigError(
-            "--disable-frontend-multiprocessing is for LLM(...) only: the API server never loads the model itself"
+        # As vLLM does with its V1 engine: scripts that say so still start.
+        logger.warning(
+            "--disable-frontend-multiprocessing changes nothing here: the API server never loads the model itself; "
+            "it is for LLM(...)"
         )
     if args.api_key and not all(args.api_key):
         raise ConfigError("--api-key holds an empty key; leave it out to serve without keys")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from minivllm.config.observability import ObservabilityConfig
 from minivllm.messages.stats import FinishedRequestStats, IterationStats, PrefixCacheStats, SchedulerStats
 from minivllm.metrics.logging import LoggingStatLogger
 from minivllm.metrics.prometheus import (
@@ -291,3 +293,12 @@ def test_answers_read_for_calls_are_counted_by_what_was_in_them(engine: FakeEngi
     }  # fmt: skip
     expected |= {f"{head}{{non_streaming}}{{tool_calls}}{{{api}}}": 1 for api in ("responses", "messages")}
     assert found == expected
+
+
+def test_without_statistics_the_engine_has_no_metrics(engine: FakeEngine):
+    engine.config = replace(engine.config, observability=ObservabilityConfig(disable_log_stats=True))
+    api = Api(engine, disable_log_stats=True)
+    api.post("/v1/completions", {"prompt": "x", "max_tokens": 1})
+    assert api.stats.loggers == []
+    text = api.get("/metrics").text
+    assert "vllm:num_requests_running" not in text and "http_requests_total" not in text
