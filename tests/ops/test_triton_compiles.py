@@ -61,3 +61,23 @@ def test_a_batch_of_another_size_needs_no_other_kernel():
         [sys.executable, "-c", BATCHES], cwd=ROOT, env=environment, capture_output=True, text=True
     )
     assert done.stdout.split() == ["_attend_kernel", "_count_kernel", "_gemm_kernel", "_merge_kernel"], done.stderr[-3000:]
+
+
+CODES = """
+import torch
+import triton
+from minivllm.ops.triton.linear import quantise_rows
+from tests.gpu.compiler import Compiler
+
+built, compile = [], triton.compile
+triton.compile = lambda *args, **options: built.append(compile(*args, **options)) or built[-1]
+with Compiler(90):
+    quantise_rows(torch.zeros(2, 64), torch.int8)
+print(len(built), built[0].asm["ptx"].count("fma.rn"))
+"""
+
+
+def test_int8_codes_are_rounded_as_the_reference_says_with_no_multiplication_and_addition_in_one():
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, "-c", CODES], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == ["1", "0"], done.stderr[-3000:]
