@@ -36,6 +36,7 @@ from minivllm.ops.paged_attention import Options
 from minivllm.ops.triton.linear import TritonLinear
 from minivllm.ops.triton.paged_attention import SEGMENT, BatchShape, paged_attention
 from minivllm.ops.triton.penalties import count_tokens
+from minivllm.ops.triton.token_logprobs import token_logprobs
 from tests.gpu.compiler import Compiler
 
 layout, linear = RowLayout("bfloat16", 2, 64, 64), TritonLinear(64, 64, torch.bfloat16, device="cpu")
@@ -50,17 +51,19 @@ with Compiler(90) as compiler:
         linear(q[:, 0].contiguous())
         slots = torch.zeros(n, dtype=torch.int64)
         count_tokens(counts, slots, slots, slots.to(torch.uint8))
+        token_logprobs(torch.zeros(2, 64), torch.zeros(2, n, dtype=torch.int64))
 print(*sorted(each.kernel for each in compiler.compiled.values()))
 """
 
 
 @pytest.mark.timeout(600)
-def test_a_batch_of_another_size_needs_no_other_kernel():
+def test_a_batch_of_another_size_or_a_few_more_logprobs_need_no_other_kernel():
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     done = subprocess.run(
         [sys.executable, "-c", BATCHES], cwd=ROOT, env=environment, capture_output=True, text=True
     )
-    assert done.stdout.split() == ["_attend_kernel", "_count_kernel", "_gemm_kernel", "_merge_kernel"], done.stderr[-3000:]
+    kernels = ["_attend_kernel", "_count_kernel", "_gemm_kernel", "_merge_kernel", "_token_logprobs_kernel"]
+    assert done.stdout.split() == kernels, done.stderr[-3000:]
 
 
 CODES = """
