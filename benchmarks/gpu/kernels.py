@@ -115,6 +115,7 @@ def other_kernels() -> Iterator[Kernel]:
     from minivllm.ops.kv_write import kv_write
     from minivllm.ops.rms_norm import rms_norm
     from minivllm.ops.rotary import rotary
+    from minivllm.ops.rotary_kv_write import rotary_kv_write
 
     device, dtype = "cuda", torch.bfloat16
     for rows in (1, 64, 8192):
@@ -144,7 +145,15 @@ def other_kernels() -> Iterator[Kernel]:
             f"KV write, {rows} rows", lambda a=(k, v, cache, positions), f=write, y=layout: f(*a, layout=y),
             4 * k.numel() * 2,
         )  # fmt: skip
-        for format_, label in ((None, "cuBLAS"), ("int8", "int8"), ("batch_invariant", "batch invariant")):
+        yield Kernel(
+            f"rotary and KV write, {rows} rows",
+            lambda a=(positions, q, k, v, table, None, cache, positions), f=rotary_kv_write.select(spec), y=layout: f(
+                *a, layout=y
+            ),
+            2 * (2 * q.numel() + 5 * k.numel()),  # q and k both ways, v read, both written to the cache
+        )
+        formats = {None: "cuBLAS", "int8": "int8", "fp8": "fp8", "batch_invariant": "batch invariant"}
+        for format_, label in formats.items():
             try:
                 make = linear_class(INNER, HIDDEN, dtype=dtype, device=device, quantization=format_)
             except (KeyError, ValueError) as error:

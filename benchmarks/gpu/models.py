@@ -136,7 +136,8 @@ class Model:
         begin = time.perf_counter()
         runner.capture(*smallest)
         seconds = (time.perf_counter() - begin) * len(runner.capture_shapes) / runner.most_captures
-        return Row(f"{name} capturing a decode step", "-", "-", f"{seconds * 1e3:.0f} ms; {runner.most_captures} at most")
+        note = f"{seconds * 1e3:.0f} ms; {runner.most_captures} at most"
+        return Row(f"{name} capturing a decode step", "-", "-", note)
 
     def decode(
         self, batch: int, context: int, *, steps: int = 40, warm: int = 6, params: SamplingParams = PLAIN

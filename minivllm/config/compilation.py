@@ -49,14 +49,15 @@ class CaptureOptions:
     sizes: tuple[int, ...] | None = None  # ascending; None: the default ones
     largest: int | None = None  # of the default ones
     is_off: bool = False
+    at_start: bool = False  # all of them before the first request
 
     @property
-    def asks_for_sizes(self) -> bool:
-        return self.sizes is not None or self.largest is not None
+    def asks_for_graphs(self) -> bool:
+        return self.sizes is not None or self.largest is not None or self.at_start
 
 
-def read_compilation(config: CompilationConfig) -> CaptureOptions:
-    """Check what the user gave.
+def read_compilation(config: CompilationConfig, *, enforce_eager: bool = False) -> CaptureOptions:
+    """Check what the user gave; enforce_eager is ModelConfig's.
 
     Raises:
         ConfigError: a key is unknown, a value wrong, or two values contradict each other; the message names them.
@@ -85,10 +86,16 @@ def read_compilation(config: CompilationConfig) -> CaptureOptions:
             )
     elif largest is not None and largest < 1:
         raise ConfigError(f"max_cudagraph_capture_size={largest} must be at least 1; for no graphs: --enforce-eager")
-    is_off = keys.cudagraph_mode == "NONE"
-    if is_off and (sizes is not None or largest is not None):
-        raise ConfigError("compilation_config: cudagraph_mode=NONE captures no graphs, and sizes of graphs are given")
-    return CaptureOptions(None if sizes is None else tuple(sorted(set(sizes))), largest, is_off)
+    is_off = enforce_eager or keys.cudagraph_mode == "NONE"
+    sizes = None if sizes is None else tuple(sorted(set(sizes)))
+    options = CaptureOptions(sizes, largest, is_off, config.cudagraph_capture_at_start)
+    if is_off and options.asks_for_graphs:
+        named = "--enforce-eager" if enforce_eager else "compilation_config: cudagraph_mode=NONE"
+        raise ConfigError(
+            f"{named} captures no graphs, and cudagraph_capture_sizes, max_cudagraph_capture_size or "
+            "cudagraph_capture_at_start asks for some; leave one out"
+        )
+    return options
 
 
 def _either(name: str, flag: Any, key: Any) -> Any:

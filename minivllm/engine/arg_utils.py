@@ -126,7 +126,7 @@ class EngineArgs(_Flat):
         _check_ranges(values)
         _check_hash(parts["cache"])
         read_cpu_bind(values["cpu_bind"])
-        read_compilation(parts["compilation"])
+        read_compilation(parts["compilation"], enforce_eager=values["enforce_eager"])
         _check_kv_events(parts["observability"], parts["cache"])
         read_profiler_config(parts["observability"].profiler_config)
         _check_traces(parts["observability"], usage)

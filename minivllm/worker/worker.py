@@ -59,6 +59,7 @@ class Worker:
         """platform: None for the one that the configuration and this machine give."""
         self.config = config
         self.platform = detect(config.device) if platform is None else platform
+        self._captures = read_compilation(config.compilation, enforce_eager=config.model.enforce_eager)
         self._plans_in_flight = config.scheduler.max_plans_in_flight(leaves_host_free=not self.platform.is_host)
         self.runner: ModelRunner | None = None
         self.memory_taker: MemoryTaker | None = None
@@ -219,9 +220,10 @@ class Worker:
 
     def _check_options(self) -> None:
         """Refuse what this platform does not have."""
-        if self.platform.graphs is None and read_compilation(self.config.compilation).asks_for_sizes:
+        if self.platform.graphs is None and self._captures.asks_for_graphs:
             raise ConfigError(
-                f"sizes of captured graphs are given, and {self.platform.name} captures none; leave them out"
+                f"{self.platform.name} captures no graphs; leave out cudagraph_capture_sizes, "
+                "max_cudagraph_capture_size and cudagraph_capture_at_start"
             )
         if self.config.model.quantization == "fp8" and not self.platform.has_fp8:
             raise ConfigError(
@@ -285,7 +287,6 @@ class Worker:
     ) -> ModelRunner:
         """tensors: the KV cache's, one for each layer of the largest group."""
         places = kv_layout.places(size.spec.groups)
-        options = read_compilation(self.config.compilation)
         return ModelRunner(
             model,
             backend,
@@ -295,8 +296,8 @@ class Worker:
             max_num_batched_tokens=max_num_batched_tokens,
             max_num_seqs=max_num_seqs,
             group_of_layer=[group for group, _ in places],
-            enforce_eager=self.config.model.enforce_eager or options.is_off,
-            captures=options,
+            enforce_eager=self._captures.is_off,
+            captures=self._captures,
             platform=self.platform,
         )
 
@@ -306,7 +307,7 @@ class Worker:
         The largest comes first in any case: what it allocates then serves all others.
         """
         shapes = list(self.runner.capture_shapes)
-        if not self.config.compilation.cudagraph_capture_at_start:
+        if not self._captures.at_start:
             shapes = shapes[:1]
         show = self.config.load.use_tqdm_on_load and len(shapes) > 1
         for num_rows, max_seq_len in tqdm(shapes, desc="Capturing decode steps", unit="", disable=not show):

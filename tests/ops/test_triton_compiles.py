@@ -35,10 +35,13 @@ from minivllm.ops.kv_layout import RowLayout
 from minivllm.ops.paged_attention import Options
 from minivllm.ops.triton.linear import TritonLinear
 from minivllm.ops.triton.paged_attention import SEGMENT, BatchShape, paged_attention
+from minivllm.ops.triton.penalties import count_tokens
+from minivllm.ops.triton.token_logprobs import token_logprobs
 from tests.gpu.compiler import Compiler
 
 layout, linear = RowLayout("bfloat16", 2, 64, 64), TritonLinear(64, 64, torch.bfloat16, device="cpu")
 cache, options = torch.zeros(layout.shape(1), dtype=torch.uint8), Options(0.125)
+counts = torch.zeros(2, 64, dtype=torch.int32)
 with Compiler(90) as compiler:
     for n in (1, 3, 16):
         q, ids = torch.zeros(n, 4, 64, dtype=torch.bfloat16), torch.zeros(n, 40, dtype=torch.int32)
@@ -46,14 +49,38 @@ with Compiler(90) as compiler:
         shape = BatchShape(1, n * SEGMENT)
         paged_attention(q, cache, ids, lens, starts, layout=layout, options=options, shape=shape)
         linear(q[:, 0].contiguous())
+        slots = torch.zeros(n, dtype=torch.int64)
+        count_tokens(counts, slots, slots, slots.to(torch.uint8))
+        token_logprobs(torch.zeros(2, 64), torch.zeros(2, n, dtype=torch.int64))
 print(*sorted(each.kernel for each in compiler.compiled.values()))
 """
 
 
 @pytest.mark.timeout(600)
-def test_a_batch_of_another_size_needs_no_other_kernel():
+def test_a_batch_of_another_size_or_a_few_more_logprobs_need_no_other_kernel():
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     done = subprocess.run(
         [sys.executable, "-c", BATCHES], cwd=ROOT, env=environment, capture_output=True, text=True
     )
-    assert done.stdout.split() == ["_attend_kernel", "_gemm_kernel", "_merge_kernel"], done.stderr[-3000:]
+    kernels = ["_attend_kernel", "_count_kernel", "_gemm_kernel", "_merge_kernel", "_token_logprobs_kernel"]
+    assert done.stdout.split() == kernels, done.stderr[-3000:]
+
+
+CODES = """
+import torch
+import triton
+from minivllm.ops.triton.linear import quantise_rows
+from tests.gpu.compiler import Compiler
+
+built, compile = [], triton.compile
+triton.compile = lambda *args, **options: built.append(compile(*args, **options)) or built[-1]
+with Compiler(90):
+    quantise_rows(torch.zeros(2, 64), torch.int8)
+print(len(built), built[0].asm["ptx"].count("fma.rn"))
+"""
+
+
+def test_int8_codes_are_rounded_as_the_reference_says_with_no_multiplication_and_addition_in_one():
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, "-c", CODES], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == ["1", "0"], done.stderr[-3000:]

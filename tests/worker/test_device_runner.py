@@ -237,9 +237,12 @@ def test_there_are_no_more_captures_than_memory_was_set_aside_for(model: Path, e
     assert caplog.text.count("2 decode steps are captured, which is what there is memory for") == 1
 
 
-def test_sizes_of_graphs_are_refused_where_nothing_is_captured(model: Path):
-    with pytest.raises(ConfigError, match="cpu captures none"):
-        Loop(model, max_cudagraph_capture_size=8)
+@pytest.mark.parametrize(
+    "options", [{"max_cudagraph_capture_size": 8}, {"cudagraph_capture_at_start": True}], ids=str
+)
+def test_graphs_are_refused_where_nothing_is_captured(model: Path, options: dict):
+    with pytest.raises(ConfigError, match=f"cpu captures no graphs; leave out.*{next(iter(options))}"):
+        Loop(model, **options)
 
 
 def test_captures_of_all_sizes_leave_their_results_in_one_place():

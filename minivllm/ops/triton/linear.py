@@ -186,6 +186,7 @@ def quantise_rows(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, to
             IS_INT8=dtype == torch.int8,
             BLOCK=2048,
             num_warps=4,
+            enable_fp_fusion=False,  # a product is rounded before it is rounded to a whole number
         )
     return q, scales
 

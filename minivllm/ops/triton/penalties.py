@@ -43,7 +43,7 @@ def _penalise_kernel(
     tl.store(places, x, mask=is_seen)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])  # one code, and no compiler, for any number of tokens
 def _count_kernel(
     counts, rows, token_ids, is_prompt, counts_stride, vocab_size, num_tokens, BLOCK: tl.constexpr
 ):

@@ -62,7 +62,8 @@ def _peak_kernel(
 
 @triton.jit
 def _choose_kernel(tokens, is_row_broken, best, best_index, is_broken, num_chunks, BLOCK: tl.constexpr):
-    """The best chunk's token. Grid: (num_rows,)."""
+    """The best chunk's token; in a row of NaN the first, for the next step looks it up before the host knows. Grid:
+    (num_rows,)."""
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.arange(0, BLOCK)
     places = row * num_chunks + chunk
@@ -70,7 +71,8 @@ def _choose_kernel(tokens, is_row_broken, best, best_index, is_broken, num_chunk
     index = tl.load(best_index + places, mask=chunk < num_chunks, other=2147483647)
     broken = tl.max(tl.load(is_broken + places, mask=chunk < num_chunks, other=0), 0)
     most = tl.max(x, 0)
-    tl.store(tokens + row, tl.min(tl.where(x == most, index, 2147483647), 0).to(tl.int64))
+    token = tl.min(tl.where(x == most, index, 2147483647), 0)
+    tl.store(tokens + row, tl.where(token == 2147483647, 0, token).to(tl.int64))
     tl.store(is_row_broken + row, tl.where(most == float("-inf"), 1, broken).to(tl.uint8))
 
 

@@ -9,7 +9,7 @@ import triton.language as tl
 from minivllm.ops.checks import require
 
 _CHUNK = 4096
-_MOST_ASKED = 1024  # tokens at once
+_LEAST_ASKED, _MOST_ASKED = 32, 1024  # tokens at once: one code for all who ask for few
 
 
 @triton.jit
@@ -27,7 +27,7 @@ def _log_sum(row, vocab_size, CHUNK: tl.constexpr):
     return tl.max(top, 0), tl.sum(tl.log(total), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_asked"])
 def _token_logprobs_kernel(
     logprobs,
     ranks,
@@ -66,8 +66,9 @@ def token_logprobs(logits: torch.Tensor, token_ids: torch.Tensor) -> tuple[torch
     logprobs = torch.empty(num_rows, num_asked, dtype=torch.float32, device=logits.device)
     ranks = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
     if num_rows:
+        block = min(max(_LEAST_ASKED, triton.next_power_of_2(num_asked)), _MOST_ASKED)
         _token_logprobs_kernel[(num_rows,)](
             logprobs, ranks, logits, token_ids, logits.stride(0), logits.shape[1], num_asked,
-            CHUNK=_CHUNK, BLOCK=min(triton.next_power_of_2(num_asked), _MOST_ASKED), num_warps=8,
+            CHUNK=_CHUNK, BLOCK=block, num_warps=8,
         )  # fmt: skip
     return logprobs, ranks

@@ -20,6 +20,7 @@ PAIRS = {
     "fp8": (TritonFp8Linear, DenseFp8Linear),
 }
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1.2e-2, torch.float16: 2e-3}
+_FP8_ON_A_CARD = 4e-3  # Hopper's tensor cores keep about 14 bits of a tile's sum
 
 
 def multiplying(
@@ -50,11 +51,10 @@ def multiplying(
             return linear.silu_mul(*inputs, **extra)
         return linear(*inputs, torch.float32 if epilogue == "wide" else None, **extra)
 
-    return Check(
-        lambda: multiply(kernel, device),
-        lambda: multiply(reference, "cpu").to(device),
-        TOLERANCE[torch_dtype],
-    )
+    tolerance = TOLERANCE[torch_dtype]
+    if kind == "fp8" and device == "cuda":
+        tolerance = max(tolerance, _FP8_ON_A_CARD)
+    return Check(lambda: multiply(kernel, device), lambda: multiply(reference, "cpu").to(device), tolerance)
 
 
 def invariant(device: str, large: bool, *, kind: str) -> Check:

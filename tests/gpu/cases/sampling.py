@@ -25,16 +25,19 @@ def logits_of(device: str, large: bool, vocab_size: int, num_rows: int) -> torch
 
 
 def gumbel(device: str, large: bool, *, vocab_size: int) -> Check:
-    num_rows = 9
+    num_rows = 10
     logits = logits_of(device, large, vocab_size, num_rows)
-    temperature = torch.tensor([0, 1, 1, 1, 0.3, 0.7, 1, 1.7, 100], device=device)
-    seeds = torch.tensor([0, 1, 2, 3, -1, 1 << 62, -(1 << 63), 12345678901234567, 7], device=device)
-    positions = torch.tensor([0, 1, 2, 3, 4, 1 << 31, 1 << 32, (1 << 40) + 5, 100], device=device)
+    logits[9] = float("nan")
+    temperature = torch.tensor([0, 1, 1, 1, 0.3, 0.7, 1, 1.7, 100, 1], device=device)
+    seeds = torch.tensor([0, 1, 2, 3, -1, 1 << 62, -(1 << 63), 12345678901234567, 7, 8], device=device)
+    positions = torch.tensor([0, 1, 2, 3, 4, 1 << 31, 1 << 32, (1 << 40) + 5, 100, 9], device=device)
     arguments = (logits, temperature, seeds, positions)
 
     def chosen(choose) -> tuple[torch.Tensor, ...]:
         tokens, broken = choose(*arguments)
-        return torch.where(broken > 0, -1, tokens), broken  # a broken row's token means nothing
+        # A broken row's token means nothing, but it is one: the next step may look it up.
+        is_inside = (tokens >= 0) & (tokens < logits.shape[1])
+        return torch.where(broken > 0, -1, tokens), broken, is_inside
 
     return Check(
         lambda: chosen(triton_sampling.gumbel_argmax), lambda: chosen(sampling.gumbel_argmax_reference), 0.0
@@ -123,6 +126,7 @@ def penalising(device: str, large: bool) -> Check:
 
 def _cases() -> dict[str, Case]:
     found: dict[str, Case] = {"bitmask": masking, "penalties": penalising}
+    found["gumbel_argmax_8192"] = partial(gumbel, vocab_size=8192)  # no chunk that is not full
     for vocab_size in (130, 9001):
         found[f"gumbel_argmax_{vocab_size}"] = partial(gumbel, vocab_size=vocab_size)
         found[f"truncation_{vocab_size}"] = partial(truncation, vocab_size=min(vocab_size, 3001))
