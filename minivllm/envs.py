@@ -22,3 +22,8 @@ def get(name: str) -> str | None:
     """The variable's value, or None. `name` must be listed in VARIABLES."""
     assert name in VARIABLES, name
     return os.environ.get(name) or None
+
+
+def is_dev_mode() -> bool:
+    """Whether VLLM_SERVER_DEV_MODE asks for the development endpoints."""
+    return get("VLLM_SERVER_DEV_MODE") not in (None, "0")

@@ -131,7 +131,7 @@ class MatcherState:
         return None if self._is_thinking else matcher
 
     def finish_mask(self, row: np.ndarray) -> None:
-        """row: contiguous uint32, bit t % 32 of word t // 32 says whether token t may come next. The matcher has filled it."""
+        """row: contiguous uint32, as the matcher has filled it: bit t % 32 of word t // 32 allows token t."""
         if self._is_thinking:
             row[:] = _ALL_ALLOWED
             for token_id in self._marks.withheld:

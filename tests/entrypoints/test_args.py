@@ -362,3 +362,11 @@ def test_a_level_that_the_parser_can_hold_is_taken():
 def test_a_server_asked_for_one_process_says_that_it_has_two_and_starts(caplog: pytest.LogCaptureFixture):
     validate_args(parse("--disable-frontend-multiprocessing"))
     assert "--disable-frontend-multiprocessing changes nothing here" in caplog.text
+
+
+def test_development_endpoints_by_the_environment_need_one_server_too(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("VLLM_SERVER_DEV_MODE", "1")
+    with pytest.raises(ConfigError, match="VLLM_SERVER_DEV_MODE needs --api-server-count 1"):
+        validate_args(parse("--api-server-count", "2"))
+    monkeypatch.setenv("VLLM_SERVER_DEV_MODE", "0")
+    validate_args(parse("--api-server-count", "2"))

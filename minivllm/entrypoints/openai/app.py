@@ -81,7 +81,7 @@ def _routers(frontend: FrontendConfig, *, profiles: bool) -> list[APIRouter]:
     # Most requests first: paths are compared in this order.
     routers = [completion_router, chat_router, responses_router, messages_router, health_router, metrics_router]
     routers += [models_router, tokenize.router, batch_router, invocations_router, lora_router]
-    is_dev = frontend.enable_dev_endpoints or envs.get("VLLM_SERVER_DEV_MODE") not in (None, "0")
+    is_dev = frontend.enable_dev_endpoints or envs.is_dev_mode()
     if is_dev or profiles:
         routers.append(profile_router)
     if not frontend.disable_playground:

@@ -107,10 +107,14 @@ def validate_args(args: argparse.Namespace) -> None:
         raise ConfigError("--api-key holds an empty key; leave it out to serve without keys")
     if args.api_server_count < 1:
         raise ConfigError(f"--api-server-count {args.api_server_count} must be at least 1")
-    for option in ("enable_dev_endpoints", "profiler_config"):
-        if args.api_server_count > 1 and getattr(args, option):
-            name = option.replace("_", "-")
-            raise ConfigError(f"--{name} needs --api-server-count 1: its routes would reach one server only")
+    if args.api_server_count > 1:
+        for opens, name in (
+            (args.enable_dev_endpoints, "--enable-dev-endpoints"),
+            (envs.is_dev_mode(), "VLLM_SERVER_DEV_MODE"),
+            (args.profiler_config, "--profiler-config"),
+        ):
+            if opens:
+                raise ConfigError(f"{name} needs --api-server-count 1: its routes would reach one server only")
     if args.uds == "":
         raise ConfigError("--uds is empty; give a path, or leave it out for TCP")
     if args.enable_log_outputs and not args.enable_log_requests:
