@@ -1,16 +1,13 @@
 # `minivllm._cuda`: kernels for Ampere, Hopper and, as PTX, for what comes after. Links the CUDA runtime statically, so
 # that importing it needs no more than the driver; a machine without one never imports it.
-set(MINIVLLM_CUDA AUTO CACHE STRING "Build minivllm._cuda: AUTO (with nvcc and an NVIDIA driver), ON or OFF")
+set(MINIVLLM_CUDA AUTO CACHE STRING "Build minivllm._cuda: AUTO (with nvcc), ON or OFF")
 set(cuda_architectures
     -gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_90a,code=sm_90a
     -gencode=arch=compute_90,code=compute_90)
 
-set(build_cuda ${MINIVLLM_CUDA})
-if(MINIVLLM_CUDA STREQUAL "AUTO")
-  set(build_cuda OFF)
-  if(EXISTS /proc/driver/nvidia/version OR EXISTS /dev/nvidiactl OR EXISTS /dev/dxg)
-    set(build_cuda ON)
-  endif()
+set(build_cuda ON)
+if(NOT MINIVLLM_CUDA STREQUAL "AUTO")
+  set(build_cuda ${MINIVLLM_CUDA})
 endif()
 
 if(build_cuda)
@@ -34,7 +31,7 @@ if(build_cuda)
     endif()
   endif()
 else()
-  message(STATUS "no CUDA kernels: MINIVLLM_CUDA=${MINIVLLM_CUDA}, and AUTO wants nvcc and an NVIDIA driver")
+  message(STATUS "no CUDA kernels: MINIVLLM_CUDA=${MINIVLLM_CUDA}")
 endif()
 
 if(build_cuda)

@@ -327,11 +327,11 @@ class AsyncLLM:
         if mode != "wait" or await self.is_paused():
             await self.engine_core.call_utility("sleep", level, mode == "abort")
             return
-        await self.pause_generation("wait", clear_cache=False)
         try:
+            await self.pause_generation("wait", clear_cache=False)
             await self.engine_core.call_utility("sleep", level, False)
         finally:
-            await self.resume_generation()  # it sleeps, and requests wait for that
+            await self.resume_generation()  # it sleeps, and requests wait for that; or whoever asked has given up
 
     async def wake_up(self, tags: Sequence[str] | None = None) -> bool:
         """Have memory again: "weights", "kv_cache", or all of it. Whether requests go on, as they do when all is back.

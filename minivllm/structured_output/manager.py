@@ -29,7 +29,7 @@ from minivllm.utils.thinking import ThinkingTracker, thinking_before_form
 logger = init_logger(__name__)
 
 _NUM_COMPILERS = 2  # threads; llguidance compiles without Python's lock
-_MAX_CACHED = 256  # compiled grammars
+_MAX_CACHED = 256  # compiled grammars; one that is compiled several times counts as often, for each has a lexer
 _MAX_CACHED_CHARS = 8 << 20  # of their texts
 _MAX_USES = 256  # of one compiled grammar: copies share a lexer, whose states are limited and never forgotten
 _LEXER_IS_FULL = "too many states"  # as llguidance says it
@@ -338,8 +338,8 @@ class _CompiledCache:
                 return None
             self._entries.move_to_end(grammar)
             lexer = min(lexers, key=lambda lexer: lexer.num_uses)
-            has_room = len(lexers) < self._most_lexers and lexer.compiled.rebuild is not None
-            if has_room and lexer.num_uses >= _FEW_USES:
+            may_be_more = len(lexers) < self._most_lexers and lexer.compiled.rebuild is not None
+            if may_be_more and lexer.num_uses >= _FEW_USES and self._num_lexers() < _MAX_CACHED:
                 return None
             lexer.num_uses += 1
             if lexer.num_uses == _MAX_USES:
@@ -355,13 +355,16 @@ class _CompiledCache:
                 self._num_chars += len(grammar)
             if len(self._entries[grammar]) < self._most_lexers:
                 self._entries[grammar].append(_Lexer(compiled))
-            while len(self._entries) > _MAX_CACHED or self._num_chars > _MAX_CACHED_CHARS:
+            while self._num_lexers() > _MAX_CACHED or self._num_chars > _MAX_CACHED_CHARS:
                 self._drop(next(iter(self._entries)))
 
     def drop(self, grammar: str) -> None:
         with self._lock:
             if grammar in self._entries:
                 self._drop(grammar)
+
+    def _num_lexers(self) -> int:
+        return sum(map(len, self._entries.values()))
 
     def _drop(self, grammar: str) -> None:
         del self._entries[grammar]

@@ -501,3 +501,18 @@ def test_what_constraints_need_is_started_once_nobody_wants_anything(monkeypatch
 
     run(scenario)
     assert open_when_prepared == [False]
+
+
+def test_who_gives_up_waiting_for_sleep_leaves_nothing_paused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("minivllm.engine.async_llm.check_sleep", lambda config, level: None)
+
+    async def scenario(engine):
+        stream = engine.generate([1, 2, 3], SamplingParams(**ENDLESS), "open")
+        await anext(stream)
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(engine.sleep(mode="wait"), 0.2)
+        assert not await engine.is_paused()
+        assert (await collect(engine, request_id="next", max_tokens=3))[1] == "length"
+        await stream.aclose()
+
+    run(scenario, max_model_len=LONG)

@@ -392,3 +392,22 @@ def test_a_pause_may_change_its_mind_and_what_one_held_another_aborts():
     assert [ends(heard[name]) for name in "ab"] == [[FinishReason.ABORT]] * 2
     core.resume()
     assert not core.is_paused()
+
+
+def test_a_vocabulary_that_cannot_be_read_in_idle_time_is_tried_again_by_the_request_that_needs_it(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    tried, warned = [], threading.Event()
+
+    def fail(config: Any) -> None:
+        tried.append(1)
+        raise OSError("no such file")
+
+    monkeypatch.setattr("minivllm.engine.structured._load", fail)
+    monkeypatch.setattr("minivllm.engine.structured.logger.warning", lambda *message: warned.set())
+    grammars = LazyGrammars(make_config("tests.fakes:FakeExecutor", skip_tokenizer_init=False))
+    grammars.preload_meanwhile()
+    assert warned.wait(30) and tried == [1]
+    with pytest.raises(OSError, match="no such file"):
+        grammars.preload()
+    assert tried == [1, 1]

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+import queue
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
+from minivllm.engine.core_process import _CoreProcess
 from minivllm.engine.llm_engine import LLMEngine
 from minivllm.exceptions import ConfigError, EngineDeadError, EngineStartError
 from minivllm.sampling_params import SamplingParams
@@ -25,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = """
 import sys, time
 print("script runs", flush=True)
+from minivllm.engine.core_process import _CoreProcess
 from minivllm.engine.llm_engine import LLMEngine
 from minivllm.sampling_params import SamplingParams
 from tests.engine.engines import make_config
@@ -186,3 +191,15 @@ def test_a_run_directory_that_cannot_be_made_is_a_config_error(monkeypatch, tmp_
     monkeypatch.setenv("MINIVLLM_RUN_DIR", str(tmp_path / "file"))
     with pytest.raises(ConfigError, match="MINIVLLM_RUN_DIR"):
         RunDirectory()
+
+
+def test_a_core_with_nothing_to_do_hears_of_it_once_and_nothing_that_comes_waits_for_that(monkeypatch):
+    monkeypatch.setattr("minivllm.engine.core_process._IDLE_S", 0.05)
+    process, idle = object.__new__(_CoreProcess), []  # without its sockets: only what waits for inputs
+    process._inputs, process._has_idled = queue.SimpleQueue(), False
+    process._core = SimpleNamespace(on_idle=lambda: (idle.append(1), process._inputs.put("later")))
+    process._inputs.put("at once")
+    assert process._next_input() == "at once" and not idle
+    assert process._next_input() == "later" and idle == [1]
+    threading.Timer(0.2, process._inputs.put, ["last"]).start()
+    assert process._next_input() == "last" and idle == [1]

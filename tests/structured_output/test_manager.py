@@ -140,6 +140,19 @@ def test_a_grammar_is_compiled_once_and_again_where_many_use_it(manager: Grammar
     assert len(used) == 2 and min(used.values()) >= 12
 
 
+def test_however_many_use_them_no_more_lexers_are_kept_than_grammars_may_be(
+    manager: GrammarManager, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("minivllm.structured_output.manager._MAX_CACHED", 3)
+    manager._cache = cache = _CompiledCache(most_lexers=2)
+    for grammar in ("a", "b", "c") * 2:
+        for _ in range(20):
+            assert not start(manager, regex=grammar).error
+            assert sum(len(lexers) for lexers in cache._entries.values()) <= 3
+    kept = [len(lexers) for lexers in cache._entries.values()]
+    assert kept and sum(kept) == 3
+
+
 def test_masks_made_on_several_threads_are_the_same(manager: GrammarManager, monkeypatch: pytest.MonkeyPatch):
     asked = [{"regex": "[a-c]+d"}, {"json_object": True}, {"choice": ["ab", "ac"]}]
     states = [start(manager, **asked[i % 3]) for i in range(24)]
