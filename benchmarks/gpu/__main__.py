@@ -2,7 +2,8 @@
 
     python -m benchmarks.gpu [--only kernels decode-1B …] [--seconds 460]
 
-Needs Python 3.12 with torch 2.11, triton 3.6, numpy, msgspec, psutil and tqdm; transformers only for its own row.
+Needs Python 3.12 with torch 2.11, triton 3.6, numpy, msgspec, psutil and tqdm; transformers only for its own
+row, and what `pip install -e .` brings only for start-8B.
 Ceilings are measured in the same run. Rows that would begin after `--seconds` are left out, and said to be. Exit status
 2, loudly, without a GPU, with what would have been measured.
 """
@@ -15,6 +16,7 @@ import gc
 import sys
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,7 +27,10 @@ from minivllm.platforms.platform import cuda_why_not
 if TYPE_CHECKING:
     from benchmarks.gpu.models import Row
 
-PARTS = ("attention", "decode-8B", "decode-1B", "kernels", "sampling", "transformers")
+PARTS = (
+    "attention", "decode-8B", "start-8B", "decode-1B", "kernels", "sampling", "batch-invariant", "transformers",
+)  # fmt: skip
+_START_S = 100  # at most, from a command to its first token
 _GRACE_S = 60  # what a row may last beyond --seconds before it is taken to hang
 
 
@@ -41,7 +46,7 @@ def main() -> int:
     begin = time.perf_counter()
     faulthandler.dump_traceback_later(args.seconds + _GRACE_S, exit=True)  # what hangs in a driver hears no signal
 
-    from benchmarks.gpu import kernels, models, peers
+    from benchmarks.gpu import kernels, models, peers, start
 
     major, minor = torch.cuda.get_device_capability()
     print(
@@ -53,6 +58,9 @@ def main() -> int:
 
     def is_time_left() -> bool:
         return time.perf_counter() - begin < args.seconds
+
+    def limit_s() -> float:
+        return max(1.0, min(_START_S, args.seconds + _GRACE_S / 2 - (time.perf_counter() - begin)))
 
     # In the order of what is worth knowing.
     for part in (part for part in PARTS if part in args.only):
@@ -72,6 +80,13 @@ def main() -> int:
         elif part == "sampling":
             for batch in (1, 64, 256):
                 show(models.sampling(128256, batch, "cuda", clock))
+        elif part == "start-8B":
+            print()
+            gc.collect()
+            torch.cuda.empty_cache()
+            show(start.run("8B", models.SHAPES["8B"], limit_s=limit_s, device="cuda"))
+        elif part == "batch-invariant":
+            show(models.price_of_invariance("1B", partial(models.Model, models.SHAPES["1B"])))
         elif part == "transformers":
             show([peers.run("1B", models.SHAPES["1B"], batch=64, prompt_len=128, num_tokens=64)])
         else:
@@ -84,13 +99,10 @@ def decode(name: str, ceilings: Ceilings, is_time_left: Callable[[], bool]) -> N
     from benchmarks.gpu import models
 
     model = models.Model(models.SHAPES[name])
-    print(f"\n{name}: {model.seconds_to_first_token:.1f} s to the first token (imports apart, weights made up)")
+    print(f"\n{name}: {model.seconds_to_first_token:.1f} s in this process to its first token, weights made up")
     sizes = {"batches": (1, 8, 64, 256), "contexts": (1024, 8192), "prompts": (512, 2048, 8192)}
     show(models.run(name, model, ceilings, **sizes, is_time_left=is_time_left))
-    model.worker.shutdown()
-    del model
-    gc.collect()
-    torch.cuda.empty_cache()
+    model.close()
 
 
 def show(rows: Iterable[Row]) -> None:

@@ -14,6 +14,8 @@ from minivllm.ops.op import OpSpec
 from minivllm.ops.paged_attention import Options
 
 HIDDEN, INNER, HEADS, KV_HEADS, HEAD_DIM = 4096, 14336, 32, 8, 128
+VOCAB = 128256
+EXPERTS, EXPERTS_OF_TOKEN, EXPERT_HIDDEN, EXPERT_INNER = 128, 8, 2048, 768
 
 
 class Kernel(NamedTuple):
@@ -110,6 +112,49 @@ def attention_kernels() -> Iterator[Kernel]:
 
 
 def other_kernels() -> Iterator[Kernel]:
+    yield from layer_kernels()
+    yield from pointwise_kernels("cuda")
+    yield from expert_kernels("cuda")
+
+
+def pointwise_kernels(device: str, counts: tuple[int, ...] = (1, 64, 8192)) -> Iterator[Kernel]:
+    """What Gemma and untied embeddings need besides."""
+    from minivllm.ops.activation import gelu_tanh_mul
+    from minivllm.ops.embedding import embedding
+    from minivllm.ops.scaling import scale
+
+    spec = OpSpec(device, torch.bfloat16)
+    gather, activate, multiply = embedding.select(spec), gelu_tanh_mul.select(spec), scale.select(spec)
+    table = torch.zeros(VOCAB, HIDDEN, dtype=torch.bfloat16, device=device)
+    for rows in counts:
+        ids = torch.randint(0, VOCAB, (rows,), device=device)
+        x = torch.randn(rows, HIDDEN, device=device).bfloat16()
+        gate_up = torch.randn(rows, 2 * INNER, device=device).bfloat16()
+        yield Kernel(f"embedding, {rows} rows", lambda i=ids: gather(i, table), 2 * x.nbytes + ids.nbytes)
+        yield Kernel(f"GELU·mul, {rows} rows", lambda g=gate_up: activate(g), 3 * gate_up.nbytes // 2)
+        yield Kernel(f"scale, {rows} rows", lambda x=x: multiply(x, 1.0), 2 * x.nbytes)
+
+
+def expert_kernels(device: str, counts: tuple[int, ...] = (1, 64, 8192)) -> Iterator[Kernel]:
+    """A layer of experts of a 30B-A3B shape; only the weights of experts that are asked must be read."""
+    from minivllm.ops.moe import moe
+
+    work = moe.select(OpSpec(device, torch.bfloat16))
+    gate_up = torch.zeros(EXPERTS, 2 * EXPERT_INNER, EXPERT_HIDDEN, dtype=torch.bfloat16, device=device)
+    down = torch.zeros(EXPERTS, EXPERT_HIDDEN, EXPERT_INNER, dtype=torch.bfloat16, device=device)
+    for rows in counts:
+        x = torch.randn(rows, EXPERT_HIDDEN, device=device).bfloat16()
+        weights, ids = torch.randn(rows, EXPERTS, device=device).softmax(-1).topk(EXPERTS_OF_TOKEN)
+        asked = len(ids.unique())
+        yield Kernel(
+            f"experts, {rows} rows, {EXPERTS_OF_TOKEN} of {EXPERTS}",
+            lambda x=x, i=ids, w=weights: work(x, gate_up, down, i, w),
+            asked * (gate_up[0].nbytes + down[0].nbytes) + 2 * x.nbytes,
+            6 * ids.numel() * EXPERT_HIDDEN * EXPERT_INNER,
+        )
+
+
+def layer_kernels() -> Iterator[Kernel]:
     from minivllm.layers.linear import linear_class
     from minivllm.ops.activation import silu_mul
     from minivllm.ops.kv_write import kv_write

@@ -6,6 +6,7 @@ step takes does not depend on the numbers in the cache.
 
 from __future__ import annotations
 
+import gc
 import json
 import tempfile
 import time
@@ -90,6 +91,15 @@ class Model:
         self.kv_bytes_of_token = 2 * hf.num_hidden_layers * hf.num_key_value_heads * hf.head_dim * 2
         self.prefill(8, times=1)
         self.seconds_to_first_token = time.perf_counter() - begin
+
+    def close(self) -> None:
+        """Give the memory back; nothing may be asked of it any more."""
+        import torch
+
+        self.worker.shutdown()
+        del self.worker
+        gc.collect()
+        torch.cuda.empty_cache()
 
     # Requests ----------------------------------------------------------------
 
@@ -237,13 +247,39 @@ def run(
         )  # fmt: skip
 
 
+def price_of_invariance(
+    name: str, make: Callable[..., Model], *, batches: tuple[int, ...] = (1, 64), context: int = 1024,
+    num_tokens: int = 2048, steps: int = 40,
+) -> Iterator[Row]:  # fmt: skip
+    """A model's steps with --batch-invariant beside the same without: `make(batch_invariant=…)` makes either."""
+
+    def measure(batch_invariant: bool) -> dict[str, tuple[int, float]]:
+        """Of each kind of step, its tokens and seconds."""
+        model = make(batch_invariant=batch_invariant)
+        seconds = {
+            f"decode, batch {batch}, context {context:,}": (batch, model.decode(batch, context, steps=steps)[0])
+            for batch in batches
+        }
+        seconds[f"prefill of {num_tokens:,}"] = num_tokens, model.prefill(num_tokens)
+        model.close()
+        return seconds
+
+    plain = measure(False)
+    for what, (tokens, seconds) in measure(True).items():
+        without = plain[what][1]
+        note = f"{seconds * 1e3:.2f} ms, {seconds / without:.2f} × the {without * 1e3:.2f} ms without"
+        yield Row(f"{name} batch invariant {what}", f"{tokens / seconds:,.0f}", "-", note)
+
+
 def sampling(vocab_size: int, batch: int, device: str, clock: Clock) -> list[Row]:
     """The device's part of choosing tokens, beside what must be read: the logits."""
     import torch
 
+    from minivllm.ops.bitmask import apply_bitmask
     from minivllm.ops.op import OpSpec
     from minivllm.ops.penalties import apply_penalties
     from minivllm.ops.sampling import gumbel_argmax, top_k_top_p_min_p
+    from minivllm.ops.scaling import soft_cap
     from minivllm.sample.logprobs import LogprobsReader
 
     spec = OpSpec(device, torch.float32, {"vocab_size": vocab_size})
@@ -257,12 +293,16 @@ def sampling(vocab_size: int, batch: int, device: str, clock: Clock) -> list[Row
     seeds, positions = (torch.arange(batch, device=device) for _ in range(2))
     counts = torch.zeros(batch, vocab_size, dtype=torch.int32, device=device)
     penalise, read = apply_penalties.select(spec), LogprobsReader(spec)
+    mask, cap = apply_bitmask.select(spec), soft_cap.select(spec)
+    bits = torch.full((batch, -(-vocab_size // 32)), -1, dtype=torch.int32, device=device)  # all are allowed
     rows = []
     for what, work in (
         ("noise and argmax", lambda: choose(logits, temperature, seeds, positions)),
         ("top-k, top-p, min-p", lambda: truncate(logits.clone(), top_k, top_p, min_p)),
         ("penalties", lambda: penalise(logits, counts, positions, top_p, min_p, min_p)),
         ("logprobs of 1 and of the 5 likeliest", lambda: read(logits, positions, 5)),
+        ("masks of bits", lambda: mask(logits, positions, bits)),
+        ("soft cap", lambda: cap(logits, 30.0)),
     ):
         seconds = clock.seconds(work)
         note = f"{seconds * 1e6:.0f} us, {logits.nbytes / seconds / 1e9:,.0f} GB/s of logits"

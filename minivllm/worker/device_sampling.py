@@ -26,7 +26,6 @@ from minivllm.sample.step import GrammarMask, SampleBatch
 from minivllm.worker.buffers import Mirror, Staging
 from minivllm.worker.device_logits import DeviceLogits
 from minivllm.worker.input_batch import InputBatch
-from minivllm.worker.penalty_counts import PenaltyCounts
 from minivllm.worker.prompt_logprobs import PROMPT_ROWS_AT_ONCE
 from minivllm.worker.request_state import RequestTable
 
@@ -104,11 +103,10 @@ class DeviceSampling:
         self._pending: deque[_Pending] = deque()
 
     @staticmethod
-    def num_bytes(vocab_size: int, num_rows: int) -> int:
-        """Of the device, at most, beyond copies of a step's logits: counts of tokens, made when somebody is penalised,
-        and what reading logprobs takes meanwhile (rows of a prompt's logits, and the keys that order some)."""
-        reading = vocab_size * (4 * PROMPT_ROWS_AT_ONCE + 32 * KEYS_AT_ONCE)
-        return PenaltyCounts.num_bytes(vocab_size, num_rows) + reading
+    def num_bytes(vocab_size: int) -> int:
+        """Of the device, at most, beyond copies of a step's logits: what reading logprobs takes meanwhile (rows of a
+        prompt's logits, and the keys that order some). What stays is seen when a runner is warmed up."""
+        return vocab_size * (4 * PROMPT_ROWS_AT_ONCE + 32 * KEYS_AT_ONCE)
 
     # Tokens that only the device knows -------------------------------------------
 

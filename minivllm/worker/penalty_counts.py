@@ -32,11 +32,6 @@ class PenaltyCounts:
         self._free = list(reversed(range(num_slots)))
         self._num_counted = np.zeros(num_slots, np.int64)  # tokens of the slot's request
 
-    @staticmethod
-    def num_bytes(vocab_size: int, num_slots: int) -> int:
-        """Of the device, at most."""
-        return 4 * vocab_size * num_slots
-
     def forget(self, row: int) -> None:
         """The request in a row of the table is gone; another may have it."""
         slot = self._slot_of.pop(row, None)

@@ -35,7 +35,7 @@ from minivllm.ops.op import NoImplementation
 from minivllm.platforms.platform import Platform, detect
 from minivllm.sample.custom import CustomProcessors
 from minivllm.sample.sampler import Sampler
-from minivllm.worker import kv_layout, largest_step, memory
+from minivllm.worker import kv_layout, largest_step, memory, warm_up
 from minivllm.worker.device_sampling import DeviceSampling, Handle
 from minivllm.worker.model_runner import ModelRunner
 from minivllm.worker.profiler import WorkerProfiler
@@ -330,14 +330,17 @@ class Worker:
         step()  # kernels are compiled and libraries make their workspaces: that stays, and is not the step's
         step_bytes = self.platform.peak_bytes_of(step)
         step_bytes += backend.scratch_bytes(min(num_seqs, num_tokens), size.max_model_len)
-        step_bytes += DeviceSampling.num_bytes(self.config.hf_config.vocab_size, min(num_seqs, num_tokens))
+        step_bytes += DeviceSampling.num_bytes(self.config.hf_config.vocab_size)
         runners: list[ModelRunner] = []
 
         def make_runner() -> None:
             tensors = [backend.new_kv_cache(1)] * size.spec.num_layers
-            runners.append(self._new_runner(model, backend, tensors, None, size, num_tokens, num_seqs))
+            runner = self._new_runner(model, backend, tensors, None, size, num_tokens, num_seqs)
+            warm_up.run(runner, num_tokens, num_seqs)
+            runners.append(runner)
 
-        step_bytes += self.platform.kept_bytes_of(make_runner)  # the buffers of a step's inputs
+        # The buffers of a step's inputs, and what the first requests of each kind bring: block tables, counts, kernels.
+        step_bytes += self.platform.kept_bytes_of(make_runner)
         runner = runners.pop()
         if runner.capture_shapes is None:
             return memory.Measured(step_bytes)

@@ -99,6 +99,23 @@ def strict_ops(select: Callable[[Op, OpSpec], Any]) -> Callable[[Op, OpSpec], An
     return strict
 
 
+def recording_ops(select: Callable[[Op, OpSpec], Any], launched: set[str]) -> Callable[[Op, OpSpec], Any]:
+    """`Op.select`, whose choices enter their op's name into `launched` when they are called."""
+
+    def record(op: Op, spec: OpSpec) -> Any:
+        chosen = select(op, spec)
+        if isinstance(chosen, type):  # of a layer's own, which the largest step runs
+            return chosen
+
+        def launch(*args: Any, **options: Any) -> Any:
+            launched.add(op.name)
+            return chosen(*args, **options)
+
+        return launch
+
+    return record
+
+
 class FakeEvent:
     """Never there before it is waited for, and then with all copies given to the device before it."""
 

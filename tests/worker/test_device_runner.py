@@ -24,15 +24,17 @@ from minivllm.models.decoder import DecoderForCausalLM
 from minivllm.models.loader import PinnedStream
 from minivllm.ops.op import Op
 from minivllm.sampling_params import SamplingParams, ThinkingTokens
+from minivllm.worker import warm_up
 from minivllm.worker.block_table import BlockTable
 from minivllm.worker.buffers import Mirror, Staging
 from minivllm.worker.capture_shapes import CaptureShapes, default_size
+from minivllm.worker.device_sampling import DeviceSampling
 from minivllm.worker.graphs import CapturedGraphs
 from minivllm.worker.model_runner import ModelRunner
 from minivllm.worker.profiler import WorkerProfiler
 from minivllm.worker.step_block_table import DeviceBlockTable
 from tests.models.loop import Loop
-from tests.worker.fake_device import FakeDevice, FakeGraphs, on_device, strict_ops
+from tests.worker.fake_device import ON_LOGITS, FakeDevice, FakeGraphs, on_device, recording_ops, strict_ops
 
 PROMPTS = [[(i * 31 + length) % 490 for i in range(length)] for length in (60, 3, 62, 33, 1, 90, 17, 5, 40, 9)]
 MIXED = [
@@ -117,10 +119,15 @@ def test_the_host_reads_nothing_of_a_step_before_its_event_whatever_each_request
     compute = DecoderForCausalLM.compute_logits
     monkeypatch.setattr(DecoderForCausalLM, "compute_logits", lambda self, hidden: on_device(compute(self, hidden)))
     monkeypatch.setattr(Op, "select", strict_ops(Op.select))
+    make = DeviceSampling.__init__
+
+    def and_hide(self: DeviceSampling, *args) -> None:
+        make(self, *args)
+        self._last = on_device(self._last)
+
+    monkeypatch.setattr(DeviceSampling, "__init__", and_hide)
     for options in ({}, {"num_gpu_blocks_override": 8, "max_model_len": 128, "enforce_eager": True}):
         loop = Loop(model, platform=FakeDevice(), plans_in_flight=2, **options)
-        sampling = loop.worker.runner._sampling
-        sampling._last = on_device(sampling._last)
         assert loop.run(PROMPTS, MIXED) == expected
 
 
@@ -266,6 +273,41 @@ def test_the_cache_is_a_share_of_what_was_free_when_weights_and_the_largest_step
         Loop(model, platform=FakeDevice(1 << 30), num_gpu_blocks_override=None, kv_cache_memory_bytes=1 << 30)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, {"enforce_eager": True}, {"logprobs_mode": "raw_logits"}, {"logprobs_mode": "processed_logprobs"},
+        {"max_num_seqs": 1, "max_num_batched_tokens": 3},
+    ],
+)  # fmt: skip
+def test_no_request_is_the_first_to_launch_a_kernel(model: Path, monkeypatch, options: dict):
+    """Whatever it asks for; a kernel that is launched for the first time is compiled, and all others wait."""
+    launched: set[str] = set()
+    monkeypatch.setattr(Op, "select", recording_ops(Op.select, launched))
+    loop = Loop(model, platform=FakeDevice(), **options)
+    warm = set(launched)
+    assert warm >= ON_LOGITS
+    launched.clear()
+    loop.run(PROMPTS, MIXED)
+    assert launched and launched <= warm
+
+
+def test_what_requests_have_made_on_a_device_is_there_when_its_memory_is_measured(model: Path, monkeypatch):
+    kept: list[ModelRunner] = []
+    run = warm_up.run
+
+    def and_keep(runner: ModelRunner, *limits: int) -> None:
+        run(runner, *limits)
+        kept.append(runner)
+
+    monkeypatch.setattr(warm_up, "run", and_keep)
+    Loop(model, platform=FakeDevice(), max_num_seqs=4)
+    (runner,) = kept
+    assert len(runner.buffers._block_table[0]._table) == len(runner.table.num_tokens)
+    assert len(runner._sampling._logits.counts._counts) == 4
+    assert not runner.table.row_of
+
+
 def test_an_upload_takes_what_the_host_had_then_and_its_place_is_not_reused_before_it_was_fetched():
     platform = FakeDevice()
     staging = Staging(platform)
@@ -296,8 +338,8 @@ class Uploads:
 
 
 def test_of_block_tables_only_rows_that_changed_are_sent(model: Path, expected, monkeypatch):
-    uploads = Uploads(monkeypatch)
     loop = Loop(model, platform=FakeDevice(), plans_in_flight=2, max_num_seqs=4)
+    uploads = Uploads(monkeypatch)
     answers = loop.run(PROMPTS, MIXED)
     assert answers == expected
     # A request's row is sent when it comes, and when it gets another block: of 32 tokens.

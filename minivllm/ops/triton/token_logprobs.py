@@ -9,7 +9,7 @@ import triton.language as tl
 from minivllm.ops.checks import require
 
 _CHUNK = 4096
-_LEAST_ASKED, _MOST_ASKED = 32, 1024  # tokens at once: one code for all who ask for few
+_FEW_ASKED, _MANY_ASKED = 32, 1024  # tokens at once: one code for all who ask for few, another for all others
 
 
 @triton.jit
@@ -66,7 +66,7 @@ def token_logprobs(logits: torch.Tensor, token_ids: torch.Tensor) -> tuple[torch
     logprobs = torch.empty(num_rows, num_asked, dtype=torch.float32, device=logits.device)
     ranks = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
     if num_rows:
-        block = min(max(_LEAST_ASKED, triton.next_power_of_2(num_asked)), _MOST_ASKED)
+        block = _FEW_ASKED if num_asked <= _FEW_ASKED else _MANY_ASKED
         _token_logprobs_kernel[(num_rows,)](
             logprobs, ranks, logits, token_ids, logits.stride(0), logits.shape[1], num_asked,
             CHUNK=_CHUNK, BLOCK=block, num_warps=8,
