@@ -146,6 +146,12 @@ async def until(condition) -> None:
         await asyncio.sleep(0.001)
 
 
+async def until_it_runs(llm: AsyncLLM, task: asyncio.Future) -> None:
+    """Or is done. What has not begun yet is held by a pause, not waited for."""
+    while not task.done() and not (await llm.snapshots())[0].num_running_reqs:
+        await asyncio.sleep(0.001)
+
+
 @pytest.mark.parametrize("mode", ["abort", "wait", "keep"])
 def test_a_sleeping_server_holds_requests_until_it_wakes(sleeper: AsyncLLM, mode: str):
     api = Api(sleeper, enable_dev_endpoints=True)
@@ -157,7 +163,7 @@ def test_a_sleeping_server_holds_requests_until_it_wakes(sleeper: AsyncLLM, mode
 
         calm = await complete()
         open_one = asyncio.ensure_future(complete())
-        await until(lambda: open_one.done() or sleeper.output_processor.has_unfinished_requests())
+        await until_it_runs(sleeper, open_one)
         slept = (await client.post(f"/sleep?level=2&mode={mode}")).json()
         assert slept == {"status": "sleeping", "level": 2}
         if mode != "keep":
@@ -188,8 +194,7 @@ def test_the_prefix_cache_is_reset_under_running_requests_when_asked_to(sleeper:
     async def talk(client: httpx.AsyncClient) -> None:
         calm = (await client.post("/v1/completions", json=ask)).json()["choices"]
         running = asyncio.ensure_future(client.post("/v1/completions", json=ask))
-        while not running.done() and not (await sleeper.snapshots())[0].num_running_reqs:
-            await asyncio.sleep(0.001)
+        await until_it_runs(sleeper, running)
         done = await client.post("/reset_prefix_cache?reset_running_requests=true")
         assert done.json() == {"success": True}
         assert (await running).json()["choices"] == calm
