@@ -233,7 +233,8 @@ def test_a_profile_is_files_of_the_worker_and_of_the_server(sleeper: AsyncLLM, t
     assert sum("execute_model" in event["name"] for event in events) >= 5
     assert "Self CPU" in table.read_text()
     names = {function for _, _, function in pstats.Stats(str(stats)).stats}
-    assert "process_outputs" in names and "process_outputs" in functions.read_text()
+    assert "process_outputs" in names
+    assert "Ordered by: internal time" in functions.read_text()  # of the slowest, which are not always the same
 
 
 def test_a_paused_engine_begins_with_nothing_until_it_is_resumed(llm: AsyncLLM):
