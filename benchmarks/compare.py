@@ -8,9 +8,9 @@ once for all its cells (those that start in seconds: for each), and stopped by a
 three rounds the medians count. llama.cpp does the batches through its server. A slow engine is asked for a part of a
 load, and its row says so; one that fails or takes too long (--run-limit) gets the reason in its row.
 
-Everything is written as it comes to --results (a line each) and to a table beside it (.md). Cut off or out of --minutes,
-the same command with the same file goes on where it was. Nothing it started outlives it. Nothing else should run on
-the machine. --table prints the table of a file and measures nothing.
+Everything is written as it comes to --results (a line each) and to a table beside it (.md). Cut off or out of
+--minutes, the same command with the same file goes on where it was. Nothing it started outlives it. Nothing else should
+run on the machine. --table prints the table of a file and measures nothing.
 """
 
 from __future__ import annotations
@@ -247,7 +247,7 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="two requests of each load: does every engine work?")
     parser.add_argument("--results", type=Path, default=Path("compare.jsonl"))
     parser.add_argument("--table", action="store_true")
-    parser.add_argument("--all-served", action="store_true", help="batches, too, through the servers: one start for all")
+    parser.add_argument("--all-served", action="store_true", help="batches too by the servers: one start for all")
     parser.add_argument("--vllm-python", default=os.environ.get("VLLM_PYTHON"))
     parser.add_argument("--llama-server", default=os.environ.get("LLAMA_SERVER"))
     parser.add_argument("--gguf-dir", type=Path)

@@ -9,8 +9,8 @@ Prefill is GEMM: 2 operations a weight of the layers and token, 4 · heads · he
 and one before it; the vocabulary's matrix only for the tokens that are sampled. Exponentials are not counted.
 
 Two floors, by what a GEMM is taken to cost: at the rate of the best kernel here for that number of rows, ours or
-oneDNN's (what the aims are shares of), and at the peak of tile products, which is a bound that nothing can pass. int8 is
-linear layers and cache of one byte an element; attention multiplies in bfloat16.
+oneDNN's (what the aims are shares of), and at the peak of tile products, which is a bound that nothing can pass. int8
+is linear layers and cache of one byte an element; attention multiplies in bfloat16.
 """
 
 from __future__ import annotations

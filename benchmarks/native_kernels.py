@@ -2,12 +2,12 @@
 
     python benchmarks/native_kernels.py [--only norm gemm …] [--rows 1 64 2048]
 
-The sizes are those of the Qwen3-0.6B shape in bfloat16. The least a call can take is its bytes (each one it must read or
-write, once) at the rate at which as many are read again and again by `read_memory`, or its operations at the peak of
+The sizes are those of the Qwen3-0.6B shape in bfloat16. The least a call can take is its bytes (each one it must read
+or write, once) at the rate at which as many are read again and again by `read_memory`, or its operations at the peak of
 tile products, whichever is longer; the share is that over the time of the fastest call. Weights are read cold: so many
 copies in turn that no cache holds them. Everything else is as warm as in a forward pass, and for a few microseconds of
-work a call's own cost, Python's included (`empty call`), is most of it. Attention is `attention.py`'s. The machine's limits
-are measured between the groups of kernels, and the best of them counts: the table is printed at the end.
+work a call's own cost, Python's included (`empty call`), is most of it. Attention is `attention.py`'s. The machine's
+limits are measured between the groups of kernels, and the best of them counts: the table is printed at the end.
 """
 
 from __future__ import annotations
@@ -156,16 +156,19 @@ class Limits:
         self._memory = native.huge_pages(1 << 30)
         self._memory.fill_(1)
         self.read, self.peak = 0.0, {"bfloat16": 0.0, "int8": 0.0}
+        self._warm_rates: dict[int, float] = {}
 
     def measure(self) -> None:
         self.read = max(self.read, self._rate(1 << 30, 0.3))
         for dtype in self.peak:
             self.peak[dtype] = max(self.peak[dtype], peak_products(dtype, 0.15))
 
-    @functools.cache
     def warm(self, num_bytes: float) -> float:
         """GB/s of reading so many bytes again and again."""
-        return self._rate(max(512, int(num_bytes) // 512 * 512), 0.03)
+        size = max(512, int(num_bytes) // 512 * 512)
+        if size not in self._warm_rates:
+            self._warm_rates[size] = self._rate(size, 0.03)
+        return self._warm_rates[size]
 
     def _rate(self, size: int, seconds: float) -> float:
         address = self._memory.data_ptr()
@@ -216,7 +219,8 @@ def main() -> None:
     limits.measure()
     peaks = ", ".join(f"{dtype} {rate:.2f} T(FL)OP/s" for dtype, rate in limits.peak.items())
     print(f"{native.lib.isa()}, {native.lib.num_threads()} threads; read {limits.read:.1f} GB/s; tile products {peaks}")
-    print(f"empty call: {1e6 * empty:.1f} µs\n\n| kernel | rows | µs | GB/s | T(FL)OP/s | share |\n|---|---|---|---|---|---|")
+    print(f"empty call: {1e6 * empty:.1f} µs\n")
+    print("| kernel | rows | µs | GB/s | T(FL)OP/s | share |\n|---|---|---|---|---|---|")
     print("\n".join(row.text(limits) for row in found))
 
 

@@ -8,8 +8,8 @@ same run. Other benchmarks import `measure`. All numbers use every thread of the
 Bandwidth is wide vector loads with a prefetch over a buffer in huge pages. A GEMM rate is the best of oneDNN with
 its weight packed ahead (through torch) and our own kernel, over the four matrix shapes of a Qwen3-0.6B layer one after
 another, as a forward pass meets them (31 MB in bf16: at few rows the rate is the memory's, the caches' included). The
-products' peak is no kernel's: tile products of random numbers from L1, nothing stored, which nothing on this machine can
-pass.
+products' peak is no kernel's: tile products of random numbers from L1, nothing stored, which nothing on this machine
+can pass.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Roofline:
     int8_peak_tops: float
 
     def gemm_seconds(self, flop: float, rows: int, *, int8: bool = False) -> float:
-        """Of `flop` operations at the best rate of any kernel, at the nearest measured number of rows not above `rows`."""
+        """Of `flop` operations at the best rate of any kernel, for the nearest measured number of rows up to `rows`."""
         rates = self.int8_ours_tops if int8 else self.bf16_tflops
         measured = max(m for m in rates if m <= max(rows, min(rates)))
         rate = max(rates[measured], self.int8_tops.get(measured, 0.0)) if int8 else rates[measured]

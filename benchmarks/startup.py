@@ -71,7 +71,8 @@ def main() -> None:
         to_healthy, to_end, megabytes, peaks = runs[-1]
         sizes, most = (", ".join(f"{size:.0f}" for size in each) for each in (megabytes, peaks))
         print(
-            f"healthy after {to_healthy:.2f} s, ended {to_end:.2f} s after SIGTERM, resident MB {sizes}, at most {most}",
+            f"healthy after {to_healthy:.2f} s, ended {to_end:.2f} s after SIGTERM, "
+            f"resident MB {sizes}, at most {most}",
             flush=True,
         )
     times = [run[0] for run in runs]

@@ -1,7 +1,7 @@
 """The loads that engines are compared on: how many requests of what lengths, and their prompts.
 
-Imported by whatever Python an engine has, so it needs the standard library alone. Prompts are random token ids, new ones
-for every run, so that no prefix cache helps but with what a load shares within itself.
+Imported by whatever Python an engine has, so it needs the standard library alone. Prompts are random token ids, new
+ones for every run, so that no prefix cache helps but with what a load shares within itself.
 """
 
 from __future__ import annotations

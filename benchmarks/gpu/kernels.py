@@ -190,11 +190,10 @@ def layer_kernels() -> Iterator[Kernel]:
             f"KV write, {rows} rows", lambda a=(k, v, cache, positions), f=write, y=layout: f(*a, layout=y),
             4 * k.numel() * 2,
         )  # fmt: skip
+        turn_and_write = rotary_kv_write.select(spec)
         yield Kernel(
             f"rotary and KV write, {rows} rows",
-            lambda a=(positions, q, k, v, table, None, cache, positions), f=rotary_kv_write.select(spec), y=layout: f(
-                *a, layout=y
-            ),
+            lambda a=(positions, q, k, v, table, None, cache, positions), f=turn_and_write, y=layout: f(*a, layout=y),
             2 * (2 * q.numel() + 5 * k.numel()),  # q and k both ways, v read, both written to the cache
         )
         formats = {None: "cuBLAS", "int8": "int8", "fp8": "fp8", "batch_invariant": "batch invariant"}

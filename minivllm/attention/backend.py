@@ -15,7 +15,7 @@ from minivllm.ops.kv_layout import KvLayout
 from minivllm.ops.paged_attention import Options
 from minivllm.ops.rotary import Turn
 
-# What the cache stores, as ops/kv_layout.py names it: by the model's type, and by what --kv-cache-dtype may name instead.
+# What the cache stores, as ops/kv_layout.py names it: by the model's type, or by what --kv-cache-dtype may name.
 _SAME_AS_MODEL = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _KV_CACHE_DTYPES = {
     "bfloat16": "bfloat16",

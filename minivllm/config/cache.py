@@ -13,17 +13,17 @@ class CacheConfig:
     block_size: int | None = None
     """Tokens in a KV block; default 128 on a CPU, where it must be a multiple of 32, and 64 on a GPU (of 16)."""
     gpu_memory_utilization: float | None = None
-    """Share of the device's memory for weights and KV cache together (on a CPU: of the cgroup's limit; on a GPU: of what
-    was free at the start, default 0.92). Default on a CPU: a KV cache of min(4 GiB, 40 % of what is left after the
+    """Share of the device's memory for weights and KV cache together (on a CPU: of the cgroup's limit; on a GPU: of
+    what was free at the start, default 0.92). Default on a CPU: a KV cache of min(4 GiB, 40 % of what is left after the
     weights)."""
     kv_cache_memory_bytes: int | None = None
     """Size of the KV cache in bytes (4GiB and 4G are 4 * 2**30, 4GB is 4 * 10**9); wins over the share."""
     num_gpu_blocks_override: int | None = None
     """Number of KV blocks; wins over both sizes."""
     touch_kv_cache: bool = False
-    """Take the memory of the whole KV cache behind the start, by a thread of the lowest priority, in the order in which blocks
-    are handed out. Without it, it is taken as blocks are first written, in the middle of answers: cheap, but on a virtual
-    machine that gets its memory only when it touches it."""
+    """Take the memory of the whole KV cache behind the start, by a thread of the lowest priority, in the order in which
+    blocks are handed out. Without it, it is taken as blocks are first written, in the middle of answers: cheap, but on
+    a virtual machine that gets its memory only when it touches it."""
     enable_prefix_caching: bool = True
     """Keep the KV blocks of past prompts and reuse them for equal prefixes."""
     disable_hybrid_kv_cache_manager: bool = False

@@ -24,8 +24,8 @@ class ModelConfig:
     """Type of weights and activations; auto: the checkpoint's own."""
     quantization: Literal["int8", "fp8"] | None = field(default=None, metadata={"short": "-q"})
     """int8: weights become 8-bit integers as they are loaded, one scale an output feature, and so do activations, one
-    scale a token. Half the memory of bfloat16, and about twice as fast where reading weights is the limit. fp8: the same
-    in 8-bit floats (e4m3), on GPUs of compute capability 8.9 or above."""
+    scale a token. Half the memory of bfloat16, and about twice as fast where reading weights is the limit. fp8: the
+    same in 8-bit floats (e4m3), on GPUs of compute capability 8.9 or above."""
     seed: int = 0
     """Seed of what is not seeded by a request."""
     max_model_len: int | Literal["auto"] | None = None

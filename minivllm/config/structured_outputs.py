@@ -17,9 +17,9 @@ _OTHER_BACKENDS = ("xgrammar", "outlines", "lm-format-enforcer")
 class StructuredOutputsConfig:
     structured_outputs_config: dict[str, Any] | None = None
     """How structured outputs are done: a JSON object with backend (auto or guidance, which are the same),
-    disable_any_whitespace and disable_additional_properties (for every request), enable_in_reasoning, and preload (true:
-    read the vocabulary at the start; false: when the first constraint comes, whom it may hold up; else when the engine
-    has nothing to do)."""
+    disable_any_whitespace and disable_additional_properties (for every request), enable_in_reasoning, and preload
+    (true: read the vocabulary at the start; false: when the first constraint comes, whom it may hold up; else when the
+    engine has nothing to do)."""
 
 
 class StructuredOutputsOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -58,7 +58,7 @@ class BlockPool:
         return self.num_held_blocks / len(self._usable)
 
     def states(self, limit: int) -> tuple[int, bytes]:
-        """A picture of the pool: a byte a block (messages/stats.py), of every stride-th usable block. Returns the stride and the bytes.
+        """A picture of the pool: the stride, and a byte (messages/stats.py) for every stride-th usable block.
 
         limit: bytes at most, so that a picture of a large pool costs no more than one of a small pool.
         """

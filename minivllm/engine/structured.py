@@ -1,7 +1,7 @@
 """Where an engine's configuration meets structured output: one vocabulary, on the client's side and on the core's.
 
-llguidance, and on the core's side the tokenizer, are loaded when the core first has nothing to do for a while, or when the
-first structured request comes; the operator may choose with `preload`.
+llguidance, and on the core's side the tokenizer, are loaded when the core first has nothing to do for a while, or when
+the first structured request comes; the operator may choose with `preload`.
 """
 
 from __future__ import annotations

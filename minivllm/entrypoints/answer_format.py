@@ -10,7 +10,13 @@ import functools
 from dataclasses import dataclass
 from typing import Literal
 
-from minivllm.entrypoints.tool_use import NO_TOOLS, ToolUse, form_of_calls, form_of_free_calls, form_of_free_tagged_calls
+from minivllm.entrypoints.tool_use import (
+    NO_TOOLS,
+    ToolUse,
+    form_of_calls,
+    form_of_free_calls,
+    form_of_free_tagged_calls,
+)
 from minivllm.exceptions import ConfigError, RequestError
 from minivllm.logger import init_logger
 from minivllm.reasoning.abstract import ReasoningParser

@@ -28,7 +28,7 @@ class Executor(ABC):
     from `initialize`'s thread.
     """
 
-    # Plans given to it and not yet answered, at most; a subclass may take more, of which `initialize` has the last word.
+    # Plans given to it and not yet answered, at most; a subclass may take more, and `initialize` has the last word.
     max_concurrent_batches: int = 1
 
     def __init__(

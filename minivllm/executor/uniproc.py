@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class _Done(Future):
-    """A future of something that has happened. Nobody waits for it, so it has no lock, which is most of what one costs."""
+    """A future of something that has happened. Nobody waits for it, so it has no lock, most of what one costs."""
 
     def __init__(self, value: Any, error: Exception | None = None) -> None:
         self._value, self._error = value, error

@@ -35,7 +35,7 @@ class StepColumns:
 
 
 def move_on_reference(step: StepColumns, table: TableColumns) -> bool:
-    """Move the inputs a token further, each in its block, if that is where every request is; False: nothing was changed."""
+    """Move the inputs a token further, each in its block, if that is where every request is; False: nothing changed."""
     rows, is_next = step.rows, table.num_computed_tokens[step.rows] == step.ends
     if not (is_next & (table.num_tokens[rows] == step.ends + 1)).all():
         return False
@@ -46,7 +46,7 @@ def move_on_reference(step: StepColumns, table: TableColumns) -> bool:
 
 
 def append_drawn_reference(drawn: np.ndarray, broken: np.ndarray, rows: np.ndarray, table: TableColumns) -> bool:
-    """Append a token to each row ([num_reqs] int64) that has room; False, and nothing was done, if one is broken (uint8)."""
+    """Append a token to each row ([num_reqs] int64) that has room; False, and nothing done, if one is broken."""
     if broken.any():
         return False
     fits = table.num_tokens[rows] < table.token_ids.shape[1]

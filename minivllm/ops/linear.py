@@ -37,8 +37,13 @@ class DenseLinear:
         gated: bool = False,
         device: str = "cpu",
     ) -> None:
+        """dtype: of x."""
         self.out_features, self.in_features, self.dtype, self.gated = out_features, in_features, dtype, gated
-        self._weight = torch.empty(out_features, in_features, dtype=dtype, device=device)
+        self._allocate(device)
+
+    def _allocate(self, device: str) -> None:
+        """Make the weight's memory, and choose what else depends on the device."""
+        self._weight = torch.empty(self.out_features, self.in_features, dtype=self.dtype, device=device)
 
     @property
     def nbytes(self) -> int:

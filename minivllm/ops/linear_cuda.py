@@ -14,18 +14,10 @@ from minivllm.ops.op import OpSpec
 
 
 class CublasLinear(DenseLinear):
-    def __init__(
-        self,
-        out_features: int,
-        in_features: int,
-        dtype: torch.dtype,
-        *,
-        gated: bool = False,
-        device: str = "cuda",
-    ) -> None:
-        super().__init__(out_features, in_features, dtype, gated=gated, device=device)
-        if gated:
-            self._activate = silu_mul.select(OpSpec(device, dtype))
+    def _allocate(self, device: str) -> None:
+        super()._allocate(device)
+        if self.gated:
+            self._activate = silu_mul.select(OpSpec(device, self.dtype))
 
     def __call__(
         self,

@@ -45,19 +45,10 @@ class DenseScaledLinear(DenseLinear):
     code_dtype: torch.dtype
     quantise: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
-    def __init__(
-        self,
-        out_features: int,
-        in_features: int,
-        dtype: torch.dtype,
-        *,
-        gated: bool = False,
-        device: str = "cpu",
-    ) -> None:
-        """dtype: of x."""
-        super().__init__(out_features, in_features, dtype, gated=gated, device="meta")  # which takes no memory
-        self._weight = torch.zeros(out_features, in_features, dtype=self.code_dtype, device=device)
-        self._scales = torch.zeros(out_features, 1, device=device)
+    def _allocate(self, device: str) -> None:
+        shape = self.out_features, self.in_features
+        self._weight = torch.zeros(shape, dtype=self.code_dtype, device=device)
+        self._scales = torch.zeros(self.out_features, 1, device=device)
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:

@@ -44,7 +44,7 @@ def dtype_code(tensor: torch.Tensor) -> int:
 
 @contextlib.contextmanager
 def awake() -> Iterator[None]:
-    """The kernels' threads stay awake between calls inside: waking one takes longer than many a kernel of a short prompt."""
+    """Kernels' threads stay awake between calls inside: waking one lasts longer than many a short prompt's kernel."""
     if lib is not None:
         lib.stay_awake(True)
     try:
@@ -75,10 +75,10 @@ _PAGE = 4096
 
 
 class MemoryTaker:
-    """Has the system give all memory of fresh tensors of bytes behind whoever uses them already, from their beginnings on.
+    """Has the system give all memory of fresh tensors of bytes, from their beginnings on, while others use them.
 
-    A thread of the lowest priority does it, without Python's lock. Where the system cannot (Linux before 5.14), it is done
-    when the object is made.
+    A thread of the lowest priority does it, without Python's lock. Where the system cannot (Linux before 5.14), it is
+    done when the object is made.
     """
 
     def __init__(self, tensors: list[torch.Tensor]) -> None:

@@ -1,7 +1,7 @@
 """Penalties over counts that stay on the device, for steps whose tokens the host has not seen yet.
 
 Repetition: Keskar et al. 2019, arXiv:1909.05858; frequency and presence are OpenAI's. On a CPU the sampler keeps
-counts of its own (`sample/penalties.py`): a request has few distinct tokens, and there they are gone through one by one.
+counts of its own (`sample/penalties.py`): a request has few distinct tokens, which are gone through one by one there.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ class _Watch(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Asked by torch, which would import its compiler in the middle of a step (1.5 s) only to keep it out of here."""
+        """Asked by torch, which would import its compiler in mid-step (1.5 s) only to keep it out of here."""
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -7,7 +7,6 @@ of a token is a function of the request's seed and the token's position (`ops/sa
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -23,8 +22,6 @@ from minivllm.sample.penalties import Penalties
 from minivllm.sample.step import GrammarMask, LogitsChanges, LogitsStep, SampleBatch
 from minivllm.sample.thinking import ThinkingBudget
 from minivllm.sampling_params import SamplingParams
-
-T = TypeVar("T")
 
 NONFINITE = "the model gave logits that are not finite numbers; the request cannot go on"
 NOTHING_LEFT = "a logits processor leaves no token that could be chosen"
@@ -71,25 +68,6 @@ class SamplerOutput:
     logprobs: dict[int, LogprobsLists] = field(default_factory=dict)  # one row each, of those who asked
     failed: dict[int, str] = field(default_factory=dict)
     fields_at_fault: dict[int, str] = field(default_factory=dict)  # of those failed by what they ask for themselves
-
-    def with_rows(self, columns: np.ndarray, others: SamplerOutput | None) -> SamplerOutput:
-        """The same, with these columns as `others` has them, in its order."""
-        if others is None:
-            return self
-        token_ids = self.token_ids.copy()
-        token_ids[columns] = others.token_ids
-        at = columns.tolist()
-
-        def merged(own: dict[int, T], its: dict[int, T]) -> dict[int, T]:
-            kept = {column: value for column, value in own.items() if column not in at}
-            return kept | {at[column]: value for column, value in its.items()}
-
-        return SamplerOutput(
-            token_ids,
-            merged(self.logprobs, others.logprobs),
-            merged(self.failed, others.failed),
-            merged(self.fields_at_fault, others.fields_at_fault),
-        )
 
 
 class Sampler:

@@ -46,10 +46,11 @@ class CallFormat:
 
 @dataclass(frozen=True)
 class TaggedFormat:
-    """How a model writes a call whose arguments are texts between tags: begin, the function's name, name_end, then of each
-    argument key, its name, value, its text, value_end; then arguments_end and end. All calls begin with `trigger`.
+    """How a model writes a call whose arguments are texts between tags.
 
-    Grammars that hold a call which the model begins by itself are made of it.
+    It is begin, the function's name, name_end, then of each argument key, its name, value, its text, value_end; then
+    arguments_end and end. All calls begin with `trigger`. Grammars that hold a call which the model begins by itself
+    are made of it.
     """
 
     begin: str

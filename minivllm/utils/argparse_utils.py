@@ -24,8 +24,8 @@ class FlexibleArgumentParser(argparse.ArgumentParser):
     """An ArgumentParser that takes `_` for `-`, never abbreviates, and suggests the nearest option.
 
     An option that takes a JSON object may be given by its parts: `--a.b.c 1` is `--a '{"b": {"c": 1}}'`, also with a
-    short name for --a, and `--a.b+ x` appends to a list. `--config file.yaml` reads options from a file; what the command line says wins, and
-    `namespace.from_config` names what came from the file.
+    short name for --a, and `--a.b+ x` appends to a list. `--config file.yaml` reads options from a file; what the
+    command line says wins, and `namespace.from_config` names what came from the file.
 
     `refuse(option, value)` is asked about every option that is not ours, with the word behind it or None: it gives
     a sentence (the error), how many words behind the option to ignore with it, or None (it does not know it either).

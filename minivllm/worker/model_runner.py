@@ -79,12 +79,12 @@ class ModelRunner:
         max_num_seqs: int,
         group_of_layer: list[int],
         enforce_eager: bool = False,
-        captures: CaptureOptions = CaptureOptions(),
+        captures: CaptureOptions | None = None,
         platform: Platform | None = None,
     ) -> None:
         """group_of_layer: each layer's KV cache group; layers of different groups may share a tensor of kv_caches.
 
-        captures: on a device that captures steps, which, unless enforce_eager.
+        captures: on a device that captures steps, which, unless enforce_eager; None: the default ones.
         platform: None for one whose memory is the host's.
         """
         block_size = backend.spec.block_size
@@ -95,7 +95,7 @@ class ModelRunner:
         self._staging = Staging(platform)
         self.capture_shapes: CaptureShapes | None = None
         if self._staging.copies and platform.graphs is not None and not enforce_eager:
-            self.capture_shapes = CaptureShapes(captures, max_num_seqs, max_model_len)
+            self.capture_shapes = CaptureShapes(captures or CaptureOptions(), max_num_seqs, max_model_len)
         self.buffers = InputBuffers(
             max_num_batched_tokens,
             max_num_seqs,

@@ -146,7 +146,8 @@ def test_a_conversation_streams_and_is_remembered(page: Any):
 
 def test_the_fields_that_are_filled_are_sent_and_no_others(page: Any):
     page.click("#knobs summary")
-    for name, value in {"temperature": "0.3", "top_k": "5", "seed": "7", "stop": "one\ntwo", "system": "Be brief."}.items():
+    knobs = {"temperature": "0.3", "top_k": "5", "seed": "7", "stop": "one\ntwo", "system": "Be brief."}
+    for name, value in knobs.items():
         page.fill(f"#knob-{name}", value)
     with page.expect_request("**/v1/chat/completions") as sent:
         say(page, "Hello!")
@@ -165,7 +166,10 @@ def test_stop_ends_the_request_in_the_engine(page: Any, server: Server):
     page.click("#knobs summary")
     page.fill("#knob-max_tokens", "1900")
     page.fill("#knob-stop", "a text that nobody writes")
-    page.route("**/v1/completions", lambda route: route.continue_(post_data={**route.request.post_data_json, "ignore_eos": True}))
+    page.route(
+        "**/v1/completions",
+        lambda route: route.continue_(post_data={**route.request.post_data_json, "ignore_eos": True}),
+    )
     page.click("#completion-send")
     until(lambda: running(server) == 1)
     page.click("#completion-stop")
@@ -189,7 +193,9 @@ def test_what_the_model_says_is_text_whatever_it_says(page: Any):
     chunk = {"choices": [{"index": 0, "delta": {"content": evil}, "finish_reason": "stop"}]}
     page.route(
         "**/v1/chat/completions",
-        lambda route: route.fulfill(content_type="text/event-stream", body=f"data: {json.dumps(chunk)}\n\ndata: [DONE]\n\n"),
+        lambda route: route.fulfill(
+            content_type="text/event-stream", body=f"data: {json.dumps(chunk)}\n\ndata: [DONE]\n\n"
+        ),
     )
     say(page, "Hello!")
     assert answer(page) == evil
@@ -247,7 +253,8 @@ def test_every_field_and_button_has_a_name(page: Any):
     page.click("#knobs summary")
     nameless = page.evaluate(
         """[...document.querySelectorAll("input, textarea, select, button")]
-           .filter((e) => !e.ariaHidden && !e.labels?.length && !e.ariaLabel && !e.textContent.trim()).map((e) => e.id)"""
+           .filter((e) => !e.ariaHidden && !e.labels?.length && !e.ariaLabel && !e.textContent.trim()).map((e) =>
+           e.id)"""
     )
     assert nameless == []
 

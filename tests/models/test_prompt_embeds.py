@@ -1,4 +1,4 @@
-"""Prompts as vectors: answers are those to transformers' `inputs_embeds`, and those to tokens whose vectors they are."""
+"""Prompts as vectors: answers are those to transformers' `inputs_embeds`, and to tokens whose vectors they are."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pool under the worst of circumstances: more threads than processors, jobs of different kernels one after another."""
+"""The pool under the worst of circumstances: more threads than processors, jobs of different kernels in turn."""
 
 import threading
 

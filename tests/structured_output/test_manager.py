@@ -127,7 +127,9 @@ def test_requests_with_the_same_grammar_stand_where_each_of_them_does(manager: G
     assert [allowed(manager, state) for state in states] == ["abc", "abc", "d"]
 
 
-def test_a_grammar_is_compiled_once_and_again_where_many_use_it(manager: GrammarManager, monkeypatch: pytest.MonkeyPatch):
+def test_a_grammar_is_compiled_once_and_again_where_many_use_it(
+    manager: GrammarManager, monkeypatch: pytest.MonkeyPatch
+):
     built = []
     build = manager._build
     monkeypatch.setattr(manager, "_build", lambda grammar: built.append(grammar) or build(grammar))

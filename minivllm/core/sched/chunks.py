@@ -7,9 +7,10 @@ A decode is one token and never waits. Of prompts:
                 the step; a prompt is long when more than half a step is left of it. What nobody else used comes
                 to them in the end
     threshold   --long-prefill-token-threshold caps a chunk, unless the request is alone, whatever is left over
-    mixed       while somebody decodes, all prompts together get --max-num-mixed-prefill-tokens of a step, for each token of
-                theirs holds up those who decode; or a sixteenth of all prompt tokens that wait, if that is more, so that a
-                backlog is worked off. benchmarks/mixed_steps.py shows what that does to streams and to first tokens
+    mixed       while somebody decodes, all prompts together get --max-num-mixed-prefill-tokens of a step, for each
+                token of theirs holds up those who decode; or a sixteenth of all prompt tokens that wait, if that is
+                more, so that a backlog is worked off. benchmarks/mixed_steps.py shows what that does to streams and to
+                first tokens
 
 So short prompts behind a long one find half of every step, and the long one, begun, has the other half.
 """

@@ -5,8 +5,8 @@
     python -m venv fuzz && fuzz/bin/python -m pip install schemathesis
     fuzz/bin/python tests/entrypoints/openai/fuzz_openapi.py http://127.0.0.1:8000 example --max-examples 300
 
-The server's own schema says little about what it reads itself (messages, tools, formats): most of what is drawn from it is
-refused at the first field. Here these fields have schemas of their own, so that cases get as far as the engine.
+The server's own schema says little about what it reads itself (messages, tools, formats): most of what is drawn from it
+is refused at the first field. Here these fields have schemas of their own, so that cases get as far as the engine.
 """
 
 from __future__ import annotations
@@ -64,7 +64,9 @@ TOOL = _mostly(_object(["type", "function"], type={"const": "function"}, functio
 TOOLS = _mostly(_list(TOOL))
 PART = _mostly(
     _object(["type", "text"], type={"enum": ["text", "input_text", "output_text"]}, text=SMALL),
-    _object(["type"], type={"enum": ["image_url", "input_audio", "file", "refusal"]}, image_url=ANYTHING, refusal=SMALL),
+    _object(
+        ["type"], type={"enum": ["image_url", "input_audio", "file", "refusal"]}, image_url=ANYTHING, refusal=SMALL
+    ),
 )
 CONTENT = _mostly(SMALL, _list(PART), {"type": "null"})
 CALL = _mostly(
@@ -117,13 +119,16 @@ BOOLEAN = {"enum": [True, False, None]}
 
 COMMON = {
     "temperature": NUMBER, "top_p": NUMBER, "min_p": NUMBER, "top_k": COUNT, "seed": COUNT, "n": COUNT,
-    "presence_penalty": NUMBER, "repetition_penalty": NUMBER, "stream": BOOLEAN, "stop": _mostly(SMALL, _list(SMALL, 5)),
+    "presence_penalty": NUMBER, "repetition_penalty": NUMBER, "stream": BOOLEAN,
+    "stop": _mostly(SMALL, _list(SMALL, 5)),
     "logit_bias": _mostly(_object([], **{"5": NUMBER, "-1": NUMBER, "x": NUMBER, "999999": NUMBER})),
-    "stop_token_ids": _mostly(_list(COUNT)), "allowed_token_ids": _mostly(_list(COUNT)), "bad_words": _mostly(_list(SMALL)),
-    "min_tokens": COUNT, "prompt_logprobs": COUNT, "ignore_eos": BOOLEAN, "priority": COUNT, "truncate_prompt_tokens": COUNT,
+    "stop_token_ids": _mostly(_list(COUNT)), "allowed_token_ids": _mostly(_list(COUNT)),
+    "bad_words": _mostly(_list(SMALL)), "min_tokens": COUNT, "prompt_logprobs": COUNT, "ignore_eos": BOOLEAN,
+    "priority": COUNT, "truncate_prompt_tokens": COUNT,
     "stream_options": _mostly(_object([], include_usage=BOOLEAN, continuous_usage_stats=BOOLEAN)),
     "structured_outputs": STRUCTURED, "response_format": FORMAT, "use_beam_search": BOOLEAN,
-    "return_token_ids": BOOLEAN, "return_tokens_as_token_ids": BOOLEAN, "guided_json": SCHEMA, "guided_choice": _list(SMALL),
+    "return_token_ids": BOOLEAN, "return_tokens_as_token_ids": BOOLEAN, "guided_json": SCHEMA,
+    "guided_choice": _list(SMALL),
     "vllm_xargs": _mostly({"type": "object"}), "cache_salt": _mostly(SMALL), "thinking_token_budget": COUNT,
 }  # fmt: skip
 CHAT = {
@@ -135,7 +140,8 @@ CHAT = {
 # path -> the fields that get another schema; those of the second are always there
 RICH: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "/v1/chat/completions": (CHAT, {"messages": _usually(TALK, _list(MESSAGE, least=1)), "max_tokens": FEW}),
-    "/v1/chat/completions/batch": (CHAT, {"messages": _usually([TALK] * 2, _list(_list(MESSAGE), least=1)), "max_tokens": FEW}),
+    "/v1/chat/completions/batch": (
+        CHAT, {"messages": _usually([TALK] * 2, _list(_list(MESSAGE), least=1)), "max_tokens": FEW}),
     "/v1/completions": ({**COMMON, "logprobs": COUNT, "echo": BOOLEAN, "suffix": SMALL}, {
         "prompt": _usually("Hello", _list(SMALL), _list(COUNT), _list(_list(COUNT))), "max_tokens": FEW}),
     "/v1/responses": ({**COMMON, "tools": TOOLS, "tool_choice": TOOL_CHOICE, "top_logprobs": COUNT, "text": _mostly(
@@ -148,8 +154,9 @@ RICH: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         "system": CONTENT, "thinking": _mostly(_object(["type"], type={"enum": ["enabled", "disabled"]},
         budget_tokens=COUNT)), "stop_sequences": _mostly(_list(SMALL, 5)), "output_config": _mostly(
         _object([], effort=SMALL, format=FORMAT))}, {
-        "messages": _usually(TALK, _list(_mostly(_object(["role", "content"], role={"enum": ["user", "assistant", "system"]},
-        content=_mostly(SMALL, _list(BLOCK)))), least=1)), "max_tokens": FEW}),
+        "messages": _usually(TALK, _list(_mostly(_object(
+            ["role", "content"], role={"enum": ["user", "assistant", "system"]},
+            content=_mostly(SMALL, _list(BLOCK)))), least=1)), "max_tokens": FEW}),
     "/v1/messages/count_tokens": ({"system": CONTENT, "tools": TOOLS}, {"messages": _mostly(_list(_mostly(_object(
         ["role", "content"], role={"enum": ["user", "assistant"]}, content=_mostly(SMALL, _list(BLOCK))))))}),
     "/tokenize": ({"messages": _mostly(_list(MESSAGE)), "tools": TOOLS, "prompt": _mostly(SMALL)}, {}),
@@ -190,7 +197,8 @@ def main() -> int:
         file = Path(directory) / "openapi.json"
         file.write_text(json.dumps(schema))
         command = [
-            str(Path(sys.executable).with_name("st")), "run", str(file), "--url", args.url, "--checks", "not_a_server_error",
+            str(Path(sys.executable).with_name("st")), "run", str(file), "--url", args.url,
+            "--checks", "not_a_server_error",
             "--phases", "coverage,fuzzing", "--max-examples", str(args.max_examples), "--seed", str(args.seed),
             "--header", f"Authorization: Bearer {args.key}", "--continue-on-failure", "--request-timeout", "60",
         ]  # fmt: skip

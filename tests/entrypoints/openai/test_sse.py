@@ -15,7 +15,9 @@ def chunk(text: str) -> Completion:
     return Completion(id="cmpl-1", created=7, model='a "model"', choices=[CompletionChoice(index=3, text=text)])
 
 
-@pytest.mark.parametrize("text", ["", " word", 'quo"te\\ and \n\t\x00\x1f', "é日本🙂", "\ue000text\ue000", '","text":"'])
+@pytest.mark.parametrize(
+    "text", ["", " word", 'quo"te\\ and \n\t\x00\x1f', "é日本🙂", "\ue000text\ue000", '","text":"']
+)
 def test_a_text_event_is_the_whole_chunks(text: str):
     event = TextEvent(chunk)(text)
     assert event == b"data: %b\n\n" % msgspec.json.encode(chunk(text))

@@ -310,7 +310,8 @@ def test_without_a_parser_required_calls_are_a_json_list_and_a_named_one_its_arg
 def test_what_a_grammar_makes_a_model_write_its_parser_reads(name: str, choice: Any):
     parser = TOOL_PARSERS.get(name)
     form = parser.call_format or JSON_LIST
-    call = form.begin + form.spelt("get_weather") + ":0" * bool(form.number) + form.middle + '{"city": "Rome"}' + form.end
+    name = form.spelt("get_weather") + ":0" * bool(form.number)
+    call = form.begin + name + form.middle + '{"city": "Rome"}' + form.end
     text = form.first + form.separator.join([call] if choice is NAMED else [call, call]) + form.last
     if choice is NAMED and parser.call_format is None:
         text = '{"city": "Rome"}'
