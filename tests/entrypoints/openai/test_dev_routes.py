@@ -277,6 +277,7 @@ def test_a_paused_engine_begins_with_nothing_until_it_is_resumed(llm: AsyncLLM):
             had = dict(told)
             await asyncio.sleep(0.05)
             assert told == had and not kept.done() and not waiting.done()
+            assert ((await llm.snapshots())[0].kv_cache_usage == 0) is clear_cache
             await llm.resume_generation()
             assert await kept == ("length", calm)
             assert (await waiting)[0] == "length"
