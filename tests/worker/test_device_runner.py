@@ -386,7 +386,7 @@ def test_where_memory_is_the_hosts_nothing_is_copied():
 
 
 def test_a_whole_engine_plans_the_next_step_while_the_device_works_unless_told_otherwise(
-    model: Path, monkeypatch, capsys
+    model: Path, monkeypatch, caplog
 ):
     prompts = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
     params = SamplingParams(temperature=0.8, seed=1, max_tokens=20, ignore_eos=True, detokenize=False)
@@ -413,9 +413,9 @@ def test_a_whole_engine_plans_the_next_step_while_the_device_works_unless_told_o
     platform = FakeDevice()
     monkeypatch.setattr("minivllm.worker.worker.detect", lambda config: platform)
     assert answers(1, async_scheduling=False) == expected
-    assert "async scheduling" not in capsys.readouterr().err
+    assert "async scheduling" not in caplog.text
     assert answers(2) == expected
-    assert "async scheduling is on: the next step is planned while fake runs this one" in capsys.readouterr().err
+    assert "async scheduling is on: the next step is planned while fake runs this one" in caplog.text
     assert platform.graphs.num_replays > 10
 
 
