@@ -190,11 +190,11 @@ class CoreProcess:
     def exitcode(self) -> int | None:
         return self._process.exitcode if self._process is not None else None
 
-    def send(self, kind: RequestType, payload: bytes) -> None:
+    def send(self, kind: RequestType, *payloads: bytes) -> None:
         """Send to the core, from any thread. Never blocks: the socket has no high-water mark."""
         with self._send_lock:
             if not self._closed:
-                self.input_socket.send_multipart([self._core_identity, kind.value, payload], copy=False)
+                self.input_socket.send_multipart([self._core_identity, kind.value, *payloads], copy=False)
 
     def _watch(self) -> None:
         """Wait for the child to end, say how it did unless that was wanted, and end what it left running."""
@@ -303,11 +303,11 @@ class CoreConnection:
         self._core_identity, payload = self._input_socket.recv_multipart()
         return Decoder(CoreToClient)(payload)
 
-    def send(self, kind: RequestType, payload: bytes) -> None:
+    def send(self, kind: RequestType, *payloads: bytes) -> None:
         """Send to the core, from any thread. Never blocks: the socket has no high-water mark."""
         with self._send_lock:
             if not self._input_socket.closed:
-                self._input_socket.send_multipart([self._core_identity, kind.value, payload], copy=False)
+                self._input_socket.send_multipart([self._core_identity, kind.value, *payloads], copy=False)
 
     def stop(self, timeout_s: float = 0.0) -> None:
         """The core is not ours to end."""

@@ -274,17 +274,18 @@ class _CoreProcess:
         messages = self._input_messages()
         while True:
             try:
-                kind, payload = next(messages)
+                kind, payload, *more = next(messages)
             except zmq.ContextTerminated:
                 self._close_inputs()
                 return
             if kind == RequestType.ADD.value:
-                try:
-                    request = decode_request(payload)
-                except (msgspec.DecodeError, msgspec.ValidationError, RequestError) as error:
-                    self._reject_undecodable(payload, error)
-                else:
-                    put(lambda request=request: self._add(request))
+                requests = []
+                for one in (payload, *more):
+                    try:
+                        requests.append(decode_request(one))
+                    except (msgspec.DecodeError, msgspec.ValidationError, RequestError) as error:
+                        self._reject_undecodable(one, error)
+                put(lambda requests=requests: self._add(requests))
             elif kind == RequestType.ABORT.value:
                 ids = decode_ids(payload)
                 self._late_aborts.append(ids)  # for the step that is running …
@@ -359,11 +360,12 @@ class _CoreProcess:
         while self._late_aborts:
             self._core.abort_requests(self._late_aborts.popleft())
 
-    def _add(self, request: EngineCoreRequest) -> None:
-        if self._drain_deadline is None:
-            self._core.add_request(request)
-        else:
-            self._core.reject(request.request_id, request.client_index, "shutting down", FinishReason.ABORT)
+    def _add(self, requests: list[EngineCoreRequest]) -> None:
+        for request in requests:
+            if self._drain_deadline is None:
+                self._core.add_request(request)
+            else:
+                self._core.reject(request.request_id, request.client_index, "shutting down", FinishReason.ABORT)
 
     def _call_utility(self, request: UtilityRequest) -> None:
         answer = self._core.call_utility(request)

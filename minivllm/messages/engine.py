@@ -8,7 +8,7 @@ then speak as the first does. Each names itself by its client_index:
     core  DEALER ─▶ ROUTER client   Hello                                     "I am here"
     client ROUTER ─▶ DEALER core    config: EngineConfig
     core  DEALER ─▶ ROUTER client   StartProgress*, then EngineCoreReady or StartFailed
-    client ROUTER ─▶ DEALER core    RequestType byte, payload                 (until the end)
+    client ROUTER ─▶ DEALER core    RequestType byte, payload; of ADD several (until the end)
     core  PUSH ─▶ PULL client       EngineCoreOutputs, or ENGINE_CORE_DEAD    (until the end)
 """
 
