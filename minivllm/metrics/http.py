@@ -64,7 +64,7 @@ class HttpMetrics:
                 count(time.perf_counter() - began, *sizes)
 
     def _counter(self, method: str, status: str, handler: str) -> Callable[[float, int, int], None]:
-        """What counts a request of these labels: its seconds, bytes sent, bytes answered. To look them up takes time."""
+        """What counts a request of these labels: its seconds, bytes sent, bytes answered. Looking up takes time."""
         inc = self._requests.labels(method, status, handler).inc
         observe_duration = self._durations.labels(method, handler).observe
         observe_request = self._request_bytes.labels(handler).observe

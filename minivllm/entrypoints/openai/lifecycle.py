@@ -23,7 +23,7 @@ class Lifecycle:
         self._idle.set()
 
     def on_close(self, call: Callable[[], None]) -> Callable[[], None]:
-        """Have something called once open answers must end: soon, if that is so already. For `forget`, what to forget."""
+        """Have something called once open answers must end: soon, if that is so already. Returns it, for `forget`."""
         self._closers.add(call)
         if self._closing:
             asyncio.get_running_loop().call_soon(self._close_one, call)
