@@ -78,6 +78,7 @@ class CoreProcess:
         self._process: BaseProcess | None = None
         self._core_identity = b""
         self._is_ready = False  # until then the core reads no messages
+        self._gave_up = False  # it has said that it cannot start, and ends
         self.context = zmq.Context()
         self._num_clients = num_clients
         self._run_directory = RunDirectory()
@@ -154,6 +155,7 @@ class CoreProcess:
                 phase = message.phase
                 logger.debug("engine core: %s (%.1f s)", phase, time.monotonic() - began)
             elif isinstance(message, StartFailed):
+                self._gave_up = True
                 raise EngineStartError(message.message, message.exit_code)
             else:
                 self._is_ready = True
@@ -267,6 +269,8 @@ class CoreProcess:
         if self._is_ready and not self._ended.is_set():
             self.send(RequestType.SHUTDOWN, encode(float(timeout_s)))
             self._ended.wait(timeout_s + _STOP_S)
+        elif self._gave_up:
+            self._ended.wait(_STOP_S)
         if not self._ended.is_set():
             process.terminate()
             self._ended.wait(_TERMINATE_S)

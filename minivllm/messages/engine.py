@@ -137,11 +137,12 @@ class UtilityRequest(msgspec.Struct, array_like=True):
 
 
 class UtilityOutput(msgspec.Struct, array_like=True, omit_defaults=True):
-    """Its answer; `failure` is a message when it raised."""
+    """Its answer; `failure` is a message when it raised, `conflict` one when the engine is in no state for it now."""
 
     call_id: int
     result: Any = None
     failure: str | None = None
+    conflict: str | None = None
 
 
 class EngineCoreOutputs(msgspec.Struct, array_like=True, omit_defaults=True, gc=False):
