@@ -160,8 +160,8 @@ async def serve_app(
 
     app = build_app(args) if app is None else app
     init_app_state(engine, args, app, stats)
-    gc.collect()
     gc.freeze()  # what lives as long as the server is not to be scanned again and again
+    gc.enable()
     statistics = asyncio.ensure_future(_log_statistics(stats))
     try:
         await serve_http(
@@ -299,8 +299,12 @@ def _announce(engine: AsyncLLM, app: FastAPI, url: str, frontend: FrontendConfig
 
 def run(args: Namespace) -> None:
     """Serve until the end, on uvloop where there is one."""
-    with _metrics_directory(args.api_server_count):
-        _run(args)
+    gc.disable()  # until it serves: what is imported until then is no garbage
+    try:
+        with _metrics_directory(args.api_server_count):
+            _run(args)
+    finally:
+        gc.enable()
 
 
 @contextlib.contextmanager
