@@ -24,7 +24,6 @@ from minivllm.messages.engine import (
     ENGINE_CORE_DEAD,
     CoreToClient,
     EngineCoreReady,
-    Hello,
     RequestType,
     StartFailed,
     StartProgress,
@@ -74,7 +73,6 @@ class CoreProcess:
         self._stop_lock = threading.Lock()
         self._send_lock = threading.Lock()
         self._closed = False
-        self._config = encode(config)
         self._process: BaseProcess | None = None
         self._core_identity = b""
         self._is_ready = False  # until then the core reads no messages
@@ -88,7 +86,7 @@ class CoreProcess:
             self.input_socket = self._bind(zmq.ROUTER, "in")
             self.output_socket = self._bind(zmq.PULL, "out")
             self.output_socket.bind(_last_words_address(self))
-            self._start(config.observability.log_level)
+            self._start(config.observability.log_level, encode(config))
         except BaseException:
             self.shutdown()
             raise
@@ -100,7 +98,7 @@ class CoreProcess:
         socket.bind(self._run_directory.address(name))
         return socket
 
-    def _start(self, log_level: str) -> None:
+    def _start(self, log_level: str, config: bytes) -> None:
         """Start the child from the thread that will wait for it.
 
         Linux kills a child when the *thread* that started it ends (prctl(2), PR_SET_PDEATHSIG); this thread
@@ -110,7 +108,7 @@ class CoreProcess:
 
         def start_and_watch() -> None:
             try:
-                arguments = (*self.addresses, log_level, self._num_clients)
+                arguments = (*self.addresses, log_level, config, self._num_clients)
                 self._process = spawn(run_engine_core, arguments, name="EngineCore")
             except BaseException as error:
                 failure.append(error)
@@ -133,7 +131,7 @@ class CoreProcess:
     # -- handshake
 
     def wait_ready(self) -> EngineCoreReady:
-        """Send the configuration and wait until the core serves, however long the model takes to load.
+        """Wait until the core serves, however long the model takes to load.
 
         Raises:
             EngineStartError: the core could not start, or died while it tried; it is cleaned up.
@@ -149,9 +147,7 @@ class CoreProcess:
         phase, began = "starting Python", time.monotonic()
         while True:
             message = decode(self._next_start_message(phase))
-            if isinstance(message, Hello):
-                self.input_socket.send_multipart([self._core_identity, self._config])
-            elif isinstance(message, StartProgress):
+            if isinstance(message, StartProgress):
                 phase = message.phase
                 logger.debug("engine core: %s (%.1f s)", phase, time.monotonic() - began)
             elif isinstance(message, StartFailed):

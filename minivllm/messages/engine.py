@@ -5,8 +5,6 @@ Those of the start, and SamplingParams, are maps.
 
 A conversation, on two sockets; further API servers have two each of their own, on which they hear EngineCoreReady and
 then speak as the first does. Each names itself by its client_index:
-    core  DEALER ─▶ ROUTER client   Hello                                     "I am here"
-    client ROUTER ─▶ DEALER core    config: EngineConfig
     core  DEALER ─▶ ROUTER client   StartProgress*, then EngineCoreReady or StartFailed
     client ROUTER ─▶ DEALER core    RequestType byte, payload                 (until the end)
     core  PUSH ─▶ PULL client       EngineCoreOutputs, or ENGINE_CORE_DEAD    (until the end)
@@ -154,12 +152,6 @@ class EngineCoreOutputs(msgspec.Struct, array_like=True, omit_defaults=True, gc=
     utility_output: UtilityOutput | None = None
 
 
-class Hello(msgspec.Struct, tag="hello"):
-    """The core's first message."""
-
-    pid: int
-
-
 class StartProgress(msgspec.Struct, tag="progress"):
     """The core has entered a phase of its start."""
 
@@ -189,4 +181,4 @@ class EngineCoreReady(msgspec.Struct, tag="ready"):
     numerics_id: str = ""  # device and instruction family in use: equal ids give equal bits
 
 
-CoreToClient = Hello | StartProgress | StartFailed | EngineCoreReady
+CoreToClient = StartProgress | StartFailed | EngineCoreReady
