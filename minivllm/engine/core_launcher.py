@@ -65,6 +65,7 @@ class CoreProcess:
     def __init__(self, config: EngineConfig, *, on_death: Callable[[str], None], num_clients: int = 1) -> None:
         """num_clients: API servers that will talk to the core, this process among them (see CoreConnection)."""
         self._on_death = on_death
+        self._began = time.monotonic()
         self._stopping = threading.Event()
         self._watcher: threading.Thread | None = None
         self._started = threading.Event()  # or failed to: set once `_process` will not change any more
@@ -144,18 +145,18 @@ class CoreProcess:
 
     def _handshake(self) -> EngineCoreReady:
         decode = Decoder(CoreToClient)
-        phase, began = "starting Python", time.monotonic()
+        phase = "starting Python"
         while True:
             message = decode(self._next_start_message(phase))
             if isinstance(message, StartProgress):
                 phase = message.phase
-                logger.debug("engine core: %s (%.1f s)", phase, time.monotonic() - began)
+                logger.debug("engine core: %s (%.1f s)", phase, time.monotonic() - self._began)
             elif isinstance(message, StartFailed):
                 self._gave_up = True
                 raise EngineStartError(message.message, message.exit_code)
             else:
                 self._is_ready = True
-                logger.info("engine core ready after %.1f s", time.monotonic() - began)
+                logger.info("engine core ready after %.1f s", time.monotonic() - self._began)
                 return message
 
     def _next_start_message(self, phase: str) -> bytes:
