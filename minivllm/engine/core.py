@@ -227,8 +227,8 @@ class EngineCore:
         answers = self.executor.collective_rpc(method, tuple(args))
         return [answer if _is_sendable(answer) else str(answer) for answer in answers]
 
-    # Pause and sleep. Each holds requests for itself: they go on when the engine is neither paused nor asleep. What waits
-    # for requests to end is refused where they stand still, and while it waits, so is what would have them stand still.
+    # Pause and sleep. Each holds requests for itself: they go on when the engine is neither paused nor asleep. What
+    # waits for requests to end is refused where they stand still, and while it waits, so is what would have them do so.
 
     def pause(self, mode: PauseMode) -> None:
         """Begin with no request until `resume`; those that come wait. The engine may be busy a little longer, see
@@ -242,7 +242,8 @@ class EngineCore:
         """
         if mode == "wait" and self._asleep:
             self._refuse_if_begun(
-                "the engine sleeps amid requests, which cannot end now; wake it up first, or pause with mode=keep or abort"
+                "the engine sleeps amid requests, which cannot end now; wake it up first, or pause with mode=keep or "
+                "abort"
             )
         if mode == "keep" and self._holds:
             self._refuse_if_begun("a sleep waits for requests to end; pause with mode=wait or abort")
@@ -269,8 +270,10 @@ class EngineCore:
             ConflictError: they are kept by a pause, or asleep already.
         """
         if self._is_frozen:
-            why = "sleeps" if self._asleep else "is paused"
-            self._refuse_if_begun(f"the engine {why} amid requests, which cannot end now; sleep with mode=keep or abort")
+            state = "sleeps" if self._asleep else "is paused"
+            self._refuse_if_begun(
+                f"the engine {state} amid requests, which cannot end now; sleep with mode=keep or abort"
+            )
         self._holds.add(holder)
         self._hold_or_admit()
 
