@@ -100,7 +100,11 @@ def test_make_serve_passes_model_port_and_arguments_on():
 def test_make_test_sets_up_what_tests_use_and_passes_arguments_to_pytest():
     plan = _make("test", "ARGS=-k name")
     assert ".ci/setup test" in plan
-    assert "-m pytest -k name" in plan
+    assert "-m pytest -k name\n" in plan
+
+
+def test_make_test_runs_everything_side_by_side_but_what_one_file_shares_in_one_process():
+    assert "-n auto" in _make("test") and "--dist loadfile" in _make("test")
 
 
 @pytest.mark.parametrize("script", [".ci/run", ".ci/setup"])

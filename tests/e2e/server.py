@@ -88,7 +88,7 @@ class Server:
         self._reader.join(5)
         return code
 
-    def leftovers(self, timeout_s: float = 10) -> list[str]:
+    def leftovers(self, timeout_s: float = 30) -> list[str]:
         """What outlives the server: its children, its socket directories."""
         _, alive = psutil.wait_procs(self.children, timeout=timeout_s)
         left = [f"process {p.pid} {' '.join(p.cmdline())[:120]}" for p in alive if p.status() != psutil.STATUS_ZOMBIE]

@@ -31,4 +31,4 @@ def test_one_request_too_many_is_a_503_and_room_is_found_again(tiny_model: Path,
                 break
         assert answer.status_code == 200
         counted = 'vllm:admission_rejections_total{model_name="tiny",reason="max_num_queued_reqs"}'
-        assert counted in httpx.get(f"{server.url}/metrics").text
+        assert counted in httpx.get(f"{server.url}/metrics", timeout=60).text
