@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import stat
 import subprocess
@@ -55,6 +56,11 @@ def test_the_version_is_said_once_and_metadata_reads_it_from_there(project):
 def test_the_setup_script_and_the_metadata_agree_on_the_least_torch(project):
     least = re.search(r"^min_torch=(\S+)$", SETUP.read_text(), re.M).group(1)
     assert _requirement(project, "torch") == f"torch>={least}"
+
+
+def test_the_setup_script_and_the_metadata_agree_on_what_builds(project):
+    asked = re.search(r"^    pip_install (\"scikit-build-core.*)$", SETUP.read_text(), re.M).group(1)
+    assert shlex.split(asked) == project["build-system"]["requires"]
 
 
 def test_the_command_names_a_module_that_is_there(project):

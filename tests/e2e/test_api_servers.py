@@ -22,10 +22,10 @@ ASK = {"prompt": [1, 2, 3], "max_tokens": 8, "seed": 1, "ignore_eos": True}
 
 
 @pytest.fixture
-def server(tiny_model: Path, tmp_path: Path):
+def server(tiny_model: Path, short_path: Path):
     arguments = ["--api-server-count", str(NUM_SERVERS), "--max-model-len", "128"]
     arguments += ["--distributed-executor-backend", "tests.fakes:FakeExecutor"]
-    with serving(tiny_model, *arguments, run_dir=tmp_path) as running:
+    with serving(tiny_model, *arguments, run_dir=short_path) as running:
         wait_listening(running)
         yield running
 

@@ -60,10 +60,8 @@ def open_streams(server: Server, count: int) -> list[Stream]:
 
 
 @pytest.fixture
-def fragile(tiny_model_long: Path, tmp_path: Path):
-    run_dir = tmp_path / "run"
-    run_dir.mkdir()
-    server = Server(tiny_model_long, *ARGS, run_dir=run_dir)
+def fragile(tiny_model_long: Path, short_path: Path):
+    server = Server(tiny_model_long, *ARGS, run_dir=short_path)
     yield server
     with contextlib.suppress(psutil.NoSuchProcess):
         for process in [psutil.Process(server.process.pid), *server.children]:
@@ -134,8 +132,8 @@ def _running(metrics: str) -> float:
     return sum(float(line.split()[-1]) for line in lines) if lines else 1  # not said yet
 
 
-def test_a_signal_while_the_model_loads_leaves_nothing(tiny_model: Path, tmp_path: Path):
-    server = Server(tiny_model, *ARGS, "--max-model-len", "512", run_dir=tmp_path, wait=False)
+def test_a_signal_while_the_model_loads_leaves_nothing(tiny_model: Path, short_path: Path):
+    server = Server(tiny_model, *ARGS, "--max-model-len", "512", run_dir=short_path, wait=False)
     while not psutil.Process(server.process.pid).children():
         time.sleep(0.01)
     server.children = psutil.Process(server.process.pid).children(recursive=True)

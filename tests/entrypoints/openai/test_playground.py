@@ -193,7 +193,7 @@ def test_a_watcher_that_comes_as_the_last_one_leaves_waits_for_nobody(engine: Fa
 
 def test_too_many_watchers_are_refused(engine: FakeEngine):
     async def scenario() -> None:
-        feed = EngineFeed(engine, Api(engine).lifecycle)
+        feed = EngineFeed(engine, Api(engine).lifecycle, period_s=0.001)
         watchers = [feed.watch() for _ in range(MAX_WATCHERS)]
         for watcher in watchers:
             await anext(watcher)
