@@ -17,7 +17,7 @@ import zmq
 
 from minivllm.config.engine import EngineConfig
 from minivllm.engine.core_launcher import CoreConnection, CoreProcess
-from minivllm.exceptions import EngineDeadError, EngineError
+from minivllm.exceptions import ConflictError, EngineDeadError, EngineError
 from minivllm.messages.codec import Decoder, encode
 from minivllm.messages.engine import (
     ENGINE_CORE_DEAD,
@@ -131,7 +131,7 @@ class SyncMPClient(_SocketClient):
         """Call a utility of the core. Not while requests are open: their outputs would be lost.
 
         Raises:
-            EngineDeadError, EngineError: the core is gone; the utility failed.
+            EngineDeadError, EngineError: the core is gone; the utility failed. ConflictError: not now.
         """
         call_id = self._send_call(method, args)
         while True:
@@ -231,7 +231,7 @@ class AsyncMPClient(_SocketClient):
         """Call a utility of the core.
 
         Raises:
-            EngineDeadError, EngineError: the core is gone; the utility failed.
+            EngineDeadError, EngineError: the core is gone; the utility failed. ConflictError: not now.
         """
         call = asyncio.get_running_loop().create_future()
         self._calls[self._send_call(method, args)] = call
@@ -324,6 +324,8 @@ class InprocClient:
 def _result(answer: UtilityOutput) -> Any:
     if answer.failure is not None:
         raise EngineError(answer.failure)
+    if answer.conflict is not None:
+        raise ConflictError(answer.conflict)
     return answer.result
 
 

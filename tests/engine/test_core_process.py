@@ -16,9 +16,10 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
+from minivllm.engine.core_launcher import CoreProcess
 from minivllm.engine.core_process import _CoreProcess
 from minivllm.engine.llm_engine import LLMEngine
-from minivllm.exceptions import ConfigError, EngineDeadError, EngineStartError
+from minivllm.exceptions import ConfigError, EngineDeadError, EngineStartError, ModelFilesError
 from minivllm.sampling_params import SamplingParams
 from minivllm.utils.process import spawn, unblock_interrupts
 from minivllm.utils.sockets import MAX_UNIX_PATH, RunDirectory
@@ -75,6 +76,14 @@ def test_a_script_without_a_main_guard_runs_once_and_leaves_nothing(tmp_path, ru
     assert process.returncode == 0
     assert rest == "1\n2\n3\n"
     assert wait_gone(core_pid)
+
+
+def test_a_core_that_cannot_start_ends_by_itself_with_its_error_s_code(run_dir):
+    deaths: list[str] = []
+    core = CoreProcess(make_config("tests.engine.engines:SlowlyEndingExecutor"), on_death=deaths.append)
+    with pytest.raises(EngineStartError, match="download the checkpoint again"):
+        core.wait_ready()
+    assert (core.exitcode, deaths) == (ModelFilesError.exit_code, [])
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
@@ -186,9 +195,9 @@ def test_a_run_directory_too_long_for_sockets_is_passed_over(monkeypatch, tmp_pa
     directory.remove()
 
 
-def test_a_run_directory_that_cannot_be_made_is_a_config_error(monkeypatch, tmp_path):
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("MINIVLLM_RUN_DIR", str(tmp_path / "file"))
+def test_a_run_directory_that_cannot_be_made_is_a_config_error(monkeypatch, short_path):
+    (short_path / "file").touch()
+    monkeypatch.setenv("MINIVLLM_RUN_DIR", str(short_path / "file"))
     with pytest.raises(ConfigError, match="MINIVLLM_RUN_DIR"):
         RunDirectory()
 
