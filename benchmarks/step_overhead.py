@@ -69,7 +69,7 @@ def build_core(model: str, clock: Clock, extra: dict[str, Any]) -> Any:
         clock.wrap(owner, name, f"kernel {name}")
     clock.wrap(lib.Tape, "replay", "kernels of a recorded step")
 
-    options = {"kv_cache_memory_bytes": 1 << 30, "max_model_len": 2048, "enable_prefix_caching": False} | extra
+    options = {"kv_cache_memory_bytes": 1 << 30, "max_model_len": 4096, "enable_prefix_caching": False} | extra
     config = EngineArgs(model=model, **options).create_engine_config("offline")
     return EngineCore(config, on_death=print, on_progress=lambda phase: None)
 

@@ -165,7 +165,7 @@ class PackedLinear:
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         """The weight's rows `ids` ([T] int64) as [T, in_features]; IndexError for a row that is not there."""
         ids = ids.to(torch.int64).contiguous()
-        out = native.empty(ids.shape[0], self.in_features, dtype=self.dtype)
+        out = torch.empty(ids.shape[0], self.in_features, dtype=self.dtype)
         self._format.gather_rows(out.data_ptr(), self._packed.data_ptr(), ids.data_ptr(), ids.shape[0])
         return out
 
@@ -185,7 +185,7 @@ class PackedLinear:
         """
         assert not self.gated, "a gated weight is packed for silu_mul"
         if out is None:
-            out = native.empty(x.shape[0], self.out_features, dtype=out_dtype or x.dtype)
+            out = torch.empty(x.shape[0], self.out_features, dtype=out_dtype or x.dtype)
         return self._multiply(_STORE, out, self.out_features, x, bias, addend)
 
     def add_to(
@@ -213,7 +213,7 @@ class PackedLinear:
         """`ops/activation.py` of self(x, bias, addend=addend), for a gated weight: [M, out_features / 2]."""
         assert self.gated, "silu_mul needs a weight that is packed for it"
         if out is None:
-            out = native.empty(x.shape[0], self.out_features // 2, dtype=x.dtype)
+            out = torch.empty(x.shape[0], self.out_features // 2, dtype=x.dtype)
         return self._multiply(_SILU_MUL, out, self.out_features // 2, x, bias, addend)
 
     def likeliest(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -71,24 +71,6 @@ def huge_pages(nbytes: int) -> torch.Tensor:
     return storage[start : start + nbytes]
 
 
-# Bound here: it is no kernel, and a recording (`recording.py`) need not make it again.
-_advise_huge_pages = None if lib is None else lib.advise_huge_pages
-_LARGE = 2 * _HUGE_PAGE
-
-
-def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    """Memory of torch's for a kernel to write; on huge pages, as far as they are whole, where it is large.
-
-    Rows of a wide output lie on pages of their own, if these are small: a panel's sums then meet hundreds of pages.
-    """
-    out = torch.empty(shape, dtype=dtype)
-    if out.nbytes >= _LARGE and _advise_huge_pages is not None:
-        begin = -(-out.data_ptr() // _HUGE_PAGE) * _HUGE_PAGE
-        num_bytes = (out.data_ptr() + out.nbytes - begin) // _HUGE_PAGE * _HUGE_PAGE
-        _advise_huge_pages(begin, num_bytes)
-    return out
-
-
 _PAGE = 4096
 
 

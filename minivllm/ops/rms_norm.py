@@ -77,7 +77,7 @@ def _run(
         raise ValueError(
             f"weight is {tuple(weight.shape)} {weight.dtype}; x needs ({hidden},) {x.dtype} or float32, contiguous"
         )
-    out = native.empty(*x.shape, dtype=x.dtype)
+    out = torch.empty(x.shape, dtype=x.dtype)
     if out.numel():
         native.lib.rms_norm(
             native.dtype_code(x), out.data_ptr(), x.data_ptr(), *x_strides, residual, *residual_strides,

@@ -6,7 +6,6 @@ import numpy as np
 import torch
 
 from minivllm.ops import native
-from minivllm.ops.recording import recording
 
 SIZE = 64 << 20
 
@@ -37,13 +36,3 @@ def test_a_taker_that_is_stopped_lets_go_of_the_tensors():
 
 def test_tensors_without_a_whole_page_are_nothing_to_take():
     native.MemoryTaker([torch.zeros(100, dtype=torch.uint8)]).wait()
-
-
-def test_a_large_output_has_its_shape_and_leaves_a_recording_whole():
-    with recording() as taken:
-        small, large = native.empty(3, 5, dtype=torch.float32), native.empty(3000, 1024, dtype=torch.bfloat16)
-    assert (small.shape, small.dtype) == ((3, 5), torch.float32)
-    assert (large.shape, large.dtype, large.is_contiguous()) == ((3000, 1024), torch.bfloat16, True)
-    large.fill_(1)
-    assert large.float().sum() == large.numel()
-    assert taken.unusable is None

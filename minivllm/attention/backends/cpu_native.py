@@ -90,7 +90,7 @@ class CpuNativeBackend(AttentionBackend):
     def _output(self, num_tokens: int) -> torch.Tensor:
         """Memory for a step's output, kept from one layer and step to the next."""
         if len(self._out) < num_tokens:
-            self._out = native.empty(num_tokens, *self._out.shape[1:], dtype=self._out.dtype)
+            self._out = torch.empty(num_tokens, *self._out.shape[1:], dtype=self._out.dtype)
         return self._out[:num_tokens]
 
 
