@@ -42,6 +42,16 @@ MINIVLLM_INLINE UVec fp8_codes(Vec x) {
 template <KvType type, class T>
 MINIVLLM_INLINE void encode_row(uint8_t* codes, const T* row, int64_t n, float scale) {
     const bool is_zero = type == KvType::int8 && !(scale > 0);  // or not a number
+    if (type == KvType::int8 && scale > 0x1p-100f && scale < 0x1p100f) {
+        // x / scale, rounded once: a quotient within a unit, mended by what it leaves (Markstein 1990). A remainder too
+        // small to be exact belongs to a quotient that is rounded to zero.
+        const Vec divisor = set1(scale), inverse = set1(1.0f / scale);
+        for (int64_t i = 0; i < n; i += kLanes) {
+            const Vec x = load(row + i), quotient = x * inverse;
+            store_bytes(codes + i, int8_codes(fma(fnma(quotient, divisor, x), inverse, quotient)));
+        }
+        return;
+    }
     for (int64_t i = 0; i < n; i += kLanes) {
         const Vec x = load(row + i) / set1(scale);
         store_bytes(codes + i, is_zero ? uset1(0) : type == KvType::int8 ? int8_codes(x) : fp8_codes(x));
