@@ -427,7 +427,7 @@ private:
     Ahead<_MM_HINT_T0> ahead_;
     AmxTiles tiles_;
     bf16 *q_ = nullptr, *weights_ = nullptr, *keys_ = nullptr, *values_ = nullptr;
-    bf16* warm_ = nullptr;  // a tile that nobody reads: storing takes ten times as long a microsecond after the last time
+    bf16* warm_ = nullptr;  // a tile that nobody reads: storing takes ten times as long a microsecond later
     const bf16 *keys_of_[kStepTiles] = {}, *values_of_[kStepTiles] = {};  // of the step's tiles
 };
 
