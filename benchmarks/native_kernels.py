@@ -124,7 +124,12 @@ def linear(rows: int) -> Iterator[Case]:
             read = (1 if int8 else 2) * into * out + 2 * rows * (into + result.shape[1])
             run = functools.partial(_multiply, layers, name, x, result)
             kind = "int8" if int8 else "bf16"
-            yield Case(f"gemm: {name}, {kind}", run, read, 2 * rows * into * out, len(layers), int8, cold=True)
+            sizes = (2 * rows * into * out, len(layers), int8)
+            yield Case(f"gemm: {name}, {kind}", run, read, *sizes, cold=True)
+            if name == "vocabulary":
+                read -= 2 * rows * out
+                chosen = functools.partial(_choose, layers, x)
+                yield Case(f"gemm: {name}, likeliest, {kind}", chosen, read, *sizes, cold=True)
     embedding = PackedLinear(VOCAB, HIDDEN, BF16)
     embedding.load_rows(0, torch.randn(VOCAB, HIDDEN).to(BF16))
     ids = torch.randint(0, VOCAB, (rows,))
@@ -148,6 +153,11 @@ def _multiply(layers: list[PackedLinear], name: str, x: torch.Tensor, result: to
             layer.add_to(result, x)
         else:
             layer(x, out=result)
+
+
+def _choose(layers: list[PackedLinear], x: torch.Tensor) -> None:
+    for layer in layers:
+        layer.likeliest(x)
 
 
 class Limits:

@@ -6,6 +6,7 @@ import atexit
 import logging
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -49,6 +50,13 @@ def caplog(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixtur
     yield caplog
     logger.removeHandler(caplog.handler)
     logger.propagate = told
+
+
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """An empty directory for sockets: the paths of those may not be as long as the ones below `tmp_path` become."""
+    with tempfile.TemporaryDirectory(prefix="mv") as directory:
+        yield Path(directory)
 
 
 @pytest.fixture(scope="session")

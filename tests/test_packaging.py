@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import stat
 import subprocess
@@ -57,6 +58,11 @@ def test_the_setup_script_and_the_metadata_agree_on_the_least_torch(project):
     assert _requirement(project, "torch") == f"torch>={least}"
 
 
+def test_the_setup_script_and_the_metadata_agree_on_what_builds(project):
+    asked = re.search(r"^    pip_install (\"scikit-build-core.*)$", SETUP.read_text(), re.M).group(1)
+    assert shlex.split(asked) == project["build-system"]["requires"]
+
+
 def test_the_command_names_a_module_that_is_there(project):
     module, function = project["project"]["scripts"]["minivllm"].split(":")
     path = ROOT / (module.replace(".", "/") + ".py")
@@ -100,7 +106,11 @@ def test_make_serve_passes_model_port_and_arguments_on():
 def test_make_test_sets_up_what_tests_use_and_passes_arguments_to_pytest():
     plan = _make("test", "ARGS=-k name")
     assert ".ci/setup test" in plan
-    assert "-m pytest -k name" in plan
+    assert "-m pytest -k name\n" in plan
+
+
+def test_make_test_runs_everything_side_by_side_but_what_one_file_shares_in_one_process():
+    assert "-n auto" in _make("test") and "--dist loadfile" in _make("test")
 
 
 @pytest.mark.parametrize("script", [".ci/run", ".ci/setup"])

@@ -38,23 +38,62 @@ MINIVLLM_INLINE UVec fp8_codes(Vec x) {
     return bits_of(where_less(magnitude, set1(449), code, floats_of(uset1(0x7f)))) | sign;
 }
 
-// A row in units of `scale`.
+// An element as a cache of `type` stores it.
+template <KvType type>
+using Stored = std::conditional_t<type == KvType::f32, float,
+                                  std::conditional_t<type == KvType::bf16, bf16,
+                                                     std::conditional_t<type == KvType::f16, f16, uint8_t>>>;
+
+// The row of token t as it is stored in `tile`, its elements still in their order: in `room`, or where they are if that
+// changes nothing. Writes an int8 row's scale. scale: what fp8 codes are in units of.
 template <KvType type, class T>
-MINIVLLM_INLINE void encode_row(uint8_t* codes, const T* row, int64_t n, float scale) {
-    const bool is_zero = type == KvType::int8 && !(scale > 0);  // or not a number
-    if (type == KvType::int8 && scale > 0x1p-100f && scale < 0x1p100f) {
-        // x / scale, rounded once: a quotient within a unit, mended by what it leaves (Markstein 1990). A remainder too
-        // small to be exact belongs to a quotient that is rounded to zero.
-        const Vec divisor = set1(scale), inverse = set1(1.0f / scale);
-        for (int64_t i = 0; i < n; i += kLanes) {
-            const Vec x = load(row + i), quotient = x * inverse;
-            store_bytes(codes + i, int8_codes(fma(fnma(quotient, divisor, x), inverse, quotient)));
-        }
-        return;
+MINIVLLM_INLINE const Stored<type>* stored_row(
+    char* tile, Stored<type>* room, const T* row, int64_t t, int64_t head_dim, float scale) {
+    if constexpr (std::is_same_v<Stored<type>, T>) return row;
+    if constexpr (type == KvType::int8) {
+        scale = int8_scale(row, head_dim);
+        std::memcpy(tile + kKvTile * head_dim + t * 4, &scale, 4);
     }
-    for (int64_t i = 0; i < n; i += kLanes) {
-        const Vec x = load(row + i) / set1(scale);
-        store_bytes(codes + i, is_zero ? uset1(0) : type == KvType::int8 ? int8_codes(x) : fp8_codes(x));
+    const bool is_zero = type == KvType::int8 && !(scale > 0);  // or not a number
+    for (int64_t i = 0; i < head_dim; i += kLanes) {
+        if constexpr (std::is_same_v<Stored<type>, uint8_t>) {
+            const Vec x = load(row + i) / set1(scale);
+            store_bytes(room + i, is_zero ? uset1(0) : type == KvType::int8 ? int8_codes(x) : fp8_codes(x));
+        } else {
+            store(room + i, load(row + i));
+        }
+    }
+    return room;
+}
+
+// A stored row to its places in a tile, see kv_layout.h. Made once for each way to store, not once more for each type of
+// rows: converting while placing took gcc half a minute.
+template <class E>
+[[gnu::noinline]] void place_key(char* tile, const E* row, int64_t t, int64_t head_dim) {
+    if constexpr (std::is_same_v<E, bf16>) {
+        uint32_t* to = reinterpret_cast<uint32_t*>(tile) + t / 16 * 8 * head_dim + t % 16;
+        for (int64_t p = 0; p < head_dim / 2; ++p) std::memcpy(to + p * 16, row + 2 * p, 4);
+    } else if constexpr (std::is_same_v<E, uint8_t>) {
+        char* to = tile + t / 16 * 16 * head_dim + t % 16 / 4 * 16 + t % 4 * 2;
+        for (int64_t p = 0; p < head_dim / 2; ++p) std::memcpy(to + p / 2 * 64 + p % 2 * 8, row + 2 * p, 2);
+    } else {
+        E* to = reinterpret_cast<E*>(tile) + t;
+        for (int64_t d = 0; d < head_dim; ++d) to[d * kKvTile] = row[d];
+    }
+}
+
+template <class E>
+[[gnu::noinline]] void place_value(char* tile, const E* row, int64_t t, int64_t head_dim) {
+    if constexpr (std::is_same_v<E, bf16>) {
+        bf16* to = reinterpret_cast<bf16*>(tile) + t / 2 * 32 + t % 2;
+        for (int64_t g = 0; g < head_dim / 16; ++g)
+            for (int64_t d = 0; d < 16; ++d) to[g * 512 + d * 2] = row[g * 16 + d];
+    } else if constexpr (std::is_same_v<E, uint8_t>) {
+        char* to = tile + t / 4 * 64 + t / 2 % 2 * 8 + t % 2;
+        for (int64_t g = 0; g < head_dim / 16; ++g)
+            for (int64_t d = 0; d < 16; ++d) to[g * 512 + d / 4 * 16 + d % 4 * 2] = char(row[g * 16 + d]);
+    } else {
+        std::memcpy(reinterpret_cast<E*>(tile) + t * head_dim, row, size_t(head_dim) * sizeof(E));
     }
 }
 
@@ -62,51 +101,14 @@ MINIVLLM_INLINE void encode_row(uint8_t* codes, const T* row, int64_t n, float s
 // Same rows of the same layout give the same bytes, whoever calls.
 template <KvType type, class T>
 MINIVLLM_INLINE void store_key(char* tile, const T* row, int64_t t, int64_t head_dim, float scale) {
-    if constexpr (type == KvType::bf16) {
-        if constexpr (std::is_same_v<T, bf16>) {
-            uint32_t* to = reinterpret_cast<uint32_t*>(tile) + t / 16 * 8 * head_dim + t % 16;
-            for (int64_t p = 0; p < head_dim / 2; ++p) std::memcpy(to + p * 16, row + 2 * p, 4);
-        } else {
-            bf16* to = reinterpret_cast<bf16*>(tile) + t / 16 * 16 * head_dim + t % 16 * 2;
-            for (int64_t d = 0; d < head_dim; ++d) to[d / 2 * 32 + d % 2] = from_float<bf16>(to_float(row[d]));
-        }
-    } else if constexpr (type == KvType::f32 || type == KvType::f16) {
-        using E = std::conditional_t<type == KvType::f32, float, f16>;
-        E* to = reinterpret_cast<E*>(tile) + t;
-        for (int64_t d = 0; d < head_dim; ++d) to[d * kKvTile] = from_float<E>(to_float(row[d]));
-    } else {
-        alignas(64) uint8_t codes[kMostHeadDim];
-        if constexpr (type == KvType::int8) {
-            scale = int8_scale(row, head_dim);
-            std::memcpy(tile + kKvTile * head_dim + t * 4, &scale, 4);
-        }
-        encode_row<type>(codes, row, head_dim, scale);
-        char* to = tile + t / 16 * 16 * head_dim + t % 16 / 4 * 16 + t % 4 * 2;
-        for (int64_t p = 0; p < head_dim / 2; ++p) std::memcpy(to + p / 2 * 64 + p % 2 * 8, codes + 2 * p, 2);
-    }
+    alignas(64) Stored<type> room[kMostHeadDim];
+    place_key(tile, stored_row<type>(tile, room, row, t, head_dim, scale), t, head_dim);
 }
 
 template <KvType type, class T>
 MINIVLLM_INLINE void store_value(char* tile, const T* row, int64_t t, int64_t head_dim, float scale) {
-    if constexpr (type == KvType::bf16) {
-        bf16* to = reinterpret_cast<bf16*>(tile) + t / 2 * 32 + t % 2;
-        for (int64_t g = 0; g < head_dim / 16; ++g)
-            for (int64_t d = 0; d < 16; ++d) to[g * 512 + d * 2] = from_float<bf16>(to_float(row[g * 16 + d]));
-    } else if constexpr (type == KvType::f32 || type == KvType::f16) {
-        using E = std::conditional_t<type == KvType::f32, float, f16>;
-        E* to = reinterpret_cast<E*>(tile) + t * head_dim;
-        for (int64_t d = 0; d < head_dim; ++d) to[d] = from_float<E>(to_float(row[d]));
-    } else {
-        alignas(64) uint8_t codes[kMostHeadDim];
-        if constexpr (type == KvType::int8) {
-            scale = int8_scale(row, head_dim);
-            std::memcpy(tile + kKvTile * head_dim + t * 4, &scale, 4);
-        }
-        encode_row<type>(codes, row, head_dim, scale);
-        char* to = tile + t / 4 * 64 + t / 2 % 2 * 8 + t % 2;
-        for (int64_t g = 0; g < head_dim / 16; ++g)
-            for (int64_t d = 0; d < 16; ++d) to[g * 512 + d / 4 * 16 + d % 4 * 2] = char(codes[g * 16 + d]);
-    }
+    alignas(64) Stored<type> room[kMostHeadDim];
+    place_value(tile, stored_row<type>(tile, room, row, t, head_dim, scale), t, head_dim);
 }
 
 #if defined(__AVX512F__)

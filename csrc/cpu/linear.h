@@ -13,6 +13,13 @@ enum class Epilogue : int {
     store = 0,         // out = sum
     add_residual = 1,  // out += sum
     silu_mul = 2,      // out = silu(gate) * up, of a weight whose first n/2 rows are the gate's, packed interleaved
+    lead = 3,          // out, a `Leader` a row, = whichever leads: it or one of the row's sums, which are not kept
+};
+
+// The largest of a row's outputs so far, and the lowest place that has it; infinite if one is that, or is no number.
+struct alignas(8) Leader {
+    float value;
+    int32_t index;
 };
 
 // y[m][n] = Σ_k x[m][k]·w[n][k] + addend[m][n] + bias[n], then the epilogue. Rows contiguous; strides in elements.
@@ -27,7 +34,7 @@ struct LinearCall {
     const float* addend;  // [m, n], or null
     int64_t addend_stride;
     Epilogue epilogue;
-    void* out;  // [m, n]; with silu_mul [m, n / 2]
+    void* out;  // [m, n]; with silu_mul [m, n / 2]; with lead [m] of Leader
     DType out_dtype;
     int64_t out_stride;
 };

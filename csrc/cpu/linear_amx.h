@@ -360,11 +360,19 @@ struct AnyRow {
     static void finish(const PanelEnd<2>& end, const Sums& sums, int64_t row) { end.finish(sums, row, 1); }
 };
 
+struct LeaderRow {
+    template <class Sums>
+    static MINIVLLM_INLINE void finish(const PanelEnd<2>& end, const Sums& sums, int64_t row) {
+        end.finish_leader(sums, 0, row);
+    }
+};
+
 // Calls fn(Row{}), of which Row::finish takes a row of a panel's sums to the output.
 template <class F>
 MINIVLLM_INLINE void with_row_end(const LinearCall& call, const F& fn) {
     const bool is_plain = call.addend == nullptr && call.n % 32 == 0;
     const bool is_bf16 = call.out_dtype == DType::bf16;
+    if (call.epilogue == Epilogue::lead) return fn(LeaderRow{});
     if (is_plain && call.out_dtype == DType::f32 && call.epilogue == Epilogue::store)
         fn(PlainRow<Epilogue::store, float>{});
     else if (is_plain && is_bf16 && call.epilogue == Epilogue::store) fn(PlainRow<Epilogue::store, bf16>{});

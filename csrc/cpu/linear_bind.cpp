@@ -1,8 +1,11 @@
 #include "linear.h"
 
+#include <cmath>
+#include <limits>
 #include <stdexcept>
 
 #include "../bindings.h"
+#include "thread_pool.h"
 
 namespace minivllm {
 namespace {
@@ -41,6 +44,21 @@ struct Format {
                           ptr<void>(out), DType(out_dtype), out_stride});
     }
 
+    void likeliest(uintptr_t token_ids, uintptr_t broken, uintptr_t x, int64_t x_stride, int64_t m,
+                   uintptr_t packed) const {
+        Leader* leaders = static_cast<Leader*>(thread_scratch(3, size_t(m) * sizeof(Leader)));
+        for (int64_t r = 0; r < m; ++r) leaders[r] = {-std::numeric_limits<float>::infinity(), INT32_MAX};
+        LinearCall call{};
+        call.dtype = dtype, call.m = m, call.n = n, call.k = k;
+        call.x = ptr<const void>(x), call.x_stride = x_stride, call.packed = ptr<const void>(packed);
+        call.epilogue = Epilogue::lead, call.out = leaders;
+        kernels.multiply(call);
+        for (int64_t r = 0; r < m; ++r) {
+            ptr<int64_t>(token_ids)[r] = leaders[r].index;
+            ptr<uint8_t>(broken)[r] = !std::isfinite(leaders[r].value);
+        }
+    }
+
     const LinearKernels& kernels;
     DType dtype;
     int64_t n, k;
@@ -66,6 +84,12 @@ void bind_format(nb::module_& m, const char* name) {
                 int64_t addend_stride) {
                  format.multiply(out, out_dtype, out_stride, epilogue, x, x_stride, m, packed, bias, bias_dtype, addend,
                                  addend_stride);
+             }),
+             release_gil)
+        .def("likeliest", recordable("likeliest",
+             [](const F& format, uintptr_t token_ids, uintptr_t broken, uintptr_t x, int64_t x_stride, int64_t m,
+                uintptr_t packed) {
+                 format.likeliest(token_ids, broken, x, x_stride, m, packed);
              }),
              release_gil);
 }

@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "isa.h"
+#include "leaders.h"
 #include "linear.h"
 #include "silu.h"
 #include "thread_pool.h"
@@ -208,6 +209,10 @@ struct PanelEnd {
     // Rows [0, num_rows) of the sums are rows row, row + 1, … of the output.
     template <class Sums>
     void finish(const Sums& sums, int64_t row, int64_t num_rows) const {
+        if (call->epilogue == Epilogue::lead) {
+            for (int64_t r = 0; r < num_rows; ++r) finish_leader(sums, r, row + r);
+            return;
+        }
         with_dtype(call->out_dtype, [&](auto tag) {
             using Y = typename decltype(tag)::type;
             for (int64_t r = 0; r < num_rows; ++r)
@@ -232,6 +237,13 @@ struct PanelEnd {
             if (past_caches && count[v] == kLanes) store_past_caches(out + first[v], x);
             else store_up_to(out + first[v], x, count[v]);
         }
+    }
+
+    template <class Sums>
+    MINIVLLM_INLINE void finish_leader(const Sums& sums, int64_t r, int64_t row) const {
+        Leader& leader = static_cast<Leader*>(call->out)[row];
+        for (int v = 0; v < kVectors; ++v)
+            take_outputs(leader, sums.at(r, v) + load(bias + v * kLanes), first[v], count[v]);
     }
 
     static bool is_past_caches(const LinearCall& call) {
@@ -278,6 +290,17 @@ struct Blocks {
     }
 };
 
+// Kernel::run, but that a thread finds leaders for itself and then lets the others know.
+template <class Kernel, class Rows>
+void run_panels(const LinearCall& call, const Rows& block, int64_t first_row, const Panels& panels) {
+    if (call.epilogue != Epilogue::lead) return Kernel::run(call, block, first_row, panels);
+    const OwnLeaders own(static_cast<Leader*>(call.out) + first_row, block.num_rows);
+    LinearCall own_call = call;
+    own_call.out = own.data() - first_row;
+    Kernel::run(own_call, block, first_row, panels);
+    own.merge();
+}
+
 // Kernel::prepare(call, first_row, num_rows) for blocks of rows, then Kernel::run(call, block, first_row, panels). Each
 // output is one thread's, and is summed over all of K in the kernel's own order: neither the blocks nor the threads can
 // be seen in the result.
@@ -290,7 +313,7 @@ void multiply_blocks(const LinearCall& call) {
     if (blocks.is_one_thread) {
         parallel_tasks(blocks.count, [&](int64_t b) {
             const int64_t first = blocks.first_row(b), rows = blocks.first_row(b + 1) - first;
-            Kernel::run(call, Kernel::prepare(call, first, rows), first, {0, num_panels, num_panels});
+            run_panels<Kernel>(call, Kernel::prepare(call, first, rows), first, {0, num_panels, num_panels});
             _mm_sfence();  // of what went past the caches
         });
         return;
@@ -302,7 +325,7 @@ void multiply_blocks(const LinearCall& call) {
         const auto share_out = [&](const auto& prepare) {
             parallel_shares(num_panels, piece > least ? piece : least, prepare,
                             [&](const auto& block, int64_t begin, int64_t end, int64_t share_end) {
-                                Kernel::run(call, block, first, {begin, end, share_end});
+                                run_panels<Kernel>(call, block, first, {begin, end, share_end});
                                 _mm_sfence();
                             });
         };

@@ -14,6 +14,8 @@ constexpr float kInfinity = __builtin_inff();
 MINIVLLM_INLINE uint32_t lanes_equal(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ); }
 MINIVLLM_INLINE uint32_t lanes_at_least(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ); }
 MINIVLLM_INLINE uint32_t lanes_less(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ); }
+// True for NaNs.
+MINIVLLM_INLINE uint32_t lanes_not_less(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_NLT_UQ); }
 #else
 MINIVLLM_INLINE uint32_t lanes_equal(Vec a, Vec b) {
     return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ)));
@@ -23,6 +25,9 @@ MINIVLLM_INLINE uint32_t lanes_at_least(Vec a, Vec b) {
 }
 MINIVLLM_INLINE uint32_t lanes_less(Vec a, Vec b) {
     return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)));
+}
+MINIVLLM_INLINE uint32_t lanes_not_less(Vec a, Vec b) {
+    return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_NLT_UQ)));
 }
 #endif
 constexpr uint32_t kAllLanes = (1u << kLanes) - 1;

@@ -44,6 +44,10 @@ class LMHead:
         """hidden: [M, hidden_size] -> [M, vocab_size] float32."""
         return self.packed(hidden, out_dtype=torch.float32)
 
+    def likeliest(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """hidden: [M, hidden_size] -> each row's likeliest token, [M] int64; 1 for a row that has none, [M] uint8."""
+        return self.packed.likeliest(hidden)
+
     def weights(self) -> Iterator[Weight]:
         shape = (self.packed.out_features, self.packed.in_features)
         yield Weight("weight", shape, self.packed.load_rows, self.packed.nbytes, self.packed.tensors)

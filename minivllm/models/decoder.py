@@ -202,6 +202,16 @@ class DecoderForCausalLM(ABC):
         """hidden: [M, hidden_size] -> [M, vocab_size] float32."""
         return self.lm_head(hidden)
 
+    @property
+    def can_choose(self) -> bool:
+        """Whether there is `likeliest`: what the head gives are the logits."""
+        return True
+
+    def likeliest(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tokens that temperature 0 chooses from `compute_logits(hidden)`, which are not kept: [M] int64, and [M]
+        uint8, 1 for a row that has none."""
+        return self.lm_head.likeliest(hidden)
+
     def weights(self) -> Iterator[Weight]:
         """Every tensor the checkpoint must hold, under its name there."""
         yield from under("model.embed_tokens", self.embed_tokens.weights())

@@ -142,6 +142,10 @@ class Gemma2ForCausalLM(DecoderForCausalLM):
             x = layer(x, residual, positions, ctx)
         return self.norm.add(x, residual)
 
+    @property
+    def can_choose(self) -> bool:
+        return self.logit_softcap is None  # different numbers may be one when they are capped: another would be first
+
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         logits = super().compute_logits(hidden)
         if self.logit_softcap is not None:

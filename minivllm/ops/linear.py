@@ -18,6 +18,7 @@ from minivllm.ops import gpu, native
 from minivllm.ops.activation import reference as silu_mul
 from minivllm.ops.checks import require
 from minivllm.ops.op import Impl, Op, OpSpec
+from minivllm.ops.sampling import likeliest_reference
 
 
 class DenseLinear:
@@ -103,6 +104,10 @@ class DenseLinear:
         """`ops/activation.py` of self(x, bias, addend=addend), for a gated weight: [M, out_features / 2]."""
         y = self._activate(self(x, bias, addend=addend))
         return y if out is None else out.copy_(y)
+
+    def likeliest(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`likeliest_reference` of self(x, out_dtype=torch.float32): tokens [M] int64, broken rows [M] uint8."""
+        return likeliest_reference(self(x, out_dtype=torch.float32))
 
     def _sums(
         self, x: torch.Tensor, bias: torch.Tensor | None, addend: torch.Tensor | None
@@ -210,6 +215,19 @@ class PackedLinear:
         if out is None:
             out = torch.empty(x.shape[0], self.out_features // 2, dtype=x.dtype)
         return self._multiply(_SILU_MUL, out, self.out_features // 2, x, bias, addend)
+
+    def likeliest(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`likeliest_reference` of self(x, out_dtype=torch.float32), which is not kept: tokens [M] int64, broken rows
+        [M] uint8. The token of a broken row means nothing."""
+        assert not self.gated, "a gated weight is packed for silu_mul"
+        check_input(self, x, None, None)
+        if x.stride(1) != 1:
+            x = x.contiguous()
+        tokens, broken = torch.empty(x.shape[0], dtype=torch.int64), torch.empty(x.shape[0], dtype=torch.uint8)
+        self._format.likeliest(
+            tokens.data_ptr(), broken.data_ptr(), x.data_ptr(), x.stride(0), x.shape[0], self._packed.data_ptr()
+        )
+        return tokens, broken
 
     def _multiply(
         self,

@@ -39,9 +39,17 @@ def gumbel_argmax_reference(
     scaled = logits / torch.where(sampled, temperature, 1.0).unsqueeze(1)
     noise = gumbel_noise(seeds, positions, logits.shape[1])
     perturbed = torch.where(sampled.unsqueeze(1), scaled + noise, logits)
-    # Not torch's argmax, which promises no order among ties.
-    tokens = (perturbed == perturbed.amax(dim=-1, keepdim=True)).to(torch.uint8).argmax(dim=-1)
-    return tokens, (~_has_finite_max(logits)).squeeze(1).to(torch.uint8)
+    return _first_largest(perturbed), broken_rows(logits).to(torch.uint8)
+
+
+def likeliest_reference(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`gumbel_argmax_reference` where every temperature is 0."""
+    return _first_largest(logits), broken_rows(logits).to(torch.uint8)
+
+
+def _first_largest(logits: torch.Tensor) -> torch.Tensor:
+    """Of each row, the lowest index. Not torch's argmax, which promises no order among ties."""
+    return (logits == logits.amax(dim=-1, keepdim=True)).to(torch.uint8).argmax(dim=-1)
 
 
 def gumbel_noise(seeds: torch.Tensor, positions: torch.Tensor, vocab_size: int) -> torch.Tensor:

@@ -171,6 +171,12 @@ class Sampler:
             return False
         return self.is_raw or not self._asking(rows)
 
+    def only_likeliest(self, rows: np.ndarray) -> bool:
+        """Whether the requests in these rows ask for the likeliest token and nothing else: nobody sees their logits."""
+        if not self.only_draws(rows) or self._columns.temperature[rows].any() or self._asking(rows):
+            return False
+        return not self._form_fields or self._form_fields.keys().isdisjoint(rows.tolist())
+
     @property
     def needs_host(self) -> bool:
         """Whether there is something that only the host can do: code of the operator's."""
@@ -206,8 +212,8 @@ class Sampler:
         """Whether any known request does."""
         return bool(self._num_logprobs)
 
-    def accept(self, drawn: Drawn, logits: torch.Tensor, rows: np.ndarray) -> SamplerOutput:
-        """What was drawn, with the logprobs asked for."""
+    def accept(self, drawn: Drawn, logits: torch.Tensor | None, rows: np.ndarray) -> SamplerOutput:
+        """What was drawn, with the logprobs asked for. logits: None where there are none, see `only_likeliest`."""
         asking = self._asking(rows)
         failed = dict.fromkeys(np.flatnonzero(drawn.broken.numpy()).tolist(), NONFINITE)
         logprobs = self._logprobs(self._reported(logits, asking), drawn.token_ids, rows, asking)

@@ -49,7 +49,8 @@ class _Decode:
 
     batch: InputBatch
     ctx: ForwardContext
-    draw: DrawInputs | DeviceDraw | None  # None: sampling is more than that, and not part of the step
+    is_likeliest: bool  # tokens are chosen as the vocabulary's products are made, and there are no logits
+    draw: DrawInputs | DeviceDraw | None  # None: that, or sampling is more than this and not part of the step
     key: Hashable | None  # see worker/graphs.py
 
 
@@ -58,12 +59,10 @@ class _Decoded:
     """What came of it. A replay gives the same tensors as the one before, so this serves for as long."""
 
     outputs: tuple[torch.Tensor, ...]
+    logits: torch.Tensor | None  # there is this or that
+    hidden: torch.Tensor | None
     drawn: Drawn | None  # good if no grammar comes
     on_host: tuple[np.ndarray, np.ndarray] | None  # the same, if that is where it is
-
-    @property
-    def logits(self) -> torch.Tensor:
-        return self.outputs[0]
 
 
 class ModelRunner:
@@ -163,13 +162,16 @@ class ModelRunner:
         decode = self._decode
         outputs = self._graphs.run(decode.key, partial(self._step, decode))
         if self._decoded is None or self._decoded.outputs is not outputs:
-            drawn = Drawn(outputs[1], outputs[2]) if decode.draw is not None else None
+            logits, hidden = (None, outputs[0]) if decode.is_likeliest else (outputs[0], None)
+            drawn = Drawn(outputs[1], outputs[2]) if len(outputs) > 1 else None
             on_host = None
             if drawn is not None and self._sampling is None:
                 on_host = drawn.token_ids.numpy(), drawn.broken.numpy()
-            self._decoded = _Decoded(outputs, drawn, on_host)
+            self._decoded = _Decoded(outputs, logits, hidden, drawn, on_host)
 
     def _describe(self, batch: InputBatch) -> _Decode:
+        if self._takes_likeliest(batch.rows):
+            return self._decode_of(batch, None, is_likeliest=True)
         draw: DrawInputs | DeviceDraw | None = None
         if self._sampling is not None:
             with torch.inference_mode():
@@ -178,16 +180,25 @@ class ModelRunner:
             draw = self.sampler.draw_inputs(batch.rows, batch.ends, self._draw_buffers)
         return self._decode_of(batch, draw)
 
-    def _decode_of(self, batch: InputBatch, draw: DrawInputs | DeviceDraw | None) -> _Decode:
+    def _takes_likeliest(self, rows: np.ndarray) -> bool:
+        """Whether tokens for these rows of the table can be had without their logits, unless a grammar comes."""
+        return self._sampling is None and self.model.can_choose and self.sampler.only_likeliest(rows)
+
+    def _decode_of(
+        self, batch: InputBatch, draw: DrawInputs | DeviceDraw | None, *, is_likeliest: bool = False
+    ) -> _Decode:
         metadata = self._metadata(batch)
-        key = key_of(batch.input_ids, batch.positions, metadata, draw)
-        return _Decode(batch, self._context(metadata), draw, key)
+        key = key_of(batch.input_ids, batch.positions, metadata, is_likeliest, draw)
+        return _Decode(batch, self._context(metadata), is_likeliest, draw, key)
 
     @torch.inference_mode()
     def _step(self, decode: _Decode) -> tuple[torch.Tensor, ...]:
-        """What a decode step computes: logits and, if they can be, tokens and which rows are broken."""
+        """What a decode step computes: logits (or hidden states) and, if they can be, tokens and which rows are broken."""
         batch, draw = decode.batch, decode.draw
-        logits = self.model.compute_logits(self.model.forward(batch.input_ids, batch.positions, decode.ctx))
+        hidden = self.model.forward(batch.input_ids, batch.positions, decode.ctx)
+        if decode.is_likeliest:
+            return hidden, *self.model.likeliest(hidden)
+        logits = self.model.compute_logits(hidden)
         if draw is None:
             return (logits,)
         drawn = (self._sampling or self.sampler).draw(logits, draw)
@@ -232,9 +243,10 @@ class ModelRunner:
             return ModelRunnerOutput()
         if hidden is not None:
             return self._sample(batch, hidden, None, grammar)
-        if self._decoded.drawn is not None and grammar is None:
-            return self._accept_drawn(batch, self._decoded)
-        return self._sample(batch, None, self._decoded.logits, grammar)
+        decoded = self._decoded
+        if decoded.drawn is not None and grammar is None:
+            return self._accept_drawn(batch, decoded)
+        return self._sample(batch, decoded.hidden, decoded.logits, grammar)
 
     @property
     def is_asynchronous(self) -> bool:
@@ -337,12 +349,16 @@ class ModelRunner:
     ) -> ModelRunnerOutput:
         """From the logits, or from hidden states that give them."""
         result = ModelRunnerOutput(batch.request_ids, [[] for _ in batch.request_ids])
+        rows = batch.rows[batch.samples]
         if logits is None:
             _with_prompts(result, self.prompt_logprobs.score(batch, hidden, self.table))
-            if not len(batch.samples):
+            if not len(rows):
                 return result
-            logits = self.model.compute_logits(hidden[batch.sampled_rows])
-        rows = batch.rows[batch.samples]
+            hidden = hidden[batch.sampled_rows]
+            if grammar is None and self._takes_likeliest(rows):
+                drawn = Drawn(*self.model.likeliest(hidden))
+                return self._accept(batch, rows, self.sampler.accept(drawn, None, rows), result)
+            logits = self.model.compute_logits(hidden)
         sampled = self.sampler(logits, self._sample_batch(rows), self._mask_of(grammar, rows))
         return self._accept(batch, rows, sampled, result)
 

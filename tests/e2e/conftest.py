@@ -1,4 +1,4 @@
-"""One server for all tests that only ask it things; those that break it start their own."""
+"""Servers for all tests that only ask them things; those that break one start their own."""
 
 from __future__ import annotations
 
@@ -15,6 +15,13 @@ from tests.e2e.server import Server, serving
 def server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     args = ["--served-model-name", "tiny", "--max-model-len", "1024", "--kv-cache-memory-bytes", "64Mi"]
     with serving(tiny_model, *args, run_dir=tmp_path_factory.mktemp("run")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def box_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """It serves the model in the box, none being named."""
+    with serving(None, "--kv-cache-memory-bytes", "64Mi", run_dir=tmp_path_factory.mktemp("run")) as server:
         yield server
 
 

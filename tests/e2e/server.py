@@ -88,8 +88,9 @@ class Server:
         self._reader.join(5)
         return code
 
-    def leftovers(self, timeout_s: float = 10) -> list[str]:
+    def leftovers(self, timeout_s: float = 30) -> list[str]:
         """What outlives the server: its children, its socket directories."""
+        assert "is too long for a socket path" not in self.text  # then they were not made where we look
         _, alive = psutil.wait_procs(self.children, timeout=timeout_s)
         left = [f"process {p.pid} {' '.join(p.cmdline())[:120]}" for p in alive if p.status() != psutil.STATUS_ZOMBIE]
         return left + [f"file {path}" for path in self.run_dir.rglob("*")]

@@ -12,10 +12,10 @@ ENDLESS = {"model": "tiny", "prompt": "go", "max_tokens": 30_000, "ignore_eos": 
 SHORT = {"model": "tiny", "prompt": "go", "max_tokens": 2}
 
 
-def test_one_request_too_many_is_a_503_and_room_is_found_again(tiny_model: Path, tmp_path: Path):
+def test_one_request_too_many_is_a_503_and_room_is_found_again(tiny_model: Path, short_path: Path):
     args = ["--served-model-name", "tiny", "--max-model-len", "32768", "--kv-cache-memory-bytes", "256Mi"]
     args += ["--hf-overrides", '{"max_position_embeddings": 32768}', "--max-num-queued-reqs", "2"]
-    with serving(tiny_model, *args, run_dir=tmp_path) as server:
+    with serving(tiny_model, *args, run_dir=short_path) as server:
         url = f"{server.url}/v1/completions"
         with httpx.stream("POST", url, json=ENDLESS, timeout=60) as stream:
             lines = stream.iter_lines()  # kept: when it goes, the connection is closed
@@ -31,4 +31,4 @@ def test_one_request_too_many_is_a_503_and_room_is_found_again(tiny_model: Path,
                 break
         assert answer.status_code == 200
         counted = 'vllm:admission_rejections_total{model_name="tiny",reason="max_num_queued_reqs"}'
-        assert counted in httpx.get(f"{server.url}/metrics").text
+        assert counted in httpx.get(f"{server.url}/metrics", timeout=60).text

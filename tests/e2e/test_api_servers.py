@@ -22,10 +22,10 @@ ASK = {"prompt": [1, 2, 3], "max_tokens": 8, "seed": 1, "ignore_eos": True}
 
 
 @pytest.fixture
-def server(tiny_model: Path, tmp_path: Path):
+def server(tiny_model: Path, short_path: Path):
     arguments = ["--api-server-count", str(NUM_SERVERS), "--max-model-len", "128"]
     arguments += ["--distributed-executor-backend", "tests.fakes:FakeExecutor"]
-    with serving(tiny_model, *arguments, run_dir=tmp_path) as running:
+    with serving(tiny_model, *arguments, run_dir=short_path) as running:
         wait_listening(running)
         yield running
 
@@ -49,7 +49,7 @@ def wait_listening(server: Server) -> None:
         if len([line for line in server.log if "Started server process" in line]) == NUM_SERVERS:
             server.children = psutil.Process(server.process.pid).children(recursive=True)
             return
-        httpx.get(f"{server.url}/health")
+        httpx.get(f"{server.url}/health", timeout=60)
         time.sleep(0.1)
     raise AssertionError("not every API server came up:\n" + server.text)
 
@@ -70,14 +70,14 @@ def test_they_answer_alike_count_together_and_end_together(server: Server):
         answers = list(pool.map(ask, range(60)))
     assert len(set(answers)) == 2
     for _ in range(5):  # whichever server is asked
-        text = httpx.get(f"{server.url}/metrics").text
+        text = httpx.get(f"{server.url}/metrics", timeout=60).text
         lines = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
         total = [value for name, value in lines.items() if name.startswith("vllm:generation_tokens_total")]
         assert total == ["480.0"]
         gaps = [v for name, v in lines.items() if name.startswith("vllm:inter_token_latency_seconds_count")]
         assert gaps == [str(60 * 7.0)]
     for _ in range(2 * NUM_SERVERS):  # a new connection each: the numbers are the core's, whoever tells them
-        with httpx.stream("GET", f"{server.url}/playground/state") as stream:
+        with httpx.stream("GET", f"{server.url}/playground/state", timeout=60) as stream:
             event = next(json.loads(line[6:]) for line in stream.iter_lines() if line.startswith("data: "))
         assert [engine["num_generation_tokens"] for engine in event["engines"]] == [480]
     logs = [line for line in server.log if "POST /v1/completions" in line]

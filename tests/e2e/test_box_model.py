@@ -13,7 +13,7 @@ import minivllm
 from examples.box_model.agreement import answers, guesses, prompt_of
 from examples.box_model.evaluate import questions
 from minivllm import LLM, SamplingParams
-from tests.e2e.server import serving
+from tests.e2e.server import Server
 
 GREEDY = SamplingParams(temperature=0, max_tokens=200)
 
@@ -25,9 +25,8 @@ def llm() -> Iterator[LLM]:
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OpenAI]:
-    with serving(None, "--kv-cache-memory-bytes", "64Mi", run_dir=tmp_path_factory.mktemp("run")) as server:
-        yield OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+def client(box_server: Server) -> OpenAI:
+    return OpenAI(base_url=f"{box_server.url}/v1", api_key="none", max_retries=0)
 
 
 def say(llm: LLM, text: str, params: SamplingParams = GREEDY):

@@ -17,8 +17,8 @@ ARGUMENTS = (
 ).split()
 
 
-def test_openais_client_does_all_that_its_example_shows(tmp_path: Path):
-    with serving(None, *ARGUMENTS, "--kv-cache-memory-bytes", "64Mi", run_dir=tmp_path) as server:
+def test_openais_client_does_all_that_its_example_shows(short_path: Path):
+    with serving(None, *ARGUMENTS, "--kv-cache-memory-bytes", "64Mi", run_dir=short_path) as server:
         command = [sys.executable, str(CLIENTS / "openai_python.py")]
         environment = {**os.environ, "BASE_URL": f"{server.url}/v1", "KEY": "example"}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)

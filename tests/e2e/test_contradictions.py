@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -11,16 +10,15 @@ import pytest
 from openai import OpenAI
 
 from minivllm import LLM, SamplingParams
-from tests.e2e.server import Server, serving
+from tests.e2e.server import Server
 
 MANY = 6000
 WIDE = "start: " + " | ".join(f"r{i}" for i in range(MANY)) + "\n" + "\n".join(f'r{i}: "a" "{i}"' for i in range(MANY))
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with serving(None, "--kv-cache-memory-bytes", "64Mi", run_dir=tmp_path_factory.mktemp("run")) as server:
-        yield server
+def server(box_server: Server) -> Server:
+    return box_server
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +32,7 @@ def ids(server: Server) -> dict[str, int]:
     found = {}
     for text in ("a", "b", "<|im_end|>"):
         asked = {"prompt": text, "add_special_tokens": False}
-        [found[text]] = httpx.post(f"{server.url}/tokenize", json=asked).json()["tokens"]
+        [found[text]] = httpx.post(f"{server.url}/tokenize", json=asked, timeout=60).json()["tokens"]
     return found
 
 
@@ -82,7 +80,7 @@ def test_a_stream_has_the_status_or_once_begun_an_event_of_the_same(server: Serv
     }  # fmt: skip
     if "allowed_token_ids" in body:
         body["allowed_token_ids"] = [ids[text] for text in body["allowed_token_ids"]]
-    answer = httpx.post(f"{server.url}/v1/completions", json=body)
+    answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
     if not num_tokens:
         assert answer.status_code == 400 and answer.json()["error"]["param"] == fields[0]
         return

@@ -74,8 +74,8 @@ RULES += ["--long-prefill-token-threshold", "50", "--prefix-caching-hash-algo", 
     ids=["uni", "ray", "uni-async", "ray-async", "rules"],
 )
 @pytest.mark.timeout(300)
-def test_64_concurrent_streams_each_equal_the_same_request_alone(tiny_model: Path, tmp_path: Path, args: list[str]):
-    with serving(tiny_model, *TIGHT, *args, run_dir=tmp_path) as server:
+def test_64_concurrent_streams_each_equal_the_same_request_alone(tiny_model: Path, short_path: Path, args: list[str]):
+    with serving(tiny_model, *TIGHT, *args, run_dir=short_path) as server:
         crowd, alone = asyncio.run(crowd_and_alone(server, "tiny"))
     assert crowd == alone
     assert [len(tokens) for tokens in crowd] == [request["max_tokens"] for request in mixed_requests()]

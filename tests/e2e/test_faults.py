@@ -60,10 +60,8 @@ def open_streams(server: Server, count: int) -> list[Stream]:
 
 
 @pytest.fixture
-def fragile(tiny_model_long: Path, tmp_path: Path):
-    run_dir = tmp_path / "run"
-    run_dir.mkdir()
-    server = Server(tiny_model_long, *ARGS, run_dir=run_dir)
+def fragile(tiny_model_long: Path, short_path: Path):
+    server = Server(tiny_model_long, *ARGS, run_dir=short_path)
     yield server
     with contextlib.suppress(psutil.NoSuchProcess):
         for process in [psutil.Process(server.process.pid), *server.children]:
@@ -89,7 +87,7 @@ def test_kill_9_of_the_engine_core_answers_every_client_and_exits_with_a_message
             assert time.monotonic() < killed_at + 30
     assert fragile.wait_exit() not in (0, None)
     for stream in streams:
-        stream.join(10)
+        stream.join(60)
         assert stream.ended_properly, (stream.events[-2:], stream.failure)
         assert "error" in json.loads(stream.events[-2])
     # 200 only until the server knows, then 503 until it exits.
@@ -106,7 +104,7 @@ def test_a_signal_ends_every_stream_and_exits_cleanly(fragile: Server, signal_se
     fragile.process.send_signal(signal_sent)
     assert fragile.wait_exit(30) == 0
     for stream in streams:
-        stream.join(10)
+        stream.join(60)
         assert stream.ended_properly, (stream.events[-2:], stream.failure)
     assert fragile.leftovers() == []
     assert not any("Traceback" in line for line in fragile.log), fragile.text
@@ -115,7 +113,7 @@ def test_a_signal_ends_every_stream_and_exits_cleanly(fragile: Server, signal_se
 def test_kill_9_of_the_api_server_takes_the_core_along(fragile: Server):
     open_streams(fragile, 4)
     os.kill(fragile.process.pid, signal.SIGKILL)
-    _, alive = psutil.wait_procs(fragile.children, timeout=10)
+    _, alive = psutil.wait_procs(fragile.children, timeout=30)
     assert alive == []
 
 
@@ -123,19 +121,19 @@ def test_a_client_that_leaves_frees_its_place(fragile: Server):
     for _ in range(5):
         with httpx.stream("POST", f"{fragile.url}/v1/completions", json=ENDLESS, timeout=60) as response:
             next(response.iter_lines())
-    deadline = time.monotonic() + 20
-    while "num_requests_running{" not in (text := httpx.get(f"{fragile.url}/metrics").text) or _running(text):
+    deadline = time.monotonic() + 60
+    while _running(text := httpx.get(f"{fragile.url}/metrics", timeout=60).text):
         assert time.monotonic() < deadline, text
         time.sleep(0.1)
 
 
 def _running(metrics: str) -> float:
     lines = [line for line in metrics.splitlines() if line.startswith("vllm:num_requests_running{")]
-    return sum(float(line.split()[-1]) for line in lines)
+    return sum(float(line.split()[-1]) for line in lines) if lines else 1  # not said yet
 
 
-def test_a_signal_while_the_model_loads_leaves_nothing(tiny_model: Path, tmp_path: Path):
-    server = Server(tiny_model, *ARGS, "--max-model-len", "512", run_dir=tmp_path, wait=False)
+def test_a_signal_while_the_model_loads_leaves_nothing(tiny_model: Path, short_path: Path):
+    server = Server(tiny_model, *ARGS, "--max-model-len", "512", run_dir=short_path, wait=False)
     while not psutil.Process(server.process.pid).children():
         time.sleep(0.01)
     server.children = psutil.Process(server.process.pid).children(recursive=True)

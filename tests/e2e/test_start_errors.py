@@ -96,14 +96,12 @@ def last_line_of_failed_start(model: Path, run_dir: Path, *args: str, port: int 
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_broken_checkpoint_is_named(sharded_model: Path, tmp_path: Path, fault: str):
+def test_a_broken_checkpoint_is_named(sharded_model: Path, tmp_path: Path, short_path: Path, fault: str):
     break_it, names = FAULTS[fault]
     model = tmp_path / "model"
     shutil.copytree(sharded_model, model)
     break_it(model)
-    run_dir = tmp_path / "run"
-    run_dir.mkdir()
-    line = last_line_of_failed_start(model, run_dir)
+    line = last_line_of_failed_start(model, short_path)
     assert line.startswith("minivllm: error: ")
     for name in names:
         assert name in line
@@ -121,20 +119,20 @@ def test_a_broken_checkpoint_is_named(sharded_model: Path, tmp_path: Path, fault
         (["--max-num-batched-tokens", "0"], ["max_num_batched_tokens"]),
     ],
 )
-def test_a_wrong_argument_is_named(tiny_model: Path, tmp_path: Path, args: list[str], names: list[str]):
-    line = last_line_of_failed_start(tiny_model, tmp_path, *args)
+def test_a_wrong_argument_is_named(tiny_model: Path, short_path: Path, args: list[str], names: list[str]):
+    line = last_line_of_failed_start(tiny_model, short_path, *args)
     assert line.startswith("minivllm: error: ")
     for name in names:
         assert name.replace("-", "_") in line.replace("-", "_")
 
 
-def test_a_missing_model_directory_is_named(tmp_path: Path):
-    assert "no/such/model" in last_line_of_failed_start(Path("no/such/model"), tmp_path)
+def test_a_missing_model_directory_is_named(short_path: Path):
+    assert "no/such/model" in last_line_of_failed_start(Path("no/such/model"), short_path)
 
 
-def test_a_port_in_use_is_named(tiny_model: Path, tmp_path: Path):
+def test_a_port_in_use_is_named(tiny_model: Path, short_path: Path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        assert str(port) in last_line_of_failed_start(tiny_model, tmp_path, port=port)
+        assert str(port) in last_line_of_failed_start(tiny_model, short_path, port=port)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,16 +14,15 @@ from openai import OpenAI
 
 from minivllm import LLM, SamplingParams
 from minivllm.exceptions import RequestError
-from tests.e2e.server import serving
+from tests.e2e.server import Server
 
 MODEL = "minnow"
 ASK = [{"role": "user", "content": "Describe somebody in JSON."}]
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OpenAI]:
-    with serving(None, "--kv-cache-memory-bytes", "64Mi", run_dir=tmp_path_factory.mktemp("run")) as server:
-        yield OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+def client(box_server: Server) -> OpenAI:
+    return OpenAI(base_url=f"{box_server.url}/v1", api_key="none", max_retries=0)
 
 
 def chat(client: OpenAI, **options):

@@ -9,10 +9,8 @@ import pytest
 
 
 @pytest.fixture
-def run_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def run_dir(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Where the engines of this test put their sockets; nothing may be left there."""
-    directory = tmp_path / "run"
-    directory.mkdir()
-    monkeypatch.setenv("MINIVLLM_RUN_DIR", str(directory))
-    yield directory
-    assert list(directory.iterdir()) == []
+    monkeypatch.setenv("MINIVLLM_RUN_DIR", str(short_path))
+    yield short_path
+    assert list(short_path.iterdir()) == []

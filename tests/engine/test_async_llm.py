@@ -192,7 +192,7 @@ def test_the_death_of_the_core_is_told_to_everyone_by_its_signal(how):
         tasks = [asyncio.create_task(collect(engine, request_id=f"r{i}")) for i in range(5)]
         await asyncio.sleep(0.1)
         os.kill(engine.engine_core.core_pid, how)
-        results = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 10)
+        results = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 30)
         assert {type(result) for result in results} == {EngineDeadError}
         assert how.name in str(results[0]) and how.name in str(await engine.wait_dead())
         assert engine.errored and not engine.is_running

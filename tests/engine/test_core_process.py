@@ -186,9 +186,9 @@ def test_a_run_directory_too_long_for_sockets_is_passed_over(monkeypatch, tmp_pa
     directory.remove()
 
 
-def test_a_run_directory_that_cannot_be_made_is_a_config_error(monkeypatch, tmp_path):
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("MINIVLLM_RUN_DIR", str(tmp_path / "file"))
+def test_a_run_directory_that_cannot_be_made_is_a_config_error(monkeypatch, short_path):
+    (short_path / "file").touch()
+    monkeypatch.setenv("MINIVLLM_RUN_DIR", str(short_path / "file"))
     with pytest.raises(ConfigError, match="MINIVLLM_RUN_DIR"):
         RunDirectory()
 

@@ -33,6 +33,16 @@ Row = tuple[list[int], list[float], int]  # token ids, their logprobs, the first
 
 # By class name, as an operator gives them: one for those who ask, one for all.
 PROCESSORS = [f"tests.sample.processors:{name}" for name in ("Follow", "Sharpen")]
+# Most ask for the likeliest token alone: steps of theirs keep no logits, those with the others do.
+GREEDY_PARAMS: list[dict[str, Any]] = [
+    {"temperature": 0},
+    {"temperature": 0},
+    {"temperature": 0, "logprobs": 2},
+    {"temperature": 0},
+    {"temperature": 0, "structured_outputs": {"regex": "[a-f]{4,30}[0-9]+"}},
+    {"temperature": 0},
+    {"temperature": 0.8},
+]
 # Every step of the sampler alone and together, with and without logprobs beside it.
 PARAMS: list[dict[str, Any]] = [
     {"temperature": 0, "logprobs": 3, "prompt_logprobs": 2},
@@ -103,13 +113,15 @@ def _rows(lists: LogprobsLists | None) -> list[Row]:
 class Engine:
     """One worker, whose cache is left dirty from one schedule to the next."""
 
-    def __init__(self, model: Path, *, num_blocks: int = 256, **options: Any) -> None:
+    def __init__(
+        self, model: Path, *, num_blocks: int = 256, logits_processors: list[str] = PROCESSORS, **options: Any
+    ) -> None:
         config = engine_config(
             model,
             num_gpu_blocks_override=num_blocks,
             max_num_seqs=16,
             max_num_batched_tokens=2048,
-            logits_processors=PROCESSORS,
+            logits_processors=logits_processors,
             **options,
         )
         self.hidden_size = config.hf_config.hidden_size
@@ -202,15 +214,17 @@ def vocabulary(vocab_size: int) -> Vocabulary:
     return Vocabulary(tokens, {}, [vocab_size - 1])
 
 
-def make_subjects(lengths: list[int], *, max_tokens: int = 24, seed: int = 0) -> list[EngineCoreRequest]:
-    """Requests of so many prompt tokens: stems in common, all of `PARAMS` in turn. The longest fills the context."""
+def make_subjects(
+    lengths: list[int], *, max_tokens: int = 24, seed: int = 0, all_params: list[dict[str, Any]] = PARAMS
+) -> list[EngineCoreRequest]:
+    """Requests of so many prompt tokens: stems in common, all params in turn. The longest fills the context."""
     pick = random.Random(f"subjects {seed}")
     stems = [[pick.randrange(VOCAB) for _ in range(max(lengths))] for _ in range(2)]
     subjects = []
     for i, length in enumerate(lengths):
         num_shared = min(length, pick.choice([0, 32, 64, length - length // 8]))
         tail = [pick.randrange(VOCAB) for _ in range(length - num_shared)]
-        params = PARAMS[i % len(PARAMS)]
+        params = all_params[i % len(all_params)]
         limit = None if length == max(lengths) else pick.randint(max_tokens // 2, max_tokens)
         sampling_params = SamplingParams(max_tokens=limit, **params)
         wanted = sampling_params.structured_outputs

@@ -13,6 +13,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,10 +21,22 @@ from make_random_model import make_model
 
 from minivllm.messages.engine import EngineCoreRequest
 from minivllm.messages.kv_cache import blocks_of_request, has_null_block
+from minivllm.models.decoder import DecoderForCausalLM
 from minivllm.ops import native
 from minivllm.ops.op import OpSpec
 from tests.core.requests import drawn_rules
-from tests.properties.engine import VOCAB, Answer, Engine, Run, in_vectors, make_subjects, resend
+from tests.properties.engine import (
+    GREEDY_PARAMS,
+    PARAMS,
+    PROCESSORS,
+    VOCAB,
+    Answer,
+    Engine,
+    Run,
+    in_vectors,
+    make_subjects,
+    resend,
+)
 
 UNAVAILABLE = native.why_not(OpSpec("cpu", torch.float32))
 pytestmark = [pytest.mark.skipif(UNAVAILABLE is not None, reason=str(UNAVAILABLE)), pytest.mark.timeout(0)]
@@ -73,6 +86,8 @@ CASES += [("grouped heads", "bfloat16", isa, kv_dtype) for isa in ISAS for kv_dt
 CASES += [("long prompts", "bfloat16", "amx", "int8"), ("a window and biases", "float32", "avx512", "int8")]
 CASES += [(shape, "int8", isa, "auto") for shape in ("grouped heads", "a window and biases") for isa in ISAS]
 CASES = [case for case in CASES if case[2] in ISAS]
+GREEDY_SHAPES = ("grouped heads", "a window and biases")  # the second's vocabulary fills no tile
+GREEDY_CASES = [case for case in CASES if case[0] in GREEDY_SHAPES and case[1] != "float16" and case[3] == "auto"]
 MAX_TOKENS = 24
 LEAST_SCHEDULES = 8  # of each case, so hundreds in all
 
@@ -83,14 +98,19 @@ def num_steps(walk_steps: int) -> int:
 
 
 @pytest.fixture
-def engine(case: tuple[str, str, str, str], tmp_path: Path) -> Iterator[Engine]:
+def processors() -> list[str]:
+    return PROCESSORS
+
+
+@pytest.fixture
+def engine(case: tuple[str, str, str, str], processors: list[str], tmp_path: Path) -> Iterator[Engine]:
     """The engine of a case; its instruction set is in use for the length of the test."""
     shape, dtype, isa, kv_dtype = case
     isa_before, threads_before = native.lib.isa(), native.lib.num_threads()
     native.lib.set_isa(isa)
     quantization = "int8" if dtype == "int8" else None
     model = make_model(tmp_path, dtype="bfloat16" if quantization else dtype, seed=3, **SHAPES[shape][0])
-    yield Engine(model, quantization=quantization, kv_cache_dtype=kv_dtype)
+    yield Engine(model, quantization=quantization, kv_cache_dtype=kv_dtype, logits_processors=processors)
     native.lib.set_isa(isa_before)
     native.lib.set_num_threads(threads_before)
 
@@ -98,11 +118,14 @@ def engine(case: tuple[str, str, str, str], tmp_path: Path) -> Iterator[Engine]:
 class Walk:
     """Schedule after schedule on one engine."""
 
-    def __init__(self, engine: Engine, case: tuple[str, str, str, str]) -> None:
+    def __init__(
+        self, engine: Engine, case: tuple[str, str, str, str], all_params: list[dict[str, Any]] = PARAMS
+    ) -> None:
         _, lengths, self.budgets = SHAPES[case[0]]
         self.engine = engine
         self.random = random.Random(f"walk {case}")
-        self.subjects = make_subjects(lengths, max_tokens=MAX_TOKENS, seed=CASES.index(case))
+        seed = CASES.index(case)
+        self.subjects = make_subjects(lengths, max_tokens=MAX_TOKENS, seed=seed, all_params=all_params)
         # Some are given as vectors, of a table that no token's are from: with prefixes in common all the same.
         table = torch.randn(VOCAB, engine.hidden_size, generator=torch.Generator().manual_seed(1)) / 8
         self.subjects[3::5] = [in_vectors(subject, table) for subject in self.subjects[3::5]]
@@ -191,6 +214,27 @@ def test_any_schedule_gives_the_answer_of_the_request_alone(case, engine: Engine
     )
     if num_steps >= 700:  # else a walk may be too short to meet both
         assert walk.num_preemptions and walk.num_cached_tokens
+
+
+@pytest.mark.parametrize("processors", [[]], ids=["no-processors"])
+@pytest.mark.parametrize("case", GREEDY_CASES, ids=lambda case: " ".join(case).replace(" ", "-"))
+def test_tokens_chosen_without_logits_are_those_that_logits_give_alone(
+    case, engine: Engine, num_steps: int, monkeypatch: pytest.MonkeyPatch
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(DecoderForCausalLM, "can_choose", False)
+        walk = Walk(engine, case, GREEDY_PARAMS)
+    num_chosen, likeliest = 0, DecoderForCausalLM.likeliest
+
+    def counted(*args):
+        nonlocal num_chosen
+        num_chosen += 1
+        return likeliest(*args)
+
+    monkeypatch.setattr(DecoderForCausalLM, "likeliest", counted)
+    while walk.num_steps < num_steps or walk.num_schedules < LEAST_SCHEDULES:
+        walk.schedule()
+    assert num_chosen > 10
 
 
 @pytest.mark.skipif(UNAVAILABLE is not None, reason=str(UNAVAILABLE))

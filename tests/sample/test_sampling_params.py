@@ -46,7 +46,7 @@ WRONG = [
     ({"spaces_between_special_tokens": 1}, "spaces_between_special_tokens"),
     ({"thinking_token_budget": -2}, "thinking_token_budget"),
     ({"extra_args": [1]}, "extra_args"), ({"extra_args": {"a": 2**63}}, "extra_args"),
-    ({"extra_args": {"a": [object()]}}, "extra_args"), ({"extra_args": {"a": {1: 2}}}, "extra_args"),
+    ({"extra_args": {"a": [object]}}, "extra_args"), ({"extra_args": {"a": {1: 2}}}, "extra_args"),
     ({"extra_args": nested(20)}, "extra_args"), ({"extra_args": {"a": ["\ud800"]}}, "extra_args"),
     ({"extra_args": {"\ud800": 1}}, "extra_args"), ({"bad_words": ["\ud800"]}, "bad_words"),
     ({"prompt_logprob_token_ids": []}, "prompt_logprob_token_ids"),

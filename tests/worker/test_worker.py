@@ -281,11 +281,13 @@ def test_a_prompt_and_its_output_may_fill_the_context(tiny_model: Path):
     assert [answer.finish_reason for answer in answers] == ["length", "length"]
 
 
-def test_a_request_whose_logits_are_not_finite_fails_and_the_others_go_on(tiny_model: Path):
+@pytest.mark.parametrize("kept", [True, False], ids=["logits kept", "logits not kept"])
+def test_a_request_whose_logits_are_not_finite_fails_and_the_others_go_on(tiny_model: Path, kept: bool):
     params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
     healthy = Loop(tiny_model).run(PROMPTS, params)
     loop = Loop(tiny_model)
-    loop.worker.runner.model = PoisonedModel(loop.worker.runner.model, row=-1, step=3)
+    poisoned = PoisonedModel if kept else ChoosingPoisonedModel
+    loop.worker.runner.model = poisoned(loop.worker.runner.model, row=-1, step=3)
     answers = loop.run(PROMPTS, params)
     (failed,) = [i for i, answer in enumerate(answers) if answer.finish_reason == "error"]
     assert answers[failed].error == NONFINITE
@@ -318,6 +320,8 @@ def test_a_model_without_a_named_dtype_is_bfloat16(tmp_path: Path):
 class PoisonedModel:
     """A model that gives one NaN, in one row of one step's logits."""
 
+    can_choose = False  # else it would be asked for tokens
+
     def __init__(self, model, *, row: int, step: int) -> None:
         self._model, self._row, self._step, self._num_steps = model, row, step, 0
 
@@ -330,6 +334,18 @@ class PoisonedModel:
             logits[self._row, 11] = float("nan")
         self._num_steps += 1
         return logits
+
+
+class ChoosingPoisonedModel(PoisonedModel):
+    """The same in a row of hidden states, of which no logits are kept."""
+
+    can_choose = True
+
+    def likeliest(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._num_steps == self._step:
+            hidden[self._row, 3] = float("nan")
+        self._num_steps += 1
+        return self._model.likeliest(hidden)
 
 
 def without(answers: list[Answer], dropped: int) -> list[Answer]:

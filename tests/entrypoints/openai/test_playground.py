@@ -185,7 +185,7 @@ def test_a_watcher_that_comes_as_the_last_one_leaves_waits_for_nobody(engine: Fa
         await anext(first)
         await first.aclose()
         second = feed.watch()
-        await asyncio.wait_for(anext(second), 5)
+        await asyncio.wait_for(anext(second), 20)  # less than the period
         await second.aclose()
 
     asyncio.run(scenario())
@@ -193,7 +193,7 @@ def test_a_watcher_that_comes_as_the_last_one_leaves_waits_for_nobody(engine: Fa
 
 def test_too_many_watchers_are_refused(engine: FakeEngine):
     async def scenario() -> None:
-        feed = EngineFeed(engine, Api(engine).lifecycle)
+        feed = EngineFeed(engine, Api(engine).lifecycle, period_s=0.001)
         watchers = [feed.watch() for _ in range(MAX_WATCHERS)]
         for watcher in watchers:
             await anext(watcher)
@@ -216,7 +216,7 @@ def test_a_dead_engine_is_told_and_ends_the_stream(engine: FakeEngine):
         watcher = Watcher(api)
         await watcher.until(1)
         engine.die()
-        await asyncio.wait_for(watcher.done, 5)
+        await asyncio.wait_for(watcher.done, 30)
         assert watcher.events[-1]["error"]["code"] == EngineDeadError.status
         late = Watcher(api)
         await late.done
@@ -230,7 +230,7 @@ def test_a_closing_server_ends_the_stream(api: Api):
         watcher = Watcher(api)
         await watcher.until(1)
         api.lifecycle.close()
-        await asyncio.wait_for(watcher.done, 5)
+        await asyncio.wait_for(watcher.done, 30)
         assert watcher.events[-1]["error"]["code"] == 503
 
     api.run(talk)
