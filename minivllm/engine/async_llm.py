@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import uuid
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -320,18 +321,22 @@ class AsyncLLM:
 
         Raises:
             RequestError: the level is not 1 or 2, or the engine was started without enable_sleep_mode.
+            ConflictError: requests are waited for that stand still, or would stand still that others wait for.
             EngineDeadError: the engine is gone.
         """
         check_sleep(self.config, level)
         self._start_reading()
-        if mode != "wait" or await self.is_paused():
+        if mode != "wait":
             await self.engine_core.call_utility("sleep", level, mode == "abort")
             return
+        holder = uuid.uuid4().hex
         try:
-            await self.pause_generation("wait", clear_cache=False)
+            await self.engine_core.call_utility("hold_for_sleep", holder)
+            await self._come_to_rest()
             await self.engine_core.call_utility("sleep", level, False)
         finally:
-            await self.resume_generation()  # it sleeps, and requests wait for that; or whoever asked has given up
+            # It sleeps, and requests wait for that; or whoever asked has given up.
+            await self.engine_core.call_utility("end_hold", holder)
 
     async def wake_up(self, tags: Sequence[str] | None = None) -> bool:
         """Have memory again: "weights", "kv_cache", or all of it. Whether requests go on, as they do when all is back.
@@ -376,14 +381,18 @@ class AsyncLLM:
         again what they had, with the weights there are by then.
 
         Raises:
+            ConflictError: requests are waited for that sleep, or would be kept that a sleep waits for.
             EngineDeadError: the engine is gone.
         """
         self._start_reading()
         await self.engine_core.call_utility("pause", mode)
-        while await self.engine_core.call_utility("is_coming_to_rest"):
-            await asyncio.sleep(_LOOK_EVERY_S)
+        await self._come_to_rest()
         if clear_cache and await self.is_paused():  # not resumed meanwhile
             await self.reset_prefix_cache(reset_running_requests=True)
+
+    async def _come_to_rest(self) -> None:
+        while await self.engine_core.call_utility("is_coming_to_rest"):
+            await asyncio.sleep(_LOOK_EVERY_S)
 
     async def resume_generation(self) -> None:
         self._start_reading()

@@ -19,7 +19,7 @@ from minivllm.core.sched.scheduler import Scheduler
 from minivllm.engine.kv_events import KVEventPublisher
 from minivllm.engine.plans_in_flight import PlansInFlight
 from minivllm.engine.structured import LazyGrammars
-from minivllm.exceptions import ConfigError, RequestError
+from minivllm.exceptions import ConfigError, ConflictError, RequestError
 from minivllm.executor.abstract import get_executor_class
 from minivllm.logger import init_logger
 from minivllm.messages.codec import encode
@@ -52,7 +52,7 @@ class EngineCore:
 
     UTILITIES = (
         "reset_prefix_cache", "collective_rpc", "sleep", "wake_up", "is_sleeping", "start_profile", "stop_profile",
-        "snapshot", "pause", "resume", "is_paused", "is_coming_to_rest",
+        "snapshot", "pause", "resume", "is_paused", "is_coming_to_rest", "hold_for_sleep", "end_hold",
     )  # fmt: skip
 
     def __init__(
@@ -112,6 +112,7 @@ class EngineCore:
         self._sleep_level = 0
         self._asleep: set[str] = set()  # those of SLEEPING_PARTS that are not back; until then requests wait
         self._pause_mode: PauseMode | None = None
+        self._holds: set[str] = set()  # of those who want the engine to sleep once nothing runs
 
     def add_request(self, request: EngineCoreRequest) -> None:
         """Take a request. One the scheduler refuses is answered with an error by the next step."""
@@ -197,13 +198,15 @@ class EngineCore:
         return messages
 
     def call_utility(self, request: UtilityRequest) -> UtilityOutput:
-        """Call one of UTILITIES; what it raises becomes the answer's `failure`."""
+        """Call one of UTILITIES; what it raises becomes the answer's `failure`, or its `conflict`."""
         if request.method not in self.UTILITIES:
             return UtilityOutput(
                 request.call_id, failure=f"the engine core has no utility {request.method!r}"
             )
         try:
             return UtilityOutput(request.call_id, result=getattr(self, request.method)(*request.args))
+        except ConflictError as error:
+            return UtilityOutput(request.call_id, conflict=error.message)
         except Exception as error:
             logger.exception("utility %s failed", request.method)
             return UtilityOutput(request.call_id, failure=f"{type(error).__name__}: {error}")
@@ -224,7 +227,8 @@ class EngineCore:
         answers = self.executor.collective_rpc(method, tuple(args))
         return [answer if _is_sendable(answer) else str(answer) for answer in answers]
 
-    # Pause
+    # Pause and sleep. Each holds requests for itself: they go on when the engine is neither paused nor asleep. What
+    # waits for requests to end is refused where they stand still, and while it waits, so is what would have them do so.
 
     def pause(self, mode: PauseMode) -> None:
         """Begin with no request until `resume`; those that come wait. The engine may be busy a little longer, see
@@ -232,33 +236,71 @@ class EngineCore:
 
         abort: open requests end. wait: those that have begun go on to their end, queued ones wait.
         keep: all stay where they are, and go on after `resume`.
+
+        Raises:
+            ConflictError: wait, and they sleep; keep, and a sleep waits for them.
         """
+        if mode == "wait" and self._asleep:
+            self._refuse_if_begun(
+                "the engine sleeps amid requests, which cannot end now; wake it up first, or pause with mode=keep or "
+                "abort"
+            )
+        if mode == "keep" and self._holds:
+            self._refuse_if_begun("a sleep waits for requests to end; pause with mode=wait or abort")
         if mode == "abort":
             self.abort_requests(list(self.scheduler.requests))
-        if mode == "wait":
-            self.scheduler.hold_new()
-        else:
-            self.scheduler.admit_new()  # what an earlier pause held; nothing is planned now
         self._pause_mode = mode
+        self._hold_or_admit()
 
     def resume(self) -> None:
-        self.scheduler.admit_new()
         self._pause_mode = None
+        self._hold_or_admit()
 
     def is_paused(self) -> bool:
         return self._pause_mode is not None
 
     def is_coming_to_rest(self) -> bool:
-        """Paused, and something that a pause lets happen has not happened yet."""
-        return self._pause_mode is not None and self.has_requests()
+        """Paused, or about to sleep, and something that may happen before has not happened yet."""
+        return (self._pause_mode is not None or bool(self._holds)) and self.has_requests()
 
-    # Sleep
+    def hold_for_sleep(self, holder: str) -> None:
+        """Begin with no request until `end_hold`: those that have begun go on to their end, and `sleep` can follow.
+
+        Raises:
+            ConflictError: they are kept by a pause, or asleep already.
+        """
+        if self._is_frozen:
+            state = "sleeps" if self._asleep else "is paused"
+            self._refuse_if_begun(
+                f"the engine {state} amid requests, which cannot end now; sleep with mode=keep or abort"
+            )
+        self._holds.add(holder)
+        self._hold_or_admit()
+
+    def end_hold(self, holder: str) -> None:
+        self._holds.discard(holder)
+        self._hold_or_admit()
+
+    def _hold_or_admit(self) -> None:
+        if self._holds or self._pause_mode == "wait":
+            self.scheduler.hold_new()
+        else:
+            self.scheduler.admit_new()  # what was held; while the engine stands still, nothing is planned all the same
+
+    def _refuse_if_begun(self, why: str) -> None:
+        if self.scheduler.has_begun_requests():
+            raise ConflictError(why)
 
     def sleep(self, level: int, abort: bool) -> None:
         """Give back the KV cache's memory, at level 2 the weights' too.
 
         Open requests are aborted, or wait like those that come, and go on after `wake_up` from the tokens they have.
+
+        Raises:
+            ConflictError: they are not aborted, and a pause or another sleep waits for them to end.
         """
+        if not abort and not self._is_frozen and (self._holds or self._pause_mode == "wait"):
+            self._refuse_if_begun("a pause or a sleep waits for requests to end; sleep with mode=wait or abort")
         if abort:
             self.abort_requests(list(self.scheduler.requests))
         is_empty = self.reset_prefix_cache(running_too=True)  # not within the assert, which python -O leaves out

@@ -17,7 +17,7 @@ import zmq
 
 from minivllm.config.engine import EngineConfig
 from minivllm.engine.core_launcher import CoreConnection, CoreProcess
-from minivllm.exceptions import EngineDeadError, EngineError
+from minivllm.exceptions import ConflictError, EngineDeadError, EngineError
 from minivllm.messages.codec import Decoder, encode
 from minivllm.messages.engine import (
     ENGINE_CORE_DEAD,
@@ -84,17 +84,23 @@ class _SocketClient:
         """
         self._raise_if_dead()
         request.client_index = self._client_index
-        self._core.send(RequestType.ADD, encode(request))
+        self._send_request(encode(request))
+
+    def _send_request(self, request: bytes) -> None:
+        self._send(RequestType.ADD, request)
+
+    def _send(self, kind: RequestType, *payloads: bytes) -> None:
+        self._core.send(kind, *payloads)
 
     def abort_requests(self, request_ids: list[str]) -> None:
         """Tell the core to end these requests; a dead core has ended them already. Never blocks."""
         if request_ids and self.dead_error is None:
-            self._core.send(RequestType.ABORT, encode(request_ids))
+            self._send(RequestType.ABORT, encode(request_ids))
 
     def _send_call(self, method: str, args: tuple) -> int:
         self._raise_if_dead()
         call_id = next(self._call_ids)
-        self._core.send(RequestType.UTILITY, encode(UtilityRequest(call_id, method, list(args), self._client_index)))
+        self._send(RequestType.UTILITY, encode(UtilityRequest(call_id, method, list(args), self._client_index)))
         return call_id
 
     def _read(self, frames: list[bytes]) -> EngineCoreOutputs:
@@ -125,7 +131,7 @@ class SyncMPClient(_SocketClient):
         """Call a utility of the core. Not while requests are open: their outputs would be lost.
 
         Raises:
-            EngineDeadError, EngineError: the core is gone; the utility failed.
+            EngineDeadError, EngineError: the core is gone; the utility failed. ConflictError: not now.
         """
         call_id = self._send_call(method, args)
         while True:
@@ -143,7 +149,8 @@ class AsyncMPClient(_SocketClient):
     """For an event loop: outputs are read as the socket becomes readable, and `get_output` waits for them.
 
     `attach` ties it to the running loop. Sending never blocks and needs no await, so an abort can be
-    sent from wherever a generator is closed.
+    sent from wherever a generator is closed. Requests that come together, as those of streams that end together do, are
+    one message: to send one, and to wake the core for it, costs more than all else that is done for it here.
     """
 
     def __init__(self, config: EngineConfig, **options: Any) -> None:
@@ -152,12 +159,14 @@ class AsyncMPClient(_SocketClient):
         self._received: deque[EngineCoreOutputs] = deque()
         self._reader: asyncio.Future[None] | None = None  # while `get_output` waits
         self._calls: dict[int, asyncio.Future] = {}
+        self._unsent: list[bytes] = []  # requests of this turn of the loop
 
     def attach(self) -> bool:
         """Read outputs on the running event loop; False when that is so already."""
         loop = asyncio.get_running_loop()
         if self._loop is loop:
             return False
+        self._send_requests()  # a loop that has ended does not
         self._loop = loop
         if self.dead_error is None:
             loop.add_reader(self._core.output_socket.FD, self._on_readable)
@@ -165,6 +174,22 @@ class AsyncMPClient(_SocketClient):
         else:
             self._wake_reader()
         return True
+
+    def _send_request(self, request: bytes) -> None:
+        self._unsent.append(request)
+        if self._loop is None:
+            self._send_requests()
+        elif len(self._unsent) == 1:
+            self._loop.call_soon(self._send_requests)
+
+    def _send_requests(self) -> None:
+        if self._unsent:
+            requests, self._unsent = self._unsent, []
+            self._core.send(RequestType.ADD, *requests)
+
+    def _send(self, kind: RequestType, *payloads: bytes) -> None:
+        self._send_requests()  # in their order
+        super()._send(kind, *payloads)
 
     def _wake_reader(self) -> None:
         if self._reader is not None and not self._reader.done():
@@ -206,7 +231,7 @@ class AsyncMPClient(_SocketClient):
         """Call a utility of the core.
 
         Raises:
-            EngineDeadError, EngineError: the core is gone; the utility failed.
+            EngineDeadError, EngineError: the core is gone; the utility failed. ConflictError: not now.
         """
         call = asyncio.get_running_loop().create_future()
         self._calls[self._send_call(method, args)] = call
@@ -299,6 +324,8 @@ class InprocClient:
 def _result(answer: UtilityOutput) -> Any:
     if answer.failure is not None:
         raise EngineError(answer.failure)
+    if answer.conflict is not None:
+        raise ConflictError(answer.conflict)
     return answer.result
 
 

@@ -24,7 +24,6 @@ from minivllm.messages.engine import (
     ENGINE_CORE_DEAD,
     CoreToClient,
     EngineCoreReady,
-    Hello,
     RequestType,
     StartFailed,
     StartProgress,
@@ -66,6 +65,7 @@ class CoreProcess:
     def __init__(self, config: EngineConfig, *, on_death: Callable[[str], None], num_clients: int = 1) -> None:
         """num_clients: API servers that will talk to the core, this process among them (see CoreConnection)."""
         self._on_death = on_death
+        self._began = time.monotonic()
         self._stopping = threading.Event()
         self._watcher: threading.Thread | None = None
         self._started = threading.Event()  # or failed to: set once `_process` will not change any more
@@ -74,10 +74,10 @@ class CoreProcess:
         self._stop_lock = threading.Lock()
         self._send_lock = threading.Lock()
         self._closed = False
-        self._config = encode(config)
         self._process: BaseProcess | None = None
         self._core_identity = b""
         self._is_ready = False  # until then the core reads no messages
+        self._gave_up = False  # it has said that it cannot start, and ends
         self.context = zmq.Context()
         self._num_clients = num_clients
         self._run_directory = RunDirectory()
@@ -87,7 +87,7 @@ class CoreProcess:
             self.input_socket = self._bind(zmq.ROUTER, "in")
             self.output_socket = self._bind(zmq.PULL, "out")
             self.output_socket.bind(_last_words_address(self))
-            self._start(config.observability.log_level)
+            self._start(config.observability.log_level, encode(config))
         except BaseException:
             self.shutdown()
             raise
@@ -99,7 +99,7 @@ class CoreProcess:
         socket.bind(self._run_directory.address(name))
         return socket
 
-    def _start(self, log_level: str) -> None:
+    def _start(self, log_level: str, config: bytes) -> None:
         """Start the child from the thread that will wait for it.
 
         Linux kills a child when the *thread* that started it ends (prctl(2), PR_SET_PDEATHSIG); this thread
@@ -109,7 +109,7 @@ class CoreProcess:
 
         def start_and_watch() -> None:
             try:
-                arguments = (*self.addresses, log_level, self._num_clients)
+                arguments = (*self.addresses, log_level, config, self._num_clients)
                 self._process = spawn(run_engine_core, arguments, name="EngineCore")
             except BaseException as error:
                 failure.append(error)
@@ -132,7 +132,7 @@ class CoreProcess:
     # -- handshake
 
     def wait_ready(self) -> EngineCoreReady:
-        """Send the configuration and wait until the core serves, however long the model takes to load.
+        """Wait until the core serves, however long the model takes to load.
 
         Raises:
             EngineStartError: the core could not start, or died while it tried; it is cleaned up.
@@ -145,19 +145,18 @@ class CoreProcess:
 
     def _handshake(self) -> EngineCoreReady:
         decode = Decoder(CoreToClient)
-        phase, began = "starting Python", time.monotonic()
+        phase = "starting Python"
         while True:
             message = decode(self._next_start_message(phase))
-            if isinstance(message, Hello):
-                self.input_socket.send_multipart([self._core_identity, self._config])
-            elif isinstance(message, StartProgress):
+            if isinstance(message, StartProgress):
                 phase = message.phase
-                logger.debug("engine core: %s (%.1f s)", phase, time.monotonic() - began)
+                logger.debug("engine core: %s (%.1f s)", phase, time.monotonic() - self._began)
             elif isinstance(message, StartFailed):
+                self._gave_up = True
                 raise EngineStartError(message.message, message.exit_code)
             else:
                 self._is_ready = True
-                logger.info("engine core ready after %.1f s", time.monotonic() - began)
+                logger.info("engine core ready after %.1f s", time.monotonic() - self._began)
                 return message
 
     def _next_start_message(self, phase: str) -> bytes:
@@ -190,11 +189,11 @@ class CoreProcess:
     def exitcode(self) -> int | None:
         return self._process.exitcode if self._process is not None else None
 
-    def send(self, kind: RequestType, payload: bytes) -> None:
+    def send(self, kind: RequestType, *payloads: bytes) -> None:
         """Send to the core, from any thread. Never blocks: the socket has no high-water mark."""
         with self._send_lock:
             if not self._closed:
-                self.input_socket.send_multipart([self._core_identity, kind.value, payload], copy=False)
+                self.input_socket.send_multipart([self._core_identity, kind.value, *payloads], copy=False)
 
     def _watch(self) -> None:
         """Wait for the child to end, say how it did unless that was wanted, and end what it left running."""
@@ -267,6 +266,8 @@ class CoreProcess:
         if self._is_ready and not self._ended.is_set():
             self.send(RequestType.SHUTDOWN, encode(float(timeout_s)))
             self._ended.wait(timeout_s + _STOP_S)
+        elif self._gave_up:
+            self._ended.wait(_STOP_S)
         if not self._ended.is_set():
             process.terminate()
             self._ended.wait(_TERMINATE_S)
@@ -303,11 +304,11 @@ class CoreConnection:
         self._core_identity, payload = self._input_socket.recv_multipart()
         return Decoder(CoreToClient)(payload)
 
-    def send(self, kind: RequestType, payload: bytes) -> None:
+    def send(self, kind: RequestType, *payloads: bytes) -> None:
         """Send to the core, from any thread. Never blocks: the socket has no high-water mark."""
         with self._send_lock:
             if not self._input_socket.closed:
-                self._input_socket.send_multipart([self._core_identity, kind.value, payload], copy=False)
+                self._input_socket.send_multipart([self._core_identity, kind.value, *payloads], copy=False)
 
     def stop(self, timeout_s: float = 0.0) -> None:
         """The core is not ours to end."""

@@ -38,7 +38,6 @@ from minivllm.messages.engine import (
     EngineCoreReady,
     EngineCoreRequest,
     FinishReason,
-    Hello,
     RequestType,
     StartFailed,
     StartProgress,
@@ -61,8 +60,11 @@ def client_address(address: str, client_index: int) -> str:
     return address if client_index == 0 else f"{address}{client_index}"
 
 
-def run_engine_core(input_address: str, output_address: str, log_level: str, num_clients: int = 1) -> None:
-    """The process's entry point. All arguments are plain; the configuration comes over the socket."""
+def run_engine_core(
+    input_address: str, output_address: str, log_level: str, config: bytes, num_clients: int = 1
+) -> None:
+    """The process's entry point. All arguments are plain; config: an encoded EngineConfig."""
+    gc.disable()  # until all is imported and loaded, which has the collector look in vain, a tenth of the time
     logging.configure("EngineCore", log_level)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the client decides
     unblock_interrupts()
@@ -70,7 +72,7 @@ def run_engine_core(input_address: str, output_address: str, log_level: str, num
     os.setsid()  # so that whatever we start can be found, should we be killed
     end = _End(input_address)
     end.listen()
-    process = _CoreProcess(input_address, output_address, end, num_clients)
+    process = _CoreProcess(input_address, output_address, end, config, num_clients)
     try:
         exit_code = process.run()
     except _Terminated:
@@ -144,8 +146,11 @@ class _End:
 class _CoreProcess:
     """One core and its sockets, from the first message to the last."""
 
-    def __init__(self, input_address: str, output_address: str, end: _End, num_clients: int = 1) -> None:
+    def __init__(
+        self, input_address: str, output_address: str, end: _End, config: bytes, num_clients: int = 1
+    ) -> None:
         self._end = end
+        self._config = config
         self._context = zmq.Context()
         # By client_index; the first client started us, and the handshake is with it.
         self._input_sockets = [self._connect(zmq.DEALER, input_address, i) for i in range(num_clients)]
@@ -202,11 +207,10 @@ class _CoreProcess:
     # -- start
 
     def _start(self) -> Any:
-        """Introduce ourselves, take the configuration, build the core."""
-        self._tell(Hello(os.getpid()))
-        config = Decoder(EngineConfig)(self._input_socket.recv())
+        """Build the core. Nothing is waited for: the client is as busy until it listens."""
         try:
             self._progress("importing the engine")
+            config = Decoder(EngineConfig)(self._config)
             from minivllm.engine.core import EngineCore
 
             core = EngineCore(config, on_death=self._fail, on_progress=self._progress)
@@ -216,16 +220,16 @@ class _CoreProcess:
             logger.exception("the engine core failed to start")
             raise self._start_failed(f"the engine core failed to start: {_one_line(error)}", 1) from error
         self._end.listen_to_sigterm()
-        # What was made so far lives as long as the process; the collector need not look at it again.
-        gc.collect()
+        # What was made so far lives as long as the process, but for a megabyte that would take 0.1 s to find.
         gc.freeze()
+        gc.enable()
         return core
 
     def _start_failed(self, message: str, exit_code: int) -> _StartFailed:
         self._tell(StartFailed(message, exit_code))
         return _StartFailed(exit_code)
 
-    def _tell(self, message: Hello | StartProgress | StartFailed | EngineCoreReady) -> None:
+    def _tell(self, message: StartProgress | StartFailed | EngineCoreReady) -> None:
         self._input_socket.send(encode(message))
 
     def _progress(self, phase: str) -> None:
@@ -274,17 +278,18 @@ class _CoreProcess:
         messages = self._input_messages()
         while True:
             try:
-                kind, payload = next(messages)
+                kind, payload, *more = next(messages)
             except zmq.ContextTerminated:
                 self._close_inputs()
                 return
             if kind == RequestType.ADD.value:
-                try:
-                    request = decode_request(payload)
-                except (msgspec.DecodeError, msgspec.ValidationError, RequestError) as error:
-                    self._reject_undecodable(payload, error)
-                else:
-                    put(lambda request=request: self._add(request))
+                requests = []
+                for one in (payload, *more):
+                    try:
+                        requests.append(decode_request(one))
+                    except (msgspec.DecodeError, msgspec.ValidationError, RequestError) as error:
+                        self._reject_undecodable(one, error)
+                put(lambda requests=requests: self._add(requests))
             elif kind == RequestType.ABORT.value:
                 ids = decode_ids(payload)
                 self._late_aborts.append(ids)  # for the step that is running …
@@ -359,11 +364,12 @@ class _CoreProcess:
         while self._late_aborts:
             self._core.abort_requests(self._late_aborts.popleft())
 
-    def _add(self, request: EngineCoreRequest) -> None:
-        if self._drain_deadline is None:
-            self._core.add_request(request)
-        else:
-            self._core.reject(request.request_id, request.client_index, "shutting down", FinishReason.ABORT)
+    def _add(self, requests: list[EngineCoreRequest]) -> None:
+        for request in requests:
+            if self._drain_deadline is None:
+                self._core.add_request(request)
+            else:
+                self._core.reject(request.request_id, request.client_index, "shutting down", FinishReason.ABORT)
 
     def _call_utility(self, request: UtilityRequest) -> None:
         answer = self._core.call_utility(request)

@@ -6,14 +6,15 @@ Needs no torch: a tensor, if that is what is given, brings its own.
 from __future__ import annotations
 
 import ctypes
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from minivllm.config.model import ModelConfig
 from minivllm.exceptions import RequestError
 from minivllm.messages.engine import EMBEDDING_DTYPES, PromptEmbeds
 from minivllm.utils.torch_file import SavedTensor
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def error_of(what: str) -> RequestError:
@@ -67,6 +68,8 @@ def _bytes_of(given: Any) -> bytes:
             return given.data()
         except ValueError as error:
             raise error_of(f"cannot be read: {error}") from error
+    import numpy as np  # the server's start does not wait for it
+
     if isinstance(given, np.ndarray):
         return np.ascontiguousarray(given, given.dtype.newbyteorder("<")).tobytes()
     if getattr(given, "is_sparse", False) or not hasattr(given, "data_ptr"):
@@ -83,11 +86,13 @@ def check_prompt_embeds(embeds: PromptEmbeds, hidden_size: int) -> None:
         raise error_of(f"has {len(embeds.data)} bytes, which are no rows of {hidden_size} {embeds.dtype}")
     finite = _is_finite(embeds)
     if not finite.all():
-        raise error_of(f"holds a number that is not finite, at position {int(np.argmin(finite)) // hidden_size}")
+        raise error_of(f"holds a number that is not finite, at position {int(finite.argmin()) // hidden_size}")
 
 
 def _is_finite(embeds: PromptEmbeds) -> np.ndarray:
     """Of each number. In every float format an exponent of ones says that it is none."""
+    import numpy as np
+
     width, exponent = {
         "float32": ("<u4", 0x7F800000), "float16": ("<u2", 0x7C00), "bfloat16": ("<u2", 0x7F80)
     }[embeds.dtype]  # fmt: skip

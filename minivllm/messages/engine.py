@@ -5,10 +5,8 @@ Those of the start, and SamplingParams, are maps.
 
 A conversation, on two sockets; further API servers have two each of their own, on which they hear EngineCoreReady and
 then speak as the first does. Each names itself by its client_index:
-    core  DEALER ─▶ ROUTER client   Hello                                     "I am here"
-    client ROUTER ─▶ DEALER core    config: EngineConfig
     core  DEALER ─▶ ROUTER client   StartProgress*, then EngineCoreReady or StartFailed
-    client ROUTER ─▶ DEALER core    RequestType byte, payload                 (until the end)
+    client ROUTER ─▶ DEALER core    RequestType byte, payload; of ADD several (until the end)
     core  PUSH ─▶ PULL client       EngineCoreOutputs, or ENGINE_CORE_DEAD    (until the end)
 """
 
@@ -137,11 +135,12 @@ class UtilityRequest(msgspec.Struct, array_like=True):
 
 
 class UtilityOutput(msgspec.Struct, array_like=True, omit_defaults=True):
-    """Its answer; `failure` is a message when it raised."""
+    """Its answer; `failure` is a message when it raised, `conflict` one when the engine is in no state for it now."""
 
     call_id: int
     result: Any = None
     failure: str | None = None
+    conflict: str | None = None
 
 
 class EngineCoreOutputs(msgspec.Struct, array_like=True, omit_defaults=True, gc=False):
@@ -151,12 +150,6 @@ class EngineCoreOutputs(msgspec.Struct, array_like=True, omit_defaults=True, gc=
     scheduler_stats: SchedulerStats | None = None
     timestamp: float = 0.0  # core's monotonic clock
     utility_output: UtilityOutput | None = None
-
-
-class Hello(msgspec.Struct, tag="hello"):
-    """The core's first message."""
-
-    pid: int
 
 
 class StartProgress(msgspec.Struct, tag="progress"):
@@ -188,4 +181,4 @@ class EngineCoreReady(msgspec.Struct, tag="ready"):
     numerics_id: str = ""  # device and instruction family in use: equal ids give equal bits
 
 
-CoreToClient = Hello | StartProgress | StartFailed | EngineCoreReady
+CoreToClient = StartProgress | StartFailed | EngineCoreReady

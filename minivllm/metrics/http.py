@@ -6,7 +6,7 @@ Labels hold the route's template, never what a client wrote. Probes and scrapers
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, Summary
@@ -44,6 +44,7 @@ class HttpMetrics:
         self._response_bytes = Summary(
             "http_response_size_bytes", "Bytes of bodies answered.", ("handler",), registry=registry
         )
+        self._known: dict[tuple[str, str, str], Callable[[float, int, int], None]] = {}  # by labels: few
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -57,12 +58,26 @@ class HttpMetrics:
             handler = getattr(scope.get("route"), "path", NO_ROUTE)
             if handler not in NOT_COUNTED:
                 method = scope["method"] if scope["method"] in METHODS else "other"
-                self._requests.labels(method, f"{status // 100}xx", handler).inc()
-                duration_s = time.perf_counter() - began
-                self._durations.labels(method, handler).observe(duration_s)
-                self._fine_durations.observe(duration_s)
-                self._request_bytes.labels(handler).observe(content_length(scope["headers"]))
-                self._response_bytes.labels(handler).observe(scope.get("minivllm.num_bytes", 0))
+                labels = method, f"{status // 100}xx", handler
+                count = self._known.get(labels) or self._known.setdefault(labels, self._counter(*labels))
+                sizes = content_length(scope["headers"]), scope.get("minivllm.num_bytes", 0)
+                count(time.perf_counter() - began, *sizes)
+
+    def _counter(self, method: str, status: str, handler: str) -> Callable[[float, int, int], None]:
+        """What counts a request of these labels: its seconds, bytes sent, bytes answered. Looking up takes time."""
+        inc = self._requests.labels(method, status, handler).inc
+        observe_duration = self._durations.labels(method, handler).observe
+        observe_request = self._request_bytes.labels(handler).observe
+        observe_response = self._response_bytes.labels(handler).observe
+
+        def count(duration_s: float, num_request_bytes: int, num_response_bytes: int) -> None:
+            inc()
+            observe_duration(duration_s)
+            self._fine_durations.observe(duration_s)
+            observe_request(num_request_bytes)
+            observe_response(num_response_bytes)
+
+        return count
 
 
 def content_length(headers: Iterable[tuple[bytes, bytes]]) -> int:

@@ -204,8 +204,8 @@ class DecoderForCausalLM(ABC):
 
     @property
     def can_choose(self) -> bool:
-        """Whether there is `likeliest`: what the head gives are the logits."""
-        return True
+        """Whether there is `likeliest`: logits are what the head gives, as they are."""
+        return type(self).compute_logits is DecoderForCausalLM.compute_logits
 
     def likeliest(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The tokens that temperature 0 chooses from `compute_logits(hidden)`, which are not kept: [M] int64, and [M]

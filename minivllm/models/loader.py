@@ -6,6 +6,7 @@ Owns what a checkpoint must look like as a whole (files, index, one tensor for e
 
 from __future__ import annotations
 
+import contextlib
 import json
 import zlib
 from collections import defaultdict
@@ -19,9 +20,12 @@ from tqdm import tqdm
 
 from minivllm.exceptions import ModelFilesError
 from minivllm.layers.weight import Weight
-from minivllm.models.safetensors import TensorEntry, float_dtypes, map_tensors, read_header
+from minivllm.models.safetensors import TensorEntry, float_dtypes, read_header, read_rows
+from minivllm.ops.largest import largest_magnitude
+from minivllm.ops.op import OpSpec
 from minivllm.platforms.platform import DevicePlatform, Event, Platform
 
+_PIECE_BYTES = 4 << 20  # read at once: what is checked and packed then comes from a processor's cache
 INDEX = "model.safetensors.index.json"
 _DUMMY_ROWS_ELEMENTS = 1 << 22  # random numbers made at once
 
@@ -188,33 +192,29 @@ def load_weights(
     Raises:
         ModelFilesError: a tensor holds a NaN, an infinity, or a number that `dtype` cannot hold.
     """
-    by_file: dict[Path, list[tuple[Weight, TensorEntry]]] = defaultdict(list)
+    by_file: dict[Path, dict[TensorEntry, Weight]] = defaultdict(dict)
     for weight, entry in plan.steps:
-        by_file[entry.path].append((weight, entry))
+        by_file[entry.path][entry] = weight
     stream = PinnedStream(platform) if isinstance(platform, DevicePlatform) else None
+    piece_bytes = _PIECE_BYTES if stream is None else stream.piece_bytes
     with tqdm(
         total=plan.num_bytes, desc="Loading weights", unit="B", unit_scale=True, disable=not show_progress
     ) as bar:
-        for path, steps in by_file.items():
-            steps.sort(key=lambda step: step[1].begin)  # as the disk has them
-            tensors = map_tensors(path, [entry for _, entry in steps])
-            for (weight, _), (entry, tensor) in zip(steps, tensors):
-                if stream is None or not tensor.dim():
-                    _check_numbers(entry, tensor.aminmax() if tensor.numel() else None, dtype)
-                    weight.load_rows(0, tensor)
-                else:
-                    _check_numbers(entry, stream.load(weight, tensor), dtype)
-                bar.update(entry.num_bytes)
+        for path, weights in by_file.items():
+            entries = sorted(weights, key=lambda entry: entry.begin)  # as the disk has them
+            with contextlib.closing(read_rows(path, entries, piece_bytes)) as pieces:
+                for entry, start, rows in pieces:
+                    if stream is None or not rows.dim():
+                        largest = largest_magnitude.select(OpSpec("cpu", rows.dtype))(rows)
+                        _check_numbers(entry, largest, dtype)
+                        weights[entry].load_rows(start, rows)
+                    else:
+                        _check_numbers(entry, stream.load(weights[entry], start, rows), dtype)
+                    bar.update(rows.nbytes)
 
 
-def _check_numbers(
-    entry: TensorEntry, least_and_most: tuple[torch.Tensor, torch.Tensor] | None, dtype: torch.dtype
-) -> None:
-    """least_and_most: of the tensor's numbers; a NaN anywhere makes both NaN. None: it has no numbers."""
-    if least_and_most is None:
-        return
-    low, high = (value.item() for value in least_and_most)
-    largest = max(-low, high)
+def _check_numbers(entry: TensorEntry, largest: float, dtype: torch.dtype) -> None:
+    """largest: the magnitude among some of the tensor's numbers; NaN if one is."""
     if not largest < float("inf"):
         raise ModelFilesError(
             f"{entry.path}: tensor {entry.name} holds a NaN or an infinity; the file is damaged, download it again"
@@ -226,34 +226,25 @@ def _check_numbers(
 
 
 class PinnedStream:
-    """Tensors on their way to a device: read into pinned memory by turns, fetched from there while the next is read."""
+    """Rows on their way to a device: put into pinned memory by turns, fetched from there while the next are read."""
 
-    _BYTES = 64 << 20  # of a piece; a row that is larger is a piece of its own
+    piece_bytes = 64 << 20  # put there at once; a row that is larger is not
 
     def __init__(self, platform: DevicePlatform) -> None:
         self._platform = platform
-        self._places = [platform.new_pinned((self._BYTES,), torch.uint8) for _ in range(2)]
+        self._places = [platform.new_pinned((self.piece_bytes,), torch.uint8) for _ in range(2)]
         self._fetched: list[Event | None] = [None, None]
         self._turn = 0
 
-    def load(self, weight: Weight, tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Fill the weight; the least and most number, on the device, or None if there is none."""
-        row_bytes = max(1, tensor[0].numel() * tensor.itemsize) if len(tensor) else 1
-        num_rows = max(1, self._BYTES // row_bytes)
-        bounds = []
-        for start in range(0, len(tensor), num_rows):
-            rows = self._fetch(tensor[start : start + num_rows])
-            if rows.numel():
-                bounds.append(torch.stack(rows.aminmax()).float())
-            weight.load_rows(start, rows)
-        if not bounds:
-            return None
-        low, high = torch.stack(bounds).unbind(1)
-        return low.amin(), high.amax()  # both keep a NaN
+    def load(self, weight: Weight, start: int, rows: torch.Tensor) -> float:
+        """Give the weight its rows from `start` on; the largest magnitude among them. `rows` may change then."""
+        rows = self._fetch(rows)
+        weight.load_rows(start, rows)
+        return largest_magnitude.select(OpSpec(self._platform.device, rows.dtype))(rows)
 
     def _fetch(self, rows: torch.Tensor) -> torch.Tensor:
         """The same, on the device."""
-        if rows.nbytes > self._BYTES:
+        if rows.nbytes > self.piece_bytes:
             return rows.to(self._platform.device)
         self._turn = 1 - self._turn
         fetched = self._fetched[self._turn]

@@ -1,6 +1,6 @@
-"""Reading safetensors files: headers checked byte by byte, tensors mapped where they lie.
+"""Reading safetensors files: headers checked byte by byte, then tensors, some rows at a time.
 
-Owns the format; knows nothing of models. A file that passes `read_header` can be mapped without surprises:
+Owns the format; knows nothing of models. A file that passes `read_header` can be read without surprises:
 every tensor lies inside it, and nothing else does.
 """
 
@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import math
-import mmap
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,6 +25,7 @@ _BYTES = {
     "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,
 }  # fmt: skip
 _TORCH = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_ROWS_TOGETHER = 64  # where a tensor is cut: kernels pack so many, or a part of them, side by side
 _REMEDY = "the file is damaged or incomplete; download it again"
 
 
@@ -118,32 +120,68 @@ def _is_size(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
-def map_tensors(path: Path, entries: list[TensorEntry]) -> Iterator[tuple[TensorEntry, torch.Tensor]]:
-    """Each tensor of one file as it lies on disk; a tensor is valid until the next one is asked for.
+def read_rows(
+    path: Path, entries: list[TensorEntry], most_bytes: int
+) -> Iterator[tuple[TensorEntry, int, torch.Tensor]]:
+    """Each tensor of one file, some rows at a time: the tensor, the first row, the rows.
 
-    Pages are dropped once the tensor has been used, so that a checkpoint is never resident as a whole. Only
-    float tensors can be asked for.
+    At most `most_bytes` come at once, but at least a row; a tensor without dimensions is one. They are valid until the
+    next are asked for: a thread reads these meanwhile, and there are two places, used in turn. (Mapping the file would
+    have the system look up each of its pages for a single use.) Only float tensors can be asked for.
+
+    Raises:
+        ModelFilesError: the file cannot be read, or has become shorter.
     """
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as mapped:
-        for entry in entries:
-            if not entry.num_bytes:
-                yield entry, torch.empty(entry.shape, dtype=_TORCH[entry.dtype])
-                continue
-            yield entry, _view(mapped, entry)
-            _drop_pages(mapped, entry)
+    pieces = [piece for entry in entries for piece in _pieces(entry, most_bytes)]
+    if not pieces:
+        return
+    place_bytes = max(piece.num_bytes for piece in pieces)
+    places = [torch.empty(place_bytes, dtype=torch.uint8) for _ in range(min(2, len(pieces)))]
+    with path.open("rb", buffering=0) as file, ThreadPoolExecutor(1, thread_name_prefix="read-weights") as reader:
+
+        def read(i: int) -> torch.Tensor:
+            return _read(file, path, pieces[i], places[i % 2])
+
+        ahead = reader.submit(read, 0)
+        for i, piece in enumerate(pieces):
+            rows = ahead.result()
+            if i + 1 < len(pieces):
+                ahead = reader.submit(read, i + 1)
+            yield piece.entry, piece.start, rows
 
 
-def _view(mapped: mmap.mmap, entry: TensorEntry) -> torch.Tensor:
-    dtype = _TORCH[entry.dtype]
-    # The kernels want aligned elements; the format does not promise them.
-    aligned = entry.begin % dtype.itemsize == 0
-    buffer = mapped if aligned else bytearray(mapped[entry.begin : entry.begin + entry.num_bytes])
-    offset = entry.begin if aligned else 0
-    flat = torch.frombuffer(buffer, dtype=dtype, count=math.prod(entry.shape), offset=offset)
-    return flat.view(entry.shape)
+class _Piece(NamedTuple):
+    entry: TensorEntry
+    start: int  # row
+    shape: tuple[int, ...]
+    begin: int  # in bytes from the start of the file
+    num_bytes: int
 
 
-def _drop_pages(mapped: mmap.mmap, entry: TensorEntry) -> None:
-    begin = entry.begin // mmap.PAGESIZE * mmap.PAGESIZE
-    if hasattr(mmap, "MADV_DONTNEED"):
-        mapped.madvise(mmap.MADV_DONTNEED, begin, entry.begin + entry.num_bytes - begin)
+def _pieces(entry: TensorEntry, most_bytes: int) -> Iterator[_Piece]:
+    if not entry.shape or not entry.num_bytes:
+        yield _Piece(entry, 0, entry.shape, entry.begin, entry.num_bytes)
+        return
+    all_rows, *row_shape = entry.shape
+    row_bytes = entry.num_bytes // all_rows
+    step = max(1, most_bytes // row_bytes)
+    step -= step % _ROWS_TOGETHER if step > _ROWS_TOGETHER else 0
+    for start in range(0, all_rows, step):
+        num_rows = min(step, all_rows - start)
+        begin = entry.begin + start * row_bytes
+        yield _Piece(entry, start, (num_rows, *row_shape), begin, num_rows * row_bytes)
+
+
+def _read(file: FileIO, path: Path, piece: _Piece, place: torch.Tensor) -> torch.Tensor:
+    rows = place[: piece.num_bytes]
+    left = memoryview(rows.numpy())
+    try:
+        file.seek(piece.begin)
+        while left:
+            num_read = file.readinto(left)
+            if not num_read:
+                raise ModelFilesError(f"{path} ends within tensor {piece.entry.name}; {_REMEDY}")
+            left = left[num_read:]
+    except OSError as error:
+        raise ModelFilesError(f"cannot read {path}: {error.strerror}") from None
+    return rows.view(_TORCH[piece.entry.dtype]).view(piece.shape)

@@ -149,7 +149,7 @@ class PackedLinear:
     def load_rows(self, start: int, weight: torch.Tensor) -> None:
         """Convert `weight` ([n, in_features], any float dtype) and pack it in place as rows start..start+n.
 
-        A memory-mapped tensor is read as it is packed: float32, bfloat16 and float16 are never copied first.
+        It is read as it is packed: float32, bfloat16 and float16 are never copied first.
         """
         check_rows(self, start, weight)
         if weight.dtype not in native.DTYPE_CODES:

@@ -13,8 +13,6 @@ import pickletools
 import zipfile
 from typing import Any, NamedTuple
 
-import numpy as np
-
 _MAX_DESCRIPTION_BYTES = 4096  # of data.pkl; torch's are some 300
 _MAX_DIMENSIONS = 8
 _MAX_ENTRIES = 64  # of the archive
@@ -38,6 +36,8 @@ class SavedTensor(NamedTuple):
         Raises:
             ValueError: they reach beyond the storage.
         """
+        import numpy as np  # a server's start does not wait for it
+
         size = _SIZES[self.dtype]
         try:
             elements = np.ndarray(

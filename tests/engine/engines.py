@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import time
@@ -124,6 +125,14 @@ class BrokenModelExecutor(FakeExecutor):
         raise ModelFilesError(
             "model.norm.weight has shape [63], expected [64]; download the checkpoint again"
         )
+
+
+class SlowlyEndingExecutor(BrokenModelExecutor):
+    """Cannot start, and its process takes its time to end, as one does that has imported torch on a slow machine."""
+
+    def initialize(self) -> WorkerReady:
+        atexit.register(time.sleep, 1.5)
+        return super().initialize()
 
 
 class EndlessStartExecutor(FakeExecutor):

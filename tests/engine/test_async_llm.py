@@ -173,6 +173,62 @@ def test_an_undecodable_request_is_answered_with_an_error():
     run(scenario)
 
 
+def count_messages(engine) -> list[tuple[RequestType, int]]:
+    """The list that what is sent to the core from now on is added to: its kind, and of how much it is."""
+    sent: list[tuple[RequestType, int]] = []
+    core = engine.engine_core._core
+    send = core.send
+
+    def counted(kind: RequestType, *payloads: bytes) -> None:
+        sent.append((kind, len(payloads)))
+        send(kind, *payloads)
+
+    core.send = counted
+    return sent
+
+
+def test_requests_that_come_together_are_one_message():
+    async def scenario(engine):
+        sent = count_messages(engine)
+        answers = await asyncio.gather(*(collect(engine, [1], f"r{i}", max_tokens=i + 1) for i in range(5)))
+        assert [len(tokens) for tokens, *_ in answers] == [1, 2, 3, 4, 5]
+        assert sent == [(RequestType.ADD, 5)]
+
+    run(scenario)
+
+
+def test_an_undecodable_request_leaves_those_it_came_with_alone():
+    async def scenario(engine):
+        sent = count_messages(engine)
+        send = engine.engine_core._send_request
+
+        def spoil(request: bytes) -> None:
+            request_id = msgspec.msgpack.decode(request)[0]
+            send(encode([request_id, "no list", 3, "no seed"]) if request_id.startswith("bad") else request)
+
+        engine.engine_core._send_request = spoil
+        asked = [collect(engine, [1], name, max_tokens=3) for name in ("one", "bad", "two")]
+        one, bad, two = await asyncio.gather(*asked, return_exceptions=True)
+        assert len(one[0]) == len(two[0]) == 3
+        assert isinstance(bad, EngineGenerateError) and "cannot be decoded" in str(bad)
+        assert sent == [(RequestType.ADD, 3)]
+
+    run(scenario)
+
+
+def test_an_abort_never_overtakes_its_request():
+    async def scenario(engine):
+        sent = count_messages(engine)
+        asking = asyncio.ensure_future(collect(engine, [1], "r", **ENDLESS))
+        while not engine.output_processor.has_unfinished_requests():
+            await asyncio.sleep(0)
+        await engine.abort("r")
+        await asking
+        assert [kind for kind, _ in sent] == [RequestType.ADD, RequestType.ABORT]
+
+    run(scenario)
+
+
 def test_a_slow_consumer_gets_every_token():
     async def scenario(engine):
         tokens: list[int] = []

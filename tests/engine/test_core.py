@@ -12,8 +12,8 @@ from minivllm.config.scheduler import SchedulerConfig
 from minivllm.config.structured_outputs import StructuredOutputsConfig
 from minivllm.engine.core import EngineCore
 from minivllm.engine.structured import LazyGrammars
-from minivllm.exceptions import ConfigError, ModelFilesError
-from minivllm.messages.engine import EngineCoreRequest, FinishReason, UtilityRequest
+from minivllm.exceptions import ConfigError, ConflictError, ModelFilesError
+from minivllm.messages.engine import SLEEPING_PARTS, EngineCoreRequest, FinishReason, UtilityRequest
 from minivllm.sampling_params import SamplingParams
 from tests.core.test_grammar import FakeGrammars, constrained
 from tests.engine.engines import POISON, make_config
@@ -392,6 +392,100 @@ def test_a_pause_may_change_its_mind_and_what_one_held_another_aborts():
     assert [ends(heard[name]) for name in "ab"] == [[FinishReason.ABORT]] * 2
     core.resume()
     assert not core.is_paused()
+
+
+@pytest.mark.parametrize("first", ["pause", "sleep"])
+def test_requests_go_on_when_the_engine_is_neither_paused_nor_asleep(first: str):
+    core = make_core()
+    heard: dict[str, list] = {}
+    core.add_request(request("a", max_tokens=8))
+    stepped(core, heard, 3)
+    told = len(heard["a"])
+    begin = [lambda: core.pause("keep"), lambda: core.sleep(1, abort=False)]
+    end = [core.resume, lambda: core.wake_up(SLEEPING_PARTS)]
+    for act in begin if first == "pause" else reversed(begin):
+        act()
+    core.add_request(request("b", max_tokens=8))
+    for act in end if first == "pause" else reversed(end):
+        stepped(core, heard)
+        assert len(heard["a"]) == told and "b" not in heard
+        act()
+    stepped(core, heard)
+    assert [ends(heard[name]) for name in "ab"] == [[FinishReason.LENGTH]] * 2
+
+
+def test_a_sleep_that_waits_keeps_its_hold_whatever_becomes_of_pauses():
+    core = make_core(max_num_seqs=1)
+    heard: dict[str, list] = {}
+    for name in "ab":
+        core.add_request(request(name, max_tokens=8))
+    stepped(core, heard, 3)
+    for holder in ("one", "two"):
+        core.hold_for_sleep(holder)
+    core.pause("wait")
+    core.resume()
+    core.end_hold("two")
+    core.pause("wait")
+    assert core.is_coming_to_rest()
+    stepped(core, heard)
+    assert not core.is_coming_to_rest() and ends(heard["a"]) == [FinishReason.LENGTH] and "b" not in heard
+    core.sleep(1, abort=False)
+    core.end_hold("one")
+    assert core.wake_up(SLEEPING_PARTS) and core.is_paused()
+    stepped(core, heard)
+    assert "b" not in heard
+    core.resume()
+    stepped(core, heard)
+    assert ends(heard["b"]) == [FinishReason.LENGTH]
+
+
+STAND_STILL = {
+    "sleeps": (lambda core: core.sleep(1, abort=False), lambda core: core.wake_up(SLEEPING_PARTS)),
+    "is paused": (lambda core: core.pause("keep"), lambda core: core.resume()),
+}
+
+
+@pytest.mark.parametrize("state", STAND_STILL)
+def test_nothing_waits_for_requests_that_stand_still(state: str):
+    core = make_core()
+    heard: dict[str, list] = {}
+    core.add_request(request("a", max_tokens=8))
+    stepped(core, heard, 3)
+    stand_still, go_on = STAND_STILL[state]
+    stand_still(core)
+    refused = core.call_utility(UtilityRequest(1, "hold_for_sleep", ["x"]))
+    assert f"the engine {state} amid requests" in refused.conflict and refused.failure is None
+    if state == "sleeps":
+        with pytest.raises(ConflictError, match="wake it up first"):
+            core.pause("wait")
+    go_on(core)
+    stepped(core, heard)
+    assert ends(heard["a"]) == [FinishReason.LENGTH]  # nothing that was refused holds anything
+    core.add_request(request("b", max_tokens=8))
+    stand_still(core)
+    core.hold_for_sleep("x")  # what has not begun is not waited for
+    core.pause("wait")
+    stepped(core, heard)
+    assert not core.is_coming_to_rest() and "b" not in heard
+
+
+def test_nothing_stands_still_that_is_waited_for():
+    core = make_core()
+    heard: dict[str, list] = {}
+    core.add_request(request("a", max_tokens=8))
+    stepped(core, heard, 3)
+    core.hold_for_sleep("x")
+    with pytest.raises(ConflictError, match="a sleep waits"):
+        core.pause("keep")
+    assert not core.is_paused()
+    core.end_hold("x")
+    core.pause("wait")
+    with pytest.raises(ConflictError, match="a pause or a sleep waits"):
+        core.sleep(1, abort=False)
+    assert not core.is_sleeping()
+    core.sleep(1, abort=True)
+    stepped(core, heard)
+    assert ends(heard["a"]) == [FinishReason.ABORT] and not core.is_coming_to_rest()
 
 
 def test_a_vocabulary_that_cannot_be_read_in_idle_time_is_tried_again_by_the_request_that_needs_it(

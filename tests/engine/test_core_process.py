@@ -16,9 +16,12 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
+from minivllm.engine.core_launcher import CoreProcess
 from minivllm.engine.core_process import _CoreProcess
 from minivllm.engine.llm_engine import LLMEngine
-from minivllm.exceptions import ConfigError, EngineDeadError, EngineStartError
+from minivllm.exceptions import ConfigError, EngineDeadError, EngineStartError, ModelFilesError
+from minivllm.messages.codec import Decoder
+from minivllm.messages.engine import CoreToClient, EngineCoreReady
 from minivllm.sampling_params import SamplingParams
 from minivllm.utils.process import spawn, unblock_interrupts
 from minivllm.utils.sockets import MAX_UNIX_PATH, RunDirectory
@@ -75,6 +78,23 @@ def test_a_script_without_a_main_guard_runs_once_and_leaves_nothing(tmp_path, ru
     assert process.returncode == 0
     assert rest == "1\n2\n3\n"
     assert wait_gone(core_pid)
+
+
+def test_a_core_gets_ready_while_nobody_listens(run_dir):
+    """Who started it reads a tokenizer meanwhile: a core that asked for something first would stand still as long."""
+    core, decode, heard = CoreProcess(make_config(), on_death=lambda cause: None), Decoder(CoreToClient), []
+    while not heard or not isinstance(heard[-1], EngineCoreReady):
+        assert core.input_socket.poll(60_000)
+        heard.append(decode(core.input_socket.recv_multipart()[1]))
+    core.shutdown()
+
+
+def test_a_core_that_cannot_start_ends_by_itself_with_its_error_s_code(run_dir):
+    deaths: list[str] = []
+    core = CoreProcess(make_config("tests.engine.engines:SlowlyEndingExecutor"), on_death=deaths.append)
+    with pytest.raises(EngineStartError, match="download the checkpoint again"):
+        core.wait_ready()
+    assert (core.exitcode, deaths) == (ModelFilesError.exit_code, [])
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])

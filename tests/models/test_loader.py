@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import struct
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from minivllm.exceptions import ConfigError, ModelFilesError
 from minivllm.models import loader
-from minivllm.models.safetensors import read_header
+from minivllm.models.safetensors import read_header, read_rows
 from minivllm.sampling_params import SamplingParams
 from minivllm.worker.worker import Worker
 from tests.models.loop import Loop, engine_config
@@ -259,6 +260,41 @@ def test_what_config_json_asks_for_and_is_not_served_is_refused_by_name(
     (single / "config.json").write_text(json.dumps(config | {key: value}))
     named = value["rope_type"] if isinstance(value, dict) else key.replace("layer_types", "layer")
     refused(single, named, "config.json")
+
+
+# Rows ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("most_bytes", [1, 300, 64 * 22, 130 * 22, 1 << 20])
+def test_tensors_come_whole_in_pieces_that_a_kernel_packs_well(tmp_path: Path, most_bytes: int):
+    tensors = {
+        "a": torch.randn(300, 11).bfloat16(), "b": torch.randn(5), "c": torch.tensor(3.5), "d": torch.zeros(0, 4),
+        "e": torch.randn(7, 3, 2, dtype=torch.float16),
+    }  # fmt: skip
+    save_file(tensors, tmp_path / "x.safetensors")
+    found: dict[str, list[torch.Tensor]] = {name: [] for name in tensors}
+    entries = {entry.name: entry for entry in read_header(tmp_path / "x.safetensors")}
+    for entry, start, rows in read_rows(tmp_path / "x.safetensors", list(entries.values()), most_bytes):
+        row_bytes = entry.num_bytes // max(1, entry.shape[0]) if entry.shape else entry.num_bytes
+        assert rows.nbytes <= max(most_bytes, row_bytes)
+        assert start == sum(map(len, found[entry.name])) and (start < 64 or start % 64 == 0 or most_bytes < 64 * 22)
+        found[entry.name].append(rows.clone())
+    for name, tensor in tensors.items():
+        whole = torch.cat(found[name]) if tensor.dim() else found[name][0]
+        assert torch.equal(whole, tensor) and whole.dtype == tensor.dtype
+
+
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_a_file_that_became_shorter_is_an_error_and_no_crash(tmp_path: Path, when: str):
+    path = tmp_path / "x.safetensors"
+    save_file({"a": torch.randn(1 << 16, 16)}, path)
+    entries = read_header(path)
+    rows = read_rows(path, entries, 1 << 20)
+    if when == "meanwhile":
+        next(rows)
+    os.truncate(path, path.stat().st_size - 100)
+    with pytest.raises(ModelFilesError, match="ends within tensor a"):
+        list(rows)
 
 
 # Values ----------------------------------------------------------------------

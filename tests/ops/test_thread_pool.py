@@ -1,8 +1,14 @@
 """The pool under the worst of circumstances: more threads than processors, jobs of different kernels in turn."""
 
+import contextlib
+import os
+import sys
 import threading
+import time
+from pathlib import Path
 
 import numpy as np
+import pytest
 
 from minivllm.ops import native
 
@@ -47,3 +53,45 @@ def test_a_late_worker_never_mixes_two_jobs():
         native.lib.set_num_threads(before)
     assert wrong == []
     assert all((sign == 1).all() for sign in signs)  # turned an even number of times
+
+
+GAPS, GAP_S = 200, 60e-6  # of a gap: longer than a thread waits for work by itself, shorter than it does awake
+TRIES = 10  # where the starter is held up in too many gaps, nothing is seen
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="how often a thread has slept is read from /proc")
+def test_threads_are_awake_between_calls_inside_and_sleep_outside_however_it_was_left():
+    words = aligned(LARGEST)
+
+    def naps() -> int:
+        """How often the other threads of the pool went to sleep while kernels ran with gaps between them."""
+        before = sum(map(times_slept, others))
+        for _ in range(GAPS):
+            native.lib.read_memory(words.ctypes.data, len(words))
+            until = time.perf_counter() + GAP_S
+            while time.perf_counter() < until:
+                pass
+        return sum(map(times_slept, others)) - before
+
+    before, known = native.lib.num_threads(), set(os.listdir("/proc/self/task"))
+    native.lib.set_num_threads(2)
+    try:
+        native.lib.read_memory(words.ctypes.data, len(words))
+        others = set(os.listdir("/proc/self/task")) - known
+        assert others
+        for _ in range(TRIES):
+            with contextlib.suppress(KeyError), native.awake():
+                inside = naps()
+                raise KeyError
+            outside = naps()
+            if inside < outside / 4 and outside > GAPS / 4:
+                break
+        else:
+            pytest.fail(f"the last time, threads slept {inside} times in {GAPS} gaps inside, {outside} times outside")
+    finally:
+        native.lib.set_num_threads(before)
+
+
+def times_slept(thread: str) -> int:
+    status = Path(f"/proc/self/task/{thread}/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("voluntary_ctxt_switches"))

@@ -455,7 +455,7 @@ def test_a_device_whose_memory_others_took_meanwhile_says_so_and_may_be_woken_ag
 
 
 def test_weights_come_to_the_device_through_pinned_memory_piece_by_piece(model: Path, monkeypatch):
-    monkeypatch.setattr(PinnedStream, "_BYTES", 3000)  # rows are smaller, tensors larger
+    monkeypatch.setattr(PinnedStream, "piece_bytes", 3000)  # rows are smaller, tensors larger
     platform = FakeDevice()
     assert Loop(model, platform=platform).run(PROMPTS[:1], MIXED[0]) == Loop(model).run(PROMPTS[:1], MIXED[0])
     assert platform.num_events > 100

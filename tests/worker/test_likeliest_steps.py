@@ -96,6 +96,15 @@ def test_soft_caps_keep_their_logits(tmp_path: Path, counted: Counted):
     assert counted.tokens == 0 and counted.logits > 0
 
 
+def test_a_model_that_changes_its_logits_is_asked_for_them(tiny_model: Path, counted: Counted):
+    loop = Loop(tiny_model)
+    model = loop.worker.runner.model
+    whole = type(model)
+    model.__class__ = type("Changed", (whole,), {"compute_logits": lambda self, x: -whole.compute_logits(self, x)})
+    changed = loop.run(PROMPTS[:2], GREEDY)
+    assert counted.tokens == 0 and changed != Loop(tiny_model).run(PROMPTS[:2], GREEDY)
+
+
 class MaskedLoop(Loop):
     """Every step's sampling is given a mask that allows one token in eight, though nobody asked for it before."""
 

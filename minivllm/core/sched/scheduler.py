@@ -265,6 +265,10 @@ class Scheduler:
         """Some accepted request has not been answered for the last time."""
         return bool(self.requests)
 
+    def has_begun_requests(self) -> bool:
+        """Some request has had a step, and goes on."""
+        return any(each.status is not RequestStatus.WAITING and not each.finished for each in self.requests.values())
+
     def has_requests(self) -> bool:
         """A step has something to do: requests that are not held, or finished ones the worker must still hear of."""
         return len(self.requests) > len(self._held) or bool(self._finished_req_ids)

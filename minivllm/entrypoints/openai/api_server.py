@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -51,12 +52,11 @@ END_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 NUM_OPEN_FILES = 65535  # a connection is one
 METRICS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"  # prometheus_client's
 ALL_INTERFACES = ("", "0.0.0.0", "::")
-_APP_MODULES = (
+_LATER_MODULES = (  # what serving an app needs beside it
     "launcher",
     "completion.serving",
     "chat_completion.serving",
     "tokenize.serving",
-    "metrics.router",
 )
 
 
@@ -124,7 +124,8 @@ async def run_server_worker(url: str, sock: socket.socket, args: Namespace) -> N
 
     frontend = frontend_config(args)
     stats = StatLoggers()
-    async with build_async_engine_client(args, stats) as engine:
+    app: Future[FastAPI] = Future()
+    async with build_async_engine_client(args, stats, meanwhile=lambda: _build_into(app, args)) as engine:
         servers = ApiServers(engine, sock, args, frontend.api_server_count)
         try:
             await serve_app(
@@ -132,6 +133,7 @@ async def run_server_worker(url: str, sock: socket.socket, args: Namespace) -> N
                 sock,
                 args,
                 stats,
+                app=await asyncio.wrap_future(app),
                 on_listening=lambda app: _announce(engine, app, url, frontend),
                 on_signal=servers.on_signal,
             )
@@ -145,17 +147,21 @@ async def serve_app(
     args: Namespace,
     stats: StatLoggers,
     *,
+    app: FastAPI | None = None,
     on_listening: Callable[[FastAPI], None] = lambda app: None,
     on_signal: Callable[[int], None] = lambda signum: None,
     signals: Sequence[signal.Signals] = END_SIGNALS,
 ) -> None:
-    """One API server process: its app on its engine client, served until one of `signals`, or the engine's death."""
+    """One API server process: its app on its engine client, served until one of `signals`, or the engine's death.
+
+    app: of `build_app`, if it has been made already.
+    """
     from minivllm.entrypoints.openai.launcher import serve_http
 
-    app = build_app(args)
+    app = build_app(args) if app is None else app
     init_app_state(engine, args, app, stats)
-    gc.collect()
     gc.freeze()  # what lives as long as the server is not to be scanned again and again
+    gc.enable()
     statistics = asyncio.ensure_future(_log_statistics(stats))
     try:
         await serve_http(
@@ -177,9 +183,11 @@ async def serve_app(
 
 @contextlib.asynccontextmanager
 async def build_async_engine_client(
-    args: Namespace, stats: StatLoggers | None = None
+    args: Namespace, stats: StatLoggers | None = None, *, meanwhile: Callable[[], None] = lambda: None
 ) -> AsyncIterator[AsyncLLM]:
     """Start the engine core and wait until it serves; it is shut down at the end, however that comes.
+
+    meanwhile: called on a thread as the core starts, if it is started.
 
     Raises:
         ConfigError, EngineStartError: it cannot start.
@@ -191,8 +199,7 @@ async def build_async_engine_client(
 
     from minivllm.engine.async_llm import AsyncLLM
 
-    # The core needs seconds to import torch and read the weights; FastAPI and the routes are imported meanwhile.
-    threading.Thread(target=_import_app, name="import-app", daemon=True).start()
+    threading.Thread(target=meanwhile, name="build-app", daemon=True).start()
     loggers = [] if stats is None or config.observability.disable_log_stats else [stats]
     engine = await _start_unless_signalled(
         lambda: AsyncLLM.from_engine_config(config, stat_loggers=loggers, num_clients=num_servers)
@@ -246,10 +253,14 @@ async def _end_start(starting: asyncio.Future[AsyncLLM]) -> None:
         starting.result().shutdown(timeout_s=0)
 
 
-def _import_app() -> None:
-    for name in _APP_MODULES:
-        with contextlib.suppress(Exception):  # the import that needs it reports it
+def _build_into(app: Future[FastAPI], args: Namespace) -> None:
+    """Build the app while the core, which needs seconds to import torch and read the weights, is not ready."""
+    try:
+        for name in _LATER_MODULES:
             import_module(f"minivllm.entrypoints.openai.{name}")
+        app.set_result(build_app(args))
+    except BaseException as error:
+        app.set_exception(error)
 
 
 async def _log_statistics(stats: StatLoggers) -> None:
@@ -288,8 +299,12 @@ def _announce(engine: AsyncLLM, app: FastAPI, url: str, frontend: FrontendConfig
 
 def run(args: Namespace) -> None:
     """Serve until the end, on uvloop where there is one."""
-    with _metrics_directory(args.api_server_count):
-        _run(args)
+    gc.disable()  # until it serves: what is imported until then is no garbage
+    try:
+        with _metrics_directory(args.api_server_count):
+            _run(args)
+    finally:
+        gc.enable()
 
 
 @contextlib.contextmanager

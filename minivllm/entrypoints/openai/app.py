@@ -18,6 +18,7 @@ from minivllm.version import __version__
 
 if TYPE_CHECKING:
     from fastapi import APIRouter, FastAPI
+    from fastapi.routing import APIRoute
 
 logger = init_logger(__name__)
 
@@ -94,14 +95,27 @@ def _routers(frontend: FrontendConfig, *, profiles: bool) -> list[APIRouter]:
     return routers
 
 
+def _short_routes() -> list[APIRoute]:
+    """Those that most requests are for."""
+    from minivllm.entrypoints.openai.chat_completion.router import router as chat_router
+    from minivllm.entrypoints.openai.completion.router import router as completion_router
+    from minivllm.entrypoints.openai.messages.router import router as messages_router
+    from minivllm.entrypoints.openai.responses.router import router as responses_router
+
+    routers = (completion_router, chat_router, messages_router, responses_router)
+    return [route for router in routers for route in router.routes if not route.param_convertors]
+
+
 def _add_middleware(app: FastAPI, frontend: FrontendConfig, *, counts_requests: bool) -> None:
     """In the order that `middleware.py` draws, from its end: the last added is the first a request meets."""
     from fastapi.middleware.cors import CORSMiddleware
 
     from minivllm.entrypoints.openai import middleware as ours
     from minivllm.entrypoints.openai.errors import Failures
+    from minivllm.entrypoints.openai.short_way import ShortWay
     from minivllm.metrics.http import HttpMetrics
 
+    app.add_middleware(ShortWay, routes=_short_routes())
     app.add_middleware(ours.BodyLimit)
     app.add_middleware(ours.Admission, lifecycle=app.state.lifecycle)
     if keys := api_keys(frontend):

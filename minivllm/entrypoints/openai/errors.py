@@ -188,7 +188,14 @@ def _validation_line(entry: dict[str, Any]) -> str:
     return line
 
 
-async def _on_error(request: Request, error: Exception) -> Response:
+# What is raised on purpose, by us, FastAPI or Starlette.
+HANDLED = (MinivllmError, RequestValidationError, HTTPException)
+
+
+async def answer_error(request: Request, error: Exception) -> Response:
+    """What a client hears of an error, on whichever way its request came to it."""
+    if isinstance(error, HTTPException):
+        return _answer_http_error(request, error)
     if isinstance(error, EngineError):
         logger.error("%s %s failed: %s", request.method, request.scope["path"], error)
     return _respond(request, error)
@@ -200,8 +207,7 @@ def _respond(request: Request, error: Exception, headers: dict[str, str] | None 
     return error_response(error, headers, scope=request.scope)
 
 
-async def _on_http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
+def _answer_http_error(request: Request, error: HTTPException) -> Response:
     if error.status_code == HTTPStatus.NOT_FOUND and error.detail == HTTPStatus.NOT_FOUND.phrase:
         error = HTTPException(404, f"there is no route {request.scope['path'][:200]}; GET /docs lists them")
     elif error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
@@ -232,7 +238,5 @@ class Failures:
 
 def install_error_handlers(app: FastAPI) -> None:
     """Give every failure of every route, routing itself included, the one body."""
-    app.add_exception_handler(MinivllmError, _on_error)
-    app.add_exception_handler(RequestValidationError, _on_error)
-    app.add_exception_handler(HTTPException, _on_http_error)
-    app.add_exception_handler(Exception, _on_error)
+    for kind in (*HANDLED, Exception):
+        app.add_exception_handler(kind, answer_error)

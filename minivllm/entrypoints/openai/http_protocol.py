@@ -1,6 +1,7 @@
-"""uvicorn's HTTP protocol with limits on a request's head: its bytes, its lines, and the time it may take.
+"""uvicorn's HTTP protocol with limits on a request's head, and with an answer's head in one write with what follows.
 
-uvicorn sets none with httptools: a client could send headers for ever, or keep a connection open without asking.
+The limits are of a head's bytes, its lines, and the time it may take. uvicorn sets none with httptools: a client could
+send headers for ever, or keep a connection open without asking.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import asyncio
 from typing import Any
 
 from starlette.exceptions import HTTPException
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from minivllm.entrypoints.openai.errors import error_body
 
@@ -65,7 +66,10 @@ class LimitedProtocol(HttpToolsProtocol):
         self._num_head_bytes = 0
         self._stop_timer()
         if not self._refused:
+            before = self.cycle
             super().on_headers_complete()
+            if self.cycle is not before:
+                self.cycle.transport = _HeadHolder(self.cycle, self.loop)
 
     def on_body(self, body: bytes) -> None:
         if not self._refused:
@@ -99,3 +103,34 @@ class LimitedProtocol(HttpToolsProtocol):
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
+
+
+class _HeadHolder:
+    """A cycle's transport until its first two writes: an answer's head waits for the bytes behind it, if these come
+    before the loop does anything else. A write is a system call."""
+
+    def __init__(self, cycle: RequestResponseCycle, loop: asyncio.AbstractEventLoop) -> None:
+        self._cycle, self._loop = cycle, loop
+        self._transport = cycle.transport
+        self._held = b""
+
+    def write(self, data: bytes) -> None:
+        if self._held:
+            self._flush(data)
+        else:
+            self._held = data
+            self._loop.call_soon(self._flush)
+
+    def _flush(self, more: bytes = b"") -> None:
+        if self._held:
+            self._cycle.transport = self._transport
+            held, self._held = self._held, b""
+            if not self._transport.is_closing():
+                self._transport.write(held + more)
+
+    def close(self) -> None:
+        self._flush()
+        self._transport.close()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import uvicorn
 
 from minivllm.config.frontend import FrontendConfig
-from minivllm.entrypoints.openai.access_log import silence
+from minivllm.entrypoints.openai.access_log import log_config, silence
 from minivllm.entrypoints.openai.http_protocol import limited_protocol
 from minivllm.entrypoints.openai.lifecycle import Lifecycle
 from minivllm.entrypoints.openai.tls import refresh_certificates, uvicorn_tls_options
@@ -123,7 +123,8 @@ async def serve_http(
         uds=frontend.uds,  # for its log line; the socket is bound
         log_level=frontend.uvicorn_log_level,
         access_log=not frontend.disable_uvicorn_access_log,
-        **({"log_config": None} if log_config_path(frontend.log_config_file) else {}),  # `logger.configure` has read it
+        # A file of the operator's has been read by `logger.configure`.
+        log_config=None if log_config_path(frontend.log_config_file) else log_config(),
         **uvicorn_tls_options(frontend),
     )
     silence(frontend.disable_access_log_for_endpoints)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 
 class Lifecycle:
@@ -17,16 +17,24 @@ class Lifecycle:
         self.draining = False
         self.num_open = 0
         self.num_loading = 0  # of these, what GET /load counts
-        self._closing: asyncio.Future[None] | None = None
+        self._closing = False
+        self._closers: set[Callable[[], None]] = set()
         self._idle = asyncio.Event()
         self._idle.set()
 
-    @property
-    def closing(self) -> asyncio.Future[None]:
-        """Done once open answers must end. Wait on it beside other things; never cancel it."""
-        if self._closing is None:
-            self._closing = asyncio.get_running_loop().create_future()
-        return self._closing
+    def on_close(self, call: Callable[[], None]) -> Callable[[], None]:
+        """Have something called once open answers must end: soon, if that is so already. Returns it, for `forget`."""
+        self._closers.add(call)
+        if self._closing:
+            asyncio.get_running_loop().call_soon(self._close_one, call)
+        return call
+
+    def forget(self, call: Callable[[], None]) -> None:
+        self._closers.discard(call)
+
+    def _close_one(self, call: Callable[[], None]) -> None:
+        if call in self._closers:  # not forgotten meanwhile
+            call()
 
     def begin_drain(self) -> None:
         """Take no new work; what is open goes on."""
@@ -35,8 +43,10 @@ class Lifecycle:
     def close(self) -> None:
         """End what is open, now."""
         self.draining = True
-        if not self.closing.done():
-            self.closing.set_result(None)
+        if not self._closing:
+            self._closing = True
+            for call in list(self._closers):
+                call()
 
     @contextlib.contextmanager
     def open_request(self) -> Iterator[None]:

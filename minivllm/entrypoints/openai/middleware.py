@@ -1,7 +1,7 @@
 """What every request passes before its route. Plain ASGI: bodies are counted, streamed chunks not touched.
 
     RootPath ─▶ CORS ─▶ RequestId ─▶ HttpMetrics ─▶ Failures ─▶ --middleware ─▶ Authentication ─▶ Admission
-        ─▶ BodyLimit ─▶ routes
+        ─▶ BodyLimit ─▶ short_way.ShortWay ─▶ routes
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Authentication:
             await self.app(scope, receive, send)
 
     def _admits(self, scope: Any) -> bool:
-        return scope["method"] == "OPTIONS" or _route_path(scope) in self._open_paths or self._has_key(scope)
+        return scope["method"] == "OPTIONS" or route_path(scope) in self._open_paths or self._has_key(scope)
 
     def _has_key(self, scope: Any) -> bool:
         headers = dict(scope["headers"])
@@ -108,7 +108,7 @@ class Authentication:
         return any([hmac.compare_digest(digest, known) for known in self._digests])
 
 
-def _route_path(scope: Any) -> str:
+def route_path(scope: Any) -> str:
     """The path that is routed: the request's own, without --root-path. Never a URL built from the Host header."""
     path, root = scope["path"], scope.get("root_path", "").rstrip("/")
     if path == root:

@@ -173,7 +173,7 @@ class SamplingFields(BaseModel):
             for name in (NOT_YET.keys() & body.keys()) - cls.SUPPORTED_HERE:
                 if not NOT_YET[name](body[name]):
                     raise UnsupportedError(f"{name} is not supported yet; leave it out", param=name)
-            refuse_others({name: HARMLESS[name] for name in HARMLESS.keys() - cls.model_fields.keys()}, body)
+            refuse_others(_harmless_to(cls), body)
         return body
 
     @model_validator(mode="before")
@@ -309,6 +309,12 @@ class SamplingFields(BaseModel):
                 param="logprobs",
             )
         return params
+
+
+@functools.cache
+def _harmless_to(model: type[SamplingFields]) -> dict[str, Accepts]:
+    """Those of HARMLESS that are no fields of a body."""
+    return {name: HARMLESS[name] for name in HARMLESS.keys() - model.model_fields.keys()}
 
 
 def _response_format(format: dict[str, Any]) -> dict[str, Any]:

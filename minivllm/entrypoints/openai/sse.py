@@ -64,6 +64,7 @@ class EventWriter:
     def __init__(self, send: Callable[[dict[str, Any]], Awaitable[None]], num_choices: int) -> None:
         self._send = send
         self._unfinished = set(range(num_choices))
+        self._held = b""  # events behind the last finish: little follows, at once, and one write is cheaper than three
         self.ended = False
         self.num_written = 0
 
@@ -78,9 +79,11 @@ class EventWriter:
             if choice.finish_reason is not None:
                 self._unfinished.discard(choice.index)
         self.num_written += 1
-        await self._send(
-            {"type": "http.response.body", "body": b"data: %b\n\n" % _encode(chunk), "more_body": True}
-        )
+        event = b"data: %b\n\n" % _encode(chunk)
+        if self._unfinished:
+            await self._send({"type": "http.response.body", "body": event, "more_body": True})
+        else:
+            self._held += event
 
     async def keep_alive(self) -> None:
         """A comment, which clients skip and proxies count as life."""
@@ -102,7 +105,7 @@ class EventWriter:
     async def _end(self, body: bytes) -> None:
         # One message, so that a cancellation cannot come between the last event and [DONE].
         self.ended = True
-        await self._send({"type": "http.response.body", "body": body, "more_body": False})
+        await self._send({"type": "http.response.body", "body": self._held + body, "more_body": False})
 
 
 class NamedEventWriter(EventWriter):
@@ -158,18 +161,22 @@ class EventStream(Response):
         self._request_id = request_id
         self._lifecycle = lifecycle
         self._keep_alive_s = keep_alive_s
-        self._first: asyncio.Future[Chunk | None] | None = None
+        self._first: Chunk | bytes | None = None
+        self._waiting: asyncio.Future[Chunk | bytes | None] | None = None  # for the first, beside something else
 
     async def start(self) -> EventStream:
         """Wait for the first chunk, or for the time to keep the connection alive: until then a failure is a status."""
-        self._first = asyncio.ensure_future(anext(self._chunks, None))
+        if not self._keep_alive_s:
+            self._first = await anext(self._chunks, None)
+            return self
+        self._waiting = asyncio.ensure_future(anext(self._chunks, None))
         try:
-            await asyncio.wait({self._first}, timeout=self._keep_alive_s or None)
+            await asyncio.wait({self._waiting}, timeout=self._keep_alive_s)
         except asyncio.CancelledError:
             await self._close()
             raise
-        if self._first.done():
-            self._first.result()  # raises what it raised
+        if self._waiting.done():
+            self._waiting.result()  # raises what it raised
         return self
 
     def _make_writer(self, send: Callable[[dict[str, Any]], Awaitable[None]]) -> EventWriter:
@@ -190,22 +197,24 @@ class EventStream(Response):
 
     async def _close(self) -> None:
         """End the generator; it cannot be closed while the first chunk is still being waited for."""
-        if self._first is not None and not self._first.done():
-            self._first.cancel()
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.cancel()
             with contextlib.suppress(asyncio.CancelledError, Exception):
-                await self._first
+                await self._waiting
         await self._chunks.aclose()
 
     async def _write(self, writer: EventWriter) -> None:
-        keeper = asyncio.ensure_future(self._keep_alive(writer)) if self._keep_alive_s else None
+        if self._waiting is None:
+            await self._write_chunks(writer)
+            return
+        keeper = asyncio.ensure_future(self._keep_alive(writer))
         try:
             await self._write_chunks(writer)
         finally:
-            if keeper is not None:
-                keeper.cancel()
+            keeper.cancel()
 
     async def _keep_alive(self, writer: EventWriter) -> None:
-        if not self._first.done():
+        if not self._waiting.done():
             await writer.keep_alive()
         while not writer.ended:
             before = writer.num_written
@@ -216,9 +225,10 @@ class EventStream(Response):
     async def _write_chunks(self, writer: EventWriter) -> None:
         try:
             try:
-                first = await self._first
-                if first is not None:
-                    await writer.chunk(first)
+                if self._waiting is not None:
+                    self._first = await self._waiting
+                if self._first is not None:
+                    await writer.chunk(self._first)
                 async for chunk in self._chunks:
                     await writer.chunk(chunk)
             except Exception as error:

@@ -40,24 +40,56 @@ async def attend(
 ) -> T:
     """Run `work` to its end, unless the client goes or the server closes first; then it is cancelled.
 
+    It runs in the task of whoever calls, which is cancelled for it and goes on, as with `asyncio.timeout`.
+
     Raises:
         ClientDisconnected, ServerClosingError: what came first; whatever `work` raises.
     """
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_until_disconnect(receive))
+    end = _EarlyEnd()
+    watcher = asyncio.ensure_future(_watch(receive, end))
+    closing = lifecycle.on_close(lambda: end.come(ServerClosingError()))
     try:
-        await asyncio.wait({task, gone, lifecycle.closing}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        raise ClientDisconnected if gone.done() else ServerClosingError
+        return await work
+    except asyncio.CancelledError:
+        if end.reason is None or end.is_cancelled_by_others():
+            raise
+        raise end.reason from None
     finally:
-        await _cancel(gone)
-        await _cancel(task)
+        watcher.cancel()
+        lifecycle.forget(closing)
+        end.settle()
 
 
-async def _until_disconnect(receive: Callable[[], Awaitable[Any]]) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+class _EarlyEnd:
+    """Cancels the task that makes it, once, and can take that back (from Python 3.11 on a task counts it)."""
+
+    def __init__(self) -> None:
+        self._task: Any = asyncio.current_task()
+        self._num_cancels = self._count()
+        self.reason: Exception | None = None
+
+    def _count(self) -> int:
+        return self._task.cancelling() if hasattr(self._task, "cancelling") else 0
+
+    def come(self, reason: Exception) -> None:
+        if self.reason is None:
+            self.reason = reason
+            self._task.cancel()
+
+    def is_cancelled_by_others(self) -> bool:
+        return self._count() > self._num_cancels + 1
+
+    def settle(self) -> None:
+        if self.reason is not None and hasattr(self._task, "uncancel"):
+            self._task.uncancel()
+
+
+async def _watch(receive: Callable[[], Awaitable[Any]], end: _EarlyEnd) -> None:
+    """Wait for the client's going; a connection that cannot be read counts as gone."""
+    with contextlib.suppress(Exception):
+        while (await receive())["type"] != "http.disconnect":
+            pass
+    end.come(ClientDisconnected())
 
 
 async def _cancel(task: asyncio.Future[Any]) -> None:
@@ -181,20 +213,28 @@ class JsonRoute(APIRoute):
         return handle_json
 
 
+def _content_type(raw_request: Request) -> str:
+    return raw_request.headers.get("content-type", "").split(";", 1)[0].strip().lower()
+
+
+def is_json(raw_request: Request) -> bool:
+    """Whether its body says so."""
+    return _content_type(raw_request) == "application/json"
+
+
 async def require_json(raw_request: Request) -> None:
     """A route's dependency: a body that does not say it is JSON is refused.
 
     Browsers send other content types across origins without asking first; this closes that door.
     """
-    content_type = raw_request.headers.get("content-type", "").split(";", 1)[0].strip().lower()
-    if content_type != "application/json":
+    if not is_json(raw_request):
         raise RequestValidationError(
             [
                 {
                     "type": "content_type",
                     "loc": ("header", "content-type"),
                     "msg": "Content-Type must be application/json",
-                    "input": content_type,
+                    "input": _content_type(raw_request),
                 }
             ]
         )

@@ -189,6 +189,34 @@ def test_a_sleeping_server_holds_requests_until_it_wakes(sleeper: AsyncLLM, mode
     api.run(talk)
 
 
+def test_a_sleep_in_a_pause_is_a_409_where_it_would_wait_for_what_the_pause_keeps(sleeper: AsyncLLM):
+    api = Api(sleeper, enable_dev_endpoints=True)
+    ask = {"prompt": [1, 2, 3], "max_tokens": 1000, "ignore_eos": True, "temperature": 0, "return_token_ids": True}
+
+    async def talk(client: httpx.AsyncClient) -> None:
+        async def complete() -> dict:
+            return (await client.post("/v1/completions", json=ask)).json()["choices"][0]
+
+        calm = await complete()
+        open_ones = [asyncio.ensure_future(complete()) for _ in range(16)]
+        await until_it_runs(sleeper, open_ones[0])
+        await client.post("/pause?mode=keep")
+        refused = await client.post("/sleep?mode=wait")
+        assert (refused.status_code, refused.json()["error"]["type"]) == (409, "ConflictError")
+        assert (await client.post("/sleep?level=2&mode=keep")).status_code == 200
+        refused = await client.post("/pause?mode=wait")
+        assert refused.status_code == 409 and "wake it up" in refused.json()["error"]["message"]
+        await client.post("/resume")
+        await asyncio.sleep(0.1)
+        assert not all(each.done() for each in open_ones)
+        await client.post("/wake_up")
+        assert all([await each == calm for each in open_ones])
+        for path in ("/is_paused", "/is_sleeping"):
+            assert list((await client.get(path)).json().values()) == [False]
+
+    api.run(talk)
+
+
 def test_the_prefix_cache_is_reset_under_running_requests_when_asked_to(sleeper: AsyncLLM):
     api = Api(sleeper, enable_dev_endpoints=True)
     ask = {"prompt": [1, 2, 3], "max_tokens": 1000, "ignore_eos": True, "temperature": 0, "return_token_ids": True}

@@ -9,15 +9,18 @@ import logging
 import socket
 import ssl
 import subprocess
+from importlib import import_module
 from pathlib import Path
 
 import httpx
 import pytest
+from uvicorn.config import LOGGING_CONFIG
+from uvicorn.logging import AccessFormatter
 
 from minivllm import logger as minivllm_logger
 from minivllm.config.frontend import FrontendConfig
 from minivllm.entrypoints.openai import http_protocol, sse, tls
-from minivllm.entrypoints.openai.access_log import WithoutPaths, read_paths
+from minivllm.entrypoints.openai.access_log import WithoutPaths, log_config, read_paths
 from minivllm.entrypoints.openai.app import api_keys
 from minivllm.entrypoints.openai.launcher import serve_http
 from minivllm.entrypoints.openai.listen import create_server_socket, create_unix_socket, remove_unix_socket
@@ -333,6 +336,22 @@ def test_paths_can_be_kept_out_of_the_access_log():
         return WithoutPaths(read_paths("/health, /metrics")).filter(record)
 
     assert [kept(path) for path in ("/health", "/metrics?x=1", "/v1/models", "/health/x")] == [False, False, True, True]
+
+
+@pytest.mark.parametrize("use_colors", [False, True])
+@pytest.mark.parametrize("status", [200, 404, 599])
+def test_lines_of_the_access_log_are_uvicorns(status: int, use_colors: bool):
+    ours, theirs = log_config()["formatters"]["access"], LOGGING_CONFIG["formatters"]["access"]
+    assert ours["fmt"] == theirs["fmt"]
+    args = ("127.0.0.1:1", "GET", "/v1/models?a=%20", "1.1", status)
+    record = logging.LogRecord("uvicorn.access", logging.INFO, "", 0, '%s - "%s %s HTTP/%s" %d', args, None)
+    formatters = [kind(theirs["fmt"], use_colors=use_colors) for kind in (AccessFormatter, _named(ours["()"]))]
+    assert len({formatter.format(record) for formatter in formatters}) == 1
+
+
+def _named(path: str) -> type:
+    module, _, name = path.rpartition(".")
+    return getattr(import_module(module), name)
 
 
 def test_a_log_configuration_is_a_file_from_the_flag_or_the_environment(tmp_path: Path, monkeypatch):

@@ -157,7 +157,8 @@ def test_a_server_that_ends_drops_the_texts_that_wait_for_the_tokenizer(
         return [1]
 
     @contextlib.asynccontextmanager
-    async def fake_client(_args: object, _stats: object):
+    async def fake_client(_args: object, _stats: object, *, meanwhile: Callable[[], None]):
+        meanwhile()
         yield engine
 
     async def serve_three_texts(app, _sock, **_options: object) -> None:
