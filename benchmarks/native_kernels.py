@@ -29,12 +29,12 @@ from minivllm.ops import (
     bitmask,
     kv_layout,
     kv_write,
-    log_softmax,
     native,
     rms_norm,
     rotary,
     sampling,
     scaling,
+    token_logprobs,
 )
 from minivllm.ops.linear import PackedLinear
 from minivllm.ops.linear_int8 import PackedInt8Linear
@@ -103,7 +103,8 @@ def on_logits(rows: int) -> Iterator[Case]:
     yield Case("sampling: copy, top-k 50", lambda: truncate(top_k, whole), 4 * size)
     yield Case("sampling: copy, top-p 0.9", lambda: truncate(every, top_p), 4 * size)
     yield Case("sampling: rows not finite", lambda: sampling.nonfinite_rows_cpu(logits), size)
-    yield Case("logprobs: log_softmax", lambda: log_softmax.cpu(logits), 2 * size)
+    wanted = torch.randint(0, VOCAB, (rows, 8))
+    yield Case("logprobs: of 8 tokens, and a rank", lambda: token_logprobs.cpu(logits, wanted), size)
     bits = torch.randint(-(2**31), 2**31, (rows, -(-VOCAB // 32)), dtype=torch.int32)
     every_row = torch.arange(rows)
     yield Case("bitmask", lambda: bitmask.cpu(scratch, every_row, bits), size + bits.nbytes)

@@ -1,11 +1,12 @@
-"""Microseconds a decode step of the core spends outside kernels, and where.
+"""Microseconds a step of the core spends outside kernels, and where: a decode, or a prompt's only step.
 
-    python benchmarks/step_overhead.py --model DIR [--batch 1 64] [--steps 300] [--profile]
+    python benchmarks/step_overhead.py --model DIR [--batch 1 64] [--prompts 128 512] [--steps 300] [--profile]
 
 The core runs in this process; every call of the native extension is timed, the rest of the step is overhead: Python,
 torch and numpy. Decode steps are replayed in one such call; what is in it is shown by making its calls again, one by
 one, in wall time. Processor time of the main thread is counted, so that a disturbed machine disturbs little. Encoding
-and decoding of the step's message stand beside it.
+and decoding of the step's message stand beside it. Prompts come alone, of so many tokens and up to 9 fewer, and get one
+token each.
 """
 
 from __future__ import annotations
@@ -68,23 +69,44 @@ def build_core(model: str, clock: Clock, extra: dict[str, Any]) -> Any:
         clock.wrap(owner, name, f"kernel {name}")
     clock.wrap(lib.Tape, "replay", "kernels of a recorded step")
 
-    options = {"kv_cache_memory_bytes": 1 << 30, "max_model_len": 2048, "enable_prefix_caching": False} | extra
+    options = {"kv_cache_memory_bytes": 1 << 30, "max_model_len": 4096, "enable_prefix_caching": False} | extra
     config = EngineArgs(model=model, **options).create_engine_config("offline")
     return EngineCore(config, on_death=print, on_progress=lambda phase: None)
 
 
-def add_requests(core: Any, batch: int, num_out: int, temperature: float) -> None:
+def add_requests(core: Any, batch: int, num_out: int, temperature: float, num_in: int = NUM_IN) -> None:
     pick = random.Random(0)
     vocab_size = core.ready.vocab_size
     for number in range(batch):
         core.add_request(
             EngineCoreRequest(
                 request_id=f"request-{number}",
-                prompt_token_ids=[pick.randrange(vocab_size) for _ in range(NUM_IN)],
+                prompt_token_ids=[pick.randrange(vocab_size) for _ in range(num_in)],
                 sampling_params=SamplingParams(max_tokens=num_out, ignore_eos=True, temperature=temperature),
                 seed=number,
             )
         )
+
+
+def measure_prompts(core: Any, clock: Clock, num_in: int, steps: int) -> None:
+    totals, kernels, wall = [], [], []
+    for number in range(steps + 8):
+        add_requests(core, 1, 1, 0.0, num_in - number % 10)
+        clock.spent.clear()
+        begin, began = now(), time.perf_counter_ns()
+        core.step()
+        if number >= 8:
+            totals.append(now() - begin)
+            wall.append(time.perf_counter_ns() - began)
+            kernels.append(sum(ns for name, ns in clock.spent.items() if name.startswith("kernel")))
+        while core.has_requests():
+            core.step()
+    outside = statistics.median(t - k for t, k in zip(totals, kernels)) / 1e6
+    total, kernel = statistics.median(totals) / 1e6, statistics.median(kernels) / 1e6
+    print(
+        f"prompts of {num_in}: step {total:.2f} ms = kernels {kernel:.2f} + outside {outside:.2f}; by the clock "
+        f"{min(wall) / 1e6:.1f} at best, {statistics.median(wall) / 1e6:.1f} in the middle"
+    )
 
 
 def measure(core: Any, clock: Clock, batch: int, steps: int, temperature: float, profile: bool) -> None:
@@ -149,10 +171,11 @@ def show_recorded(runner: Any, repeat: int = 50) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 64])
+    parser.add_argument("--batch", type=int, nargs="*", default=[1, 64], help="of decodes")
+    parser.add_argument("--prompts", type=int, nargs="+", default=[], help="lengths, in tokens")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--enforce-eager", action="store_true", help="without replaying decode steps")
+    parser.add_argument("--enforce-eager", action="store_true", help="without replaying steps")
     parser.add_argument("--profile", action="store_true", help="a profile of the steps as well (it slows them)")
     args = parser.parse_args()
     clock = Clock()
@@ -163,6 +186,8 @@ def main() -> None:
     clock.wrap(worker, "execute_model", "execute_model, not the model")
     clock.wrap(worker.runner.model, "forward", "model forward, eager, not its kernels")
     clock.wrap(worker, "sample_tokens", "sample_tokens, not its kernels")
+    for num_in in args.prompts:
+        measure_prompts(core, clock, num_in, args.steps)
     for batch in args.batch:
         measure(core, clock, batch, args.steps, args.temperature, args.profile)
     core.shutdown()

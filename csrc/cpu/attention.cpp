@@ -2,6 +2,9 @@
 // does not depend on it.
 #include "attention.h"
 
+#include <atomic>
+#include <new>
+
 #include "attention_fma.h"
 #include "attention_walk.h"
 #if defined(__AMX_BF16__)
@@ -11,12 +14,12 @@
 namespace minivllm::MINIVLLM_ISA {
 namespace {
 
-// Query rows of one request, or of the members of a group over what they share, against some of the KV heads.
+// Query rows of one request, or of the members of a group over what they share, against one KV head.
 struct Unit {
     int32_t request;                    // whose row of the block table is followed
     int32_t first_query, num_queries;   // from the request's first
     int32_t first_member, num_members;  // of a shared walk: whose rows
-    int32_t first_head, num_heads;      // KV heads
+    int32_t kv_head;
     int32_t state;                      // where the rows' states lie between walks: a row of Work.states, or -1
     int32_t num_parts;                  // of a join
     Ending ending;
@@ -24,10 +27,39 @@ struct Unit {
     int64_t begin, end;  // positions
 };
 
+// A thread's units, [first, end): it takes them in order, as each walk fetches what the next begins with; threads that
+// have done theirs take the last of others.
+struct alignas(64) Share {
+    std::atomic<uint64_t> range;  // first, and in the upper half end
+
+    void set(int64_t first, int64_t end) { range.store(uint64_t(end) << 32 | uint64_t(first)); }
+
+    // The one taken, and of what is left the one that the same thread would take next; -1: none.
+    struct Taken { int64_t unit, next; };
+    Taken take(bool is_own) {
+        for (uint64_t seen = range.load(std::memory_order_relaxed);;) {
+            const int64_t first = uint32_t(seen), end = int64_t(seen >> 32);
+            if (first >= end) return {-1, -1};
+            const uint64_t left = is_own ? seen + 1 : seen - (uint64_t(1) << 32);
+            if (!range.compare_exchange_weak(seen, left, std::memory_order_relaxed)) continue;
+            const bool is_last = first + 1 == end;
+            return is_own ? Taken{first, is_last ? -1 : first + 1} : Taken{end - 1, is_last ? -1 : end - 2};
+        }
+    }
+};
+
+struct Units {
+    Unit* list = nullptr;
+    int64_t num = 0;
+    Share* shares = nullptr;  // [num_shares], or null
+
+    void add(const Unit& unit) { list[num++] = unit; }
+};
+
 // Three rounds: what groups share; each request's own keys, long ones in parts if threads would idle; their joining.
 struct Work {
-    Unit *shared, *own, *joins;
-    int64_t num_shared = 0, num_own = 0, num_joins = 0;
+    Units shared, prompts, decodes, joins;
+    int num_shares;
     float* states;          // [members of groups, then parts][num_heads][carried_floats]
     int64_t positions;      // whose rows walk together, the heads of the group each
     int64_t next_state;     // the first row of states that nobody has
@@ -44,14 +76,14 @@ int64_t positions_together(const Attention& a) {
     return greater(1, rows / group_size(a));
 }
 
-// What the members of each group share, as many of them together as a walk has rows.
+// What the members of each group share, as many of them together as a walk has rows: a head's walks one after another.
 void list_shared(const Attention& a, Work& work) {
     for (int64_t g = 0; g < a.num_groups; ++g)
-        for (int64_t m = a.group_starts[g]; m < a.group_starts[g + 1]; m += work.positions)
-            for (int32_t h = 0; h < a.layout.num_kv_heads; ++h) {
+        for (int32_t h = 0; h < a.layout.num_kv_heads; ++h)
+            for (int64_t m = a.group_starts[g]; m < a.group_starts[g + 1]; m += work.positions) {
                 const int64_t n = lesser(work.positions, a.group_starts[g + 1] - m);
-                work.shared[work.num_shared++] = {a.members[m], 0, 0, int32_t(m), int32_t(n), h, 1, int32_t(m), 0,
-                                                  Ending::shared, false, 0, a.shared_lens[g]};
+                work.shared.add({a.members[m], 0, 0, int32_t(m), int32_t(n), h, int32_t(m), 0, Ending::shared, false, 0,
+                                 a.shared_lens[g]});
             }
 }
 
@@ -63,20 +95,19 @@ void list_prompt(const Attention& a, int32_t request, Work& work) {
     for (int32_t h = 0; h < a.layout.num_kv_heads; ++h)
         for (int64_t q = (q_len - 1) / work.positions * work.positions; q_len > 0 && q >= 0; q -= work.positions) {
             const int64_t n = lesser(work.positions, q_len - q);
-            work.own[work.num_own++] = {request, int32_t(q), int32_t(n), 0, 0, h, 1, -1, 0, Ending::output, false, 0,
-                                        first_position + q + n};
+            work.prompts.add({request, int32_t(q), int32_t(n), 0, 0, h, -1, 0, Ending::output, false, 0,
+                              first_position + q + n});
         }
 }
 
-void list_decode(const Attention& a, int32_t request, int32_t member, int64_t begin, int64_t heads_together,
-                 bool in_parts, Work& work) {
-    const int64_t heads = a.layout.num_kv_heads, end = a.seq_lens[request], parts = num_parts(begin, end);
-    Unit unit{request, 0, 1, 0, 0, 0, 0, member, 0, Ending::output, member >= 0, begin, end};
+void list_decode(const Attention& a, int32_t request, int32_t member, int64_t begin, bool in_parts, Work& work) {
+    const int64_t end = a.seq_lens[request], parts = num_parts(begin, end);
+    begin = greater(begin, (end - a.sliding_window) / kTile * kTile);
+    Unit unit{request, 0, 1, 0, 0, 0, member, 0, Ending::output, member >= 0, begin, end};
     in_parts = in_parts && member < 0 && parts > 1;
     const int64_t first_state = work.next_state;
-    for (int64_t h = 0; h < heads; h += heads_together) {
-        unit.first_head = int32_t(h);
-        unit.num_heads = int32_t(lesser(heads_together, heads - h));
+    for (int32_t h = 0; h < a.layout.num_kv_heads; ++h) {
+        unit.kv_head = h;
         for (int64_t part = 0; part < (in_parts ? parts : 1); ++part) {
             if (in_parts) {
                 unit.state = int32_t(first_state + part);
@@ -84,56 +115,73 @@ void list_decode(const Attention& a, int32_t request, int32_t member, int64_t be
                 unit.begin = part * kSegment;
                 unit.end = lesser(unit.begin + kSegment, end);
             }
-            work.own[work.num_own++] = unit;
+            work.decodes.add(unit);
         }
         if (in_parts) {
             unit.state = int32_t(first_state);
             unit.num_parts = int32_t(parts);
-            work.joins[work.num_joins++] = unit;
+            work.joins.add(unit);
             unit.num_parts = 0;
         }
     }
     if (in_parts) work.next_state += parts;
 }
 
+// Shares of as many positions each.
+void share_out(Units& units, int num_shares) {
+    int64_t total = 0, walked = 0, i = 0;
+    for (int64_t u = 0; u < units.num; ++u) total += units.list[u].end - units.list[u].begin;
+    for (int t = 0; t < num_shares; ++t) {
+        const int64_t first = i;
+        while (i < units.num && (walked < total * (t + 1) / num_shares || t + 1 == num_shares)) {
+            walked += units.list[i].end - units.list[i].begin;
+            ++i;
+        }
+        (new (units.shares + t) Share)->set(first, i);
+    }
+}
+
 Work list_work(const Attention& a) {
     const int64_t heads = a.layout.num_kv_heads;
     Work work{};
     work.positions = positions_together(a);
-    int64_t num_decodes = 0, num_own = 0, most_parts = 0;
+    work.num_shares = num_threads();
+    int64_t num_prompts = 0, num_decodes = 0, most_parts = 0;
     for (int64_t b = 0; b < a.num_reqs; ++b) {
         const int64_t q_len = a.query_start_loc[b + 1] - a.query_start_loc[b];
-        num_own += (q_len + work.positions - 1) / work.positions * heads;
-        num_decodes += q_len == 1;
-        most_parts += q_len == 1 ? num_parts(0, a.seq_lens[b]) : 0;
+        if (q_len == 1) ++num_decodes, most_parts += num_parts(0, a.seq_lens[b]);
+        else num_prompts += (q_len + work.positions - 1) / work.positions;
     }
-    const bool in_parts = num_own < 4 * num_threads() && a.sliding_window == kNoWindow;
-    if (in_parts) num_own += most_parts * heads;
+    const bool in_parts = (num_prompts + num_decodes) * heads < 4 * num_threads() && a.sliding_window == kNoWindow;
     const int64_t num_states = a.num_members + (in_parts ? most_parts : 0);
-    const int64_t num_shared = (a.num_groups + a.num_members / work.positions) * heads;
-    const int64_t num_joins = in_parts ? num_decodes * heads : 0;
-    const int64_t state_bytes = num_states * a.num_heads * carried_floats(a.layout.head_dim) * 4;
+    const int64_t num_shared = a.num_groups + a.num_members / work.positions;
+    const int64_t num_units = num_shared + num_prompts + num_decodes + (in_parts ? num_decodes + most_parts : 0);
+    const int64_t state_bytes = (num_states * a.num_heads * carried_floats(a.layout.head_dim) * 4 + 63) / 64 * 64;
+    const int64_t share_bytes = 2 * work.num_shares * int64_t(sizeof(Share));
     char* memory = static_cast<char*>(thread_scratch(
-        0, size_t(state_bytes + (num_shared + num_own + num_joins) * int64_t(sizeof(Unit)) + a.num_reqs * 8)));
+        0, size_t(state_bytes + share_bytes + num_units * heads * int64_t(sizeof(Unit)) + a.num_reqs * 8)));
     work.states = reinterpret_cast<float*>(memory);
     work.next_state = a.num_members;
-    work.shared = reinterpret_cast<Unit*>(memory + state_bytes);
-    work.own = work.shared + num_shared;
-    work.joins = work.own + num_own;
-    int32_t* member = reinterpret_cast<int32_t*>(work.joins + num_joins);  // [num_reqs], then where its own part begins
-    int32_t* begin = member + a.num_reqs;
+    work.shared.shares = reinterpret_cast<Share*>(memory + state_bytes);
+    work.decodes.shares = work.shared.shares + work.num_shares;
+    Unit* units = reinterpret_cast<Unit*>(memory + state_bytes + share_bytes);
+    work.shared.list = units;
+    work.prompts.list = work.shared.list + num_shared * heads;
+    work.decodes.list = work.prompts.list + num_prompts * heads;
+    work.joins.list = work.decodes.list + (num_decodes + (in_parts ? most_parts : 0)) * heads;
+    int32_t* member = reinterpret_cast<int32_t*>(units + num_units * heads);  // [num_reqs]
+    int32_t* begin = member + a.num_reqs;  // [num_reqs], of its own part
     for (int64_t b = 0; b < a.num_reqs; ++b) member[b] = -1, begin[b] = 0;
     for (int64_t g = 0; g < a.num_groups; ++g)
         for (int32_t m = a.group_starts[g]; m < a.group_starts[g + 1]; ++m)
             member[a.members[m]] = m, begin[a.members[m]] = a.shared_lens[g];
     list_shared(a, work);
-    const auto is_decode = [&a](int64_t b) { return a.query_start_loc[b + 1] - a.query_start_loc[b] == 1; };
-    for (int64_t b = 0; b < a.num_reqs; ++b)  // prompts first: their walks are the longest
-        if (!is_decode(b)) list_prompt(a, int32_t(b), work);
-    // A walk fetches the next head's first keys while it ends: many heads together, if that leaves enough to share out.
-    const int64_t heads_together = greater(1, lesser(heads, num_decodes * heads / (16 * num_threads())));
-    for (int64_t b = 0; b < a.num_reqs; ++b)
-        if (is_decode(b)) list_decode(a, int32_t(b), member[b], begin[b], heads_together, in_parts, work);
+    for (int64_t b = 0; b < a.num_reqs; ++b) {
+        if (a.query_start_loc[b + 1] - a.query_start_loc[b] != 1) list_prompt(a, int32_t(b), work);
+        else list_decode(a, int32_t(b), member[b], begin[b], in_parts, work);
+    }
+    share_out(work.shared, work.num_shares);
+    share_out(work.decodes, work.num_shares);
     return work;
 }
 
@@ -141,8 +189,8 @@ float* state_of(const Attention& a, const Work& work, int64_t state, int64_t hea
     return state < 0 ? nullptr : work.states + (state * a.num_heads + head) * carried_floats(a.layout.head_dim);
 }
 
-void own_rows(const Attention& a, const Work& work, const Unit& unit, int64_t kv_head, Rows& rows) {
-    const int64_t group = group_size(a), first_head = kv_head * group;
+void own_rows(const Attention& a, const Work& work, const Unit& unit, Rows& rows) {
+    const int64_t group = group_size(a), first_head = unit.kv_head * group;
     const int64_t first_token = a.query_start_loc[unit.request] + unit.first_query;
     const int64_t first_position = a.seq_lens[unit.request] - (a.query_start_loc[unit.request + 1] - first_token);
     rows.count = unit.num_queries * group;
@@ -158,8 +206,8 @@ void own_rows(const Attention& a, const Work& work, const Unit& unit, int64_t kv
         }
 }
 
-void shared_rows(const Attention& a, const Work& work, const Unit& unit, int64_t kv_head, Rows& rows) {
-    const int64_t group = group_size(a), first_head = kv_head * group;
+void shared_rows(const Attention& a, const Work& work, const Unit& unit, Rows& rows) {
+    const int64_t group = group_size(a), first_head = unit.kv_head * group;
     rows.count = unit.num_members * group;
     for (int64_t m = unit.first_member, r = 0; m < unit.first_member + unit.num_members; ++m)
         for (int64_t g = 0; g < group; ++g, ++r) {
@@ -173,39 +221,55 @@ void shared_rows(const Attention& a, const Work& work, const Unit& unit, int64_t
         }
 }
 
+Path path_of(const Attention& a, const Unit& unit) {
+    return {a.block_table + unit.request * a.block_table_stride, unit.kv_head, unit.begin, unit.end, unit.resumes,
+            unit.ending};
+}
+
+// next: what this thread will probably run next, or null.
 template <class Math>
-void run_unit(const Attention& a, const Work& work, const Unit& unit) {
+void run_unit(const Attention& a, const Work& work, const Unit& unit, const Unit* next) {
     Rows rows;
-    const int32_t* blocks = a.block_table + unit.request * a.block_table_stride;
-    for (int64_t h = unit.first_head; h < unit.first_head + unit.num_heads; ++h) {
-        if (unit.num_members > 0) shared_rows(a, work, unit, h, rows);
-        else own_rows(a, work, unit, h, rows);
+    if (unit.num_members > 0) shared_rows(a, work, unit, rows);
+    else own_rows(a, work, unit, rows);
+    const Path path = path_of(a, unit), next_path = path_of(a, next == nullptr ? unit : *next);
+    const Path* expected = next == nullptr ? nullptr : &next_path;
 #if defined(__AMX_BF16__)
-        if (std::is_same_v<Math, AmxMath> && rows.count > AmxMath::kBlock && !unit.resumes &&
-            unit.ending != Ending::part && unit.num_parts == 0) {
-            WideWalk(a, rows).run({blocks, h, unit.begin, unit.end, false, unit.ending});
-            continue;
-        }
+    if (std::is_same_v<Math, AmxMath> && rows.count > AmxMath::kBlock && !unit.resumes &&
+        unit.ending != Ending::part && unit.num_parts == 0)
+        return WideWalk(a, rows).run(path, expected);
 #endif
-        Walk<Math> walk(a, rows);
-        if (unit.num_parts > 0) {
-            walk.join(unit.num_parts, a.num_heads * carried_floats(a.layout.head_dim));
-            continue;
-        }
-        const Path path{blocks, h, unit.begin, unit.end, unit.resumes, unit.ending};
-        Path next = path;
-        next.kv_head = h + 1;
-        next.begin = greater(next.begin, rows.begin[0] / kStep * kStep);
-        walk.run(path, h + 1 < unit.first_head + unit.num_heads ? &next : nullptr);
+    Walk<Math> walk(a, rows);
+    if (unit.num_parts > 0) walk.join(unit.num_parts, a.num_heads * carried_floats(a.layout.head_dim));
+    else walk.run(path, expected);
+}
+
+// A thread's units: its share in order, then the last ones of other shares.
+template <class Math>
+void run_shares(const Attention& a, const Work& work, const Units& units, int thread) {
+    for (int i = 0; i < work.num_shares; ++i) {
+        Share& share = units.shares[(thread + i) % work.num_shares];
+        for (Share::Taken t; (t = share.take(i == 0)).unit >= 0;)
+            run_unit<Math>(a, work, units.list[t.unit], t.next < 0 ? nullptr : units.list + t.next);
     }
 }
 
 template <class Math>
 void run_with(const Attention& a) {
     const Work work = list_work(a);
-    parallel_tasks(work.num_shared, [&](int64_t i) { run_unit<Math>(a, work, work.shared[i]); });
-    parallel_tasks(work.num_own, [&](int64_t i) { run_unit<Math>(a, work, work.own[i]); });
-    parallel_tasks(work.num_joins, [&](int64_t i) { run_unit<Math>(a, work, work.joins[i]); });
+    struct Context { const Attention& a; const Work& work; std::atomic<int64_t> next_prompt; } context{a, work, {0}};
+    run_on_threads(int(lesser(work.num_shares, work.shared.num)), [](void* p, int thread) {
+        const Context& c = *static_cast<Context*>(p);
+        run_shares<Math>(c.a, c.work, c.work.shared, thread);
+    }, &context);
+    run_on_threads(int(lesser(work.num_shares, work.prompts.num + work.decodes.num)), [](void* p, int thread) {
+        Context& c = *static_cast<Context*>(p);
+        const Units& prompts = c.work.prompts;  // first, as their walks are the longest
+        for (int64_t i; (i = c.next_prompt.fetch_add(1, std::memory_order_relaxed)) < prompts.num;)
+            run_unit<Math>(c.a, c.work, prompts.list[i], nullptr);
+        run_shares<Math>(c.a, c.work, c.work.decodes, thread);
+    }, &context);
+    parallel_tasks(work.joins.num, [&](int64_t i) { run_unit<Math>(a, work, work.joins.list[i], nullptr); });
 }
 
 void run(const Attention& a) {

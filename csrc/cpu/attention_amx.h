@@ -35,14 +35,16 @@ struct CodeTable {
     }
 };
 
-// 2^x for x <= kRise, within 7.5e-5 of it: a weight that is rounded to bf16 hides more. Zero below -150, NaN for NaN.
+// 2^x for x <= kRise, within 7.5e-5 of it: a weight that is rounded to bf16 hides more. Zero below -126, where the last
+// instruction would take 60 ns for a subnormal number that bf16 has no use for; NaN for NaN.
 MINIVLLM_INLINE Vec amx_weight(Vec x) {
     const Vec f{_mm512_reduce_ps(x.v, 0x09)};  // x - floor(x)
     Vec p = set1(0.07802452f);
     p = fma(p, f, set1(0.22606716f));
     p = fma(p, f, set1(0.69583356f));
     p = fma(p, f, set1(0.9999252f));
-    return {_mm512_scalef_ps(p.v, x.v)};  // times 2^floor(x)
+    const __mmask16 is_normal = _mm512_cmp_ps_mask(x.v, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+    return {_mm512_maskz_scalef_ps(is_normal, p.v, x.v)};  // times 2^floor(x)
 }
 
 // How AMX reads the cache's tiles.
@@ -153,13 +155,42 @@ MINIVLLM_INLINE void shape_tiles(int rows) {
     _tile_loadconfig(config);
 }
 
+// What is read of the cache next is fetched, some lines a turn, from several places at once: the processor's own
+// fetching follows each place only some 20 lines ahead, and a prefetch that waits for memory holds one of the few
+// buffers that the core has.
+template <_mm_hint kHint>
+class Ahead {
+public:
+    static constexpr int kMostPlaces = 2 * kStepTiles;
+
+    // `bytes` from each place on, in so many turns.
+    void start(const char* const* places, int num_places, int64_t bytes, int64_t turns) {
+        for (int i = 0; i < num_places; ++i) place_[i] = places[i];
+        num_places_ = num_places;
+        bytes_ = bytes;
+        done_ = 0;
+        lines_ = turns == 0 ? 0 : ((bytes + 63) / 64 + turns - 1) / turns;
+    }
+    void stop() { done_ = bytes_; }
+
+    MINIVLLM_INLINE void turn() {
+        for (int64_t i = 0; i < lines_ && done_ < bytes_; ++i, done_ += 64)
+            for (int p = 0; p < num_places_; ++p) _mm_prefetch(place_[p] + done_, kHint);
+    }
+
+private:
+    const char* place_[kMostPlaces] = {};
+    int num_places_ = 0;
+    int64_t bytes_ = 0, done_ = 0, lines_ = 0;  // of each place; lines a turn
+};
+
 class AmxMath {
 public:
     static constexpr int64_t kBlock = 16;
 
     static size_t bytes(const Attention& a, int64_t num_rows) {
         const int64_t d = a.layout.head_dim;
-        return size_t(num_rows * (d + 16) + kBlock * kStep + kStep * d + 2 * kTile * d) * 2 + AmxTiles::bytes(a);
+        return size_t(num_rows * (d + 16) + kBlock * kStep + kStep * d + 2 * kTile * d + 512) * 2 + AmxTiles::bytes(a);
     }
 
     AmxMath() = default;
@@ -169,10 +200,9 @@ public:
         weights_ = q_ + (rows.count + kBlock - 1) / kBlock * kBlock * num_k_ * 32;
         values_ = weights_ + kBlock * kStep;
         keys_ = values_ + kStep * head_dim_;
-        tiles_ = AmxTiles(a, reinterpret_cast<char*>(keys_ + 2 * kTile * head_dim_));
+        warm_ = keys_ + 2 * kTile * head_dim_;
+        tiles_ = AmxTiles(a, reinterpret_cast<char*>(warm_ + 512));
         is_bytes_ = tiles_.are_bytes();
-        // bf16 is read as fast as memory gives: a line here and there leads on the processor's own fetching.
-        fetch_step_ = is_bytes_ ? 64 : 256;
     }
 
     // Queries as tiles, [rows / 16][head_dim / 32][16][32].
@@ -186,27 +216,27 @@ public:
 
     // Codes are widened two tiles at a time, so that what is widened stays near.
     void begin_step(const Step& step) {
-        is_cut_ = false;
+        is_cut_ = has_values_ = false;
         for (int t = step.first_tile; t < step.end_tile; ++t) keys_of_[t] = reinterpret_cast<const bf16*>(step.key[t]);
-        if (!is_bytes_) read_values(step, step.first_tile, step.end_tile, 0);
+        if (a_->layout.type == KvType::int8) fetch_scales(step);
     }
 
     void scores(const Step& step, int64_t block, int64_t) {
         const bf16* q = q_ + block * num_k_ * 32;
         for (int t = step.first_tile; t < step.end_tile; t += 2) {
             const int n = t + 1 < step.end_tile ? 2 : 1;
-            const char* next[2] = {};
-            for (int i = 0; i < n; ++i) {
-                if (block == 0) next[i] = step.next[t + i];
-                if (is_bytes_) keys_of_[t + i] = tiles_.widen(keys_ + i * kTile * head_dim_, step.key[t + i]);
-            }
+            const bool are_last = !is_bytes_ && t + 2 >= step.end_tile;
+            fetch_after(step, block, (t - step.first_tile) / 2, 2 * n * num_k_ + (are_last ? kWeighTurns : 0));
+            for (int i = 0; i < n && is_bytes_; ++i)
+                keys_of_[t + i] = tiles_.widen(keys_ + i * kTile * head_dim_, step.key[t + i]);
             float* to = s_.scores + t * kTile;
-            if (n == 2) score_tiles<2>(to, q, keys_of_ + t, next);
-            else score_tiles<1>(to, q, keys_of_ + t, next);
+            if (n == 2) score_tiles<2>(to, q, keys_of_ + t);
+            else score_tiles<1>(to, q, keys_of_ + t);
         }
     }
 
     static MINIVLLM_INLINE Vec weight(Vec x) { return amx_weight(x); }
+    MINIVLLM_INLINE void look_ahead() { ahead_.turn(); }
 
     // Weights as tiles, [step's tile][16][32].
     void set_weights(int64_t r, const Vec (&x)[kStepVecs]) {
@@ -217,16 +247,28 @@ public:
     }
 
     void add_values(const Step& step, int64_t block, int64_t block_end) {
-        for (int t = step.first_tile; t < step.end_tile && is_bytes_; t += 2) {
-            const int end = int(lesser(t + 2, step.end_tile));
-            read_values(step, t, end, t);
-            add_values_of(step, block, t, end);
+        const int groups = int(head_dim_ / 16), together = is_bytes_ ? 2 : kStepTiles;  // tiles
+        int piece = num_pairs(step.first_tile, step.end_tile);
+        for (int t = step.first_tile; t < step.end_tile; t += together) {
+            const int end = int(lesser(t + together, step.end_tile));
+            if (is_bytes_) fetch_after(step, block, piece++, (end - t) * groups);
+            if (is_bytes_ || !has_values_) read_values(step, t, end, is_bytes_ ? t : 0);
+            has_values_ = true;
+            int g = 0;
+            for (; g + 4 <= groups; g += 4) {
+                if (!is_bytes_) fetch_after(step, block, piece++, 4 * (end - t));
+                add_group<4>(block, t, end, g);
+            }
+            if (!is_bytes_ && g < groups) fetch_after(step, block, piece, (groups - g) * (end - t));
+            for (; g < groups; ++g) add_group<1>(block, t, end, g);
         }
-        if (!is_bytes_) add_values_of(step, block, step.first_tile, step.end_tile);
         if (is_cut_) add_cut_values(step, block, block_end);
     }
 
 private:
+    static constexpr int kWeighTurns = 8;  // of two rows, the fewest as a rule
+    static constexpr int64_t kSliceBytes = kTile * 64 * 2;  // of a tile of values in bf16
+
     bool is_cut(int64_t p) const {
         return rows_->begin[rows_->count - 1] > p || rows_->end[0] < p + kTile;
     }
@@ -246,17 +288,55 @@ private:
         }
     }
 
-    // While part `i` of `n` of a tile is worked on, that part of the same tile of the next step is fetched into L2.
-    MINIVLLM_INLINE void fetch(const char* tile, int i, int n) const {
-        if (tile == nullptr) return;
-        const int64_t bytes = a_->layout.tile_bytes();
-        for (int64_t at = bytes * i / n / 64 * 64; at < bytes * (i + 1) / n; at += fetch_step_)
-            _mm_prefetch(tile + at, _MM_HINT_T1);
+    // ---- fetching ahead: of a step's pieces, in the order they are read, the one after that which is worked on ----
+
+    static int num_pairs(int first, int end) { return (end - first + 1) / 2; }
+
+    // Keys, two tiles a piece; then values, codes two tiles a piece, others 64 dimensions of all tiles.
+    int num_pieces(int first, int end) const {
+        const int pairs = num_pairs(first, end);
+        return pairs + (is_bytes_ ? pairs : pairs == 0 ? 0 : int((head_dim_ + 63) / 64));
     }
+
+    void fetch_after(const Step& step, int64_t block, int piece, int turns) {
+        const int n = num_pieces(step.first_tile, step.end_tile);
+        if (block != 0) ahead_.stop();
+        else if (piece + 1 < n) fetch_piece(step.key, step.first_tile, step.end_tile, piece + 1, turns);
+        else if (step.next_first < step.next_end) fetch_piece(step.next, step.next_first, step.next_end, 0, turns);
+        else ahead_.stop();
+    }
+
+    void fetch_piece(const char* const* keys, int first, int end, int piece, int turns) {
+        const int pairs = num_pairs(first, end);
+        const bool are_values = piece >= pairs, are_pairs = is_bytes_ || !are_values;
+        const int i = are_values ? piece - pairs : piece;
+        const int t = are_pairs ? first + 2 * i : first, n = are_pairs ? int(lesser(2, end - t)) : end - first;
+        const int64_t offset = (are_pairs ? 0 : i * kSliceBytes) + (are_values ? a_->layout.half_bytes() : 0);
+        int64_t bytes = a_->layout.data_bytes() - (are_pairs ? 0 : i * kSliceBytes);
+        if (!are_pairs) bytes = lesser(bytes, kSliceBytes);
+        // Four places, or three: of fewer tiles the halves or quarters.
+        const int parts = n == 1 ? 4 : n == 2 ? 2 : 1;
+        bytes = (bytes / parts + 63) / 64 * 64;
+        const char* places[kStepTiles];
+        for (int p = 0; p < n * parts; ++p) places[p] = keys[t + p / parts] + offset + p % parts * bytes;
+        ahead_.start(places, n * parts, bytes, turns);
+    }
+
+    // Those of the next step, as it begins with them.
+    void fetch_scales(const Step& step) const {
+        const int64_t data = a_->layout.data_bytes(), half = a_->layout.half_bytes();
+        for (int t = step.next_first; t < step.next_end; ++t)
+            for (int64_t at = data; at < data + kTile * 4; at += 64) {
+                _mm_prefetch(step.next[t] + at, _MM_HINT_T0);
+                _mm_prefetch(step.next[t] + half + at, _MM_HINT_T0);
+            }
+    }
+
+    // ---- products ----
 
     // Up to 16 rows: tiles 0 to 3 hold sums, 4 queries, 5 to 7 keys; n tiles of keys.
     template <int n>
-    void score_tiles(float* to, const bf16* q, const bf16* const* keys, const char* const* next) const {
+    void score_tiles(float* to, const bf16* q, const bf16* const* keys) {
         const int64_t group = 16 * head_dim_;
         _tile_zero(0);
         _tile_zero(1);
@@ -266,17 +346,21 @@ private:
         }
         for (int k = 0; k < num_k_; ++k) {
             _tile_loadd(4, q + k * 512, 64);
+            _tile_stored(4, warm_, 64);
             _tile_loadd(5, tiles_.key_rows(keys[0], k), 64);
             _tile_dpbf16ps(0, 4, 5);
+            ahead_.turn();
             _tile_loadd(6, tiles_.key_rows(keys[0] + group, k), 64);
             _tile_dpbf16ps(1, 4, 6);
+            ahead_.turn();
             if (n == 2) {
                 _tile_loadd(7, tiles_.key_rows(keys[1], k), 64);
                 _tile_dpbf16ps(2, 4, 7);
+                ahead_.turn();
                 _tile_loadd(5, tiles_.key_rows(keys[1] + group, k), 64);
                 _tile_dpbf16ps(3, 4, 5);
+                ahead_.turn();
             }
-            for (int i = 0; i < n; ++i) fetch(next[i], k, num_k_);
         }
         _tile_stored(0, to, kStep * 4);
         _tile_stored(1, to + 16, kStep * 4);
@@ -286,15 +370,9 @@ private:
         }
     }
 
-    void add_values_of(const Step& step, int64_t block, int first, int end) const {
-        const int groups = int(head_dim_ / 16);
-        int g = 0;
-        for (; g + 4 <= groups; g += 4) add_group<4>(step, block, first, end, g);
-        for (; g < groups; ++g) add_group<1>(step, block, first, end, g);
-    }
-
+    // n groups of 16 dimensions from g on, of tiles [first, end) of the step.
     template <int n>
-    MINIVLLM_INLINE void add_group(const Step& step, int64_t block, int first, int end, int g) const {
+    MINIVLLM_INLINE void add_group(int64_t block, int first, int end, int g) {
         const int64_t stride = head_dim_ * 4;
         float* out = s_.seg_out + block * head_dim_ + g * 16;
         _tile_loadd(0, out, stride);
@@ -305,19 +383,22 @@ private:
         }
         for (int t = first; t < end; ++t) {
             const bf16* values = values_of_[t] + g * 512;
-            const char* next = block == 0 && step.next[t] != nullptr ? step.next[t] + a_->layout.half_bytes() : nullptr;
             _tile_loadd(4, weights_ + t * 512, 64);
+            _tile_stored(4, warm_, 64);
             _tile_loadd(5, values, 64);
             _tile_dpbf16ps(0, 4, 5);
+            ahead_.turn();
             if (n == 4) {
                 _tile_loadd(6, values + 512, 64);
                 _tile_dpbf16ps(1, 4, 6);
+                ahead_.turn();
                 _tile_loadd(7, values + 1024, 64);
                 _tile_dpbf16ps(2, 4, 7);
+                ahead_.turn();
                 _tile_loadd(5, values + 1536, 64);
                 _tile_dpbf16ps(3, 4, 5);
+                ahead_.turn();
             }
-            for (int i = 0; i < n; ++i) fetch(next, g + i, int(head_dim_ / 16));
         }
         _tile_stored(0, out, stride);
         if (n == 4) {
@@ -342,10 +423,11 @@ private:
     State s_{};
     int64_t head_dim_ = 0;
     int num_k_ = 0;
-    bool is_bytes_ = false, is_cut_ = false;
-    int64_t fetch_step_ = 64;
+    bool is_bytes_ = false, is_cut_ = false, has_values_ = false;
+    Ahead<_MM_HINT_T0> ahead_;
     AmxTiles tiles_;
     bf16 *q_ = nullptr, *weights_ = nullptr, *keys_ = nullptr, *values_ = nullptr;
+    bf16* warm_ = nullptr;  // a tile that nobody reads: storing takes ten times as long a microsecond later
     const bf16 *keys_of_[kStepTiles] = {}, *values_of_[kStepTiles] = {};  // of the step's tiles
 };
 

@@ -58,8 +58,10 @@ public:
         tiles_ = AmxTiles(a, take(int64_t(AmxTiles::bytes(a))));
     }
 
-    void run(const Path& path) {
+    // next: where this thread will probably go on, or null.
+    void run(const Path& path, const Path* next) {
         path_ = path;
+        next_path_ = next;
         find_tiles();
         shape_tiles(16);
         Item now = first_item(), before{};
@@ -67,7 +69,6 @@ public:
         while (now.exists) {
             const Item after = item_after(now);
             if (before.exists && pending_ != 0) raise(before);
-            fetch(now);
             begin_softmax(now);
             pace(now, before, after);
             if (before.exists) add_values(before);
@@ -179,29 +180,39 @@ private:
         return own;
     }
 
-    // Fetches into the second cache what blocks will need of the next stretch, each its share; of what a walk begins
-    // with, the first block fetches one step ahead.
-    void fetch(const Item& item) const {
-        const int64_t p = item.begin + kStretch, num_blocks = (rows_.count + kBlock - 1) / kBlock;
-        fetch_tiles(p, lesser(p + kStep, path_.end), item.block / kBlock, num_blocks);
-        if (item.stretch == path_.begin / kStretch * kStretch && item.block == 0) {
-            const int64_t next = item.begin + kStep;
-            fetch_tiles(next, lesser(next + kStep, lesser(path_.end, item.stretch + kStretch)), 0, 1);
-        }
+    // Into the second cache, what blocks will need of the next stretch, each its share; and of what a walk begins with,
+    // the first block one step ahead.
+    void look_ahead(const Item& item, int64_t turns) {
+        const int64_t block = item.block / kBlock, num_blocks = (rows_.count + kBlock - 1) / kBlock;
+        const int64_t stretch = item.stretch + kStretch, offset = item.begin - item.stretch;
+        ahead_.stop();
+        early_.stop();
+        if (stretch < path_.end) fetch_step(ahead_, path_, stretch + offset, block, num_blocks, turns);
+        else if (next_path_ != nullptr)
+            fetch_step(ahead_, *next_path_, next_path_->begin / kStretch * kStretch + offset, block, num_blocks, turns);
+        if (block == 0 && item.stretch == path_.begin / kStretch * kStretch && offset + kStep < kStretch)
+            fetch_step(early_, path_, item.begin + kStep, 0, 1, turns);
     }
 
-    void fetch_tiles(int64_t p, int64_t end, int64_t part, int64_t num_parts) const {
-        const int64_t bytes = a_.layout.tile_bytes(), half = a_.layout.half_bytes();
-        for (; p < end; p += kTile)
-            for (int64_t at = bytes * part / num_parts / 64 * 64; at < bytes * (part + 1) / num_parts; at += 64) {
-                _mm_prefetch(key_tile(p) + at, _MM_HINT_T1);
-                _mm_prefetch(key_tile(p) + half + at, _MM_HINT_T1);
-            }
+    void fetch_step(Ahead<_MM_HINT_T1>& ahead, const Path& path, int64_t p, int64_t part, int64_t num_parts,
+                    int64_t turns) const {
+        const KvLayout& layout = a_.layout;
+        const int64_t from = layout.tile_bytes() * part / num_parts / 64 * 64;
+        const int64_t bytes = layout.tile_bytes() * (part + 1) / num_parts - from;
+        const char* places[2 * kStepTiles];
+        int n = 0;
+        for (const int64_t end = lesser(p + kStep, path.end); p < end; p += kTile) {
+            const int64_t block = path.blocks[p / layout.block_size];
+            places[n] = a_.kv_cache + layout.key_tile(block, path.kv_head, p % layout.block_size) + from;
+            places[n + 1] = places[n] + layout.half_bytes();
+            n += 2;
+        }
+        ahead.start(places, n, bytes, turns);
     }
 
     // ---- products, and rows of the softmax between them ----
 
-    // How many rows to weigh after each four products.
+    // How many rows to weigh, and what to fetch, after each four products.
     void pace(const Item& now, const Item& before, const Item& after) {
         int sites = 0;
         if (before.exists) sites += (before.end_tile - before.first_tile) * int((head_dim_ + 31) / 32);
@@ -209,9 +220,12 @@ private:
         row_ = 0;
         end_row_ = int(now.block_end - now.block);
         rows_a_turn_ = sites == 0 ? 0 : (end_row_ + sites - 1) / sites;
+        look_ahead(now, sites);
     }
 
     MINIVLLM_INLINE void weigh_some() {
+        ahead_.turn();
+        early_.turn();
         for (int i = 0; i < rows_a_turn_ && row_ < end_row_; ++i) weigh(row_++);
     }
 
@@ -495,6 +509,8 @@ private:
     const int64_t head_dim_;
     int num_k_ = 0;
     Path path_{};
+    const Path* next_path_ = nullptr;
+    Ahead<_MM_HINT_T1> ahead_, early_;
     AmxTiles tiles_;
     Side keys_, values_;
     const char** key_tiles_ = nullptr;  // of the path, a tile of positions each

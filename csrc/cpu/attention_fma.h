@@ -96,6 +96,7 @@ public:
     }
 
     static MINIVLLM_INLINE Vec weight(Vec x) { return exp2(x); }
+    void look_ahead() const {}
     void set_weights(int64_t r, const Vec (&x)[kStepVecs]) {
         for (int c = 0; c < kStepVecs; ++c) store(s_.scores + r * kStep + c * kLanes, x[c]);
     }

@@ -76,7 +76,7 @@ enum class Ending { output, shared, part };
 struct Path {
     const int32_t* blocks;  // the table's row
     int64_t kv_head;
-    int64_t begin, end;  // begin is a multiple of kStep
+    int64_t begin, end;  // begin is a multiple of kTile, and of kStep where the path resumes
     bool resumes;        // from rows.carried
     Ending ending;
 };
@@ -181,6 +181,7 @@ struct State {
 //   start()                        reads the rows' queries
 //   begin_step(step)
 //   scores(step, first, end)       state.scores = q·k for a block of rows, of the tiles that one of them sees
+//   look_ahead()                   may fetch what is read next
 //   weight(x)                      2^x, as exact as its products with the values need
 //   set_weights(row, x)            takes the weights of a row of the block; no_weights(row): it sees nothing
 //   add_values(step, first, end)   state.seg_out += weights · v
@@ -190,7 +191,8 @@ struct Step {
     int64_t begin;                    // absolute position
     int first_tile, end_tile;         // of the step, those that some row sees
     const char* key[kStepTiles];      // tiles; values lie layout.half_bytes() behind
-    const char* next[kStepTiles];     // the key tiles of the step after it, or null: to be prefetched
+    int next_first, next_end;         // of the step that this thread will probably take next; none: equal
+    const char* next[kStepTiles];     // its key tiles
 };
 
 template <class Math>
@@ -220,7 +222,7 @@ public:
         path_ = path;
         next_path_ = next;
         math_.start();
-        const int64_t first = path.resumes ? path.begin : greater(path.begin, rows_.begin[0] / kStep * kStep);
+        const int64_t first = path.resumes ? path.begin : greater(path.begin, rows_.begin[0]) / kStep * kStep;
         if (path.resumes) resume();
         for (int64_t segment = first / kSegment * kSegment; segment < path.end; segment += kSegment) {
             if (segment >= first || !path.resumes) start_segment();
@@ -258,7 +260,7 @@ private:
     }
 
     void add_step(int64_t begin) {
-        Step step{begin, 0, kStepTiles, {}, {}};
+        Step step{begin, 0, kStepTiles, {}, 0, 0, {}};
         const int64_t end = lesser(begin + kStep, path_.end);
         step.end_tile = int((end - begin + kTile - 1) / kTile);
         if (rows_.begin[0] > begin) step.first_tile = int((rows_.begin[0] - begin) / kTile);
@@ -284,7 +286,10 @@ private:
             if (path == nullptr) return;
             p = path->begin;
         }
-        for (int t = 0; t < kStepTiles && p < path->end; ++t, p += kTile) step.next[t] = key_tile(*path, p);
+        int t = int(p % kStep / kTile);
+        step.next_first = t;
+        for (; t < kStepTiles && p < path->end; ++t, p += kTile) step.next[t] = key_tile(*path, p);
+        step.next_end = t;
     }
 
     // Scores to weights; the row's maximum and sum move on, and its output is brought to a new maximum.
@@ -306,6 +311,8 @@ private:
         Vec largest[4] = {x[0], x[1], x[2], x[3]};
         for (int c = 4; c < kStepVecs; ++c) largest[c % 4] = max(x[c], largest[c % 4]);
         const float step_max = reduce_max(max(max(largest[0], largest[1]), max(largest[2], largest[3]))) * scale;
+        math_.look_ahead();
+        math_.look_ahead();
         if (step_max > s_.seg_max[r] + kRise) raise(r, step_max);
         const Vec bias = set1(-s_.seg_max[r]);
         Vec total[2] = {zero(), zero()};
@@ -313,10 +320,12 @@ private:
             x[c] = math_.weight(fma(x[c], set1(scale), bias));
             total[c % 2] = total[c % 2] + x[c];
         }
+        math_.look_ahead();
         if (a_.layout.type == KvType::int8)
             for (int c = 0; c < kStepVecs; ++c)
                 if (c * kLanes < to && (c + 1) * kLanes > from) x[c] = scaled_weight(x[c], c, from, to, s_.v_scales);
         math_.set_weights(row_of_block, x);
+        math_.look_ahead();
         float* sum = s_.seg_sum + r * kLanes;
         store(sum, load(sum) + (total[0] + total[1]));
     }

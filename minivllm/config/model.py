@@ -54,5 +54,5 @@ class ModelConfig:
     enable_sleep_mode: bool = False
     """Let POST /sleep (or LLM.sleep) give memory back while the engine lives on."""
     enforce_eager: bool = False
-    """Call every kernel of a step from Python, instead of replaying the calls of decode steps that were met before.
-    The answers are the same."""
+    """Call every kernel of a step from Python, instead of replaying the calls of steps of a shape met before (decodes,
+    and on a CPU short prompts). The answers are the same."""

@@ -1,8 +1,10 @@
 """The native calls of a stretch of code, written down with their arguments (csrc/tape.h) to be made again as one.
 
 Arguments are addresses: a recording keeps alive every tensor that torch made, or made a view of, while it was taken,
-and whoever replays it sees to it that all other memory lies where it lay. Memory that an op keeps between calls and may
-replace is kept alive by taking a view of it in each call. When a replay is right is for `worker/graphs.py` to know.
+and whoever replays it sees to it that all other memory lies where it lay. What nobody looks at any more is given to the
+next tensor of its size, so that a step keeps about a layer's memory, and it stays in the caches. Memory that an op
+keeps between calls and may replace is kept alive by taking a view of it in each call. When a replay is right is for
+`worker/graphs.py` to know.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ class Recording:
         self.tape = None if lib is None else lib.Tape()
         self.unusable = None if lib is not None else "there are no native calls to record"
         self._kept: dict[int, torch.UntypedStorage] = {}  # by address
+        self._ours: dict[int, list[torch.UntypedStorage]] = {}  # those that were made for this, by size
 
     @property
     def nbytes(self) -> int:
@@ -41,6 +44,17 @@ class Recording:
         for tensor in tensors:
             storage = tensor.untyped_storage()
             self._kept[storage.data_ptr()] = storage
+
+    def reserve(self, fresh: torch.Tensor) -> torch.Tensor:
+        """A tensor like this one, which is new: in memory of ours that was let go of, or in its own."""
+        storage = fresh.untyped_storage()
+        known = self._ours.setdefault(storage.nbytes(), [])
+        for other in known:
+            if torch._C._storage_Use_Count(other._cdata) == 1:  # this list's
+                return fresh.set_(other, 0, fresh.shape, fresh.stride())
+        known.append(storage)
+        self.keep([fresh])
+        return fresh
 
 
 class _Watch(TorchDispatchMode):
@@ -57,9 +71,11 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        if func.overloadpacket in _RESERVES:
+            return self._recording.reserve(result)
         made = _tensors(result)
         self._recording.keep(made)
-        if func.overloadpacket not in _RESERVES and not _is_view(func, made, _tensors(args)):
+        if not _is_view(func, made, _tensors(args)):
             self._recording.unusable = f"torch computes {func}"
         return result
 

@@ -1,11 +1,16 @@
-"""Logprobs and ranks of given tokens, without a tensor of the vocabulary's size for them."""
+"""Logprobs and ranks of given tokens, without a tensor of the vocabulary's size for them.
+
+The native sums go in fixed chunks of the vocabulary merged in ascending order, so that a row's bits do not depend on
+the other rows or on the number of threads.
+"""
 
 from __future__ import annotations
 
 import torch
 
-from minivllm.ops import gpu, log_softmax
-from minivllm.ops.op import Impl, Op
+from minivllm.ops import gpu, native
+from minivllm.ops.checks import require
+from minivllm.ops.op import Impl, Op, OpSpec
 
 
 def reference(logits: torch.Tensor, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -14,24 +19,35 @@ def reference(logits: torch.Tensor, token_ids: torch.Tensor) -> tuple[torch.Tens
     logits: [num_rows, vocab_size] float32, -inf allowed; token_ids: [num_rows, k] int64, the first of each row inside
     the vocabulary, -1 for none. Returns [num_rows, k] float32, -inf for none, and [num_rows] int64.
     """
-    return _gathered(log_softmax.reference(logits), token_ids), (logits >= logits.gather(1, token_ids[:, :1])).sum(1)
+    values = torch.log_softmax(logits, -1).gather(1, token_ids.clamp_min(0))
+    ranks = (logits >= logits.gather(1, token_ids[:, :1])).sum(1)
+    return values.masked_fill_(token_ids < 0, float("-inf")), ranks
 
 
 def cpu(logits: torch.Tensor, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`reference` with the native log-softmax. logits may have any row stride."""
-    own = logits.gather(1, token_ids[:, :1])
-    ranks = torch.empty(len(logits), dtype=torch.int64)
-    for i in range(len(logits)):  # row by row, what was compared is in the cache when it is counted
-        ranks[i] = (logits[i] >= own[i]).sum()
-    return _gathered(log_softmax.cpu(logits), token_ids), ranks
+    """The native `reference`: logits, of any row stride, are read once.
+
+    Raises:
+        IndexError: a token lies outside the vocabulary.
+    """
+    require("logits", logits, torch.float32, logits.shape, dense=1)
+    require("token_ids", token_ids, torch.int64, (len(logits), token_ids.shape[1]))
+    values, ranks = torch.empty(token_ids.shape), torch.empty(len(logits), dtype=torch.int64)
+    native.lib.token_logprobs(
+        values.data_ptr(), ranks.data_ptr(), logits.data_ptr(), logits.shape, logits.stride(0),
+        token_ids.data_ptr(), token_ids.shape[1],
+    )  # fmt: skip
+    return values, ranks
 
 
-def _gathered(values: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
-    return values.gather(1, token_ids.clamp_min(0)).masked_fill_(token_ids < 0, float("-inf"))
+def cpu_why_not(spec: OpSpec) -> str | None:
+    if spec.dtype != torch.float32:
+        return f"logits are {spec.dtype}, not torch.float32"
+    return native.why_not(spec)
 
 
 IMPLEMENTATIONS = [
-    Impl(cpu, log_softmax.cpu_why_not),
+    Impl(cpu, cpu_why_not),
     Impl("triton.token_logprobs:token_logprobs", gpu.float32_why_not),
     Impl(reference),
 ]

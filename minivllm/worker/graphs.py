@@ -1,4 +1,4 @@
-"""Decode steps of a shape met before, replayed as a whole: from native calls on a CPU, as captured graphs on a GPU.
+"""Steps of a shape met before, replayed as a whole: from native calls on a CPU; decodes, as captured graphs, on a GPU.
 
 Owns when a step is recorded, checked and replayed, and how much memory recordings keep. Both classes have one contract,
 `run(key, step)`. A replay is right when every tensor the step reads lies where it lay when it was recorded, in the same
@@ -23,7 +23,7 @@ from minivllm.platforms.platform import Graphs
 
 logger = init_logger(__name__)
 
-_TIMES_MET = 3  # before a step is worth recording: batches of a size that passes by are not
+_TIMES_MET = 3  # batches of a size that passes by are not worth recording
 _MOST_BYTES = 96 << 20  # kept by all recordings
 _MOST_KEYS = 4096  # remembered as met
 
@@ -40,8 +40,9 @@ class _Graph:
 class StepGraphs:
     """Recordings by key, the least recently used given up first."""
 
-    def __init__(self, most_bytes: int = _MOST_BYTES) -> None:
-        self._most_bytes = most_bytes
+    def __init__(self, most_bytes: int = _MOST_BYTES, *, times_met: int = _TIMES_MET) -> None:
+        """times_met: how often a step has been met before it is worth recording."""
+        self._most_bytes, self._times_met = most_bytes, times_met
         self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
         self._num_bytes = 0
         self._met: Counter[Hashable] = Counter()
@@ -67,7 +68,7 @@ class StepGraphs:
         if len(self._met) >= _MOST_KEYS:
             self._met.clear()
         self._met[key] += 1
-        if self._met[key] <= _TIMES_MET:
+        if self._met[key] <= self._times_met:
             return step()
         with recording() as taken:
             outputs = step()

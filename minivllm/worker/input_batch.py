@@ -15,6 +15,7 @@ from minivllm.attention.backend import StepInputs
 from minivllm.ops.decode_step import DecodeBooks, StepColumns
 from minivllm.worker.buffers import Staging
 from minivllm.worker.capture_shapes import CaptureShapes
+from minivllm.worker.prompt_shapes import PromptShapes
 from minivllm.worker.request_state import RequestTable
 from minivllm.worker.step_block_table import DeviceBlockTable, HostBlockTable, StepBlockTable
 
@@ -24,8 +25,8 @@ class InputBatch:
     """One step, in the plan's batch order. Its tensors, `begins` and `ends` are views of buffers: the next step
     overwrites them, and if nothing else changes it is the same object.
 
-    The tensors of a decode may have more rows than there are requests: rows of no request, whose keys and values are
-    not written, and which see nothing.
+    The tensors may have more rows than there are tokens: rows of no request, whose keys and values are not written, and
+    which see nothing.
     """
 
     request_ids: list[str]
@@ -40,6 +41,7 @@ class InputBatch:
     positions: torch.Tensor  # [num_tokens, or more] int64
     steps: list[StepInputs]  # one a KV cache group; they differ in where keys and values lie
     is_decode: bool  # one token of each request, and each gets the next
+    is_padded: bool  # to a shape that is met again, though there may have been nothing to add
 
     @property
     def last_rows(self) -> np.ndarray:
@@ -62,12 +64,16 @@ class InputBuffers:
         num_groups: int = 1,
         staging: Staging | None = None,
         captures: CaptureShapes | None = None,
+        prompts: PromptShapes | None = None,
     ) -> None:
-        """captures: the shapes that decodes are padded to, if they are captured."""
+        """captures: the shapes that decodes are padded to, if they are captured; prompts: and those of other steps, if
+        they are recorded."""
         staging = staging or Staging()
         most = max_num_reqs if captures is None else captures.padded(max_num_reqs)
+        if prompts is not None:
+            most = max(most, prompts.padded_reqs(max_num_reqs))
         max_num_tokens = max(max_num_tokens, most)
-        self._staging, self._captures = staging, captures
+        self._staging, self._captures, self._prompts = staging, captures, prompts
         self._input_ids = staging.mirror((max_num_tokens,), np.int64)
         self._positions = staging.mirror((max_num_tokens,), np.int64)
         self._slot_mapping = [staging.mirror((max_num_tokens,), np.int64) for _ in range(num_groups)]
@@ -130,7 +136,12 @@ class InputBuffers:
         samples = np.flatnonzero(ends == table.num_tokens[rows])
         is_decode = num_tokens == num_reqs == len(samples)
         is_captured = is_decode and self._captures is not None and self._captures.has(num_reqs)
-        num_rows = self._captures.padded(num_reqs) if is_captured else num_reqs
+        has_prompts = self._prompts is not None and not is_decode and self._prompts.has(num_tokens)
+        num_rows, num_tokens_padded = num_reqs, num_tokens
+        if is_captured:
+            num_rows = num_tokens_padded = self._captures.padded(num_reqs)
+        elif has_prompts:
+            num_rows, num_tokens_padded = self._prompts.padded_reqs(num_reqs), self._prompts.padded_tokens(num_tokens)
 
         row_of_token = np.repeat(rows, counts)
         positions = self._positions.host[:num_tokens]
@@ -142,9 +153,7 @@ class InputBuffers:
         for blocks, block_table, slot_mapping in zip(table.blocks, self._block_table, self._slot_mapping):
             slot_mapping.host[:num_tokens] = blocks.slots(row_of_token, positions)
             block_table.of_step(blocks, rows, num_blocks)
-        if num_rows > num_reqs:
-            self._pad(num_reqs, num_rows)
-        num_tokens_padded = num_tokens + num_rows - num_reqs
+        self._pad(slice(num_tokens, num_tokens_padded), slice(num_reqs, num_rows), is_decode)
         bounds = {}
         if self._staging.copies:
             self._upload(num_tokens_padded, num_rows)
@@ -161,14 +170,15 @@ class InputBuffers:
             num_tokens=num_tokens,
             input_ids=self._input_ids.device[:num_tokens_padded],
             positions=self._positions.device[:num_tokens_padded],
-            steps=self._steps(num_tokens_padded, num_rows, num_blocks, **bounds),
+            steps=self._steps(num_tokens_padded, num_rows, **bounds),
             is_decode=is_decode,
+            is_padded=is_captured or has_prompts,
         )
 
     def padding(self, num_rows: int, max_seq_len: int) -> InputBatch:
         """A decode of this shape with no request in it, for a capture."""
         self._query_start_loc.host[0] = 0
-        self._pad(0, num_rows)
+        self._pad(slice(0, num_rows), slice(0, num_rows), is_decode=True)
         self._upload(num_rows, num_rows)
         nobody = np.empty(0, np.int64)
         return InputBatch(
@@ -181,32 +191,33 @@ class InputBuffers:
             num_tokens=0,
             input_ids=self._input_ids.device[:num_rows],
             positions=self._positions.device[:num_rows],
-            steps=self._steps(num_rows, num_rows, 0, max_query_len=1, max_seq_len=max_seq_len),
+            steps=self._steps(num_rows, num_rows, max_query_len=1, max_seq_len=max_seq_len),
             is_decode=True,
+            is_padded=True,
         )
 
-    def _steps(self, num_tokens: int, num_rows: int, num_blocks: int, **bounds: int) -> list[StepInputs]:
+    def _steps(self, num_tokens: int, num_rows: int, **bounds: int) -> list[StepInputs]:
         """What attention reads, as views of the buffers; one a KV cache group."""
         return [
             StepInputs(
                 query_start_loc=self._query_start_loc.device[: num_rows + 1],
                 seq_lens=self._seq_lens.device[:num_rows],
-                block_table=block_table.view(num_rows, num_blocks),
+                block_table=block_table.view(num_rows),
                 slot_mapping=slot_mapping.device[:num_tokens],
                 **bounds,
             )
             for block_table, slot_mapping in zip(self._block_table, self._slot_mapping)
         ]
 
-    def _pad(self, num_reqs: int, num_rows: int) -> None:
-        """Rows of one token each that see nothing and are written nowhere."""
-        padding = slice(num_reqs, num_rows)
-        self._input_ids.host[padding] = 0
-        self._positions.host[padding] = 0
-        self._seq_lens.host[padding] = 0
-        self._query_start_loc.host[num_reqs + 1 : num_rows + 1] = self._counting[num_reqs + 1 : num_rows + 1]
+    def _pad(self, tokens: slice, requests: slice, is_decode: bool) -> None:
+        """Rows that see nothing and are written nowhere; in a decode each is one of these requests, else of none."""
+        self._input_ids.host[tokens] = 0
+        self._positions.host[tokens] = 0
         for slot_mapping in self._slot_mapping:
-            slot_mapping.host[padding] = -1
+            slot_mapping.host[tokens] = -1
+        self._seq_lens.host[requests] = 0
+        ends = self._query_start_loc.host[requests.start + 1 : requests.stop + 1]
+        ends[:] = tokens.start + (self._counting[1 : len(ends) + 1] if is_decode else 0)
 
     def _upload(self, num_tokens: int, num_rows: int) -> None:
         for mirror in (self._input_ids, self._positions, *self._slot_mapping):

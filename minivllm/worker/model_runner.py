@@ -1,6 +1,7 @@
 """Runs one step: follows the scheduler's plan, runs the model, samples. One class for the CPU and for GPUs.
 
-On a CPU a step's inputs are made where the model reads them, and its tokens are known when it ends. A GPU has memory
+On a CPU a step's inputs are made where the model reads them, and its tokens are known when it ends; steps are replayed
+from their native calls, short ones with prompts in them padded to few shapes (`prompt_shapes.py`). A GPU has memory
 and a pace of its own: inputs are copied (`buffers.py`), decodes padded to the sizes of captured graphs (`graphs.py`),
 and tokens stay there until they are asked for (`device_sampling.py`); nothing in a step waits for the device.
 Owns the state of requests between steps and the KV cache's tensors. Does not know how a plan came about, nor
@@ -29,6 +30,7 @@ from minivllm.messages.worker import (
 )
 from minivllm.models.decoder import DecoderForCausalLM
 from minivllm.ops import native
+from minivllm.ops.linear import rows_at_once
 from minivllm.ops.op import OpSpec
 from minivllm.platforms.platform import Platform
 from minivllm.sample.sampler import NONFINITE, DrawBuffers, DrawInputs, Drawn, Sampler, SamplerOutput
@@ -40,7 +42,10 @@ from minivllm.worker.graphs import CapturedGraphs, StepGraphs, key_of
 from minivllm.worker.input_batch import InputBatch, InputBuffers
 from minivllm.worker.prompt_embeds import PromptVectors
 from minivllm.worker.prompt_logprobs import PromptLogprobs, PromptScores
+from minivllm.worker.prompt_shapes import PromptShapes
 from minivllm.worker.request_state import RequestTable
+
+_PROMPTS_BYTES = 48 << 20  # that recordings of steps with prompts keep
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,9 @@ class ModelRunner:
         self.capture_shapes: CaptureShapes | None = None
         if self._staging.copies and platform.graphs is not None and not enforce_eager:
             self.capture_shapes = CaptureShapes(captures or CaptureOptions(), max_num_seqs, max_model_len)
+        prompt_shapes: PromptShapes | None = None
+        if not self._staging.copies and not enforce_eager and native.unavailable is None:
+            prompt_shapes = PromptShapes(rows_at_once(backend.spec.dtype), max_num_batched_tokens)
         self.buffers = InputBuffers(
             max_num_batched_tokens,
             max_num_seqs,
@@ -102,6 +110,7 @@ class ModelRunner:
             num_groups=num_groups,
             staging=self._staging,
             captures=self.capture_shapes,
+            prompts=prompt_shapes,
         )
         self._draw_buffers = DrawBuffers(max_num_seqs)
         self._sampling: DeviceSampling | None = None
@@ -113,10 +122,12 @@ class ModelRunner:
         self.prompt_logprobs = PromptLogprobs(model.compute_logits, spec, self._staging)
         self.prompt_vectors = PromptVectors(backend.spec.dtype, self._staging)
         self._graphs: StepGraphs | CapturedGraphs | None = None
+        self._prompt_graphs: StepGraphs | None = None  # of steps that are no decode
         if self.capture_shapes is not None:
             self._graphs = CapturedGraphs(platform.graphs, self.capture_shapes.sizes[-1], self.most_captures)
-        elif not enforce_eager and not self._staging.copies:
+        elif prompt_shapes is not None:
             self._graphs = StepGraphs()
+            self._prompt_graphs = StepGraphs(_PROMPTS_BYTES, times_met=1)  # for shapes are few
         self._batch: InputBatch | None = None
         self._hidden: torch.Tensor | None = None
         self._decode: _Decode | None = None  # the last one
@@ -147,9 +158,14 @@ class ModelRunner:
 
     @torch.inference_mode()
     def _run(self, batch: InputBatch, given: GivenEmbeddings | None) -> None:
-        ctx = self._context(self._metadata(batch))
+        metadata = self._metadata(batch)
+        forward = partial(self.model.forward, batch.input_ids, batch.positions, self._context(metadata), given)
         with native.awake():
-            self._hidden = self.model.forward(batch.input_ids, batch.positions, ctx, given)
+            if self._prompt_graphs is None or not batch.is_padded or given is not None:
+                self._hidden = forward()
+            else:
+                key = key_of(batch.input_ids, batch.positions, metadata)
+                (self._hidden,) = self._prompt_graphs.run(key, lambda: (forward(),))
 
     def _is_replayed(self, batch: InputBatch) -> bool:
         if self._graphs is None or not batch.is_decode:

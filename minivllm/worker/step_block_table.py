@@ -25,8 +25,10 @@ class StepBlockTable(Protocol):
         """Have the leading num_blocks of the requests in these rows of the table. Between the staging's `begin` and
         `end`, once a step."""
 
-    def view(self, num_rows: int, num_blocks: int) -> torch.Tensor:
-        """[num_rows, num_blocks or more] int32, where attention reads; behind the step's requests stands anything."""
+    def view(self, num_rows: int) -> torch.Tensor:
+        """[num_rows, max_blocks] int32, where attention reads: all of each row, for what a recorded or captured step
+        reads has one shape, whatever the requests' lengths. Behind a request's blocks, and the step's requests, stands
+        anything."""
 
 
 class HostBlockTable:
@@ -39,8 +41,8 @@ class HostBlockTable:
     def of_step(self, blocks: BlockTable, rows: np.ndarray, num_blocks: int) -> None:
         self._table[: len(rows), :num_blocks] = blocks.block_ids[rows, :num_blocks]
 
-    def view(self, num_rows: int, num_blocks: int) -> torch.Tensor:
-        return self._as_tensor[:num_rows, :num_blocks]
+    def view(self, num_rows: int) -> torch.Tensor:
+        return self._as_tensor[:num_rows]
 
 
 class DeviceBlockTable:
@@ -66,8 +68,7 @@ class DeviceBlockTable:
             self._rows.upload(count)
             torch.index_select(self._table, 0, self._rows.device[:count], out=self._of_step[:count])
 
-    def view(self, num_rows: int, num_blocks: int) -> torch.Tensor:
-        """All of each row: what a captured step reads has one shape, whatever the requests' lengths."""
+    def view(self, num_rows: int) -> torch.Tensor:
         return self._of_step[:num_rows]
 
     def _grow(self, num_rows: int) -> None:

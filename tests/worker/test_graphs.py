@@ -109,6 +109,22 @@ def test_no_more_memory_is_kept_than_allowed():
     assert big.num_eager == 10
 
 
+def test_a_recording_keeps_no_more_than_lives_at_once():
+    def norms(x: torch.Tensor) -> torch.Tensor:
+        for _ in range(20):
+            x = rms_norm(x, WEIGHT, 1e-6)[:, :]  # a view, which outlives what it is of
+        return x
+
+    x = values(1)
+    with recording() as taken:
+        first = norms(x)
+        second = norms(first)
+    assert taken.nbytes == 3 * first.nbytes  # the first result, and two that take turns
+    x.copy_(values(2))
+    taken.replay()
+    assert torch.equal(first, norms(values(2))) and torch.equal(second, norms(first))
+
+
 def test_a_key_is_where_tensors_lie_and_in_what_shape():
     x = torch.zeros(4, 6)
     assert key_of(x) == key_of(x)
@@ -207,3 +223,44 @@ def test_a_batch_that_meets_block_borders_is_replayed_all_the_same(tmp_path: Pat
     served.forward = forward
     assert loop.run(prompts, params) == eager.run(prompts, params)
     assert num_eager < 40  # of 100
+
+
+def counted(loop: Loop) -> list[int]:
+    """[rows] of each step that the model is called for, from now on."""
+    served, seen = loop.worker.runner.model, []
+
+    def forward(ids: torch.Tensor, *args: Any) -> torch.Tensor:
+        seen.append(len(ids))
+        return type(served).forward(served, ids, *args)
+
+    served.forward = forward
+    return seen
+
+
+@pytest.mark.parametrize("arch", ["qwen3", "gemma3"])
+def test_prompts_of_many_lengths_are_replayed_and_give_the_eager_bits(arch: str, tmp_path: Path):
+    model = make_model(tmp_path, arch=arch, num_layers=3, dtype="bfloat16", seed=6)
+    params = SamplingParams(temperature=0, max_tokens=1, logprobs=3, prompt_logprobs=1)
+    options = {"enable_prefix_caching": False}
+    loop, eager = Loop(model, **options), Loop(model, enforce_eager=True, **options)
+    steps = counted(loop)
+    for i in range(24):
+        prompt = [3 + (i * 7 + j * j) % 50 for j in range(33 + i % 12)]  # of one shape where tiles have 16 rows
+        assert loop.run([prompt], params) == eager.run([prompt], params)
+    if native.lib.isa() == "amx":
+        assert steps == [48] * 3  # met, recorded, checked
+    else:
+        assert set(steps) == set(range(33, 45))
+
+
+def test_prompts_beside_decodes_are_replayed_and_give_the_eager_bits(tmp_path: Path):
+    model = make_model(tmp_path, arch="qwen3", num_layers=2, dtype="bfloat16", seed=7)
+    params = SamplingParams(temperature=0.8, seed=5, max_tokens=9, ignore_eos=True, logprobs=2)
+    prompts = [[3 + (i * 11 + j) % 60 for j in range(20 + i % 9)] for i in range(40)]
+    options = {"max_num_seqs": 8, "enable_prefix_caching": False}
+    loop, eager = Loop(model, **options), Loop(model, enforce_eager=True, **options)
+    steps, all_steps = counted(loop), counted(eager)
+    assert loop.run(prompts, params, stagger=2) == eager.run(prompts, params, stagger=2)
+    assert sum(rows > 8 for rows in all_steps) >= 30
+    if native.lib.isa() == "amx":
+        assert sum(rows > 8 for rows in steps) < 20
