@@ -43,7 +43,7 @@ class _Graph:
 class StepGraphs:
     """Recordings by key, the least recently used given up first, and none that is in use.
 
-    Recording and checking cost as much as dozens of replays save: of more shapes than there is room for, some are
+    Recording and checking cost what several replays save: of more shapes than there is room for, some are
     replayed and the others are not, instead of all of them recorded in turns.
     """
 
