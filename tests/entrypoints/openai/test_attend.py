@@ -75,6 +75,8 @@ def test_work_is_cancelled_and_who_asked_goes_on(reason: type[Exception]):
         with pytest.raises(reason):
             await attend(work.run(), client.receive, lifecycle)
         assert isinstance(work.ended_by, asyncio.CancelledError)
+        task = asyncio.current_task()
+        assert not hasattr(task, "cancelling") or task.cancelling() == 0
 
     run(talk)
 
