@@ -209,9 +209,14 @@ def test_an_error_of_a_replayed_call_is_raised_and_what_follows_is_not_done():
     assert not y.any()
 
 
-@pytest.mark.parametrize("arch", ["qwen3", "gemma2", "gemma3"])
-def test_a_models_decode_steps_are_replayed_and_give_the_eager_bits(arch: str, tmp_path: Path):
-    model = make_model(tmp_path, arch=arch, num_layers=3, seed=3)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "shape",
+    [{"arch": "qwen3"}, {"arch": "gemma2"}, {"arch": "gemma3"}, {"arch": "llama", "tie_word_embeddings": False}],
+    ids=str,
+)
+def test_a_models_decode_steps_are_replayed_and_give_the_eager_bits(shape: dict, dtype: str, tmp_path: Path):
+    model = make_model(tmp_path, **shape, dtype=dtype, num_layers=3, seed=3)
     params = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True, logprobs=2)
     loop, eager = Loop(model), Loop(model, enforce_eager=True)
     served = loop.worker.runner.model
@@ -268,9 +273,11 @@ def counted(loop: Loop) -> list[int]:
     return seen
 
 
-@pytest.mark.parametrize("arch", ["qwen3", "gemma3"])
-def test_prompts_of_many_lengths_are_replayed_and_give_the_eager_bits(arch: str, tmp_path: Path):
-    model = make_model(tmp_path, arch=arch, num_layers=3, dtype="bfloat16", seed=6)
+@pytest.mark.parametrize(
+    "shape", [{"arch": "qwen3"}, {"arch": "gemma3"}, {"arch": "llama", "tie_word_embeddings": False}], ids=str
+)
+def test_prompts_of_many_lengths_are_replayed_and_give_the_eager_bits(shape: dict, tmp_path: Path):
+    model = make_model(tmp_path, **shape, num_layers=3, dtype="bfloat16", seed=6)
     params = SamplingParams(temperature=0, max_tokens=1, logprobs=3, prompt_logprobs=1)
     options = {"enable_prefix_caching": False}
     loop, eager = Loop(model, **options), Loop(model, enforce_eager=True, **options)
