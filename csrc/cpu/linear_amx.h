@@ -23,6 +23,7 @@ constexpr int64_t kChunkSteps = 32;    // of K at a time: 64 KiB of a panel
 constexpr int64_t kHeldSteps = 16;     // of them, those that stay in L1: 32 KiB
 constexpr int64_t kWarmSteps = 8;      // between stores of tiles: see AmxPanels::keep_warm
 constexpr int64_t kAheadBytes = 16384;  // how far ahead of a thin product the weight is fetched
+constexpr int64_t kAheadRows = 8;       // how far ahead the lines of the output are fetched, to be written
 
 // [K/32][2 column groups][16 pairs of k][16 columns][2]: each [16][16][2] is one tile, 1 KiB.
 struct AmxLayout {
@@ -323,12 +324,19 @@ MINIVLLM_INLINE __m512i narrow_both<FloatSums>(Vec left, Vec right) {
 MINIVLLM_INLINE Vec left_of(__m512i both) { return widen_bf16(_mm512_castsi512_si256(both)); }
 MINIVLLM_INLINE Vec right_of(__m512i both) { return widen_bf16(_mm512_extracti64x4_epi64(both, 1)); }
 
+// `prefetchw`, which every processor with AMX has; compilers know it by a flag of its own.
+MINIVLLM_INLINE void prefetch_to_write(const void* p) { asm volatile("prefetchw (%0)" ::"r"(p)); }
+
 // What PanelEnd does, for whole panels, no addend, and the types that models have: a few instructions a row.
 template <Epilogue kEpilogue, class Y>
 struct PlainRow {
     template <class Sums>
     static MINIVLLM_INLINE void finish(const PanelEnd<2>& end, const Sums& sums, int64_t row) {
         Y* out = static_cast<Y*>(end.call->out) + row * end.call->out_stride + end.first[0];
+        // Rows lie kilobytes apart, where the processor fetches nothing by itself: a store would wait for its line, and
+        // the stores after it with it.
+        if (row + kAheadRows < end.call->m && !end.past_caches)
+            prefetch_to_write(out + kAheadRows * end.call->out_stride);
         const Vec left = sums.at(0, 0) + load(end.bias), right = sums.at(0, 1) + load(end.bias + kLanes);
         if constexpr (std::is_same_v<Y, float>) {
             static_assert(kEpilogue == Epilogue::store);

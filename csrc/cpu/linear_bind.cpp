@@ -2,20 +2,13 @@
 
 #include <cmath>
 #include <limits>
-#include <stdexcept>
 
 #include "../bindings.h"
+#include "row_ids.h"
 #include "thread_pool.h"
 
 namespace minivllm {
 namespace {
-
-void check_rows(const int64_t* rows, int64_t num_rows, int64_t n) {
-    for (int64_t i = 0; i < num_rows; ++i)
-        if (rows[i] < 0 || rows[i] >= n)
-            throw std::out_of_range("row " + std::to_string(rows[i]) + " is outside the " + std::to_string(n) +
-                                    " rows of the weight");
-}
 
 // How one weight matrix is packed: its sizes, and the instruction set that was in use when it was made, which stays
 // the one that reads it.

@@ -137,7 +137,7 @@ def read_rows(
         return
     place_bytes = max(piece.num_bytes for piece in pieces)
     places = [torch.empty(place_bytes, dtype=torch.uint8) for _ in range(min(2, len(pieces)))]
-    with path.open("rb", buffering=0) as file, ThreadPoolExecutor(1, thread_name_prefix="read-weights") as reader:
+    with _opened(path) as file, ThreadPoolExecutor(1, thread_name_prefix="read-weights") as reader:
 
         def read(i: int) -> torch.Tensor:
             return _read(file, path, pieces[i], places[i % 2])
@@ -148,6 +148,13 @@ def read_rows(
             if i + 1 < len(pieces):
                 ahead = reader.submit(read, i + 1)
             yield piece.entry, piece.start, rows
+
+
+def _opened(path: Path) -> FileIO:
+    try:
+        return path.open("rb", buffering=0)
+    except OSError as error:
+        raise ModelFilesError(f"cannot read {path}: {error.strerror}") from None
 
 
 class _Piece(NamedTuple):

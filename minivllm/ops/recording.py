@@ -33,8 +33,8 @@ class Recording:
 
     @property
     def nbytes(self) -> int:
-        """Of the memory kept alive."""
-        return sum(storage.nbytes() for storage in self._kept.values())
+        """Of the memory that was made for it. What an op keeps as well would be there without it."""
+        return sum(storage.nbytes() for known in self._ours.values() for storage in known)
 
     def replay(self) -> None:
         """Make the calls again: one call of the extension, without Python's lock."""

@@ -26,6 +26,8 @@ logger = init_logger(__name__)
 _TIMES_MET = 3  # batches of a size that passes by are not worth recording
 _MOST_BYTES = 96 << 20  # kept by all recordings
 _MOST_KEYS = 4096  # remembered as met
+_IN_USE = 256  # steps: what was replayed within so many is not given up
+_PATIENCE = 16  # how often a step for which there was no room is met before it is tried again
 
 Step = Callable[[], tuple[torch.Tensor, ...]]
 
@@ -34,17 +36,22 @@ Step = Callable[[], tuple[torch.Tensor, ...]]
 class _Graph:
     recording: Recording
     outputs: tuple[torch.Tensor, ...]  # where every replay leaves them
+    last_run: int  # when it was last wanted, in steps
     is_trusted: bool = False
 
 
 class StepGraphs:
-    """Recordings by key, the least recently used given up first."""
+    """Recordings by key, the least recently used given up first, and none that is in use.
+
+    Recording and checking cost what several replays save: of more shapes than there is room for, some are
+    replayed and the others are not, instead of all of them recorded in turns.
+    """
 
     def __init__(self, most_bytes: int = _MOST_BYTES, *, times_met: int = _TIMES_MET) -> None:
         """times_met: how often a step has been met before it is worth recording."""
         self._most_bytes, self._times_met = most_bytes, times_met
         self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
-        self._num_bytes = 0
+        self._num_bytes = self._num_runs = 0
         self._met: Counter[Hashable] = Counter()
         self._refused = False
 
@@ -55,10 +62,12 @@ class StepGraphs:
         """
         if key is None or self._refused:
             return step()
+        self._num_runs += 1
         graph = self._graphs.get(key)
         if graph is None:
             return self._meet(key, step)
         self._graphs.move_to_end(key)
+        graph.last_run = self._num_runs
         graph.recording.replay()
         if not graph.is_trusted:
             return self._check(graph, step)
@@ -76,12 +85,22 @@ class StepGraphs:
             self._refuse(taken.unusable)
         elif taken.nbytes > self._most_bytes // 2:
             self._met[key] = -(1 << 30)  # too large ever to be kept
+        elif not self._make_room(taken.nbytes):
+            self._met[key] = -_PATIENCE
         else:
-            self._graphs[key] = _Graph(taken, outputs)
+            self._graphs[key] = _Graph(taken, outputs, self._num_runs)
             self._num_bytes += taken.nbytes
-            while self._num_bytes > self._most_bytes:
-                self._num_bytes -= self._graphs.popitem(last=False)[1].recording.nbytes
         return outputs
+
+    def _make_room(self, num_bytes: int) -> bool:
+        """Give up what is out of use, as far as it takes; whether there is so much room then."""
+        while self._num_bytes + num_bytes > self._most_bytes:
+            key, oldest = next(iter(self._graphs.items()))
+            if self._num_runs - oldest.last_run < _IN_USE:
+                return False
+            self._num_bytes -= self._graphs.pop(key).recording.nbytes
+            self._met[key] = 0
+        return True
 
     def _check(self, graph: _Graph, step: Step) -> tuple[torch.Tensor, ...]:
         """The eager step's outputs, and whether the replay before it gave the same bits."""

@@ -93,3 +93,11 @@ def test_what_is_shared_stays_in_place_while_it_stays_the_same():
     again = backend.build_metadata(a_step([[5, 6, 7], [5, 6, 8]], [301, 301])).shared
     other = backend.build_metadata(a_step([[5, 6, 7], [5, 9, 8]], [301, 301])).shared
     assert first is again and first is not other
+
+
+def test_memory_for_outputs_at_least_doubles_so_that_what_recorded_steps_keep_of_it_is_less():
+    backend, sizes = CpuNativeBackend(spec()), set()
+    for num_tokens in range(1, 300):
+        assert len(backend._output(num_tokens)) == num_tokens
+        sizes.add(len(backend._out))
+    assert sum(sizes) < 2 * max(sizes)

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import struct
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -295,6 +296,25 @@ def test_a_file_that_became_shorter_is_an_error_and_no_crash(tmp_path: Path, whe
     os.truncate(path, path.stat().st_size - 100)
     with pytest.raises(ModelFilesError, match="ends within tensor a"):
         list(rows)
+
+
+def test_a_file_that_is_gone_by_now_is_named(tmp_path: Path):
+    path = tmp_path / "x.safetensors"
+    save_file({"a": torch.zeros(2, 2)}, path)
+    entries = read_header(path)
+    path.unlink()
+    with pytest.raises(ModelFilesError, match=f"cannot read {re.escape(str(path))}: No such file"):
+        next(read_rows(path, entries, 100))
+
+
+def test_a_reader_that_is_left_early_leaves_no_thread(tmp_path: Path):
+    path = tmp_path / "x.safetensors"
+    save_file({"a": torch.zeros(100, 100)}, path)
+    rows = read_rows(path, read_header(path), 400)
+    next(rows)
+    assert any(thread.name.startswith("read-weights") for thread in threading.enumerate())
+    rows.close()
+    assert not any(thread.name.startswith("read-weights") for thread in threading.enumerate())
 
 
 # Values ----------------------------------------------------------------------

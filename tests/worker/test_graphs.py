@@ -17,6 +17,7 @@ from minivllm.ops.op import OpSpec
 from minivllm.ops.recording import recording
 from minivllm.ops.rms_norm import cpu as rms_norm
 from minivllm.sampling_params import SamplingParams
+from minivllm.worker import graphs as worker_graphs
 from minivllm.worker.graphs import StepGraphs, key_of
 from tests.models.loop import Loop
 
@@ -98,15 +99,45 @@ def test_no_more_memory_is_kept_than_allowed():
         for step in steps[:3]:
             assert torch.equal(step.run_in(graphs, seed), two_norms(values(seed)))
     kept = steps[0].num_eager
-    for seed in range(12):
+    for seed in range(120):
         for step in steps[3:]:
             assert torch.equal(step.run_in(graphs, seed), two_norms(values(seed)))
+    assert all(step.num_eager < 110 for step in steps[3:])
     steps[0].run_in(graphs, 99)
     assert steps[0].num_eager == kept + 1  # given up for those that came later
     big, small = Step(), StepGraphs(most_bytes=64)
     for seed in range(10):
         big.run_in(small, seed)
     assert big.num_eager == 10
+
+
+def test_of_more_shapes_than_there_is_room_for_some_are_replayed_and_few_recorded(monkeypatch):
+    steps, graphs = [Step() for _ in range(8)], StepGraphs(most_bytes=3 * 2 * 3 * 64 * 4, times_met=1)  # of three
+    num_recorded = 0
+
+    def counted() -> Any:
+        nonlocal num_recorded
+        num_recorded += 1
+        return recording()
+
+    monkeypatch.setattr(worker_graphs, "recording", counted)
+    for seed in range(200):
+        for step in steps:
+            step.x.copy_(values(seed))
+            assert torch.equal(graphs.run(key_of(step.x), lambda: (step(),))[0], two_norms(values(seed)))
+    assert sorted(step.num_eager for step in steps)[:4] == [3, 3, 3, 200]
+    assert num_recorded < 3 + 5 * 200 / 16
+
+
+def test_what_an_op_keeps_stays_alive_and_counts_for_no_recording():
+    scratch, x = torch.empty(1000, 64), values(1)
+    with recording() as taken:
+        place = scratch[:3]
+        y = rms_norm(x, WEIGHT, 1e-6)
+    assert taken.nbytes == y.nbytes
+    where = place.untyped_storage()
+    del scratch, place
+    assert where.data_ptr() in taken._kept and where.nbytes() == 1000 * 64 * 4
 
 
 def test_a_recording_keeps_no_more_than_lives_at_once():
@@ -178,9 +209,14 @@ def test_an_error_of_a_replayed_call_is_raised_and_what_follows_is_not_done():
     assert not y.any()
 
 
-@pytest.mark.parametrize("arch", ["qwen3", "gemma2", "gemma3"])
-def test_a_models_decode_steps_are_replayed_and_give_the_eager_bits(arch: str, tmp_path: Path):
-    model = make_model(tmp_path, arch=arch, num_layers=3, seed=3)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "shape",
+    [{"arch": "qwen3"}, {"arch": "gemma2"}, {"arch": "gemma3"}, {"arch": "llama", "tie_word_embeddings": False}],
+    ids=str,
+)
+def test_a_models_decode_steps_are_replayed_and_give_the_eager_bits(shape: dict, dtype: str, tmp_path: Path):
+    model = make_model(tmp_path, **shape, dtype=dtype, num_layers=3, seed=3)
     params = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True, logprobs=2)
     loop, eager = Loop(model), Loop(model, enforce_eager=True)
     served = loop.worker.runner.model
@@ -237,9 +273,11 @@ def counted(loop: Loop) -> list[int]:
     return seen
 
 
-@pytest.mark.parametrize("arch", ["qwen3", "gemma3"])
-def test_prompts_of_many_lengths_are_replayed_and_give_the_eager_bits(arch: str, tmp_path: Path):
-    model = make_model(tmp_path, arch=arch, num_layers=3, dtype="bfloat16", seed=6)
+@pytest.mark.parametrize(
+    "shape", [{"arch": "qwen3"}, {"arch": "gemma3"}, {"arch": "llama", "tie_word_embeddings": False}], ids=str
+)
+def test_prompts_of_many_lengths_are_replayed_and_give_the_eager_bits(shape: dict, tmp_path: Path):
+    model = make_model(tmp_path, **shape, num_layers=3, dtype="bfloat16", seed=6)
     params = SamplingParams(temperature=0, max_tokens=1, logprobs=3, prompt_logprobs=1)
     options = {"enable_prefix_caching": False}
     loop, eager = Loop(model, **options), Loop(model, enforce_eager=True, **options)

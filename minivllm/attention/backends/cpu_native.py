@@ -90,7 +90,9 @@ class CpuNativeBackend(AttentionBackend):
     def _output(self, num_tokens: int) -> torch.Tensor:
         """Memory for a step's output, kept from one layer and step to the next."""
         if len(self._out) < num_tokens:
-            self._out = torch.empty(num_tokens, *self._out.shape[1:], dtype=self._out.dtype)
+            # Twice as much at least: recorded steps keep what they had, and all of that is then less than this.
+            num_rows = max(num_tokens, 2 * len(self._out))
+            self._out = torch.empty(num_rows, *self._out.shape[1:], dtype=self._out.dtype)
         return self._out[:num_tokens]
 
 

@@ -33,7 +33,7 @@ class RootPath:
 
     def __init__(self, app: Any, path: str) -> None:
         self.app = app
-        self._path = path
+        self._path = path.rstrip("/")  # with it, Starlette would find no route behind the prefix
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] in ("http", "websocket"):

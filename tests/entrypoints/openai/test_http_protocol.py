@@ -26,8 +26,8 @@ class Transport:
         return default
 
     def write(self, data: bytes) -> None:
+        self.writes.append(bytes(data))  # first: the loop swallows what its callbacks raise
         assert not self.closed
-        self.writes.append(bytes(data))
 
     def is_closing(self) -> bool:
         return self.closed
