@@ -209,7 +209,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def _step(self, decode: _Decode) -> tuple[torch.Tensor, ...]:
-        """What a decode step computes: logits (or hidden states) and, if they can be, tokens and which rows are broken."""
+        """A decode step: logits (or hidden states) and, if they can be made here, tokens and which rows are broken."""
         batch, draw = decode.batch, decode.draw
         hidden = self.model.forward(batch.input_ids, batch.positions, decode.ctx)
         if decode.is_likeliest:

@@ -124,7 +124,7 @@ def test_of_more_shapes_than_there_is_room_for_some_are_replayed_and_few_recorde
     for seed in range(200):
         for step in steps:
             step.x.copy_(values(seed))
-            assert torch.equal(graphs.run(key_of(step.x), lambda: (step(),))[0], two_norms(values(seed)))
+            assert torch.equal(graphs.run(key_of(step.x), lambda step=step: (step(),))[0], two_norms(values(seed)))
     assert sorted(step.num_eager for step in steps)[:4] == [3, 3, 3, 200]
     assert num_recorded < 3 + 5 * 200 / 16
 
