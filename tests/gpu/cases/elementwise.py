@@ -98,8 +98,10 @@ def turning(
         fused(positions, q, k, v, cos_sin, weights, written, slots, layout=layout, k_scale=0.5, v_scale=2.0)
         return q, k, layout.read(written, 0, 0.5), layout.read(written, 1, 2.0)
 
-    # A cached number may fall to the other side of a step of its type.
-    step = {"fp8_e4m3": 0.07, "int8": 0.03}.get(kv, 0.0)
+    # A cached number may fall to the other side of a step of its type; int8 counts in 127ths of its row's largest.
+    step = 0.07 if kv == "fp8_e4m3" else 0.0
+    if kv == "int8":
+        step = turned(rotary.reference, rotary_kv_write.reference)[2].abs().max().item() / 127
     return Check(
         lambda: turned(triton_rotary.rotary, triton_rotary.rotary_kv_write),
         lambda: turned(rotary.reference, rotary_kv_write.reference),
@@ -119,12 +121,16 @@ def writing(device: str, large: bool, *, dtype: str, kv: str, head_dim: int) -> 
     slots[1] = -1
     cache = torch.full(layout.shape(num_tokens // 16 + 1), 7, dtype=torch.uint8, device=device)
 
-    def written(write: Callable) -> tuple[torch.Tensor, ...]:
-        changed = cache.clone()
-        write(k, v, changed, slots, layout=layout, k_scale=0.3, v_scale=1.7)
+    def written(write: Callable, where: str) -> tuple[torch.Tensor, ...]:
+        changed = cache.to(where, copy=True)
+        write(k.to(where), v.to(where), changed, slots.to(where), layout=layout, k_scale=0.3, v_scale=1.7)
+        changed = changed.to(device)
         return layout.read(changed, 0, 1.0), layout.read(changed, 1, 1.0)
 
-    return Check(lambda: written(triton_kv_write.kv_write), lambda: written(kv_write.reference), 0.0)
+    # The reference on a CPU: on a card torch divides by a number by multiplying with its rounded reciprocal.
+    return Check(
+        lambda: written(triton_kv_write.kv_write, device), lambda: written(kv_write.reference, "cpu"), 0.0
+    )
 
 
 def gated(device: str, large: bool, *, dtype: str, kind: str, width: int) -> Check:

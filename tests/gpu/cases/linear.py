@@ -54,6 +54,8 @@ def multiplying(
     tolerance = TOLERANCE[torch_dtype]
     if kind == "fp8" and device == "cuda":
         tolerance = max(tolerance, _FP8_ON_A_CARD)
+        if epilogue in ("residual", "silu"):  # which round on the way: what falls to the other side there adds up
+            tolerance *= 2
     return Check(lambda: multiply(kernel, device), lambda: multiply(reference, "cpu").to(device), tolerance)
 
 
