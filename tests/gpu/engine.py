@@ -238,6 +238,7 @@ def memory_accounting(device: Device) -> Finding:
             num_gpu_blocks_override=None,
             gpu_memory_utilization=share,
             max_num_seqs=64,
+            checks_integrity=False,  # of millions of blocks
         )
         loop.run(_prompts() * 8, _mixed() * 8)
         used = max(0, free - free_bytes())

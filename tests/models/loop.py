@@ -80,8 +80,15 @@ class Loop:
     """`run` answers requests; what the prefix cache holds stays from one run to the next."""
 
     def __init__(
-        self, model: Path, *, platform: Platform | None = None, plans_in_flight: int = 1, **options: Any
+        self,
+        model: Path,
+        *,
+        platform: Platform | None = None,
+        plans_in_flight: int = 1,
+        checks_integrity: bool = True,
+        **options: Any,
     ) -> None:
+        """checks_integrity: of the scheduler's books behind each step, which goes through all blocks."""
         self.config = engine_config(model, **{"num_gpu_blocks_override": 128, "max_num_seqs": 16} | options)
         self.worker = Worker(self.config, platform)
         self.ready = self.worker.initialize(lambda phase: None)
@@ -96,7 +103,7 @@ class Loop:
             enable_chunked_prefill=self.config.scheduler.enable_chunked_prefill,
             max_plans_in_flight=plans_in_flight,
         )
-        self._plans_in_flight = plans_in_flight
+        self._plans_in_flight, self._checks_integrity = plans_in_flight, checks_integrity
         self._in_flight: deque[tuple[SchedulerOutput, Any]] = deque()
         self.num_preemptions = 0
         self._num_requests = 0
@@ -153,4 +160,5 @@ class Loop:
         for outputs in self.scheduler.update_from_output(plan, result).values():
             for output in outputs:
                 answers[output.request_id].take(output)
-        self.scheduler.check_integrity()
+        if self._checks_integrity:
+            self.scheduler.check_integrity()
