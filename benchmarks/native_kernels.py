@@ -32,6 +32,7 @@ from minivllm.ops import (
     native,
     rms_norm,
     rotary,
+    rotary_kv_write,
     sampling,
     scaling,
     token_logprobs,
@@ -77,6 +78,11 @@ def small(rows: int) -> Iterator[Case]:
         cache = torch.zeros(layout.shape(-(-rows // 128)), dtype=torch.uint8)
         write = functools.partial(kv_write.cpu, k, v, cache, slots, layout=layout)
         yield Case(f"kv_write: {kind}", write, 2 * rows * KV_HEADS * HEAD_DIM * (2 + size))
+        both = functools.partial(
+            rotary_kv_write.cpu, positions, q, k, v, cos_sin, norms, cache, slots, layout=layout
+        )
+        moved = 2 * rows * HEAD_DIM * (2 * HEADS + 2 * KV_HEADS + KV_HEADS * size)
+        yield Case(f"rotary, norms and kv_write: {kind}", both, moved)
     gate_up = torch.randn(rows, 2 * INNER).to(BF16)
     yield Case("activation: silu_mul", lambda: activation.cpu(gate_up), 6 * rows * INNER)
     yield Case("activation: gelu_tanh_mul", lambda: activation.gelu_tanh_cpu(gate_up), 6 * rows * INNER)

@@ -112,8 +112,9 @@ MINIVLLM_INLINE void store_value(char* tile, const T* row, int64_t t, int64_t he
 }
 
 #if defined(__AVX512F__)
-// The same for 16 tokens at once, of which t, a multiple of 16, is the first; rows lie `stride` elements apart.
-inline void store_16_keys(char* tile, const bf16* rows, int64_t stride, int64_t t, int64_t head_dim) {
+// The same for stored rows of 16 tokens at once, of which t, a multiple of 16, is the first; rows lie `stride` elements
+// apart. Each line of a tile is written once, as a whole.
+inline void place_16_keys(char* tile, const bf16* rows, int64_t stride, int64_t t, int64_t head_dim) {
     bf16* to = reinterpret_cast<bf16*>(tile) + t / 16 * 16 * head_dim;
     for (int64_t d = 0; d < head_dim; d += 32) {
         const int pairs = head_dim - d < 32 ? int(head_dim - d) / 2 : 16;
@@ -127,7 +128,7 @@ inline void store_16_keys(char* tile, const bf16* rows, int64_t stride, int64_t 
     }
 }
 
-inline void store_16_values(char* tile, const bf16* rows, int64_t stride, int64_t t, int64_t head_dim) {
+inline void place_16_values(char* tile, const bf16* rows, int64_t stride, int64_t t, int64_t head_dim) {
     const auto widened = [](const bf16* row) {
         return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row)));
     };
@@ -138,6 +139,61 @@ inline void store_16_values(char* tile, const bf16* rows, int64_t stride, int64_
             _mm512_storeu_si512(to + d / 16 * 512 + i / 2 * 32, _mm512_or_si512(widened(rows + i * stride + d), odd));
         }
 }
+
+inline void place_16_keys(char* tile, const uint8_t* rows, int64_t stride, int64_t t, int64_t head_dim) {
+    char* to = tile + t / 16 * 16 * head_dim;
+    // Of each quarter of a line, [token][pair][2] becomes [pair][token][2].
+    const __m512i by_pair = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
+    for (int64_t d = 0; d < head_dim; d += 64) {
+        const int fours = head_dim - d < 64 ? int(head_dim - d) / 4 : 16;
+        Vec block[16];  // four dimensions travel as one 32-bit lane
+        for (int i = 0; i < 16; ++i) {
+            const float* row = reinterpret_cast<const float*>(rows + i * stride + d);
+            block[i] = fours == 16 ? load(row) : load_partial(row, fours);
+        }
+        transpose(block);
+        for (int i = 0; i < fours; ++i)
+            _mm512_storeu_si512(to + (d / 4 + i) * 64,
+                                _mm512_shuffle_epi8(_mm512_castps_si512(block[i].v), by_pair));
+    }
+}
+
+inline void place_16_values(char* tile, const uint8_t* rows, int64_t stride, int64_t t, int64_t head_dim) {
+    const auto row = [&](int64_t i, int64_t d) {
+        return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows + i * stride + d));
+    };
+    for (int64_t d = 0; d < head_dim; d += 16)
+        for (int64_t i = 0; i < 16; i += 4) {
+            const __m128i a = row(i, d), b = row(i + 1, d), c = row(i + 2, d), e = row(i + 3, d);
+            const __m128i low01 = _mm_unpacklo_epi8(a, b), high01 = _mm_unpackhi_epi8(a, b);
+            const __m128i low23 = _mm_unpacklo_epi8(c, e), high23 = _mm_unpackhi_epi8(c, e);
+            __m128i* to = reinterpret_cast<__m128i*>(tile + d / 16 * 512 + (t + i) / 4 * 64);
+            _mm_storeu_si128(to, _mm_unpacklo_epi64(low01, low23));
+            _mm_storeu_si128(to + 1, _mm_unpackhi_epi64(low01, low23));
+            _mm_storeu_si128(to + 2, _mm_unpacklo_epi64(high01, high23));
+            _mm_storeu_si128(to + 3, _mm_unpackhi_epi64(high01, high23));
+        }
+}
+
+// Whether tokens are stored 16 at a time where they can be.
+template <KvType type>
+constexpr bool kStoresBy16 = std::is_same_v<Stored<type>, bf16> || std::is_same_v<Stored<type>, uint8_t>;
+
+// Stores rows of 16 tokens as store_key or store_value store each: place is place_16_keys or place_16_values.
+template <KvType type, class T, class Place>
+void store_16(char* tile, const T* rows, int64_t stride, int64_t t, int64_t head_dim, float scale, const Place& place) {
+    if constexpr (std::is_same_v<Stored<type>, T>) {
+        place(tile, rows, stride, t, head_dim);
+    } else {
+        alignas(64) Stored<type> room[16 * kMostHeadDim];
+        for (int64_t i = 0; i < 16; ++i)
+            stored_row<type>(tile, room + i * head_dim, rows + i * stride, t + i, head_dim, scale);
+        place(tile, room, head_dim, t, head_dim);
+    }
+}
+#else
+template <KvType>
+constexpr bool kStoresBy16 = false;
 #endif
 
 }  // namespace minivllm::MINIVLLM_ISA

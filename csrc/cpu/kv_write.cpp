@@ -22,7 +22,7 @@ int64_t num_together(const KvWrite& w, int64_t i, int64_t end) {
 }
 
 template <KvType type, class T>
-void write(const KvWrite& w) {
+void write_rows(const KvWrite& w, int64_t begin, int64_t end) {
     const KvLayout& layout = w.layout;
     const int64_t heads = layout.num_kv_heads, half = layout.half_bytes(), head_dim = layout.head_dim;
     const auto tile_of = [&](int64_t slot, int64_t h) {
@@ -34,47 +34,51 @@ void write(const KvWrite& w) {
     const auto value = [&](int64_t i, int64_t h) {
         return reinterpret_cast<const T*>(w.v + i * w.v_token_stride + h * w.v_head_stride);
     };
-    const auto write_one = [&](int64_t i, int64_t h) {
-        const int64_t slot = w.slots[i], t = slot % kKvTile;  // block_size is a multiple of the tile
-        if (slot < 0) return;
-        store_key<type>(tile_of(slot, h), key(i, h), t, head_dim, w.k_scale);
-        store_value<type>(tile_of(slot, h) + half, value(i, h), t, head_dim, w.v_scale);
-    };
-    parallel_for(w.num_tokens, kGrain / (heads * head_dim) + 1, [&](int64_t begin, int64_t end) {
-        for (int64_t first = begin, n; first < end; first += n) {
-            n = num_together(w, first, end);
-            for (int64_t h = 0; h < heads; ++h) {
+    for (int64_t first = begin, n; first < end; first += n) {
+        n = num_together(w, first, end);
+        const int64_t slot = w.slots[first], t = slot % kKvTile;  // block_size is a multiple of the tile
+        for (int64_t h = 0; h < heads; ++h) {
 #if defined(__AVX512F__)
-                if constexpr (type == KvType::bf16 && std::is_same_v<T, bf16>)
-                    if (n == 16 && w.slots[first] >= 0 && w.slots[first] % 16 == 0) {
-                        char* tile = tile_of(w.slots[first], h);
-                        const int64_t t = w.slots[first] % kKvTile;
-                        store_16_keys(tile, key(first, h), w.k_token_stride / 2, t, head_dim);
-                        store_16_values(tile + half, value(first, h), w.v_token_stride / 2, t, head_dim);
-                        continue;
-                    }
+            if constexpr (kStoresBy16<type>)
+                if (n == 16 && slot >= 0 && slot % 16 == 0) {
+                    constexpr int64_t size = sizeof(T);
+                    store_16<type>(tile_of(slot, h), key(first, h), w.k_token_stride / size, t, head_dim, w.k_scale,
+                                   [](auto... args) { place_16_keys(args...); });
+                    store_16<type>(tile_of(slot, h) + half, value(first, h), w.v_token_stride / size, t, head_dim,
+                                   w.v_scale, [](auto... args) { place_16_values(args...); });
+                    continue;
+                }
 #endif
-                for (int64_t i = first; i < first + n; ++i) write_one(i, h);
+            for (int64_t i = first; i < first + n; ++i) {
+                if (w.slots[i] < 0) continue;
+                char* tile = tile_of(w.slots[i], h);
+                store_key<type>(tile, key(i, h), w.slots[i] % kKvTile, head_dim, w.k_scale);
+                store_value<type>(tile + half, value(i, h), w.slots[i] % kKvTile, head_dim, w.v_scale);
             }
+        }
+    }
+}
+
+void rows(const KvWrite& w, int64_t begin, int64_t end) {
+    with_dtype(w.dtype, [&](auto tag) {
+        using T = typename decltype(tag)::type;
+        switch (w.layout.type) {
+            case KvType::f32: return write_rows<KvType::f32, T>(w, begin, end);
+            case KvType::bf16: return write_rows<KvType::bf16, T>(w, begin, end);
+            case KvType::f16: return write_rows<KvType::f16, T>(w, begin, end);
+            case KvType::fp8_e4m3: return write_rows<KvType::fp8_e4m3, T>(w, begin, end);
+            case KvType::int8: return write_rows<KvType::int8, T>(w, begin, end);
         }
     });
 }
 
 void run(const KvWrite& w) {
-    with_dtype(w.dtype, [&](auto tag) {
-        using T = typename decltype(tag)::type;
-        switch (w.layout.type) {
-            case KvType::f32: return write<KvType::f32, T>(w);
-            case KvType::bf16: return write<KvType::bf16, T>(w);
-            case KvType::f16: return write<KvType::f16, T>(w);
-            case KvType::fp8_e4m3: return write<KvType::fp8_e4m3, T>(w);
-            case KvType::int8: return write<KvType::int8, T>(w);
-        }
-    });
+    parallel_for(w.num_tokens, kGrain / (w.layout.num_kv_heads * w.layout.head_dim) + 1,
+                 [&](int64_t begin, int64_t end) { rows(w, begin, end); });
 }
 
 }  // namespace
 
-const KvWriteKernels kv_write_kernels = {&run};
+const KvWriteKernels kv_write_kernels = {&run, &rows};
 
 }  // namespace minivllm::MINIVLLM_ISA

@@ -17,8 +17,12 @@ struct KvWrite {
     float k_scale, v_scale;  // of fp8
 };
 
+// Throws where the layout is none, or a slot lies outside a cache of so many blocks: nothing has been written then.
+void check(const KvWrite& write, int64_t num_blocks);
+
 struct KvWriteKernels {
     void (*run)(const KvWrite&);
+    void (*rows)(const KvWrite&, int64_t begin, int64_t end);  // tokens [begin, end), on the calling thread
 };
 MINIVLLM_KERNELS(KvWriteKernels, kv_write_kernels)
 

@@ -14,6 +14,9 @@ struct Heads {
     const void* norm_weight;  // [head_dim], by which each head is normed before it is turned; or null
 };
 
+// Throws where a position is no row of the table of so many: it would be read from other memory.
+void check_positions(const int64_t* positions, int64_t num_tokens, int64_t max_position);
+
 struct RotaryKernels {
     // In place over q and k. cos_sin: [*, rot_dim] float32, cosines then sines; positions must be rows of it.
     void (*run)(DType dtype, Heads q, Heads k, int64_t head_dim, float eps, const int64_t* positions,

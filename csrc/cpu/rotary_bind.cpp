@@ -6,8 +6,7 @@
 
 namespace minivllm {
 
-// Out-of-range positions would read other memory.
-static void check_positions(const int64_t* positions, int64_t n, int64_t max_position) {
+void check_positions(const int64_t* positions, int64_t n, int64_t max_position) {
     for (int64_t i = 0; i < n; ++i)
         if (positions[i] < 0 || positions[i] >= max_position)
             throw std::out_of_range("position " + std::to_string(positions[i]) + " is outside the rotary table of " +

@@ -73,6 +73,20 @@ def cpu(
     norms: HeadNorms | None = None,
 ) -> None:
     """`reference` in C++. q and k may be views whose last dimension is contiguous."""
+    q_norm, k_norm, eps = native_arguments(positions, q, k, cos_sin, norms)
+    if len(q):
+        native.lib.rotary(
+            native.dtype_code(q),
+            q.data_ptr(), q.shape[1], q.stride(0), q.stride(1), q_norm,
+            k.data_ptr(), k.shape[1], k.stride(0), k.stride(1), k_norm, q.shape[2], eps,
+            positions.data_ptr(), len(q), cos_sin.data_ptr(), *cos_sin.shape,
+        )  # fmt: skip
+
+
+def native_arguments(
+    positions: torch.Tensor, q: torch.Tensor, k: torch.Tensor, cos_sin: torch.Tensor, norms: HeadNorms | None
+) -> tuple[int, int, float]:
+    """The two norms' addresses, 0 for none, and their epsilon; raises ValueError where a tensor is laid out otherwise."""
     num_tokens, rot_dim = positions.shape[0], cos_sin.shape[1]
     for name, x in (("q", q), ("k", k)):
         fits = x.dim() == 3 and x.shape[0] == num_tokens and x.shape[2] >= rot_dim
@@ -85,18 +99,11 @@ def cpu(
         raise ValueError(f"positions are {positions.dtype}; they must be contiguous int64")
     if cos_sin.dtype != torch.float32 or not cos_sin.is_contiguous():
         raise ValueError(f"cos_sin is {cos_sin.dtype}; it must be contiguous float32")
-    q_norm, k_norm, eps = 0, 0, 0.0
-    if norms is not None:
-        require("q_weight", norms.q_weight, q.dtype, q.shape[2:])
-        require("k_weight", norms.k_weight, q.dtype, q.shape[2:])
-        q_norm, k_norm, eps = norms.q_weight.data_ptr(), norms.k_weight.data_ptr(), norms.eps
-    if num_tokens:
-        native.lib.rotary(
-            native.dtype_code(q),
-            q.data_ptr(), q.shape[1], q.stride(0), q.stride(1), q_norm,
-            k.data_ptr(), k.shape[1], k.stride(0), k.stride(1), k_norm, q.shape[2], eps,
-            positions.data_ptr(), num_tokens, cos_sin.data_ptr(), cos_sin.shape[0], rot_dim,
-        )  # fmt: skip
+    if norms is None:
+        return 0, 0, 0.0
+    require("q_weight", norms.q_weight, q.dtype, q.shape[2:])
+    require("k_weight", norms.k_weight, q.dtype, q.shape[2:])
+    return norms.q_weight.data_ptr(), norms.k_weight.data_ptr(), norms.eps
 
 
 IMPLEMENTATIONS = [

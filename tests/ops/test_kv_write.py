@@ -56,8 +56,9 @@ def test_the_kernel_writes_what_the_reference_writes(isa, dtype, layout, num_tok
 @needs_kernels
 @pytest.mark.parametrize("first", [0, 16, 5, 31])
 @pytest.mark.parametrize("head_dim", [48, 64])
-def test_neighbours_are_written_together_to_the_same_bytes(isa, dtype, first, head_dim, assert_same_bits):
-    layout = KvLayout("bfloat16", num_kv_heads=3, head_dim=head_dim, block_size=BLOCK_SIZE)
+@pytest.mark.parametrize("kind", ["bfloat16", "int8", "fp8_e4m3"])
+def test_neighbours_are_written_together_to_the_same_bytes(isa, dtype, kind, first, head_dim, assert_same_bits):
+    layout = KvLayout(kind, num_kv_heads=3, head_dim=head_dim, block_size=BLOCK_SIZE)
     cache, (k, v) = new_cache(layout), new_tokens(dtype, 150, head_dim=head_dim)
     slots = torch.arange(first, first + 150)
     slots[70:] += 32
