@@ -16,6 +16,7 @@ BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
 floors = pytest.importorskip("floors")
+import compare  # noqa: E402
 from processes import Processes  # noqa: E402
 from results import Results, as_table  # noqa: E402
 from roofline import Roofline  # noqa: E402
@@ -109,3 +110,20 @@ def test_a_script_says_what_it_is_for(script: str):
     command = [sys.executable, f"{script}.py", "--help"]
     done = subprocess.run(command, cwd=BENCHMARKS, capture_output=True, text=True, env=os.environ)
     assert done.returncode == 0 and len(done.stdout) > 200, done.stderr
+
+
+def test_a_comparison_is_refused_where_a_source_tree_without_kernels_would_be_measured(
+    tmp_path, monkeypatch, capsys
+):
+    tree, python = tmp_path / "minivllm" / "utils", tmp_path / "python"
+    tree.mkdir(parents=True)
+    (tree / "native.py").write_text("unavailable = 'the native extension is not built'\n")
+    (tmp_path / "minivllm" / "__init__.py").touch()
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" -S "$@"\n')  # as where nothing is installed in its place
+    python.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.setattr(sys, "argv", ["compare.py", "--model", str(tmp_path), "--peers", "ours"])
+    with pytest.raises(SystemExit):
+        compare.main()
+    assert "the native extension is not built; build it" in capsys.readouterr().err

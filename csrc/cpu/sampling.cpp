@@ -11,16 +11,30 @@ struct PhiloxKey {
     uint32_t low, high;
 };
 
-// Philox4x32-10 (Salmon et al., SC 2011) of kLanes counters at once; c becomes the four words.
+#if defined(__AVX512F__)
+// 64-bit lanes: the product of the lower halves; the upper half, put in place of the lower too; the lower halves of a and b.
+MINIVLLM_INLINE UVec multiply(UVec a, UVec b) { return {_mm512_mul_epu32(a.v, b.v)}; }
+MINIVLLM_INLINE UVec upper_half(UVec a) { return {_mm512_shuffle_epi32(a.v, _MM_PERM_DDBB)}; }
+MINIVLLM_INLINE UVec join(UVec a, UVec b) {
+    return {_mm512_mask_shuffle_epi32(a.v, 0xaaaa, b.v, _MM_PERM_CCAA)};
+}
+MINIVLLM_INLINE UVec xor3(UVec a, UVec b, UVec c) { return {_mm512_ternarylogic_epi32(a.v, b.v, c.v, 0x96)}; }
+#else
+MINIVLLM_INLINE UVec multiply(UVec a, UVec b) { return {_mm256_mul_epu32(a.v, b.v)}; }
+MINIVLLM_INLINE UVec upper_half(UVec a) { return {_mm256_shuffle_epi32(a.v, 0xf5)}; }
+MINIVLLM_INLINE UVec join(UVec a, UVec b) { return {_mm256_blend_epi32(a.v, _mm256_shuffle_epi32(b.v, 0xa0), 0xaa)}; }
+MINIVLLM_INLINE UVec xor3(UVec a, UVec b, UVec c) { return a ^ b ^ c; }
+#endif
+
+// Philox4x32-10 (Salmon et al., SC 2011) of kLanes / 2 counters at once, in the lower halves of 64-bit lanes; c becomes the
+// four words. What the upper halves hold meanwhile is nobody's: no product looks at them.
 MINIVLLM_INLINE void philox(UVec (&c)[4], PhiloxKey key) {
     for (int round = 0; round < 10; ++round) {
-        UVec high0, low0, high1, low1;
-        multiply_wide(c[0], uset1(0xd2511f53), high0, low0);
-        multiply_wide(c[2], uset1(0xcd9e8d57), high1, low1);
-        c[0] = high1 ^ c[1] ^ uset1(key.low);
-        c[1] = low1;
-        c[2] = high0 ^ c[3] ^ uset1(key.high);
-        c[3] = low0;
+        const UVec a = multiply(c[0], uset1(0xd2511f53)), b = multiply(c[2], uset1(0xcd9e8d57));
+        c[0] = xor3(upper_half(b), c[1], uset1(key.low));
+        c[1] = b;
+        c[2] = xor3(upper_half(a), c[3], uset1(key.high));
+        c[3] = a;
         key.low += 0x9e3779b9;
         key.high += 0xbb67ae85;
     }
@@ -33,29 +47,36 @@ MINIVLLM_INLINE Vec gumbel(UVec word) {
 }
 constexpr float kMostGumbel = 16.64f;  // above -log(-log(1 - 2^-24)) = 16.6355
 
+// At least gumbel(word), by a tenth of the work: -log u >= 1 - u, and a float's bits, as a number, are 2^23 (127 + its
+// logarithm to base 2) at most.
+MINIVLLM_INLINE Vec most_gumbel(UVec word) {
+    const Vec rest = set1(0x1p23f - 0.5f) - signed_to_float(shift_right<9>(word));  // 2^23 (1 - u), exactly
+    constexpr float kLog2 = 0.693147181f;
+    return fma(signed_to_float(bits_of(rest)), set1(-kLog2 * 0x1p-23f), set1(150 * kLog2 + 1e-4f));
+}
+
 // What one row's noise is a function of, besides the vocabulary index.
 struct NoiseSource {
     PhiloxKey key;
     uint32_t position_low, position_high, purpose;
 };
 
-constexpr int kGroup = 4 * kLanes;  // vocabulary indices that one vector of counters serves
+constexpr int kGroup = 4 * kLanes;  // vocabulary indices that two vectors of counters serve
 
-// The noise of the vocabulary indices [first, first + kGroup), first a multiple of 4, in order.
-MINIVLLM_INLINE void noise_group(Vec (&noise)[4], const NoiseSource& source, int64_t first) {
-    // Lane 4i + j takes counter j * (kLanes / 4) + i, so that unpacking the four words leaves them in order.
-    static constexpr uint32_t avx512_order[16] = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15};
-    static constexpr uint32_t avx2_order[8] = {0, 2, 4, 6, 1, 3, 5, 7};
+// The random words of the vocabulary indices [first, first + kGroup), first a multiple of 4, in order.
+MINIVLLM_INLINE void words_of_group(UVec (&words)[4], const NoiseSource& source, int64_t first) {
+    // Of each two 64-bit lanes the first take the counters of the first half, so that unpacking leaves words in order.
+    static constexpr uint32_t avx512_order[16] = {0, 0, 4, 0, 1, 0, 5, 0, 2, 0, 6, 0, 3, 0, 7, 0};
+    static constexpr uint32_t avx2_order[8] = {0, 0, 2, 0, 1, 0, 3, 0};
     const UVec order = uload(kLanes == 16 ? avx512_order : avx2_order);
-    UVec c[4] = {uset1(uint32_t(first / 4)) + order, uset1(source.position_low), uset1(source.position_high),
-                 uset1(source.purpose)};
-    philox(c, source.key);
-    const UVec a = unpack_low32(c[0], c[1]), b = unpack_high32(c[0], c[1]);
-    const UVec d = unpack_low32(c[2], c[3]), e = unpack_high32(c[2], c[3]);
-    noise[0] = gumbel(unpack_low64(a, d));
-    noise[1] = gumbel(unpack_high64(a, d));
-    noise[2] = gumbel(unpack_low64(b, e));
-    noise[3] = gumbel(unpack_high64(b, e));
+    for (int half = 0; half < 2; ++half) {
+        UVec c[4] = {uset1(uint32_t(first / 4 + half * kLanes / 2)) + order, uset1(source.position_low),
+                     uset1(source.position_high), uset1(source.purpose)};
+        philox(c, source.key);
+        const UVec low = join(c[0], c[1]), high = join(c[2], c[3]);
+        words[2 * half] = unpack_low64(low, high);
+        words[2 * half + 1] = unpack_high64(low, high);
+    }
 }
 
 // ---- Gumbel-max sampling ----
@@ -66,97 +87,120 @@ struct SampledRow {
 };
 
 float perturbed(const SampledRow& row, float logit, int64_t index) {
-    Vec noise[4];
+    UVec words[4];
     const int64_t first = index / kGroup * kGroup;
-    noise_group(noise, row.noise, first);
+    words_of_group(words, row.noise, first);
     float lanes[kGroup], sum[kLanes];
-    for (int i = 0; i < 4; ++i) store(lanes + i * kLanes, noise[i]);
+    for (int i = 0; i < 4; ++i) store(lanes + i * kLanes, gumbel(words[i]));
     store(sum, set1(logit) / set1(row.temperature) + set1(lanes[index - first]));
     return sum[0];
 }
 
-// The best of `floor` and a chunk x[0, n) that starts at vocabulary index `begin`. Noise is bounded, so what
-// cannot reach the best so far even with the most of it is passed over: that changes no result.
-Peak best_perturbed(const SampledRow& row, const float* x, int64_t n, int64_t begin, Peak best) {
-    const Vec temperature = set1(row.temperature);
+// Below it nothing counts that is quick to find and at least what it stands for, the error of a product with the
+// temperature's reciprocal included.
+float slightly_below(float value) { return value - (1e-3f + 1e-6f * __builtin_fabsf(value)); }
+
+// The best of `best` and a chunk x[0, n) that starts at vocabulary index `begin`. What cannot reach the best so far, or
+// `floor`, which some token of the row is known to have, even with the most its noise can be, is passed over: that
+// changes no row's result.
+Peak best_perturbed(const SampledRow& row, const float* x, int64_t n, int64_t begin, Peak best, float floor) {
+    const Vec temperature = set1(row.temperature), reciprocal = set1(1.0f / row.temperature);
+    const bool can_skip = 1.0f / row.temperature < kInfinity;
+    const auto least = [&] { return can_skip ? slightly_below(best.value > floor ? best.value : floor) : -kInfinity; };
+    Vec bound = set1(least());
     for (int64_t i = 0; i < n; i += kGroup) {
-        Vec scaled[4];
+        Vec logits[4];
         uint32_t possible = 0;
         for (int c = 0; c < 4; ++c) {
             const int64_t left = n - i - c * kLanes;
             const int width = left < 0 ? 0 : left < kLanes ? int(left) : kLanes;
-            const Vec v = width == kLanes ? load(x + i + c * kLanes)
-                          : width == 0    ? set1(-kInfinity)
-                                          : load_first(x + i + c * kLanes, width, -kInfinity);
-            scaled[c] = v / temperature;
-            possible |= lanes_at_least(scaled[c] + set1(kMostGumbel), set1(best.value));
+            logits[c] = width == kLanes ? load(x + i + c * kLanes)
+                        : width == 0    ? set1(-kInfinity)
+                                        : load_first(x + i + c * kLanes, width, -kInfinity);
+            possible |= lanes_not_less(fma(logits[c], reciprocal, set1(kMostGumbel)), bound);
         }
         if (possible == 0) continue;
-        Vec noise[4];
-        noise_group(noise, row.noise, begin + i);
+        UVec words[4];
+        words_of_group(words, row.noise, begin + i);
         for (int c = 0; c < 4; ++c) {
-            const Vec value = scaled[c] + noise[c];
+            if (lanes_not_less(fma(logits[c], reciprocal, most_gumbel(words[c])), bound) == 0) continue;
+            const Vec value = logits[c] / temperature + gumbel(words[c]);
             if (lanes_at_least(value, set1(best.value)) == 0) continue;
             const float top = reduce_max(value);
             const uint32_t lanes = lanes_equal(value, set1(top));
             if (lanes == 0) continue;  // NaN
             const Peak peak{top, begin + i + c * kLanes + __builtin_ctz(lanes)};
             if (beats(peak, best)) best = peak;
+            bound = set1(least());
         }
     }
     return best;
 }
 
-// Each row's peak, and whether a token can be drawn from it: `chunk_peaks` and `chunk_sound` hold one of each chunk.
-void find_peaks(const Chunks& chunks, Peak* chunk_peaks, uint8_t* chunk_sound, Peak* rows, uint8_t* broken) {
-    parallel_tasks(chunks.count(), [&](int64_t i) {
-        Vec most = set1(-kInfinity);
-        uint32_t below_infinity = kAllLanes;  // false for a NaN too
-        for_vectors(chunks.data(i), chunks.size(i), [&](Vec v, int64_t) {
-            below_infinity &= lanes_less(v, set1(kInfinity));
-            most = max(v, most);
-        });
-        const float value = reduce_max(most);
-        chunk_peaks[i] = {value, chunks.begin(i) + first_index_of(value, chunks.data(i), chunks.size(i))};
-        chunk_sound[i] = below_infinity == kAllLanes;
+// Of a chunk of logits.
+constexpr uint8_t kBroken = 1, kAlive = 2;  // holds a NaN or +inf; something above -inf
+
+Peak peak_of(const float* x, int64_t n, int64_t begin, uint8_t& state) {
+    Vec most = set1(-kInfinity);
+    uint32_t below_infinity = kAllLanes;  // false for a NaN too
+    for_vectors(x, n, [&](Vec v, int64_t) {
+        below_infinity &= lanes_less(v, set1(kInfinity));
+        most = max(v, most);
     });
-    for (int64_t i = 0; i < chunks.count(); ++i) {
-        const int64_t r = chunks.row(i);
-        const bool is_first = i % chunks.per_row() == 0;
-        if (is_first || beats(chunk_peaks[i], rows[r])) rows[r] = chunk_peaks[i];
-        broken[r] = (is_first ? 0 : broken[r]) | !chunk_sound[i];
-    }
-    for (int64_t r = 0; r < chunks.num_rows; ++r) broken[r] |= rows[r].value == -kInfinity;
+    const float value = reduce_max(most);
+    state = uint8_t((below_infinity == kAllLanes ? 0 : kBroken) | (value > -kInfinity ? kAlive : 0));
+    return {value, begin + first_index_of(value, x, n)};
 }
 
+// The largest so far of a row, as far as other threads have said: a hint, which changes how much is computed and no result.
+struct Floor {
+    float value;
+
+    float get() const {
+        float known;
+        __atomic_load(&value, &known, __ATOMIC_RELAXED);
+        return known;
+    }
+    void raise(float to) {
+        float known = get();
+        while (known < to &&
+               !__atomic_compare_exchange(&value, &known, &to, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {}
+    }
+};
+
+// Each chunk is read from memory once: for its peak, from which its own search starts, and again while it is near.
 void gumbel_argmax(int64_t* out, uint8_t* broken, const Logits& logits, const float* temperature,
                    const uint64_t* seeds, const uint64_t* positions, uint32_t purpose) {
     const Chunks chunks{logits.data, logits.num_rows, logits.vocab_size, logits.row_stride};
-    const size_t num_peaks = size_t(chunks.count() + logits.num_rows);
-    auto* peaks = static_cast<Peak*>(thread_scratch(0, num_peaks * sizeof(Peak) + size_t(chunks.count())));
-    Peak* rows = peaks + chunks.count();
-    find_peaks(chunks, peaks, reinterpret_cast<uint8_t*>(peaks + num_peaks), rows, broken);
-    bool any_sampled = false;
-    for (int64_t r = 0; r < logits.num_rows; ++r) any_sampled |= temperature[r] > 0;
-    if (!any_sampled) {
-        for (int64_t r = 0; r < logits.num_rows; ++r) out[r] = rows[r].index;
-        return;
-    }
-    auto row_of = [&](int64_t r) {
-        return SampledRow{{{uint32_t(seeds[r]), uint32_t(seeds[r] >> 32)},
-                           uint32_t(positions[r]), uint32_t(positions[r] >> 32), purpose}, temperature[r]};
-    };
-    for (int64_t r = 0; r < logits.num_rows; ++r)  // the likeliest token, perturbed, is a good bound to start from
-        if (temperature[r] > 0) rows[r].value = perturbed(row_of(r), rows[r].value, rows[r].index);
+    const size_t num_chunks = size_t(chunks.count()), num_rows = size_t(logits.num_rows);
+    auto* peaks = static_cast<Peak*>(
+        thread_scratch(0, num_chunks * (sizeof(Peak) + 1) + num_rows * sizeof(Floor)));
+    auto* floors = reinterpret_cast<Floor*>(peaks + num_chunks);
+    auto* states = reinterpret_cast<uint8_t*>(floors + num_rows);
+    for (int64_t r = 0; r < logits.num_rows; ++r) floors[r].value = -kInfinity;
     parallel_tasks(chunks.count(), [&](int64_t i) {
-        const int64_t r = chunks.row(i);
-        peaks[i] = temperature[r] > 0
-                       ? best_perturbed(row_of(r), chunks.data(i), chunks.size(i), chunks.begin(i), rows[r])
-                       : rows[r];
+        const int64_t r = chunks.row(i), n = chunks.size(i);
+        const float* x = chunks.data(i);
+        Peak& peak = peaks[i];
+        peak = peak_of(x, n, chunks.begin(i), states[i]);
+        if (!(temperature[r] > 0) || states[i] != kAlive) return;
+        const SampledRow row{{{uint32_t(seeds[r]), uint32_t(seeds[r] >> 32)},
+                              uint32_t(positions[r]), uint32_t(positions[r] >> 32), purpose}, temperature[r]};
+        peak.value = perturbed(row, peak.value, peak.index);
+        peak = best_perturbed(row, x, n, chunks.begin(i), peak, floors[r].get());
+        floors[r].raise(peak.value);
     });
-    for (int64_t i = 0; i < chunks.count(); ++i)
-        if (beats(peaks[i], rows[chunks.row(i)])) rows[chunks.row(i)] = peaks[i];
-    for (int64_t r = 0; r < logits.num_rows; ++r) out[r] = rows[r].index;
+    for (int64_t r = 0; r < logits.num_rows; ++r) {
+        const int64_t first = r * chunks.per_row();
+        Peak best = peaks[first];
+        uint8_t state = states[first];
+        for (int64_t i = first + 1; i < first + chunks.per_row(); ++i) {
+            if (beats(peaks[i], best)) best = peaks[i];
+            state |= states[i];
+        }
+        out[r] = best.index;
+        broken[r] = state != kAlive;
+    }
 }
 
 // ---- truncation ----
@@ -344,7 +388,6 @@ void top_k_top_p_min_p(const Logits& logits, const int32_t* top_k, const float* 
 // ---- validity ----
 
 void nonfinite_rows(uint8_t* out, const Logits& logits) {
-    constexpr uint8_t broken = 1, alive = 2;  // a NaN or +inf; something above -inf
     const Chunks chunks{logits.data, logits.num_rows, logits.vocab_size, logits.row_stride};
     auto* found = static_cast<uint8_t*>(thread_scratch(0, size_t(chunks.count())));
     parallel_tasks(chunks.count(), [&](int64_t i) {
@@ -353,12 +396,12 @@ void nonfinite_rows(uint8_t* out, const Logits& logits) {
             below_infinity &= lanes_less(v, set1(kInfinity));
             unmasked |= lanes_less(set1(-kInfinity), v);
         });
-        found[i] = uint8_t((below_infinity == kAllLanes ? 0 : broken) | (unmasked != 0 ? alive : 0));
+        found[i] = uint8_t((below_infinity == kAllLanes ? 0 : kBroken) | (unmasked != 0 ? kAlive : 0));
     });
     for (int64_t r = 0; r < logits.num_rows; ++r) {
         uint8_t any = 0;
         for (int64_t i = r * chunks.per_row(); i < (r + 1) * chunks.per_row(); ++i) any |= found[i];
-        out[r] = any != alive;
+        out[r] = any != kAlive;
     }
 }
 

@@ -102,15 +102,6 @@ template <int n> MINIVLLM_INLINE UVec shift_left(UVec a) { return {_mm512_slli_e
 MINIVLLM_INLINE Vec signed_to_float(UVec a) { return {_mm512_cvtepi32_ps(a.v)}; }
 MINIVLLM_INLINE UVec bits_of(Vec a) { return {_mm512_castps_si512(a.v)}; }
 MINIVLLM_INLINE Vec floats_of(UVec a) { return {_mm512_castsi512_ps(a.v)}; }
-// The high and low halves of each lane's 64-bit product.
-MINIVLLM_INLINE void multiply_wide(UVec a, UVec b, UVec& high, UVec& low) {
-    const __m512i even = _mm512_mul_epu32(a.v, b.v);
-    const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64(a.v, 32), b.v);
-    high.v = _mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd);
-    low.v = _mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32));
-}
-MINIVLLM_INLINE UVec unpack_low32(UVec a, UVec b) { return {_mm512_unpacklo_epi32(a.v, b.v)}; }
-MINIVLLM_INLINE UVec unpack_high32(UVec a, UVec b) { return {_mm512_unpackhi_epi32(a.v, b.v)}; }
 MINIVLLM_INLINE UVec unpack_low64(UVec a, UVec b) { return {_mm512_unpacklo_epi64(a.v, b.v)}; }
 MINIVLLM_INLINE UVec unpack_high64(UVec a, UVec b) { return {_mm512_unpackhi_epi64(a.v, b.v)}; }
 #else
@@ -133,14 +124,6 @@ template <int n> MINIVLLM_INLINE UVec shift_left(UVec a) { return {_mm256_slli_e
 MINIVLLM_INLINE Vec signed_to_float(UVec a) { return {_mm256_cvtepi32_ps(a.v)}; }
 MINIVLLM_INLINE UVec bits_of(Vec a) { return {_mm256_castps_si256(a.v)}; }
 MINIVLLM_INLINE Vec floats_of(UVec a) { return {_mm256_castsi256_ps(a.v)}; }
-MINIVLLM_INLINE void multiply_wide(UVec a, UVec b, UVec& high, UVec& low) {
-    const __m256i even = _mm256_mul_epu32(a.v, b.v);
-    const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64(a.v, 32), b.v);
-    high.v = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
-    low.v = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
-}
-MINIVLLM_INLINE UVec unpack_low32(UVec a, UVec b) { return {_mm256_unpacklo_epi32(a.v, b.v)}; }
-MINIVLLM_INLINE UVec unpack_high32(UVec a, UVec b) { return {_mm256_unpackhi_epi32(a.v, b.v)}; }
 MINIVLLM_INLINE UVec unpack_low64(UVec a, UVec b) { return {_mm256_unpacklo_epi64(a.v, b.v)}; }
 MINIVLLM_INLINE UVec unpack_high64(UVec a, UVec b) { return {_mm256_unpackhi_epi64(a.v, b.v)}; }
 #endif

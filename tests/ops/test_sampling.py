@@ -97,6 +97,25 @@ def test_the_native_choice_is_the_references_up_to_the_last_bits_of_the_noise(is
 
 
 @needs_kernels
+@pytest.mark.parametrize("temperature", [1e-3, 0.01, 30.0, 1e4])
+def test_no_token_that_could_win_is_passed_over_at_any_temperature(isa, temperature):
+    logits, _, seeds, positions = batch(12, 20011)
+    degrees = torch.full((12,), temperature)
+    perturbed = logits / temperature + sampling.gumbel_noise(seeds, positions, 20011)
+    got = native_draw(logits, degrees, seeds, positions)
+    shortfall = perturbed.amax(1) - perturbed.gather(1, got.unsqueeze(1))[:, 0]
+    assert (shortfall <= 1e-6 * perturbed.abs().amax(1).clamp(min=1)).all()
+
+
+@needs_kernels
+def test_a_choice_does_not_depend_on_threads_or_on_who_is_first(isa, num_threads):
+    logits, temperature, seeds, positions = batch(16, 30011, spread=0.0)  # many come close
+    expected = [native_draw(*(x[i : i + 1] for x in (logits, temperature, seeds, positions))) for i in range(16)]
+    for _ in range(10):
+        assert torch.equal(native_draw(logits, temperature, seeds, positions), torch.cat(expected))
+
+
+@needs_kernels
 def test_each_index_gets_its_own_noise_natively(isa):
     seeds, positions = torch.tensor([77]), torch.tensor([12345])
     noise = sampling.gumbel_noise(seeds, positions, 300)[0]
