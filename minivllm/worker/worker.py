@@ -122,6 +122,8 @@ class Worker:
         if self.runner.capture_shapes is not None:
             on_progress("capturing decode steps")
             self._capture()
+        if self.runner.is_recorded:
+            warm_up.check_recording(self.runner)
         return WorkerReady(
             max_model_len=size.max_model_len,
             num_blocks=size.num_blocks,
