@@ -161,7 +161,7 @@ def measure(core: Any, clock: Clock, batch: int, steps: int, temperature: float,
 
 def show_recorded(runner: Any, repeat: int = 50) -> None:
     """What the calls of the last step take, if it was recorded: made again, they write what is there already."""
-    parts = [runner._recorded, *runner._recorded_ends.values()] if runner.is_recorded else []
+    parts = [runner._recorded, *runner._recorded_decodes.values()] if runner.is_recorded else []
     tapes = [part.recording.recording.tape for part in parts if part.recording is not None]
     if not tapes:
         return

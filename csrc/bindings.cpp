@@ -64,7 +64,8 @@ NB_MODULE(_native, m) {
           "While on, the threads wait for the next kernel awake for a millisecond instead of some 30 µs.");
     m.def("advise_huge_pages", &advise_huge_pages, nb::arg("address"), nb::arg("bytes"));
     nb::class_<Tape>(m, "Tape")
-        .def(nb::init<bool>(), nb::arg("is_dry") = false)
+        .def(nb::init<bool, Tape*>(), nb::arg("is_dry") = false, nb::arg("after").none() = nullptr,
+             nb::keep_alive<1, 3>())
         .def("start", &Tape::start)
         .def("stop", &Tape::stop)
         .def("__len__", &Tape::size)

@@ -82,8 +82,8 @@ private:
 
 class Tape {
 public:
-    // is_dry: calls are written down and not made.
-    explicit Tape(bool is_dry = false) : is_dry(is_dry) {}
+    // is_dry: calls are written down and not made; after: a tape whose calls, at the same sizes, come first in a replay.
+    explicit Tape(bool is_dry, Tape* after) : is_dry(is_dry), after_(after) {}
     Tape(const Tape&) = delete;
     Tape& operator=(const Tape&) = delete;
     ~Tape() { stop(); }
@@ -135,11 +135,12 @@ public:
         if (sizes.size() != num_sizes_)
             throw std::invalid_argument(std::to_string(sizes.size()) + " sizes for a tape of " +
                                         std::to_string(num_sizes_));
+        if (after_ != nullptr) after_->replay(sizes);
         for (const Follower& each : followers_) *each.place = each.factor * sizes[each.size];
         for (const auto& call : calls_) call->make();
     }
 
-    // The last replay once more; nanoseconds of each call.
+    // The last replay once more, of this tape alone; nanoseconds of each call.
     std::vector<int64_t> timed_replay() const {
         std::vector<int64_t> took;
         took.reserve(calls_.size());
@@ -171,6 +172,7 @@ private:
                                     std::to_string(b) + " at another, which are no multiple of any");
     }
 
+    Tape* const after_;
     static inline thread_local Tape* current = nullptr;
     std::vector<std::unique_ptr<Call>> calls_;
     std::vector<Follower> followers_;

@@ -33,9 +33,13 @@ _ADVICE = {"advise_huge_pages"}  # native calls that change nothing
 class Recording:
     """Calls in order, on a native tape. `unusable` says why they are not all that happened."""
 
-    def __init__(self, *, is_dry: bool = False, like: Recording | None = None) -> None:
-        """is_dry: calls are not made; like: one of the same code for more rows, whose memory this is to use."""
-        self.tape = None if lib is None else lib.Tape(is_dry)
+    def __init__(
+        self, *, is_dry: bool = False, like: Recording | None = None, after: Recording | None = None
+    ) -> None:
+        """is_dry: calls are not made; like: one of the same code for more rows, whose memory this is to use; after: one
+        that is replayed first, each time."""
+        self.tape = None if lib is None else lib.Tape(is_dry, None if after is None else after.tape)
+        self._after = after
         self.unusable = None if lib is not None else "there are no native calls to record"
         self._kept: dict[int, torch.UntypedStorage] = {}  # by address
         self._ours: dict[int, list[_Place]] = {}  # made for this, by size
@@ -165,14 +169,16 @@ class SizedRecording:
         return self._last[1]
 
 
-def record_for_sizes(step: Callable[[Sizes], Outputs], most: Sizes) -> SizedRecording | str:
+def record_for_sizes(
+    step: Callable[[Sizes], Outputs], most: Sizes, after: SizedRecording | None = None
+) -> SizedRecording | str:
     """The native calls of `step(sizes)`, for all sizes up to `most`; or why there is no such recording.
 
     `step` is called twice, and its native calls are not made: what it is given may hold anything. Each of its outputs
-    has as many rows as one of the sizes says.
+    has as many rows as one of the sizes says. after: of the same sizes, and replayed before it.
     """
     fewer = _fewer(most)
-    with recording(is_dry=True) as largest:
+    with recording(is_dry=True, after=None if after is None else after.recording) as largest:
         outputs = step(most)
     with recording(is_dry=True, like=largest) as smaller:
         other_outputs = step(fewer)
@@ -210,9 +216,11 @@ def _size_of(output: torch.Tensor, other: torch.Tensor, most: Sizes, fewer: Size
 
 
 @contextlib.contextmanager
-def recording(*, is_dry: bool = False, like: Recording | None = None) -> Iterator[Recording]:
+def recording(
+    *, is_dry: bool = False, like: Recording | None = None, after: Recording | None = None
+) -> Iterator[Recording]:
     """Write down every native call that this thread makes inside, while no other makes any; as `Recording` says."""
-    taken = Recording(is_dry=is_dry, like=like)
+    taken = Recording(is_dry=is_dry, like=like, after=after)
     if taken.tape is None:
         yield taken
         return

@@ -28,12 +28,14 @@ Step = Callable[[], Outputs]
 class RecordedStep:
     """A part of a step that is replayed, whatever its size; or is what it was, if it cannot be."""
 
-    def __init__(self, name: str, step: Callable[[Sizes], Outputs], most: Sizes) -> None:
-        """step, most: as in `record_for_sizes`, done here; what `step` reads stays where it is from now on."""
+    def __init__(
+        self, name: str, step: Callable[[Sizes], Outputs], most: Sizes, after: SizedRecording | None = None
+    ) -> None:
+        """As in `record_for_sizes`, done here; what `step` reads stays where it is from now on."""
         self._name = name
         self._recording: SizedRecording | None = None
         self._is_trusted = False
-        found = record_for_sizes(step, most)
+        found = record_for_sizes(step, most, after)
         if isinstance(found, str):
             self._refuse(found)
         else:
@@ -45,7 +47,7 @@ class RecordedStep:
         return self._recording
 
     def run(self, sizes: Sizes, step: Step) -> Outputs:
-        """What `step()` gives. The tensors may be ones that the next call writes to.
+        """What `step()` gives, what comes before included. The tensors may be ones that the next call writes to.
 
         sizes: of `step`, none above the most.
         """

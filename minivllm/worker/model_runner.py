@@ -54,7 +54,8 @@ class _Decode:
     is_likeliest: bool  # tokens are chosen as the vocabulary's products are made, and there are no logits
     draw: DrawInputs | DeviceDraw | None  # None: that, or sampling is more than this and not part of the step
     key: Hashable | None  # of a captured step, see worker/graphs.py
-    sizes: Sizes  # of a recorded one
+    recorded: RecordedStep | None = None  # what it is replayed from
+    sizes: Sizes = ()  # with these
 
 
 @dataclass(frozen=True)
@@ -117,8 +118,8 @@ class ModelRunner:
         self.prompt_vectors = PromptVectors(backend.spec.dtype, self._staging)
         self._graphs: CapturedGraphs | None = None
         self._recorded: RecordedStep | None = None  # the model of any step
-        # What follows the model in a decode, by whether the likeliest are chosen, and whether tokens are drawn.
-        self._recorded_ends: dict[tuple[bool, bool], RecordedStep] = {}
+        # The model and what follows it in a decode: whether the likeliest are chosen, and whether tokens are drawn.
+        self._recorded_decodes: dict[tuple[bool, bool], RecordedStep] = {}
         if self.capture_shapes is not None:
             self._graphs = CapturedGraphs(platform.graphs, self.capture_shapes.sizes[-1], self.most_captures)
         elif not self._staging.copies and not enforce_eager and native.unavailable is None:
@@ -182,6 +183,21 @@ class ModelRunner:
         of_groups = (size for own in metadata for size in self.backend.sizes_of(own))
         return len(batch.input_ids), len(batch.rows), *of_groups
 
+    @torch.inference_mode()
+    def _recorded_decode(self, is_likeliest: bool, draws: bool) -> RecordedStep:
+        """The recorded model, and behind it the end of decodes of this kind."""
+        kind = is_likeliest, draws
+        if kind not in self._recorded_decodes:
+            model = self._recorded.recording
+
+            def end(sizes: Sizes) -> Outputs:
+                num_reqs = sizes[1]
+                draw = self._draw_buffers.inputs(self.buffers.ends(num_reqs)) if draws else None
+                return self._end(model.outputs[0][:num_reqs], is_likeliest, draw)
+
+            self._recorded_decodes[kind] = RecordedStep("a decode", end, model.most, after=model)
+        return self._recorded_decodes[kind]
+
     def _forward_of(self, sizes: Sizes) -> Outputs:
         """The model of a step of these sizes, for a recording."""
         num_tokens, num_reqs, *others = sizes
@@ -206,10 +222,11 @@ class ModelRunner:
         if self._decode is None or self._decode.batch is not batch:
             self._decode = self._describe(batch)
         decode = self._decode
-        if self._graphs is not None:
-            outputs = self._graphs.run(decode.key, partial(self._step, decode))
+        step = partial(self._step, decode)
+        if decode.recorded is not None:
+            outputs = decode.recorded.run(decode.sizes, step)
         else:
-            outputs = self._replay(decode)
+            outputs = self._graphs.run(decode.key, step)
         if self._decoded is None or self._decoded.outputs is not outputs:
             logits, hidden = (None, outputs[0]) if decode.is_likeliest else (outputs[0], None)
             drawn = Drawn(outputs[1], outputs[2]) if len(outputs) > 1 else None
@@ -217,31 +234,6 @@ class ModelRunner:
             if drawn is not None and self._sampling is None:
                 on_host = drawn.token_ids.numpy(), drawn.broken.numpy()
             self._decoded = _Decoded(outputs, logits, hidden, drawn, on_host)
-
-    @torch.inference_mode()
-    def _replay(self, decode: _Decode) -> Outputs:
-        """As `_step`, of recorded parts."""
-        (hidden,) = self._recorded.run(decode.sizes, lambda: (self._forward(decode),))
-        end = partial(self._end, hidden, decode.is_likeliest, decode.draw)
-        if not self.is_recorded:
-            return end()
-        return self._recorded_end(decode).run((len(hidden),), end)
-
-    def _recorded_end(self, decode: _Decode) -> RecordedStep:
-        """Of decodes like this one, which reads the recorded model's output."""
-        kind = decode.is_likeliest, decode.draw is not None
-        if kind not in self._recorded_ends:
-            (hidden,) = self._recorded.recording.outputs
-
-            def end(sizes: Sizes) -> Outputs:
-                (num_reqs,) = sizes
-                draw = None
-                if decode.draw is not None:
-                    draw = self._draw_buffers.inputs(self.buffers.ends(num_reqs))
-                return self._end(hidden[:num_reqs], decode.is_likeliest, draw)
-
-            self._recorded_ends[kind] = RecordedStep("choosing tokens", end, (self.buffers.most_reqs,))
-        return self._recorded_ends[kind]
 
     def _describe(self, batch: InputBatch) -> _Decode:
         if self._takes_likeliest(batch.rows):
@@ -262,20 +254,18 @@ class ModelRunner:
         self, batch: InputBatch, draw: DrawInputs | DeviceDraw | None, *, is_likeliest: bool = False
     ) -> _Decode:
         metadata = self._metadata(batch)
-        key, sizes = None, ()
+        ctx = self._context(metadata)
         if self._graphs is not None:
             key = key_of(batch.input_ids, batch.positions, metadata, is_likeliest, draw)
-        else:
-            sizes = self._sizes(batch, metadata)
-        return _Decode(batch, self._context(metadata), is_likeliest, draw, key, sizes)
+            return _Decode(batch, ctx, is_likeliest, draw, key)
+        recorded = self._recorded_decode(is_likeliest, draw is not None)
+        return _Decode(batch, ctx, is_likeliest, draw, None, recorded, self._sizes(batch, metadata))
 
     @torch.inference_mode()
     def _step(self, decode: _Decode) -> Outputs:
         """A decode step: logits (or hidden states) and, if they can be made here, tokens and which rows are broken."""
-        return self._end(self._forward(decode), decode.is_likeliest, decode.draw)
-
-    def _forward(self, decode: _Decode) -> torch.Tensor:
-        return self.model.forward(decode.batch.input_ids, decode.batch.positions, decode.ctx)
+        hidden = self.model.forward(decode.batch.input_ids, decode.batch.positions, decode.ctx)
+        return self._end(hidden, decode.is_likeliest, decode.draw)
 
     def _end(self, hidden: torch.Tensor, is_likeliest: bool, draw: DrawInputs | DeviceDraw | None) -> Outputs:
         if is_likeliest:
