@@ -3,7 +3,7 @@
     python benchmarks/step_overhead.py --model DIR [--batch 1 64] [--prompts 128 512] [--steps 300] [--profile]
 
 The core runs in this process; every call of the native extension is timed, the rest of the step is overhead: Python,
-torch and numpy. Decode steps are replayed in one such call; what is in it is shown by making its calls again, one by
+torch and numpy. Steps are replayed in one such call; what is in a decode is shown by making its calls again, one by
 one, in wall time. Processor time of the main thread is counted, so that a disturbed machine disturbs little. Encoding
 and decoding of the step's message stand beside it. Prompts come alone, of so many tokens and up to 9 fewer, and get one
 token each.

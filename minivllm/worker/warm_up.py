@@ -48,13 +48,15 @@ def run(runner: ModelRunner, max_num_batched_tokens: int, max_num_seqs: int) -> 
 
 
 def check_recording(runner: ModelRunner) -> None:
-    """A prompt and a request that decodes behind it, both in block 0, in which there is nothing yet."""
+    """A prompt and a request that decodes behind it, both in block 0: nobody has that yet, and it is zero again after."""
     length = min(len(_PROMPT) + len(_OUTPUT), runner.table.token_ids.shape[1])
     plan = _plan(runner, SamplingParams(), length, [length - 1, 1] if length > 1 else [1])
     # The prompt's chunk ends before its last token, which is the other's.
     plan.scheduled_new_reqs[0].num_computed_tokens = 0
     runner.execute_model(plan)
     runner.execute_model(SchedulerOutput(0, finished_req_ids=list(plan.num_scheduled_tokens)))
+    for cache in runner.kv_caches:
+        cache[0].zero_()
 
 
 def _plan(runner: ModelRunner, params: SamplingParams, length: int, nums_scheduled: list[int]) -> SchedulerOutput:

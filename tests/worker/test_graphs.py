@@ -16,7 +16,7 @@ from make_random_model import make_model
 from minivllm.ops import native
 from minivllm.ops.linear import PackedLinear
 from minivllm.ops.op import OpSpec
-from minivllm.ops.recording import record_for_sizes, recording
+from minivllm.ops.recording import SizedRecording, record_for_sizes, recording
 from minivllm.ops.rms_norm import cpu as rms_norm
 from minivllm.sampling_params import SamplingParams
 from minivllm.worker.graphs import RecordedStep, key_of
@@ -303,19 +303,18 @@ def test_a_models_steps_are_replayed_whatever_their_sizes_and_give_the_eager_bit
     ours, all_steps = counted(loop), counted(eager)
     for seed in range(3):
         assert walk(loop, seed) == walk(eager, seed)
-    assert not ours and len(set(all_steps)) > 8
+    assert len(ours) <= 3 and len(set(all_steps)) > 8  # one of each kind of decode was checked
 
 
-def test_shared_prefixes_of_decodes_beside_prompts_are_replayed(tmp_path: Path):
+def test_shared_prefixes_of_decodes_beside_prompts_are_replayed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     model = make_model(tmp_path, arch="qwen3", num_layers=2, dtype="bfloat16", seed=7)
     common = [3 + i * i % 60 for i in range(256)]
     prompts = [common + [3 + i] * (1 + i) for i in range(6)]
     params = SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
     loop, eager = Loop(model), Loop(model, enforce_eager=True)
     seen: set[tuple[int, ...]] = set()
-    recorded = loop.worker.runner._recorded
-    run = recorded.run
-    recorded.run = lambda sizes, step: seen.add(sizes) or run(sizes, step)
+    replay = SizedRecording.replay
+    monkeypatch.setattr(SizedRecording, "replay", lambda self, sizes: seen.add(sizes) or replay(self, sizes))
     assert loop.run(prompts, params, stagger=3) == eager.run(prompts, params, stagger=3)
     assert {groups for _, _, groups, _ in seen} == {0, 1} and {members for *_, members in seen} >= {2, 3, 4, 5, 6}
 
