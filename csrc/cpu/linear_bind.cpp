@@ -97,6 +97,7 @@ void bind_format(nb::module_& m, const char* name) {
 MINIVLLM_BIND(linear, m) {
     bind_format<Format<&linear_kernels>>(m, "LinearFormat");
     bind_format<Format<&int8_linear_kernels>>(m, "Int8LinearFormat");
+    bind_format<Format<&int4_linear_kernels>>(m, "Int4LinearFormat");
 }
 
 }  // namespace minivllm
