@@ -19,10 +19,11 @@ class Work:
     num_in: int = 128
     num_out: int = 128
     num_shared: int = 0
+    least_in: int | None = None  # prompts have from so many tokens to num_in, any number of them
 
     @property
     def num_tokens(self) -> int:
-        """Of one request, in and out."""
+        """Of one request, in and out, at most."""
         return self.num_shared + self.num_in + self.num_out
 
     def part(self, requests: int) -> Work:
@@ -34,7 +35,9 @@ class Work:
             return [pick.randrange(300, vocab_size - 300) for _ in range(count)]
 
         shared = some(self.num_shared)
-        return [shared + some(self.num_in) for _ in range(self.requests)]
+        if self.least_in is None:
+            return [shared + some(self.num_in) for _ in range(self.requests)]
+        return [shared + some(pick.randint(self.least_in, self.num_in)) for _ in range(self.requests)]
 
 
 WORKS = {
@@ -46,3 +49,4 @@ WORKS = {
     "T1": Work(8, 1),
     "T64": Work(256, 64),
 }
+MIXED = Work(256, 32, 480, 32, least_in=1)  # steps with prompts, hardly two of one size

@@ -122,6 +122,8 @@ class Worker:
         if self.runner.capture_shapes is not None:
             on_progress("capturing decode steps")
             self._capture()
+        if self.runner.is_recorded:
+            warm_up.check_recording(self.runner)
         return WorkerReady(
             max_model_len=size.max_model_len,
             num_blocks=size.num_blocks,
@@ -234,6 +236,10 @@ class Worker:
                 f"--quantization fp8 needs a GPU of compute capability 8.9 or above, and this is {self.platform.name}; "
                 "try --quantization int8"
             )
+        if self.config.model.quantization == "int4" and not self.platform.is_host:
+            raise ConfigError(
+                f"--quantization int4 is there on CPUs only, and this is {self.platform.name}; try --quantization int8"
+            )
 
     def _attention_backend(self, dtype: torch.dtype) -> AttentionBackend:
         hf, block_size = self.config.hf_config, self.config.cache.block_size
@@ -265,7 +271,7 @@ class Worker:
     def _build_model(self, backend: AttentionBackend, max_model_len: int) -> DecoderForCausalLM:
         """The model without its weights: pages that nobody has touched."""
         model_class = load_class(self.config.model_class)
-        quantization = self.config.model.quantization  # int8 sums are exact, so batch invariant
+        quantization = self.config.model.quantization  # sums of int8 and int4 are exact, so batch invariant
         if quantization is None and self.config.device.batch_invariant:
             quantization = BATCH_INVARIANT
         try:
