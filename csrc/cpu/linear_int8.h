@@ -1,4 +1,4 @@
-// Int8 products of rows that are made int8 as they come: what linear layers with weights of int8 and of fewer bits share.
+// Int8 products of rows that are made int8 as they come, shared by linear layers with weights of int8 and of fewer bits.
 // On AMX tiles where there are, else by products of 16-bit pairs. Sums are exact integers, so every instruction set
 // gives the same bits. Included by linear*.cpp only.
 #pragma once
@@ -26,13 +26,13 @@ struct Int8Layout {
 
 // ---- from float to int8 ----
 
-// x = scale × q, q in [-127, 127]. A row with a NaN or an infinity has a NaN for its scale: so will all its outputs.
+// x = scale × q, q in ±most. A row with a NaN or an infinity has a NaN for its scale: so will all its outputs.
 struct RowScale {
     float scale, reciprocal;
 };
 
 template <class X>
-RowScale scale_of(const X* x, int64_t n) {
+RowScale scale_of(const X* x, int64_t n, float most = 127.0f) {
     Vec amax = zero();
     uint32_t finite = (1u << kLanes) - 1;
     auto take = [&](Vec v) {
@@ -46,10 +46,10 @@ RowScale scale_of(const X* x, int64_t n) {
     if (finite != (1u << kLanes) - 1) return {__builtin_nanf(""), 0.0f};
     const float largest = reduce_max(amax);
     if (largest < kLeastAmax) return {0.0f, 0.0f};
-    return {largest / 127.0f, 127.0f / largest};
+    return {largest / most, most / largest};
 }
 
-// n numbers to q, and zeros up to `padded`, a multiple of 16. T: int8_t or int16_t.
+// n numbers to q, and zeros up to `padded`, a multiple of 16. T: int8_t, int16_t or float.
 template <class T, class X>
 void quantise(T* to, const X* x, int64_t n, int64_t padded, float reciprocal) {
     const Vec factor = set1(reciprocal);
