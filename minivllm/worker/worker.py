@@ -122,6 +122,7 @@ class Worker:
         if self.runner.capture_shapes is not None:
             on_progress("capturing decode steps")
             self._capture()
+        self.runner.check_recording()
         return WorkerReady(
             max_model_len=size.max_model_len,
             num_blocks=size.num_blocks,
@@ -141,6 +142,8 @@ class Worker:
         """Run the model on a plan's tokens."""
         if self._profiler is not None:
             self._profiler.before_step()
+        if self.memory_taker is not None and plan.total_num_scheduled_tokens > len(plan.num_scheduled_tokens):
+            self.memory_taker.hold(True)  # a prompt's step allocates
         self._initialized().execute_model(plan)
 
     def sample_tokens(self, grammar: GrammarOutput | None) -> ModelRunnerOutput:
@@ -191,6 +194,8 @@ class Worker:
 
     def _end_step(self) -> None:
         """All of the step has been given to the device, if it is not done: a recording that ends now waits for that."""
+        if self.memory_taker is not None:
+            self.memory_taker.hold(False)
         if self._profiler is not None:
             self._profiler.after_step()
 
