@@ -35,17 +35,28 @@ struct CodeTable {
     }
 };
 
-// 2^x for x <= kRise, within 7.5e-5 of it: a weight that is rounded to bf16 hides more. Zero below -126, where the last
-// instruction would take 60 ns for a subnormal number that bf16 has no use for; NaN for NaN.
+// 2^x for x <= kRise, within 7.5e-5 of it: a weight that is rounded to bf16 hides more. Zero below -126 beside
+// FlushSubnormals; NaN for NaN.
 MINIVLLM_INLINE Vec amx_weight(Vec x) {
     const Vec f{_mm512_reduce_ps(x.v, 0x09)};  // x - floor(x)
     Vec p = set1(0.07802452f);
     p = fma(p, f, set1(0.22606716f));
     p = fma(p, f, set1(0.69583356f));
     p = fma(p, f, set1(0.9999252f));
-    const __mmask16 is_normal = _mm512_cmp_ps_mask(x.v, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
-    return {_mm512_maskz_scalef_ps(is_normal, p.v, x.v)};  // times 2^floor(x)
+    return {_mm512_scalef_ps(p.v, x.v)};  // times 2^floor(x)
 }
+
+// While it lives, this thread's results that would be subnormal are zero: bf16 has no use for such weights, and one takes
+// the processor 60 ns.
+class FlushSubnormals {
+public:
+    FlushSubnormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | _MM_FLUSH_ZERO_ON); }
+    ~FlushSubnormals() { _mm_setcsr(before_); }
+    FlushSubnormals(const FlushSubnormals&) = delete;
+
+private:
+    const unsigned before_;
+};
 
 // How AMX reads the cache's tiles.
 class AmxTiles {
@@ -107,6 +118,15 @@ public:
             }
         }
         return cut != 0;
+    }
+
+    // Whether all of a value tile is: then a weight of zero keeps out what a row does not see.
+    bool is_finite(const bf16* tile) const {
+        const __m512i exponent = _mm512_set1_epi16(0x7f80);
+        __m512i largest = _mm512_setzero_si512();
+        for (int64_t i = 0; i < kTile * head_dim_; i += 32)
+            largest = _mm512_max_epu16(largest, _mm512_and_si512(_mm512_loadu_si512(tile + i), exponent));
+        return _mm512_cmpeq_epi16_mask(largest, exponent) == 0;
     }
 
     // What keep_visible left out of a tile to a row that sees [begin, end) of it: its output ends not finite.
