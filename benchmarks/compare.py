@@ -40,7 +40,8 @@ from works import WORKS, Work
 SERVED, BATCHES, TINY = ("start", "W1", "W5"), ("W3", "W4", "W2"), ("T1", "T64")
 CELLS = (*SERVED, *BATCHES, *TINY)
 SERVED_UNTIL, BATCHES_UNTIL = 0.44, 0.9
-NAMES = ("ours", "ours-int8", "vllm", "llama-bf16", "llama-q8_0", "openvino", "transformers")
+NAMES = ("ours", "ours-int8", "ours-int4", "vllm", "llama-bf16", "llama-q8_0", "openvino", "transformers")
+ONLY_IF_NAMED = ("ours-int4",)  # the peers' models have no weights of 4 bits
 TINY_NAMES = ("ours", "vllm", "llama-bf16", "llama-q8_0")
 START_LIMIT_S = 240
 SLOW_START_S = 20  # who needs longer is not started again for a median
@@ -51,6 +52,7 @@ def find_peers(args: argparse.Namespace, model: Path) -> dict[str, Peer]:
     found = {
         "ours": peers.ours(model, {}),
         "ours-int8": peers.ours_int8(model),
+        "ours-int4": peers.ours_int4(model),
         "transformers": peers.transformers(model),
     }
     if args.vllm_python:
@@ -240,7 +242,8 @@ def main() -> None:
     parser.add_argument("--model", type=Path)
     parser.add_argument("--tiny", type=Path)
     parser.add_argument("--only", choices=CELLS, nargs="+", default=CELLS)
-    parser.add_argument("--peers", nargs="+", choices=NAMES, default=NAMES)
+    usual = [name for name in NAMES if name not in ONLY_IF_NAMED]
+    parser.add_argument("--peers", nargs="+", choices=NAMES, default=usual)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=30, help="begin nothing that would end later")
     parser.add_argument("--run-limit", type=float, default=150, help="seconds after which a run is given up")

@@ -111,7 +111,7 @@ class Floor:
         """The least a load can take; None for those that have no such floor."""
         widest = max(self.roof.bf16_tflops)
         if name == "W1":
-            return self.prefill(1, 128, rows=128) + self.decode(1, 128, 127)
+            return WORKS[name].requests * (self.prefill(1, 128, rows=128) + self.decode(1, 128, 127))
         if name == "W2":
             return self.prefill(64, 256, rows=widest) + self.decode(64, 256, 127)
         if name == "W3":

@@ -4,8 +4,8 @@
                               [--processor-time]
 
 Each shape has so many copies of its weight that none is found in a cache, as in a model. oneDNN (bfloat16, through
-torch) has its weight packed for that number of rows; int8 is `--quantization int8`, its activations made int8 in the
-call. All three and a read of 1 GiB (`roofline.py`) take turns, and the fastest of the turns counts: machines drift.
+torch) has its weight packed for that number of rows; int8 and int4 are `--quantization`'s, their activations made int8 in
+the call. All four and a read of 1 GiB (`roofline.py`) take turns, and the fastest of the turns counts: machines drift.
 `--processor-time` counts what the threads worked instead of what the clock says, for a machine that is busy with other
 things: waiting is left out, but for what a thread waits spinning.
 """
@@ -21,6 +21,7 @@ from roofline import bandwidth
 
 from minivllm.ops import native
 from minivllm.ops.linear import PackedLinear
+from minivllm.ops.linear_int4 import PackedInt4Linear
 from minivllm.ops.linear_int8 import PackedInt8Linear
 
 # in_features, out_features
@@ -65,17 +66,19 @@ def compare(k: int, n: int, rows: list[int], repeat: int, clock: Clock) -> None:
     out = torch.empty(max(rows), n, dtype=torch.bfloat16)
     bf16 = [ours(PackedLinear, weight, out) for _ in range(count)]
     int8 = [ours(PackedInt8Linear, weight, out) for _ in range(count)]
+    int4 = [ours(PackedInt4Linear, weight, out) for _ in range(count)]
     for m in rows:
         x = torch.randn(m, k).bfloat16()
         peer = [onednn(weight, m) for _ in range(count)]
         turns = [
-            (seconds(bf16, x, clock), seconds(int8, x, clock), seconds(peer, x, clock), bandwidth(0.05))
+            (*(seconds(layers, x, clock) for layers in (bf16, int8, int4, peer)), bandwidth(0.05))
             for _ in range(repeat)
         ]
-        times, read = [min(turn[i] for turn in turns) for i in range(3)], max(turn[3] for turn in turns)
+        times, read = [min(turn[i] for turn in turns) for i in range(4)], max(turn[4] for turn in turns)
         flop, size = 2e-12 * m * n * k * count, 2e-9 * n * k * count
-        columns = [f"{flop / t:6.2f} T {size / t * share:5.1f} GB/s" for t, share in zip(times, (1, 0.5, 1))]
-        print(f"  M {m:5d}  bf16 {columns[0]} int8 {columns[1]} oneDNN {columns[2]}  read {read:4.1f} GB/s", flush=True)
+        columns = [f"{flop / t:6.2f} T {size / t * share:5.1f} GB/s" for t, share in zip(times, (1, 0.5, 0.254, 1))]
+        kinds = " ".join(f"{kind} {column}" for kind, column in zip(("bf16", "int8", "int4", "oneDNN"), columns))
+        print(f"  M {m:5d}  {kinds}  read {read:4.1f} GB/s", flush=True)
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
-"""What int8 costs in quality: perplexity and logprobs of held-out text, beside the model as it was trained.
+"""What int8 and int4 cost in quality: perplexity and logprobs of held-out text, beside the model as it was trained.
 
-    python benchmarks/int8_quality.py [--model DIR --text FILE] [--tokens 20000]
+    python benchmarks/int8_quality.py [--model DIR --text FILE] [--tokens 20000] [--quantization int8 int4]
 
 The model in the box is measured on what it is taught to say in documents of its own generator under another seed. Every
 position is teacher-forced.
@@ -68,23 +68,30 @@ def score(model: str, quantization: str | None, texts: list[Text]) -> list[tuple
     return rows
 
 
+def perplexity(rows: list[tuple[float, int]]) -> float:
+    return math.exp(-sum(logprob for logprob, _ in rows) / len(rows))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(box_model_path()))
     parser.add_argument("--text", help="a text file instead of the box model's own documents")
     parser.add_argument("--tokens", type=int, default=20000)
+    parser.add_argument("--quantization", nargs="+", default=["int8", "int4"])
     args = parser.parse_args()
     tokenizer = Tokenizer.from_pretrained(args.model)
     texts = as_many_as(args.tokens, texts_of(Path(args.text), tokenizer) if args.text else own_texts(tokenizer))
-    exact, int8 = score(args.model, None, texts), score(args.model, "int8", texts)
-    for name, rows in (("as trained", exact), ("int8", int8)):
-        print(f"{name:10} perplexity {math.exp(-sum(row[0] for row in rows) / len(rows)):.4f} over {len(rows)} tokens")
-    differences = [abs(a[0] - b[0]) for a, b in zip(exact, int8)]
-    agreement = sum(a[1] == b[1] for a, b in zip(exact, int8)) / len(exact)
-    print(
-        f"logprob of the token: mean difference {sum(differences) / len(differences):.4f}, largest "
-        f"{max(differences):.3f}; the likeliest token is the same at {agreement:.2%} of positions"
-    )
+    exact = score(args.model, None, texts)
+    print(f"as trained: perplexity {perplexity(exact):.4f} over {len(exact)} tokens")
+    for quantization in args.quantization:
+        rows = score(args.model, quantization, texts)
+        differences = [abs(a[0] - b[0]) for a, b in zip(exact, rows)]
+        agreement = sum(a[1] == b[1] for a, b in zip(exact, rows)) / len(exact)
+        print(
+            f"{quantization}: perplexity {perplexity(rows):.4f}; logprob of the token: mean difference "
+            f"{sum(differences) / len(differences):.4f}, largest {max(differences):.3f}; the likeliest token is the "
+            f"same at {agreement:.2%} of positions"
+        )
 
 
 if __name__ == "__main__":

@@ -22,8 +22,9 @@ import time
 import urllib.request
 from dataclasses import asdict, dataclass, field
 
-from works import WORKS, Work
+from works import MIXED, WORKS, Work
 
+LOADS = WORKS | {"mixed": MIXED}
 EVENT = b"data: {"
 TAIL = 2048
 USAGE = re.compile(rb'"completion_tokens": ?(\d+)')
@@ -185,14 +186,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--work", choices=WORKS, required=True)
+    parser.add_argument("--work", choices=LOADS, required=True)
     parser.add_argument("--vocab-size", type=int, default=32000, help="prompts use ids below it")
     parser.add_argument("--repeat", type=int, default=3, help="the median is told")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     load = Load(args.host, args.port, served_model(args.host, args.port), args.vocab_size, seed=time.time_ns())
     load.run(Work(1, 1, 16, 16))  # the first request of a server is slow
-    result = median([load.run(WORKS[args.work]) for _ in range(args.repeat)])
+    result = median([load.run(LOADS[args.work]) for _ in range(args.repeat)])
     print(json.dumps(asdict(result)) if args.json else describe(result))
 
 

@@ -71,6 +71,11 @@ def ours_int8(model: Path) -> Peer:
     return ours(model, {"quantization": "int8", "kv_cache_dtype": "int8"}, "ours-int8", KV_GIB / 2)
 
 
+def ours_int4(model: Path) -> Peer:
+    """The same with weights of 4 bits."""
+    return ours(model, {"quantization": "int4", "kv_cache_dtype": "int8"}, "ours-int4", KV_GIB / 2)
+
+
 def why_ours_is_slow() -> str | None:
     """Why what `ours` starts would compute with torch's references, or None.
 

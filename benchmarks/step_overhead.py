@@ -3,7 +3,7 @@
     python benchmarks/step_overhead.py --model DIR [--batch 1 64] [--prompts 128 512] [--steps 300] [--profile]
 
 The core runs in this process; every call of the native extension is timed, the rest of the step is overhead: Python,
-torch and numpy. Decode steps are replayed in one such call; what is in it is shown by making its calls again, one by
+torch and numpy. Steps are replayed in one such call; what is in a decode is shown by making its calls again, one by
 one, in wall time. Processor time of the main thread is counted, so that a disturbed machine disturbs little. Encoding
 and decoding of the step's message stand beside it. Prompts come alone, of so many tokens and up to 9 fewer, and get one
 token each.
@@ -89,15 +89,18 @@ def add_requests(core: Any, batch: int, num_out: int, temperature: float, num_in
 
 
 def measure_prompts(core: Any, clock: Clock, num_in: int, steps: int) -> None:
-    totals, kernels, wall = [], [], []
+    totals, kernels, first, wall = [], [], [], []
     for number in range(steps + 8):
         add_requests(core, 1, 1, 0.0, num_in - number % 10)
         clock.spent.clear()
         begin, began = now(), time.perf_counter_ns()
         core.step()
+        took, elapsed = now() - begin, time.perf_counter_ns() - began
+        if number < 3:
+            first.append(elapsed)
         if number >= 8:
-            totals.append(now() - begin)
-            wall.append(time.perf_counter_ns() - began)
+            totals.append(took)
+            wall.append(elapsed)
             kernels.append(sum(ns for name, ns in clock.spent.items() if name.startswith("kernel")))
         while core.has_requests():
             core.step()
@@ -105,7 +108,8 @@ def measure_prompts(core: Any, clock: Clock, num_in: int, steps: int) -> None:
     total, kernel = statistics.median(totals) / 1e6, statistics.median(kernels) / 1e6
     print(
         f"prompts of {num_in}: step {total:.2f} ms = kernels {kernel:.2f} + outside {outside:.2f}; by the clock "
-        f"{min(wall) / 1e6:.1f} at best, {statistics.median(wall) / 1e6:.1f} in the middle"
+        f"{min(wall) / 1e6:.1f} at best, {statistics.median(wall) / 1e6:.1f} in the middle, "
+        f"{', '.join(f'{ns / 1e6:.1f}' for ns in first)} the first three"
     )
 
 
@@ -157,14 +161,16 @@ def measure(core: Any, clock: Clock, batch: int, steps: int, temperature: float,
 
 def show_recorded(runner: Any, repeat: int = 50) -> None:
     """What the calls of the last step take, if it was recorded: made again, they write what is there already."""
-    graphs = runner._graphs._graphs if runner._graphs is not None else {}
-    if not graphs:
+    parts = [runner._recorded, *runner._recorded_decodes.values()] if runner.is_recorded else []
+    tapes = [part.recording.recording.tape for part in parts if part.recording is not None]
+    if not tapes:
         return
-    tape = next(reversed(graphs.values())).recording.tape
-    took = [statistics.median(each) / 1e3 for each in zip(*(tape.timed_replay() for _ in range(repeat)))]
+    names = [name for tape in tapes for name in tape.names]
+    replays = ([ns for tape in tapes for ns in tape.timed_replay()] for _ in range(repeat))
+    took = [statistics.median(each) / 1e3 for each in zip(*replays)]
     print(f"    its {len(took)} recorded calls: {sum(took):.0f} µs of wall time")
-    for name in sorted(set(tape.names), key=lambda n: -sum(us for us, other in zip(took, tape.names) if other == n)):
-        own = [us for us, other in zip(took, tape.names) if other == name]
+    for name in sorted(set(names), key=lambda n: -sum(us for us, other in zip(took, names) if other == n)):
+        own = [us for us, other in zip(took, names) if other == name]
         print(f"    {sum(own):9.1f}  {name}: {len(own)} × {statistics.mean(own):.1f}, the largest {max(own):.1f}")
 
 

@@ -19,10 +19,11 @@ class Work:
     num_in: int = 128
     num_out: int = 128
     num_shared: int = 0
+    least_in: int | None = None  # prompts have from so many tokens to num_in, any number of them
 
     @property
     def num_tokens(self) -> int:
-        """Of one request, in and out."""
+        """Of one request, in and out, at most."""
         return self.num_shared + self.num_in + self.num_out
 
     def part(self, requests: int) -> Work:
@@ -34,11 +35,13 @@ class Work:
             return [pick.randrange(300, vocab_size - 300) for _ in range(count)]
 
         shared = some(self.num_shared)
-        return [shared + some(self.num_in) for _ in range(self.requests)]
+        if self.least_in is None:
+            return [shared + some(self.num_in) for _ in range(self.requests)]
+        return [shared + some(pick.randint(self.least_in, self.num_in)) for _ in range(self.requests)]
 
 
 WORKS = {
-    "W1": Work(1, 1),
+    "W1": Work(3, 1),
     "W2": Work(64, 64, 256, 128),
     "W3": Work(1, 1, 4096, 16),
     "W4": Work(32, 32, 64, 64, 1024),
@@ -46,3 +49,4 @@ WORKS = {
     "T1": Work(8, 1),
     "T64": Work(256, 64),
 }
+MIXED = Work(256, 32, 480, 32, least_in=1)  # steps with prompts, hardly two of one size

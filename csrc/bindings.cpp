@@ -64,12 +64,14 @@ NB_MODULE(_native, m) {
           "While on, the threads wait for the next kernel awake for a millisecond instead of some 30 µs.");
     m.def("advise_huge_pages", &advise_huge_pages, nb::arg("address"), nb::arg("bytes"));
     nb::class_<Tape>(m, "Tape")
-        .def(nb::init<>())
+        .def(nb::init<bool, Tape*>(), nb::arg("is_dry") = false, nb::arg("after").none() = nullptr,
+             nb::keep_alive<1, 3>())
         .def("start", &Tape::start)
         .def("stop", &Tape::stop)
         .def("__len__", &Tape::size)
         .def_prop_ro("names", &Tape::names)
-        .def("replay", &Tape::replay, release_gil)
+        .def("follow_sizes", &Tape::follow_sizes, nb::arg("other"), nb::arg("own"), nb::arg("others"))
+        .def("replay", &Tape::replay, nb::arg("sizes") = std::vector<int64_t>(), release_gil)
         .def("timed_replay", &Tape::timed_replay, release_gil);
     BindRegistrar::bind_all(m);
 }

@@ -6,7 +6,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <cstdint>
-#include <tuple>
+#include <memory>
 #include <type_traits>
 
 #include "tape.h"
@@ -44,14 +44,17 @@ struct Recordable<void (*)(Args...)> {
     template <class F>
     static auto wrap(const char* name, F f) {
         return [name, f](Args... args) {
-            if (Tape* tape = Tape::recording())
-                tape->add(name, [f, copies = std::tuple<std::decay_t<Args>...>(args...)] { std::apply(f, copies); });
+            if (Tape* tape = Tape::recording()) {
+                tape->add(std::make_unique<CallOf<F, std::decay_t<Args>...>>(name, f, args...));
+                if (tape->is_dry) return;
+            }
             f(args...);
         };
     }
 };
 
 // `f`, a function or lambda without a result, whose calls go onto the tape that this thread records, arguments by value.
+// Of arguments that are int64_t the tape may make sizes (tape.h); all others are compared with ==.
 // All ops are registered so; what is not makes a recording unusable, and minivllm/ops/recording.py says so.
 template <class F>
 auto recordable(const char* name, F f) {

@@ -35,6 +35,23 @@ MINIVLLM_INLINE void add_pairs(PairSums& sums, const Quads& w, const int16_t* x)
     sums.high = _mm512_add_epi32(sums.high, _mm512_madd_epi16(w.high, q));
 }
 
+// The multipliers of kLanes features, up to 16, and what they make of codes of 4 bits with 8 added: in a byte, code ×
+// multiplier. Two bytes are multiplied at once, as 15 × 16 fits one.
+struct Multipliers {
+    __m512i pairs, eights;
+    MINIVLLM_INLINE explicit Multipliers(const uint8_t* p) {
+        const __m512i one = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+        pairs = _mm512_or_si512(one, _mm512_slli_epi32(one, 16));
+        eights = _mm512_or_si512(_mm512_slli_epi16(pairs, 3), _mm512_slli_epi16(pairs, 11));
+    }
+    MINIVLLM_INLINE void unpack(int8_t* low, int8_t* high, const uint8_t* codes) const {
+        const __m512i both = _mm512_loadu_si512(codes), mask = _mm512_set1_epi8(15);
+        const __m512i a = _mm512_and_si512(both, mask), b = _mm512_and_si512(_mm512_srli_epi16(both, 4), mask);
+        _mm512_storeu_si512(low, _mm512_sub_epi8(_mm512_mullo_epi16(a, pairs), eights));
+        _mm512_storeu_si512(high, _mm512_sub_epi8(_mm512_mullo_epi16(b, pairs), eights));
+    }
+};
+
 #else
 
 MINIVLLM_INLINE uint32_t less_mask(Vec a, Vec b) {
@@ -69,7 +86,25 @@ MINIVLLM_INLINE void add_pairs(PairSums& sums, const Quads& w, const int16_t* x)
     sums.high = _mm256_add_epi32(sums.high, _mm256_madd_epi16(w.high, q));
 }
 
+struct Multipliers {
+    __m256i pairs, eights;
+    MINIVLLM_INLINE explicit Multipliers(const uint8_t* p) {
+        const __m256i one = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+        pairs = _mm256_or_si256(one, _mm256_slli_epi32(one, 16));
+        eights = _mm256_or_si256(_mm256_slli_epi16(pairs, 3), _mm256_slli_epi16(pairs, 11));
+    }
+    MINIVLLM_INLINE void unpack(int8_t* low, int8_t* high, const uint8_t* codes) const {
+        const __m256i both = _mm256_loadu_si256((const __m256i*)codes), mask = _mm256_set1_epi8(15);
+        const __m256i a = _mm256_and_si256(both, mask), b = _mm256_and_si256(_mm256_srli_epi16(both, 4), mask);
+        _mm256_storeu_si256((__m256i*)low, _mm256_sub_epi8(_mm256_mullo_epi16(a, pairs), eights));
+        _mm256_storeu_si256((__m256i*)high, _mm256_sub_epi8(_mm256_mullo_epi16(b, pairs), eights));
+    }
+};
+
 #endif
+
+// As floats.
+MINIVLLM_INLINE void store_integers(float* p, Vec x) { store(p, round_even(x)); }
 
 // The kLanes whole sums, in the order of the features.
 MINIVLLM_INLINE void fold_pairs(int32_t* to, const PairSums& sums) {

@@ -64,4 +64,7 @@ MINIVLLM_KERNELS(LinearKernels, linear_kernels)  // weights of x's dtype
 // are int32 and exact; float(sum) × (row's scale × feature's scale) is what `LinearCall` calls the sum.
 MINIVLLM_KERNELS(LinearKernels, int8_linear_kernels)
 
+// The same, but that a weight is a code of 4 bits times a whole multiplier, one for each 128 of a feature's K.
+MINIVLLM_KERNELS(LinearKernels, int4_linear_kernels)
+
 }  // namespace minivllm

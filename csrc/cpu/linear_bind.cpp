@@ -18,6 +18,11 @@ struct Format {
         : kernels(kernels_in_use()), dtype(DType(dtype)), n(n), k(k), interleaved(interleaved),
           nbytes(kernels.packed_bytes(DType(dtype), n, k, interleaved)) {}
 
+    bool operator==(const Format& other) const {
+        return &kernels == &other.kernels && dtype == other.dtype && n == other.n && k == other.k &&
+               interleaved == other.interleaved;
+    }
+
     void load_rows(uintptr_t packed, int64_t start, uintptr_t source, int source_dtype, int64_t source_stride,
                    int64_t rows) const {
         kernels.load_rows(ptr<void>(packed), {dtype, n, k, start, rows, ptr<const void>(source), DType(source_dtype),
@@ -92,6 +97,7 @@ void bind_format(nb::module_& m, const char* name) {
 MINIVLLM_BIND(linear, m) {
     bind_format<Format<&linear_kernels>>(m, "LinearFormat");
     bind_format<Format<&int8_linear_kernels>>(m, "Int8LinearFormat");
+    bind_format<Format<&int4_linear_kernels>>(m, "Int4LinearFormat");
 }
 
 }  // namespace minivllm

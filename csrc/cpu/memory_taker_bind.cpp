@@ -10,7 +10,8 @@
 #endif
 
 #include <algorithm>
-#include <atomic>
+#include <condition_variable>
+#include <mutex>
 #include <stdexcept>
 #include <thread>
 #include <utility>
@@ -58,9 +59,19 @@ public:
     }
     ~MemoryTaker() { stop(); }
 
+    // While on, it begins with no further page. Returns at once: the page in hand may take a little longer.
+    void hold(bool on) {
+        std::lock_guard<std::mutex> lock(mutex_);
+        is_held_ = on;
+        if (!on) may_go_on_.notify_all();
+    }
     // The buffers may go away after this. May be called again.
     void stop() {
-        is_stopping_ = true;
+        {
+            std::lock_guard<std::mutex> lock(mutex_);
+            is_stopping_ = true;
+            may_go_on_.notify_all();
+        }
         wait();
     }
     void wait() {
@@ -77,14 +88,20 @@ private:
         for (auto [address, bytes] : buffers_) longest = std::max(longest, bytes);
         for (uintptr_t offset = 0; offset < longest; offset += kStep)
             for (auto [address, bytes] : buffers_) {
-                if (is_stopping_) return;
+                {
+                    std::unique_lock<std::mutex> lock(mutex_);
+                    may_go_on_.wait(lock, [this] { return is_stopping_ || !is_held_; });
+                    if (is_stopping_) return;
+                }
                 // What the system cannot give now, it is asked for again by whoever writes it.
                 if (offset < bytes) populate(address + offset, std::min(kStep, bytes - offset));
             }
     }
 
     std::vector<Buffer> buffers_;
-    std::atomic<bool> is_stopping_{false};
+    std::mutex mutex_;
+    std::condition_variable may_go_on_;
+    bool is_stopping_ = false, is_held_ = false;
     std::thread thread_;
 };
 
@@ -100,6 +117,7 @@ MINIVLLM_BIND(memory_taker, m) {
                  for (size_t i = 0; i < sizes.size(); ++i) buffers.emplace_back(addresses[i], sizes[i]);
                  new (self) MemoryTaker(buffers);
              })
+        .def("hold", &MemoryTaker::hold, nb::arg("on"))
         .def("stop", &MemoryTaker::stop, release_gil)
         .def("wait", &MemoryTaker::wait, release_gil);
 }

@@ -230,7 +230,7 @@ struct Scratch {
     size_t bytes = 0;
     ~Scratch() { std::free(data); }
 };
-thread_local Scratch scratch[4];
+thread_local Scratch scratch[5];
 
 }  // namespace
 

@@ -26,7 +26,7 @@ void run_on_threads(int count, void (*fn)(void* ctx, int index), void* ctx);
 
 // This thread's scratch memory: at least `bytes`, 64-byte aligned, contents undefined. It stays valid until the
 // next call with the same slot on the same thread; it grows and is kept, so a steady state allocates nothing.
-// Slot 0 is for what is prepared before the work itself, by the caller for all threads or by each for itself; 1 to 3 are for
+// Slot 0 is for what is prepared before the work itself, by the caller for all threads or by each for itself; 1 to 4 are for
 // inside.
 void* thread_scratch(int slot, size_t bytes);
 

@@ -54,6 +54,7 @@ class StepInputs:
     slot_mapping: torch.Tensor  # [num_tokens] int64: block_id * block_size + offset
     max_query_len: int | None = None  # bounds that the host knows, so that nobody need ask the device
     max_seq_len: int | None = None
+    room: torch.Tensor | None = None  # [3 * most requests + 1] int32, the backend's: what it finds out stays in one place
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,18 @@ class AttentionBackend(ABC):
     @abstractmethod
     def build_metadata(self, step: StepInputs) -> Any:
         """Whatever `forward` wants to know of the step, made once for all layers of a KV cache group."""
+
+    def sizes_of(self, metadata: Any) -> tuple[int, ...]:
+        """How much metadata says beside the step's tokens and requests: what a recorded step is replayed with."""
+        return ()
+
+    def most_sizes(self, num_reqs: int) -> tuple[int, ...]:
+        """The same, at most, of so many requests."""
+        return ()
+
+    def metadata_of_sizes(self, step: StepInputs, sizes: tuple[int, ...]) -> Any:
+        """Metadata that has these sizes, of a step that is only recorded: what it says is anything."""
+        return self.build_metadata(step)
 
     @abstractmethod
     def forward(

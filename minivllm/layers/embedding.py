@@ -37,6 +37,8 @@ class LMHead:
         device: str,
         quantization: str | None = None,
     ) -> None:
+        if quantization == "int4":
+            quantization = "int8"  # what four bits would cost here goes into every logit
         packed = linear_class(vocab_size, hidden_size, dtype=dtype, device=device, quantization=quantization)
         self.packed = packed(vocab_size, hidden_size, dtype)
 

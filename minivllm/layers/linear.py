@@ -14,6 +14,7 @@ from minivllm.layers.activation import gated_activation
 from minivllm.layers.weight import Weight, weight_of
 from minivllm.ops.linear import DenseLinear, invariant_linear, linear
 from minivllm.ops.linear_fp8 import fp8_linear
+from minivllm.ops.linear_int4 import int4_linear
 from minivllm.ops.linear_int8 import int8_linear
 from minivllm.ops.op import Op, OpSpec
 
@@ -22,6 +23,7 @@ BATCH_INVARIANT = "batch_invariant"  # in the place of a quantization: none, and
 _FORMATS: dict[str | None, Op] = {
     None: linear,
     "int8": int8_linear,
+    "int4": int4_linear,
     "fp8": fp8_linear,
     BATCH_INVARIANT: invariant_linear,
 }

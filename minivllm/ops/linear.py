@@ -291,11 +291,6 @@ def check_input(
 reference = DenseLinear
 
 
-def rows_at_once(dtype: torch.dtype) -> int:
-    """Rows of x, in this type, that the native kernels multiply for the price of one: those of an AMX tile."""
-    return 16 if dtype is torch.bfloat16 and native.unavailable is None and native.lib.isa() == "amx" else 1
-
-
 def cuda_why_not(spec: OpSpec) -> str | None:
     return None if spec.device == "cuda" else f"needs CUDA, got {spec.device}"
 

@@ -57,8 +57,12 @@ class DenseScaledLinear(DenseLinear):
     def load_rows(self, start: int, weight: torch.Tensor) -> None:
         check_rows(self, start, weight)
         rows = slice(start, start + weight.shape[0])
-        q, self._scales[rows] = self.quantise(weight)
+        q, self._scales[rows] = self.quantise_weight(weight)
         self._weight[rows] = q.to(self.code_dtype)
+
+    def quantise_weight(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`quantise` of rows of the weight, where they are made otherwise than those of x."""
+        return self.quantise(weight)
 
     def rows(self, ids: torch.Tensor) -> torch.Tensor:
         """As the base class; dequantised."""

@@ -5,56 +5,101 @@ and whoever replays it sees to it that all other memory lies where it lay. What 
 next tensor of its size, so that a step keeps about a layer's memory, and it stays in the caches. Memory that an op
 keeps between calls and may replace is kept alive by taking a view of it in each call. When a replay is right is for
 `worker/graphs.py` to know.
+
+Code whose tensors have a row for each of so many things (tokens, requests) is recorded for all numbers of them
+(`record_for_sizes`): what it makes of fewer rows is the beginning of the same memory, so that nothing differs between
+two sizes but integers that are multiples of them. It is recorded at two, without making the calls, and compared.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
+from operator import gt
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from minivllm.ops import native
 from minivllm.utils.native import lib
 
 _aten = torch.ops.aten
 _RESERVES = {_aten.empty, _aten.empty_strided, _aten.empty_like, _aten.new_empty}
+_ADVICE = {"advise_huge_pages"}  # native calls that change nothing
 
 
 class Recording:
     """Calls in order, on a native tape. `unusable` says why they are not all that happened."""
 
-    def __init__(self) -> None:
-        self.tape = None if lib is None else lib.Tape()
+    def __init__(
+        self, *, is_dry: bool = False, like: Recording | None = None, after: Recording | None = None
+    ) -> None:
+        """is_dry: calls are not made; like: one of the same code for more rows, whose memory this is to use; after: one
+        that is replayed first, each time."""
+        self.tape = None if lib is None else lib.Tape(is_dry, None if after is None else after.tape)
+        self._after = after
         self.unusable = None if lib is not None else "there are no native calls to record"
         self._kept: dict[int, torch.UntypedStorage] = {}  # by address
-        self._ours: dict[int, list[torch.UntypedStorage]] = {}  # those that were made for this, by size
+        self._ours: dict[int, list[_Place]] = {}  # made for this, by size
+        self._reserved: list[_Place] = []  # one for each tensor that was asked for
+        self._given = None if like is None else iter(like._reserved)
 
     @property
     def nbytes(self) -> int:
         """Of the memory that was made for it. What an op keeps as well would be there without it."""
-        return sum(storage.nbytes() for known in self._ours.values() for storage in known)
+        return sum(place.memory.nbytes for known in self._ours.values() for place in known)
 
-    def replay(self) -> None:
+    def replay(self, sizes: Sequence[int] = ()) -> None:
         """Make the calls again: one call of the extension, without Python's lock."""
-        self.tape.replay()
+        self.tape.replay(sizes)
 
     def keep(self, tensors: list[torch.Tensor]) -> None:
         for tensor in tensors:
             storage = tensor.untyped_storage()
             self._kept[storage.data_ptr()] = storage
 
+    def keep_what(self, other: Recording) -> None:
+        """Keep alive what the other one does as well."""
+        self._kept |= other._kept
+
     def reserve(self, fresh: torch.Tensor) -> torch.Tensor:
-        """A tensor like this one, which is new: in memory of ours that was let go of, or in its own."""
-        storage = fresh.untyped_storage()
-        known = self._ours.setdefault(storage.nbytes(), [])
-        for other in known:
-            if torch._C._storage_Use_Count(other._cdata) == 1:  # this list's
-                return fresh.set_(other, 0, fresh.shape, fresh.stride())
-        known.append(storage)
-        self.keep([fresh])
-        return fresh
+        """A tensor like this one, which is new, in memory of ours: some that was let go of, or more."""
+        nbytes = fresh.untyped_storage().nbytes()
+        place = self._idle_place(nbytes) if self._given is None else next(self._given, None)
+        if place is None or place.memory.nbytes < nbytes:
+            self.unusable = f"{nbytes} bytes are wanted that are not at the largest size"
+            return fresh
+        self._reserved.append(place)
+        return fresh.set_(place.storage, place.begin // fresh.element_size(), fresh.shape, fresh.stride())
+
+    def _idle_place(self, nbytes: int) -> _Place:
+        known = self._ours.setdefault(nbytes, [])
+        for place in known:
+            if place.is_idle:
+                return place
+        known.append(_Place(nbytes))
+        return known[-1]
+
+
+class _Place:
+    """Memory for one tensor at a time, on huge pages if it is large: what is read and written once a layer is not
+    always in the caches."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.memory = native.huge_pages(nbytes)
+        self.begin, self.storage = self.memory.storage_offset(), self.memory.untyped_storage()
+        self._num_own_uses = self._num_uses
+
+    @property
+    def _num_uses(self) -> int:
+        return torch._C._storage_Use_Count(self.storage._cdata)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nobody looks at it."""
+        return self._num_uses == self._num_own_uses
 
 
 class _Watch(TorchDispatchMode):
@@ -91,14 +136,95 @@ def _tensors(value: Any) -> list[torch.Tensor]:
     return [item for item in items if isinstance(item, torch.Tensor)]
 
 
+Outputs = tuple[torch.Tensor, ...]
+Sizes = tuple[int, ...]
+
+
+class SizedRecording:
+    """A recording that is replayed for other sizes than it was taken at."""
+
+    def __init__(self, recording: Recording, most: Sizes, outputs: Outputs, size_of_output: list[int]) -> None:
+        """outputs: of the largest sizes; size_of_output: which one is their number of rows."""
+        self.recording, self.most, self.outputs = recording, most, outputs
+        self._size_of_output = size_of_output
+        self._last: tuple[Sizes, Outputs] = (most, outputs)
+
+    @property
+    def nbytes(self) -> int:
+        return self.recording.nbytes
+
+    def replay(self, sizes: Sizes) -> Outputs:
+        """Make the calls for these sizes. The outputs are views of the same memory each time, and where the sizes are
+        those of the last time, the same tensors.
+
+        Raises:
+            ValueError: a size is above the most.
+        """
+        if self._last[0] != sizes:
+            if any(map(gt, sizes, self.most)):
+                raise ValueError(f"a step of sizes {sizes} was recorded for {self.most} at most")
+            rows = zip(self.outputs, self._size_of_output)
+            self._last = sizes, tuple(output[: sizes[size]] for output, size in rows)
+        self.recording.replay(sizes)
+        return self._last[1]
+
+
+def record_for_sizes(
+    step: Callable[[Sizes], Outputs], most: Sizes, after: SizedRecording | None = None
+) -> SizedRecording | str:
+    """The native calls of `step(sizes)`, for all sizes up to `most`; or why there is no such recording.
+
+    `step` is called twice, and its native calls are not made: what it is given may hold anything. Each of its outputs
+    has as many rows as one of the sizes says. after: of the same sizes, and replayed before it.
+    """
+    fewer = _fewer(most)
+    with recording(is_dry=True, after=None if after is None else after.recording) as largest:
+        outputs = step(most)
+    with recording(is_dry=True, like=largest) as smaller:
+        other_outputs = step(fewer)
+    unusable = largest.unusable or smaller.unusable
+    if unusable is not None:
+        return unusable
+    try:
+        largest.tape.follow_sizes(smaller.tape, most, fewer)
+        size_of_output = [_size_of(*pair, most, fewer) for pair in zip(outputs, other_outputs, strict=True)]
+    except ValueError as error:
+        return str(error)
+    largest.keep_what(smaller)
+    return SizedRecording(largest, most, outputs, size_of_output)
+
+
+def _fewer(most: Sizes) -> Sizes:
+    """The least sizes that are each another part of the most."""
+    fewer: list[int] = []
+    seen: set[Fraction] = {Fraction(1)}
+    for size in most:
+        least = next((n for n in range(1, size) if Fraction(size, n) not in seen), None)
+        if least is None:
+            raise ValueError(f"sizes of at most {most} cannot be told apart; allow more rows")
+        seen.add(Fraction(size, least))
+        fewer.append(least)
+    return tuple(fewer)
+
+
+def _size_of(output: torch.Tensor, other: torch.Tensor, most: Sizes, fewer: Sizes) -> int:
+    """Which size an output's number of rows is, from those of two."""
+    pairs = list(zip(most, fewer))
+    if output.data_ptr() != other.data_ptr() or (len(output), len(other)) not in pairs:
+        raise ValueError(f"an output is {list(output.shape)} at one size, {list(other.shape)} at another")
+    return pairs.index((len(output), len(other)))
+
+
 @contextlib.contextmanager
-def recording() -> Iterator[Recording]:
-    """Write down every native call that this thread makes inside, while no other makes any."""
-    taken = Recording()
+def recording(
+    *, is_dry: bool = False, like: Recording | None = None, after: Recording | None = None
+) -> Iterator[Recording]:
+    """Write down every native call that this thread makes inside, while no other makes any; as `Recording` says."""
+    taken = Recording(is_dry=is_dry, like=like, after=after)
     if taken.tape is None:
         yield taken
         return
-    places = list(native_functions())
+    places = [place for place in native_functions() if place[1] not in _ADVICE]
     try:
         for owner, name, function in places:
             setattr(owner, name, _checked(function, taken))

@@ -42,6 +42,11 @@ class DrawBuffers:
     def __init__(self, max_num_rows: int) -> None:
         self.temperature, self.seeds = np.zeros(max_num_rows, np.float32), np.zeros(max_num_rows, np.int64)
 
+    def inputs(self, num_tokens: np.ndarray) -> DrawInputs:
+        """The first rows, of requests that know so many tokens ([M] int64, read when a token is drawn, not here)."""
+        num_rows = len(num_tokens)
+        return DrawInputs(*map(torch.from_numpy, (self.temperature[:num_rows], self.seeds[:num_rows], num_tokens)))
+
 
 @dataclass(frozen=True)
 class Drawn:
@@ -199,9 +204,9 @@ class Sampler:
 
     def draw_inputs(self, rows: np.ndarray, num_tokens: np.ndarray, buffers: DrawBuffers) -> DrawInputs:
         """num_tokens: [M] int64, known of each request; read when a token is drawn, not here."""
-        temperature, seeds = buffers.temperature[: len(rows)], buffers.seeds[: len(rows)]
-        temperature[:], seeds[:] = self._columns.temperature[rows], self._columns.seeds[rows]
-        return DrawInputs(*map(torch.from_numpy, (temperature, seeds, num_tokens)))
+        buffers.temperature[: len(rows)] = self._columns.temperature[rows]
+        buffers.seeds[: len(rows)] = self._columns.seeds[rows]
+        return buffers.inputs(num_tokens)
 
     def draw(self, logits: torch.Tensor, inputs: DrawInputs) -> Drawn:
         """For requests that `only_draws`; logits stay as they are."""

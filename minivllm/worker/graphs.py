@@ -1,15 +1,14 @@
-"""Steps of a shape met before, replayed as a whole: from native calls on a CPU; decodes, as captured graphs, on a GPU.
+"""Steps replayed as a whole: from native calls, of any size, on a CPU; decodes, as captured graphs, on a GPU.
 
-Owns when a step is recorded, checked and replayed, and how much memory recordings keep. Both classes have one contract,
-`run(key, step)`. A replay is right when every tensor the step reads lies where it lay when it was recorded, in the same
-shape: that is the key. What it computes is the eager step's bits, for it makes the same calls; a recording of native
-calls is trusted once it gave them on another step's inputs.
+Owns when a recording or a capture serves in a step's place. On a CPU a part of a step is recorded once, for all numbers
+of tokens and requests (`ops/recording.py`): it is right as long as all that it reads and writes lies where it lay, and
+it is trusted once it gave an eager step's bits. A GPU's graphs are of one shape each, and so by key: where every tensor
+lies that the step reads. What either computes is the eager step's bits, for it makes the same calls.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable
 from functools import partial
 from typing import Any
@@ -18,104 +17,61 @@ import numpy as np
 import torch
 
 from minivllm.logger import init_logger
-from minivllm.ops.recording import Recording, recording
+from minivllm.ops.recording import Outputs, SizedRecording, Sizes, record_for_sizes
 from minivllm.platforms.platform import Graphs
 
 logger = init_logger(__name__)
 
-_TIMES_MET = 3  # batches of a size that passes by are not worth recording
-_MOST_BYTES = 96 << 20  # kept by all recordings
-_MOST_KEYS = 4096  # remembered as met
-_IN_USE = 256  # steps: what was replayed within so many is not given up
-_PATIENCE = 16  # how often a step for which there was no room is met before it is tried again
-
-Step = Callable[[], tuple[torch.Tensor, ...]]
+Step = Callable[[], Outputs]
 
 
-@dataclasses.dataclass
-class _Graph:
-    recording: Recording
-    outputs: tuple[torch.Tensor, ...]  # where every replay leaves them
-    last_run: int  # when it was last wanted, in steps
-    is_trusted: bool = False
+class RecordedStep:
+    """A part of a step that is replayed, whatever its size; or is what it was, if it cannot be."""
 
-
-class StepGraphs:
-    """Recordings by key, the least recently used given up first, and none that is in use.
-
-    Recording and checking cost what several replays save: of more shapes than there is room for, some are
-    replayed and the others are not, instead of all of them recorded in turns.
-    """
-
-    def __init__(self, most_bytes: int = _MOST_BYTES, *, times_met: int = _TIMES_MET) -> None:
-        """times_met: how often a step has been met before it is worth recording."""
-        self._most_bytes, self._times_met = most_bytes, times_met
-        self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
-        self._num_bytes = self._num_runs = 0
-        self._met: Counter[Hashable] = Counter()
-        self._refused = False
-
-    def run(self, key: Hashable | None, step: Step) -> tuple[torch.Tensor, ...]:
-        """What `step()` gives. The tensors may be ones that the next call writes to.
-
-        key: of everything `step` reads but weights and the cache, see `key_of`; None for a step not to be recorded.
-        """
-        if key is None or self._refused:
-            return step()
-        self._num_runs += 1
-        graph = self._graphs.get(key)
-        if graph is None:
-            return self._meet(key, step)
-        self._graphs.move_to_end(key)
-        graph.last_run = self._num_runs
-        graph.recording.replay()
-        if not graph.is_trusted:
-            return self._check(graph, step)
-        return graph.outputs
-
-    def _meet(self, key: Hashable, step: Step) -> tuple[torch.Tensor, ...]:
-        if len(self._met) >= _MOST_KEYS:
-            self._met.clear()
-        self._met[key] += 1
-        if self._met[key] <= self._times_met:
-            return step()
-        with recording() as taken:
-            outputs = step()
-        if taken.unusable is not None:
-            self._refuse(taken.unusable)
-        elif taken.nbytes > self._most_bytes // 2:
-            self._met[key] = -(1 << 30)  # too large ever to be kept
-        elif not self._make_room(taken.nbytes):
-            self._met[key] = -_PATIENCE
+    def __init__(
+        self, name: str, step: Callable[[Sizes], Outputs], most: Sizes, after: SizedRecording | None = None
+    ) -> None:
+        """As in `record_for_sizes`, done here; what `step` reads stays where it is from now on."""
+        self._name = name
+        self._recording: SizedRecording | None = None
+        self._is_trusted = False
+        found = record_for_sizes(step, most, after)
+        if isinstance(found, str):
+            self._refuse(found)
         else:
-            self._graphs[key] = _Graph(taken, outputs, self._num_runs)
-            self._num_bytes += taken.nbytes
-        return outputs
+            self._recording = found
 
-    def _make_room(self, num_bytes: int) -> bool:
-        """Give up what is out of use, as far as it takes; whether there is so much room then."""
-        while self._num_bytes + num_bytes > self._most_bytes:
-            key, oldest = next(iter(self._graphs.items()))
-            if self._num_runs - oldest.last_run < _IN_USE:
-                return False
-            self._num_bytes -= self._graphs.pop(key).recording.nbytes
-            self._met[key] = 0
-        return True
+    @property
+    def recording(self) -> SizedRecording | None:
+        """None: it was refused, and every step is an eager one."""
+        return self._recording
 
-    def _check(self, graph: _Graph, step: Step) -> tuple[torch.Tensor, ...]:
+    def run(self, sizes: Sizes, step: Step) -> Outputs:
+        """What `step()` gives, what comes before included. The tensors may be ones that the next call writes to.
+
+        sizes: of `step`, none above the most.
+        """
+        if self._recording is None:
+            return step()
+        outputs = self._recording.replay(sizes)
+        return outputs if self._is_trusted else self._check(outputs, step)
+
+    def _check(self, outputs: Outputs, step: Step) -> Outputs:
         """The eager step's outputs, and whether the replay before it gave the same bits."""
-        replayed = [output.clone() for output in graph.outputs]
-        outputs = step()
-        pairs = zip(replayed, outputs, strict=True)
-        graph.is_trusted = all(torch.equal(ours.view(torch.uint8), its.view(torch.uint8)) for ours, its in pairs)
-        if not graph.is_trusted:
-            self._refuse("a replayed step gave other bits than the step itself")
-        return outputs
+        replayed = [output.clone() for output in outputs]
+        eager = step()
+        self._is_trusted = all(map(_are_same, replayed, eager))
+        if not self._is_trusted:
+            self._refuse("a replay gave other bits than the step itself")
+        return eager
 
     def _refuse(self, why: str) -> None:
-        logger.debug("steps are not replayed: %s", why)
-        self._refused = True
-        self._graphs.clear()
+        logger.debug("%s is not replayed: %s", self._name, why)
+        self._recording = None
+
+
+def _are_same(ours: torch.Tensor, its: torch.Tensor) -> bool:
+    return ours.shape == its.shape and torch.equal(ours.view(torch.uint8), its.view(torch.uint8))
 
 
 class CapturedGraphs:
@@ -135,7 +91,11 @@ class CapturedGraphs:
 
     @torch.inference_mode()
     def run(self, key: Hashable | None, step: Step) -> tuple[torch.Tensor, ...]:
-        """As `StepGraphs.run`. What the step reads has been put where it lies by work given to the device before."""
+        """What `step()` gives. The tensors may be ones that the next call writes to.
+
+        key: of everything `step` reads but weights and the cache, see `key_of`; None for a step not to be captured. What
+        the step reads has been put where it lies by work given to the device before.
+        """
         if key is None:
             return step()
         if key not in self._graphs:

@@ -15,9 +15,11 @@ from minivllm.attention.backend import StepInputs
 from minivllm.ops.decode_step import DecodeBooks, StepColumns
 from minivllm.worker.buffers import Staging
 from minivllm.worker.capture_shapes import CaptureShapes
-from minivllm.worker.prompt_shapes import PromptShapes
 from minivllm.worker.request_state import RequestTable
 from minivllm.worker.step_block_table import DeviceBlockTable, HostBlockTable, StepBlockTable
+
+# Rows there is room for at least: a recording tells numbers of tokens, requests and more apart by what they may be.
+_LEAST_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,6 @@ class InputBatch:
     positions: torch.Tensor  # [num_tokens, or more] int64
     steps: list[StepInputs]  # one a KV cache group; they differ in where keys and values lie
     is_decode: bool  # one token of each request, and each gets the next
-    is_padded: bool  # to a shape that is met again, though there may have been nothing to add
 
     @property
     def last_rows(self) -> np.ndarray:
@@ -64,16 +65,15 @@ class InputBuffers:
         num_groups: int = 1,
         staging: Staging | None = None,
         captures: CaptureShapes | None = None,
-        prompts: PromptShapes | None = None,
     ) -> None:
-        """captures: the shapes that decodes are padded to, if they are captured; prompts: and those of other steps, if
-        they are recorded."""
+        """captures: the shapes that decodes are padded to, if they are captured."""
         staging = staging or Staging()
         most = max_num_reqs if captures is None else captures.padded(max_num_reqs)
-        if prompts is not None:
-            most = max(most, prompts.padded_reqs(max_num_reqs))
+        if not staging.copies:
+            most = max(most, _LEAST_ROWS)
         max_num_tokens = max(max_num_tokens, most)
-        self._staging, self._captures, self._prompts = staging, captures, prompts
+        self.most_tokens, self.most_reqs = max_num_tokens, most
+        self._staging, self._captures = staging, captures
         self._input_ids = staging.mirror((max_num_tokens,), np.int64)
         self._positions = staging.mirror((max_num_tokens,), np.int64)
         self._slot_mapping = [staging.mirror((max_num_tokens,), np.int64) for _ in range(num_groups)]
@@ -83,8 +83,9 @@ class InputBuffers:
             DeviceBlockTable(most, max_blocks, staging) if staging.copies else HostBlockTable(most, max_blocks)
             for _ in range(num_groups)
         ]
-        self._begins = np.zeros(max_num_reqs, np.int64)
-        self._ends = np.zeros(max_num_reqs, np.int64)
+        self._rooms = [torch.zeros(0 if staging.copies else 3 * most + 1, dtype=torch.int32) for _ in range(num_groups)]
+        self._begins = np.zeros(most, np.int64)
+        self._ends = np.zeros(most, np.int64)
         self._counting = np.arange(max_num_tokens + 1)
         self.books: DecodeBooks | None = None  # of the last step, if it was a decode
         self._last: InputBatch | None = None
@@ -136,12 +137,9 @@ class InputBuffers:
         samples = np.flatnonzero(ends == table.num_tokens[rows])
         is_decode = num_tokens == num_reqs == len(samples)
         is_captured = is_decode and self._captures is not None and self._captures.has(num_reqs)
-        has_prompts = self._prompts is not None and not is_decode and self._prompts.has(num_tokens)
         num_rows, num_tokens_padded = num_reqs, num_tokens
         if is_captured:
             num_rows = num_tokens_padded = self._captures.padded(num_reqs)
-        elif has_prompts:
-            num_rows, num_tokens_padded = self._prompts.padded_reqs(num_reqs), self._prompts.padded_tokens(num_tokens)
 
         row_of_token = np.repeat(rows, counts)
         positions = self._positions.host[:num_tokens]
@@ -153,7 +151,7 @@ class InputBuffers:
         for blocks, block_table, slot_mapping in zip(table.blocks, self._block_table, self._slot_mapping):
             slot_mapping.host[:num_tokens] = blocks.slots(row_of_token, positions)
             block_table.of_step(blocks, rows, num_blocks)
-        self._pad(slice(num_tokens, num_tokens_padded), slice(num_reqs, num_rows), is_decode)
+        self._pad(slice(num_tokens, num_tokens_padded), slice(num_reqs, num_rows))
         bounds = {}
         if self._staging.copies:
             self._upload(num_tokens_padded, num_rows)
@@ -172,13 +170,12 @@ class InputBuffers:
             positions=self._positions.device[:num_tokens_padded],
             steps=self._steps(num_tokens_padded, num_rows, **bounds),
             is_decode=is_decode,
-            is_padded=is_captured or has_prompts,
         )
 
     def padding(self, num_rows: int, max_seq_len: int) -> InputBatch:
         """A decode of this shape with no request in it, for a capture."""
         self._query_start_loc.host[0] = 0
-        self._pad(slice(0, num_rows), slice(0, num_rows), is_decode=True)
+        self._pad(slice(0, num_rows), slice(0, num_rows))
         self._upload(num_rows, num_rows)
         nobody = np.empty(0, np.int64)
         return InputBatch(
@@ -193,8 +190,16 @@ class InputBuffers:
             positions=self._positions.device[:num_rows],
             steps=self._steps(num_rows, num_rows, max_query_len=1, max_seq_len=max_seq_len),
             is_decode=True,
-            is_padded=True,
         )
+
+    def of_sizes(self, num_tokens: int, num_reqs: int) -> tuple[torch.Tensor, torch.Tensor, list[StepInputs]]:
+        """Token ids, positions and what attention reads of a step of so many, for a recording: they hold anything."""
+        ids, positions = self._input_ids.device[:num_tokens], self._positions.device[:num_tokens]
+        return ids, positions, self._steps(num_tokens, num_reqs)
+
+    def ends(self, num_reqs: int) -> np.ndarray:
+        """Where `InputBatch.ends` of so many requests lies."""
+        return self._ends[:num_reqs]
 
     def _steps(self, num_tokens: int, num_rows: int, **bounds: int) -> list[StepInputs]:
         """What attention reads, as views of the buffers; one a KV cache group."""
@@ -204,20 +209,21 @@ class InputBuffers:
                 seq_lens=self._seq_lens.device[:num_rows],
                 block_table=block_table.view(num_rows),
                 slot_mapping=slot_mapping.device[:num_tokens],
+                room=None if self._staging.copies else room,
                 **bounds,
             )
-            for block_table, slot_mapping in zip(self._block_table, self._slot_mapping)
+            for block_table, slot_mapping, room in zip(self._block_table, self._slot_mapping, self._rooms)
         ]
 
-    def _pad(self, tokens: slice, requests: slice, is_decode: bool) -> None:
-        """Rows that see nothing and are written nowhere; in a decode each is one of these requests, else of none."""
+    def _pad(self, tokens: slice, requests: slice) -> None:
+        """Rows that see nothing and are written nowhere; each is one of these requests."""
         self._input_ids.host[tokens] = 0
         self._positions.host[tokens] = 0
         for slot_mapping in self._slot_mapping:
             slot_mapping.host[tokens] = -1
         self._seq_lens.host[requests] = 0
         ends = self._query_start_loc.host[requests.start + 1 : requests.stop + 1]
-        ends[:] = tokens.start + (self._counting[1 : len(ends) + 1] if is_decode else 0)
+        ends[:] = tokens.start + self._counting[1 : len(ends) + 1]
 
     def _upload(self, num_tokens: int, num_rows: int) -> None:
         for mirror in (self._input_ids, self._positions, *self._slot_mapping):

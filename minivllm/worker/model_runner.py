@@ -1,9 +1,9 @@
 """Runs one step: follows the scheduler's plan, runs the model, samples. One class for the CPU and for GPUs.
 
 On a CPU a step's inputs are made where the model reads them, and its tokens are known when it ends; steps are replayed
-from their native calls, short ones with prompts in them padded to few shapes (`prompt_shapes.py`). A GPU has memory
-and a pace of its own: inputs are copied (`buffers.py`), decodes padded to the sizes of captured graphs (`graphs.py`),
-and tokens stay there until they are asked for (`device_sampling.py`); nothing in a step waits for the device.
+from their native calls, recorded once for all numbers of tokens and requests (`graphs.py`). A GPU has memory and a pace
+of its own: inputs are copied (`buffers.py`), decodes padded to the sizes of captured graphs (`graphs.py`), and tokens
+stay there until they are asked for (`device_sampling.py`); nothing in a step waits for the device.
 Owns the state of requests between steps and the KV cache's tensors. Does not know how a plan came about, nor
 how its result is sent.
 """
@@ -30,22 +30,19 @@ from minivllm.messages.worker import (
 )
 from minivllm.models.decoder import DecoderForCausalLM
 from minivllm.ops import native
-from minivllm.ops.linear import rows_at_once
 from minivllm.ops.op import OpSpec
+from minivllm.ops.recording import Outputs, Sizes
 from minivllm.platforms.platform import Platform
 from minivllm.sample.sampler import NONFINITE, DrawBuffers, DrawInputs, Drawn, Sampler, SamplerOutput
 from minivllm.sample.step import GrammarMask, SampleBatch
 from minivllm.worker.buffers import Staging
 from minivllm.worker.capture_shapes import CaptureShapes
 from minivllm.worker.device_sampling import DeviceDraw, DeviceSampling, Handle
-from minivllm.worker.graphs import CapturedGraphs, StepGraphs, key_of
+from minivllm.worker.graphs import CapturedGraphs, RecordedStep, key_of
 from minivllm.worker.input_batch import InputBatch, InputBuffers
 from minivllm.worker.prompt_embeds import PromptVectors
 from minivllm.worker.prompt_logprobs import PromptLogprobs, PromptScores
-from minivllm.worker.prompt_shapes import PromptShapes
 from minivllm.worker.request_state import RequestTable
-
-_PROMPTS_BYTES = 48 << 20  # that recordings of steps with prompts keep
 
 
 @dataclass(frozen=True)
@@ -56,7 +53,9 @@ class _Decode:
     ctx: ForwardContext
     is_likeliest: bool  # tokens are chosen as the vocabulary's products are made, and there are no logits
     draw: DrawInputs | DeviceDraw | None  # None: that, or sampling is more than this and not part of the step
-    key: Hashable | None  # see worker/graphs.py
+    key: Hashable | None  # of a captured step, see worker/graphs.py
+    recorded: RecordedStep | None = None  # what it is replayed from
+    sizes: Sizes = ()  # with these
 
 
 @dataclass(frozen=True)
@@ -100,9 +99,6 @@ class ModelRunner:
         self.capture_shapes: CaptureShapes | None = None
         if self._staging.copies and platform.graphs is not None and not enforce_eager:
             self.capture_shapes = CaptureShapes(captures or CaptureOptions(), max_num_seqs, max_model_len)
-        prompt_shapes: PromptShapes | None = None
-        if not self._staging.copies and not enforce_eager and native.unavailable is None:
-            prompt_shapes = PromptShapes(rows_at_once(backend.spec.dtype), max_num_batched_tokens)
         self.buffers = InputBuffers(
             max_num_batched_tokens,
             max_num_seqs,
@@ -110,9 +106,8 @@ class ModelRunner:
             num_groups=num_groups,
             staging=self._staging,
             captures=self.capture_shapes,
-            prompts=prompt_shapes,
         )
-        self._draw_buffers = DrawBuffers(max_num_seqs)
+        self._draw_buffers = DrawBuffers(self.buffers.most_reqs)
         self._sampling: DeviceSampling | None = None
         most_rows = max_num_seqs if self.capture_shapes is None else self.capture_shapes.padded(max_num_seqs)
         if self._staging.copies:
@@ -121,13 +116,14 @@ class ModelRunner:
         spec = OpSpec("cpu" if platform is None else platform.device, torch.float32)
         self.prompt_logprobs = PromptLogprobs(model.compute_logits, spec, self._staging)
         self.prompt_vectors = PromptVectors(backend.spec.dtype, self._staging)
-        self._graphs: StepGraphs | CapturedGraphs | None = None
-        self._prompt_graphs: StepGraphs | None = None  # of steps that are no decode
+        self._graphs: CapturedGraphs | None = None
+        self._recorded: RecordedStep | None = None  # the model of any step
+        # The model and what follows it in a decode: whether the likeliest are chosen, and whether tokens are drawn.
+        self._recorded_decodes: dict[tuple[bool, bool], RecordedStep] = {}
         if self.capture_shapes is not None:
             self._graphs = CapturedGraphs(platform.graphs, self.capture_shapes.sizes[-1], self.most_captures)
-        elif prompt_shapes is not None:
-            self._graphs = StepGraphs()
-            self._prompt_graphs = StepGraphs(_PROMPTS_BYTES, times_met=1)  # for shapes are few
+        elif not self._staging.copies and not enforce_eager and native.unavailable is None:
+            self._recorded = self._record()
         self._batch: InputBatch | None = None
         self._hidden: torch.Tensor | None = None
         self._decode: _Decode | None = None  # the last one
@@ -159,24 +155,78 @@ class ModelRunner:
     @torch.inference_mode()
     def _run(self, batch: InputBatch, given: GivenEmbeddings | None) -> None:
         metadata = self._metadata(batch)
-        forward = partial(self.model.forward, batch.input_ids, batch.positions, self._context(metadata), given)
-        with native.awake():
-            if self._prompt_graphs is None or not batch.is_padded or given is not None:
-                self._hidden = forward()
-            else:
-                key = key_of(batch.input_ids, batch.positions, metadata)
-                (self._hidden,) = self._prompt_graphs.run(key, lambda: (forward(),))
+
+        def forward() -> Outputs:
+            with native.awake():
+                return (self.model.forward(batch.input_ids, batch.positions, self._context(metadata), given),)
+
+        if self._recorded is None or given is not None:
+            (self._hidden,) = forward()
+        else:
+            (self._hidden,) = self._recorded.run(self._sizes(batch, metadata), forward)
+
+    # Recorded steps ----------------------------------------------------------
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether steps are replayed from native calls."""
+        return self._recorded is not None and self._recorded.recording is not None
+
+    @torch.inference_mode()
+    def _record(self) -> RecordedStep:
+        buffers = self.buffers
+        of_groups = self.backend.most_sizes(buffers.most_reqs) * len(self.table.blocks)
+        return RecordedStep("the model", self._forward_of, (buffers.most_tokens, buffers.most_reqs, *of_groups))
+
+    def _sizes(self, batch: InputBatch, metadata: list[Any]) -> Sizes:
+        """Of a recorded step: tokens, requests, and what the backend says of each KV cache group."""
+        of_groups = (size for own in metadata for size in self.backend.sizes_of(own))
+        return len(batch.input_ids), len(batch.rows), *of_groups
+
+    @torch.inference_mode()
+    def _recorded_decode(self, is_likeliest: bool, draws: bool) -> RecordedStep:
+        """The recorded model, and behind it the end of decodes of this kind."""
+        kind = is_likeliest, draws
+        if kind not in self._recorded_decodes:
+            model = self._recorded.recording
+
+            def end(sizes: Sizes) -> Outputs:
+                num_reqs = sizes[1]
+                draw = self._draw_buffers.inputs(self.buffers.ends(num_reqs)) if draws else None
+                return self._end(model.outputs[0][:num_reqs], is_likeliest, draw)
+
+            self._recorded_decodes[kind] = RecordedStep("a decode", end, model.most, after=model)
+        return self._recorded_decodes[kind]
+
+    def _forward_of(self, sizes: Sizes) -> Outputs:
+        """The model of a step of these sizes, for a recording."""
+        num_tokens, num_reqs, *others = sizes
+        ids, positions, steps = self.buffers.of_sizes(num_tokens, num_reqs)
+        each = len(others) // len(steps)
+        metadata = [
+            self.backend.metadata_of_sizes(step, tuple(others[i * each : (i + 1) * each]))
+            for i, step in enumerate(steps)
+        ]
+        return (self.model.forward(ids, positions, self._context(metadata)),)
+
+    # Decodes -----------------------------------------------------------------
 
     def _is_replayed(self, batch: InputBatch) -> bool:
-        if self._graphs is None or not batch.is_decode:
+        if not batch.is_decode:
             return False
-        return self.capture_shapes is None or self.capture_shapes.has(len(batch.rows))
+        if self.capture_shapes is not None:
+            return self.capture_shapes.has(len(batch.rows))
+        return self.is_recorded
 
     def _run_decode(self, batch: InputBatch) -> None:
         if self._decode is None or self._decode.batch is not batch:
             self._decode = self._describe(batch)
         decode = self._decode
-        outputs = self._graphs.run(decode.key, partial(self._step, decode))
+        step = partial(self._step, decode)
+        if decode.recorded is not None:
+            outputs = decode.recorded.run(decode.sizes, step)
+        else:
+            outputs = self._graphs.run(decode.key, step)
         if self._decoded is None or self._decoded.outputs is not outputs:
             logits, hidden = (None, outputs[0]) if decode.is_likeliest else (outputs[0], None)
             drawn = Drawn(outputs[1], outputs[2]) if len(outputs) > 1 else None
@@ -204,15 +254,21 @@ class ModelRunner:
         self, batch: InputBatch, draw: DrawInputs | DeviceDraw | None, *, is_likeliest: bool = False
     ) -> _Decode:
         metadata = self._metadata(batch)
-        key = key_of(batch.input_ids, batch.positions, metadata, is_likeliest, draw)
-        return _Decode(batch, self._context(metadata), is_likeliest, draw, key)
+        ctx = self._context(metadata)
+        if self._graphs is not None:
+            key = key_of(batch.input_ids, batch.positions, metadata, is_likeliest, draw)
+            return _Decode(batch, ctx, is_likeliest, draw, key)
+        recorded = self._recorded_decode(is_likeliest, draw is not None)
+        return _Decode(batch, ctx, is_likeliest, draw, None, recorded, self._sizes(batch, metadata))
 
     @torch.inference_mode()
-    def _step(self, decode: _Decode) -> tuple[torch.Tensor, ...]:
+    def _step(self, decode: _Decode) -> Outputs:
         """A decode step: logits (or hidden states) and, if they can be made here, tokens and which rows are broken."""
-        batch, draw = decode.batch, decode.draw
-        hidden = self.model.forward(batch.input_ids, batch.positions, decode.ctx)
-        if decode.is_likeliest:
+        hidden = self.model.forward(decode.batch.input_ids, decode.batch.positions, decode.ctx)
+        return self._end(hidden, decode.is_likeliest, decode.draw)
+
+    def _end(self, hidden: torch.Tensor, is_likeliest: bool, draw: DrawInputs | DeviceDraw | None) -> Outputs:
+        if is_likeliest:
             return hidden, *self.model.likeliest(hidden)
         logits = self.model.compute_logits(hidden)
         if draw is None:
@@ -238,7 +294,7 @@ class ModelRunner:
 
     def forget_captures(self) -> None:
         """The model or the cache lies elsewhere from now on, or nowhere."""
-        if isinstance(self._graphs, CapturedGraphs):
+        if self._graphs is not None:
             self._decode = self._decoded = None
             self._graphs.clear()
 

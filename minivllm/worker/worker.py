@@ -122,6 +122,8 @@ class Worker:
         if self.runner.capture_shapes is not None:
             on_progress("capturing decode steps")
             self._capture()
+        if self.runner.is_recorded:
+            warm_up.check_recording(self.runner)
         return WorkerReady(
             max_model_len=size.max_model_len,
             num_blocks=size.num_blocks,
@@ -141,6 +143,8 @@ class Worker:
         """Run the model on a plan's tokens."""
         if self._profiler is not None:
             self._profiler.before_step()
+        if self.memory_taker is not None and plan.total_num_scheduled_tokens > len(plan.num_scheduled_tokens):
+            self.memory_taker.hold(True)  # a prompt's step allocates
         self._initialized().execute_model(plan)
 
     def sample_tokens(self, grammar: GrammarOutput | None) -> ModelRunnerOutput:
@@ -191,6 +195,8 @@ class Worker:
 
     def _end_step(self) -> None:
         """All of the step has been given to the device, if it is not done: a recording that ends now waits for that."""
+        if self.memory_taker is not None:
+            self.memory_taker.hold(False)
         if self._profiler is not None:
             self._profiler.after_step()
 
@@ -230,6 +236,10 @@ class Worker:
                 f"--quantization fp8 needs a GPU of compute capability 8.9 or above, and this is {self.platform.name}; "
                 "try --quantization int8"
             )
+        if self.config.model.quantization == "int4" and not self.platform.is_host:
+            raise ConfigError(
+                f"--quantization int4 is there on CPUs only, and this is {self.platform.name}; try --quantization int8"
+            )
 
     def _attention_backend(self, dtype: torch.dtype) -> AttentionBackend:
         hf, block_size = self.config.hf_config, self.config.cache.block_size
@@ -261,7 +271,7 @@ class Worker:
     def _build_model(self, backend: AttentionBackend, max_model_len: int) -> DecoderForCausalLM:
         """The model without its weights: pages that nobody has touched."""
         model_class = load_class(self.config.model_class)
-        quantization = self.config.model.quantization  # int8 sums are exact, so batch invariant
+        quantization = self.config.model.quantization  # sums of int8 and int4 are exact, so batch invariant
         if quantization is None and self.config.device.batch_invariant:
             quantization = BATCH_INVARIANT
         try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -87,17 +89,20 @@ def test_a_type_it_does_not_know_is_named():
     assert "no KV cache in fp8_e5m2" in CpuNativeBackend.why_not(spec(kv_cache_dtype="fp8_e5m2"))
 
 
-def test_what_is_shared_stays_in_place_while_it_stays_the_same():
-    backend = CpuNativeBackend(spec())
-    first = backend.build_metadata(a_step([[5, 6, 7], [5, 6, 8]], [300, 300])).shared
-    again = backend.build_metadata(a_step([[5, 6, 7], [5, 6, 8]], [301, 301])).shared
-    other = backend.build_metadata(a_step([[5, 6, 7], [5, 9, 8]], [301, 301])).shared
-    assert first is again and first is not other
-
-
-def test_memory_for_outputs_at_least_doubles_so_that_what_recorded_steps_keep_of_it_is_less():
-    backend, sizes = CpuNativeBackend(spec()), set()
-    for num_tokens in range(1, 300):
-        assert len(backend._output(num_tokens)) == num_tokens
-        sizes.add(len(backend._out))
-    assert sum(sizes) < 2 * max(sizes)
+def test_what_is_shared_is_said_where_a_recorded_step_reads_it():
+    backend, room = CpuNativeBackend(spec()), torch.full((3 * 8 + 1,), 77, dtype=torch.int32)
+    places = set()
+    for tables in ([[5, 6, 7], [5, 6, 8]], [[5, 6], [9, 6], [5, 4], [9, 3], [9, 3]]):
+        step = replace(a_step(tables, [300] * len(tables)), room=room)
+        metadata, apart = backend.build_metadata(step), backend.build_metadata(replace(step, room=None))
+        assert backend.sizes_of(metadata) == (len(apart.shared.lens), len(apart.shared.members))
+        recorded = backend.metadata_of_sizes(step, backend.sizes_of(metadata))
+        for name in ("members", "group_starts", "lens"):
+            ours, its = getattr(metadata.shared, name), getattr(recorded.shared, name)
+            assert ours.tolist() == getattr(apart.shared, name).tolist()
+            assert ours.data_ptr() == its.data_ptr() and ours.shape == its.shape
+        places.add(metadata.shared.lens.data_ptr())
+    assert len(places) == 1
+    nothing = backend.build_metadata(replace(a_step([[5], [6]], [100, 100]), room=room))
+    assert backend.sizes_of(nothing) == (0, 0)
+    assert backend.most_sizes(8) == (4, 8)

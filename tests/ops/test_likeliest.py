@@ -7,6 +7,7 @@ import torch
 
 from minivllm.ops import native
 from minivllm.ops.linear import DenseLinear, PackedLinear
+from minivllm.ops.linear_int4 import DenseInt4Linear, PackedInt4Linear
 from minivllm.ops.linear_int8 import DenseInt8Linear, PackedInt8Linear
 from minivllm.ops.sampling import gumbel_argmax_cpu, gumbel_argmax_reference
 
@@ -14,7 +15,7 @@ INF, NAN = float("inf"), float("nan")
 VOCABULARIES = [1, 5, 16, 31, 32, 33, 100, 257, 1024, 4099]
 NUM_ROWS = [0, 1, 2, 3, 7, 15, 16, 17, 32, 33, 48, 63, 64, 65, 70]
 pytestmark = pytest.mark.usefixtures("isa")
-both_weights = pytest.mark.parametrize("cls", [PackedLinear, PackedInt8Linear])
+all_weights = pytest.mark.parametrize("cls", [PackedLinear, PackedInt8Linear, PackedInt4Linear])
 
 
 def packed(weight: torch.Tensor, dtype: torch.dtype, cls: type):
@@ -38,7 +39,7 @@ def assert_chosen_from_logits(layer, x: torch.Tensor) -> tuple[list[int], list[i
     return tokens.tolist(), broken.tolist()
 
 
-@both_weights
+@all_weights
 @pytest.mark.parametrize("vocab_size", VOCABULARIES)
 def test_it_is_what_the_sampler_chooses_from_the_logits(dtype, num_threads, cls, vocab_size):
     layer = packed(torch.randn(vocab_size, 70), dtype, cls)
@@ -46,7 +47,7 @@ def test_it_is_what_the_sampler_chooses_from_the_logits(dtype, num_threads, cls,
         assert_chosen_from_logits(layer, torch.randn(rows, 70).to(dtype))
 
 
-@both_weights
+@all_weights
 @pytest.mark.parametrize("vocab_size", [64, 1000])
 def test_the_lowest_of_equal_ones_is_chosen(dtype, num_threads, cls, vocab_size):
     directions = torch.randn(7, 64)  # each many times over, so that every row has ties in all panels
@@ -56,7 +57,7 @@ def test_the_lowest_of_equal_ones_is_chosen(dtype, num_threads, cls, vocab_size)
     assert assert_chosen_from_logits(layer, torch.zeros(5, 64, dtype=dtype)) == ([0] * 5, [0] * 5)
 
 
-@both_weights
+@all_weights
 @pytest.mark.parametrize("place", [0, 31, 32, 555, 998])
 @pytest.mark.parametrize("rows", [1, 40])
 def test_it_is_found_wherever_it_is(dtype, num_threads, cls, place, rows):
@@ -74,7 +75,7 @@ def test_zeros_of_either_sign_are_equal(dtype):
     assert_chosen_from_logits(layer, torch.tensor([[1.0], [-0.0], [0.0], [1e-30], [-1e-30]]).to(dtype))
 
 
-@both_weights
+@all_weights
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 def test_a_row_that_is_not_finite_is_broken_and_the_others_are_not(dtype, num_threads, cls, value):
     layer = packed(torch.randn(300, 48), dtype, cls)
@@ -100,7 +101,7 @@ def test_a_row_of_nothing_but_masked_outputs_is_broken(dtype):
     assert assert_chosen_from_logits(layer, torch.ones(20, 1, dtype=dtype))[1] == [1] * 20
 
 
-@both_weights
+@all_weights
 def test_neither_threads_nor_the_batch_can_be_seen(dtype, cls):
     layer, x = packed(torch.randn(5000, 96), dtype, cls), torch.randn(70, 96).to(dtype)
     before, expected = native.lib.num_threads(), assert_chosen_from_logits(layer, x)
@@ -112,7 +113,7 @@ def test_neither_threads_nor_the_batch_can_be_seen(dtype, cls):
     native.lib.set_num_threads(before)
 
 
-@both_weights
+@all_weights
 def test_many_rows_are_chosen_for_in_blocks(dtype, cls):
     layer = packed(torch.randn(100, 40), dtype, cls)
     assert_chosen_from_logits(layer, torch.randn(1100, 40).to(dtype))
@@ -130,9 +131,12 @@ def test_an_input_that_does_not_fit_is_an_error(dtype):
         layer.likeliest(torch.zeros(3, 63, dtype=dtype))
 
 
-@pytest.mark.parametrize(("ours", "specified"), [(PackedLinear, DenseLinear), (PackedInt8Linear, DenseInt8Linear)])
+@pytest.mark.parametrize(
+    ("ours", "specified"),
+    [(PackedLinear, DenseLinear), (PackedInt8Linear, DenseInt8Linear), (PackedInt4Linear, DenseInt4Linear)],
+)
 def test_the_specification_chooses_the_same_where_sums_are_exact(ours, specified):
-    weight, x = (torch.randint(-1, 2, (rows, 32)).float() for rows in (500, 40))  # in int8 ±127, and as exact
+    weight, x = (torch.randint(-1, 2, (rows, 32)).float() for rows in (500, 40))  # in int8 ±127, in int4 ±112, and as exact
     weight[:, 0] = x[:, 0] = 1  # scales are equal
     for layer in (packed(weight, torch.float32, ours), packed(weight, torch.float32, specified)):
         tokens, broken = layer.likeliest(x)

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from minivllm.ops import native
+from tests.resident_memory import resident_bytes
 
 SIZE = 64 << 20
 
@@ -32,6 +33,25 @@ def test_a_taker_that_is_stopped_lets_go_of_the_tensors():
     taker.stop()
     assert time.monotonic() - began < 10  # a step is 2 MiB; all of it would be 512 of them
     assert not tensors[0][:4096].any()
+
+
+def test_a_taker_that_is_held_takes_nothing_until_it_may_go_on():
+    tensors = [native.huge_pages(SIZE)]
+    taker = native.MemoryTaker([*tensors])
+    taker.hold(True)
+    time.sleep(0.2)  # the page in hand
+    before = resident_bytes(tensors[0])
+    time.sleep(0.1)
+    assert resident_bytes(tensors[0]) == before < SIZE
+    taker.hold(False)
+    taker.wait()
+    assert resident_bytes(tensors[0]) == SIZE
+
+
+def test_a_taker_that_is_held_can_be_stopped():
+    taker = native.MemoryTaker([native.huge_pages(SIZE)])
+    taker.hold(True)
+    taker.stop()
 
 
 def test_tensors_without_a_whole_page_are_nothing_to_take():

@@ -4,7 +4,7 @@ Seeded random schedules on the real worker with the native kernels: arrivals, ch
 tight that requests are preempted, prefixes found in the cache, aborts of others, resends, one and two threads, one
 plan in flight or several, priorities and every rule of the scheduler drawn at random, logits processors of an
 operator's own; some requests have a grammar, some think first, some prompts are vectors. For every instruction set this
-machine has, every dtype, int8 weights, fp8 and int8 caches, and shapes with grouped heads, windows, windows beside full
+machine has, every dtype, int8 and int4 weights, fp8 and int8 caches, and shapes with grouped heads, windows, windows beside full
 attention and several attention segments. `--walk-steps` is the number of engine steps, all cases together.
 """
 
@@ -85,6 +85,7 @@ CASES += [("soft caps", "bfloat16", isa, "auto") for isa in ISAS]
 CASES += [("grouped heads", "bfloat16", isa, kv_dtype) for isa in ISAS for kv_dtype in ("fp8", "int8")]
 CASES += [("long prompts", "bfloat16", "amx", "int8"), ("a window and biases", "float32", "avx512", "int8")]
 CASES += [(shape, "int8", isa, "auto") for shape in ("grouped heads", "a window and biases") for isa in ISAS]
+CASES += [("a window and biases", "int4", isa, "auto") for isa in ISAS]
 CASES = [case for case in CASES if case[2] in ISAS]
 GREEDY_SHAPES = ("grouped heads", "a window and biases")  # the second's vocabulary fills no tile
 GREEDY_CASES = [case for case in CASES if case[0] in GREEDY_SHAPES and case[1] != "float16" and case[3] == "auto"]
@@ -108,7 +109,7 @@ def engine(case: tuple[str, str, str, str], processors: list[str], tmp_path: Pat
     shape, dtype, isa, kv_dtype = case
     isa_before, threads_before = native.lib.isa(), native.lib.num_threads()
     native.lib.set_isa(isa)
-    quantization = "int8" if dtype == "int8" else None
+    quantization = dtype if dtype.startswith("int") else None
     model = make_model(tmp_path, dtype="bfloat16" if quantization else dtype, seed=3, **SHAPES[shape][0])
     yield Engine(model, quantization=quantization, kv_cache_dtype=kv_dtype, logits_processors=processors)
     native.lib.set_isa(isa_before)

@@ -7,7 +7,6 @@ import numpy as np
 from minivllm.messages.worker import NewRequestData
 from minivllm.sampling_params import SamplingParams
 from minivllm.worker.input_batch import InputBatch, InputBuffers
-from minivllm.worker.prompt_shapes import PromptShapes
 from minivllm.worker.request_state import RequestTable
 
 BLOCK = 32
@@ -127,33 +126,3 @@ def test_a_step_of_other_requests_or_from_elsewhere_is_made_anew():
     assert buffers.prepare({"b": 1}, table).rows.tolist() == [row_b]
     table.num_computed_tokens[row_b] = 0
     assert buffers.prepare({"b": 4}, table).input_ids.tolist() == [4, 5, 6, 7]
-
-
-def test_a_step_with_a_prompt_is_padded_with_rows_of_no_request_and_requests_of_no_row():
-    table = RequestTable(num_rows=8, max_model_len=128, block_size=BLOCK)
-    prompt = list(range(100, 120))
-    table.add(new_request("prompt", prompt, [7]))
-    for i, name in enumerate("ab"):
-        table.add(new_request(name, [1, 2, 3], [i], prior=[50], computed=3))
-    buffers = InputBuffers(64, 3, 4, prompts=PromptShapes(16, 64))
-    counts = {"a": 1, "b": 1, "prompt": 20}
-    for _ in range(2):  # whatever lies in the buffers
-        batch = buffers.prepare(counts, table)
-        step = batch.steps[0]
-        assert batch.input_ids.tolist() == [50, 50, *prompt, *[0] * 10]
-        assert batch.positions.tolist() == [3, 3, *range(20), *[0] * 10]
-        assert step.slot_mapping.tolist()[22:] == [-1] * 10
-        assert step.query_start_loc.tolist() == [0, 1, 2, 22, 22]
-        assert step.seq_lens.tolist() == [4, 4, 20, 0]
-        assert (batch.num_tokens, batch.sampled_rows.tolist()) == (22, [0, 1, 21])
-        for mirror in (buffers._input_ids, buffers._positions, buffers._seq_lens, *buffers._slot_mapping):
-            mirror.host[:] = 77
-    assert len(buffers.prepare({"a": 1, "b": 1}, table).input_ids) == 2  # a decode is recorded as it is
-
-
-def test_what_padding_would_make_larger_than_any_step_is_not_padded():
-    table = RequestTable(num_rows=2, max_model_len=128, block_size=BLOCK)
-    table.add(new_request("a", list(range(60)), [2, 3]))
-    buffers = InputBuffers(60, 1, 4, prompts=PromptShapes(16, 60))
-    assert len(buffers.prepare({"a": 60}, table).input_ids) == 60
-    assert len(buffers.prepare({"a": 47}, table).input_ids) == 48

@@ -85,7 +85,7 @@ def test_a_batch_that_goes_from_one_way_to_the_other_and_back_gives_the_same_tok
     counted.logits = counted.tokens = 0
     loop = Loop(path, **options)
     assert loop.run(prompts, params, stagger=16) == expected
-    assert counted.tokens > 10 and counted.logits > 10
+    assert counted.tokens > 3 and counted.logits > 3  # steps with prompts, and what is recorded
     for i in (0, 3, 4, 5):  # and of each request alone
         assert Loop(path, **options).run([prompts[i]], params[i], seeds=[i])[0].tokens == expected[i].tokens
 

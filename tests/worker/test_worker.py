@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from make_random_model import make_model
@@ -22,6 +20,7 @@ from minivllm.sample.sampler import NONFINITE
 from minivllm.sampling_params import SamplingParams
 from minivllm.worker.worker import Worker
 from tests.models.loop import Answer, Loop, engine_config
+from tests.resident_memory import resident_bytes
 
 NOT_NATIVE = native.why_not(OpSpec("cpu", torch.bfloat16))
 # The lengths at which a request soon needs one block more: five blocks of 32 cannot hold them all.
@@ -135,7 +134,7 @@ def test_progress_is_told_phase_by_phase(tiny_model: Path):
 # Sleep -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"quantization": "int8"}, {"load_format": "dummy"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"quantization": "int8"}, {"quantization": "int4"}, {"load_format": "dummy"}], ids=str)
 def test_a_worker_that_has_slept_gives_the_same_answers(bf16_model: Path, options: dict):
     params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logprobs=3)
     loop = Loop(bf16_model, enable_prefix_caching=False, **options)
@@ -364,11 +363,16 @@ def test_touching_the_kv_cache_takes_all_of_its_memory(touches: bool, tmp_path: 
     assert not any(cache.any() for cache in caches)
 
 
-def resident_bytes(tensor: torch.Tensor) -> int:
-    """Of the pages that a tensor covers whole, those that have memory (proc(5), pagemap)."""
-    page = os.sysconf("SC_PAGESIZE")
-    first, last = -(-tensor.data_ptr() // page), (tensor.data_ptr() + tensor.nbytes) // page
-    with open("/proc/self/pagemap", "rb") as pagemap:
-        pagemap.seek(8 * first)
-        entries = np.frombuffer(pagemap.read(8 * (last - first)), np.uint64)
-    return int((entries >> np.uint64(63)).sum()) * page
+def test_no_memory_is_taken_ahead_while_a_prompt_is_computed(tiny_model: Path):
+    loop, taker = Loop(tiny_model), FakeTaker()
+    loop.worker.memory_taker = taker
+    loop.run([PROMPTS[0]], SamplingParams(max_tokens=3, temperature=0))
+    assert taker.held[:2] == [True, False] and not any(taker.held[2:])
+
+
+class FakeTaker:
+    def __init__(self) -> None:
+        self.held: list[bool] = []
+
+    def hold(self, on: bool) -> None:
+        self.held.append(on)

@@ -16,8 +16,6 @@ from minivllm.ops.kv_write import kv_write
 from minivllm.ops.op import OpSpec
 from minivllm.ops.paged_attention import STEP, Options, SharedPrefixes, paged_attention
 
-_MOST_SHARED = 64  # remembered
-
 
 @dataclass(frozen=True)
 class Metadata:
@@ -37,8 +35,6 @@ class CpuNativeBackend(AttentionBackend):
         sizes = {"head_dim": spec.head_dim, "block_size": spec.block_size, "group": group}
         op_spec = OpSpec(spec.device, spec.dtype, sizes)
         self._write, self._attend = kv_write.select(op_spec), paged_attention.select(op_spec)
-        self._known_shared: dict[tuple[bytes, ...], SharedPrefixes] = {}
-        self._out = torch.empty(0, spec.num_heads, spec.head_dim, dtype=spec.dtype)
 
     @classmethod
     def why_not(cls, spec: AttentionSpec) -> str | None:
@@ -58,14 +54,19 @@ class CpuNativeBackend(AttentionBackend):
 
     def build_metadata(self, step: StepInputs) -> Metadata:
         shared = shared_prefixes(step, self.spec.block_size)
-        return Metadata(step, None if shared is None else self._same(shared))
+        return Metadata(step, shared if shared is None or step.room is None else _put(shared, step.room))
 
-    def _same(self, shared: SharedPrefixes) -> SharedPrefixes:
-        """The tensors of an earlier step that say the same: a step whose inputs stay where they are can be replayed."""
-        key = tuple(part.numpy().tobytes() for part in (shared.members, shared.group_starts, shared.lens))
-        if len(self._known_shared) >= _MOST_SHARED:
-            self._known_shared.clear()
-        return self._known_shared.setdefault(key, shared)
+    def sizes_of(self, metadata: Metadata) -> tuple[int, int]:
+        """Groups, and members of all of them."""
+        shared = metadata.shared
+        return (0, 0) if shared is None else (len(shared.lens), len(shared.members))
+
+    def most_sizes(self, num_reqs: int) -> tuple[int, int]:
+        return num_reqs // 2, num_reqs
+
+    def metadata_of_sizes(self, step: StepInputs, sizes: tuple[int, ...]) -> Metadata:
+        assert step.room is not None
+        return Metadata(step, _places(step.room, *sizes))
 
     def forward(
         self,
@@ -84,16 +85,23 @@ class CpuNativeBackend(AttentionBackend):
         )  # fmt: skip
         return self._attend(
             q, kv_cache, step.block_table, step.seq_lens, step.query_start_loc,
-            layout=self.layout, options=options, shared=metadata.shared, out=self._output(len(q)),
+            layout=self.layout, options=options, shared=metadata.shared,
         )  # fmt: skip
 
-    def _output(self, num_tokens: int) -> torch.Tensor:
-        """Memory for a step's output, kept from one layer and step to the next."""
-        if len(self._out) < num_tokens:
-            # Twice as much at least: recorded steps keep what they had, and all of that is then less than this.
-            num_rows = max(num_tokens, 2 * len(self._out))
-            self._out = torch.empty(num_rows, *self._out.shape[1:], dtype=self._out.dtype)
-        return self._out[:num_tokens]
+
+def _places(room: torch.Tensor, num_groups: int, num_members: int) -> SharedPrefixes:
+    """Where so many are put: members first, each behind what there may be at most of those before."""
+    most = (len(room) - 1) // 3
+    members, starts, lens = room[:most], room[most : 2 * most + 1], room[2 * most + 1 :]
+    return SharedPrefixes(members[:num_members], starts[: num_groups + 1], lens[:num_groups])
+
+
+def _put(shared: SharedPrefixes, room: torch.Tensor) -> SharedPrefixes:
+    """The same, where a recorded step reads it."""
+    places = _places(room, len(shared.lens), len(shared.members))
+    for place, value in zip(vars(places).values(), vars(shared).values()):
+        place.numpy()[:] = value.numpy()
+    return places
 
 
 def shared_prefixes(step: StepInputs, block_size: int) -> SharedPrefixes | None:
