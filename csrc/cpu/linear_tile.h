@@ -16,8 +16,10 @@
 namespace minivllm::MINIVLLM_ISA {
 namespace {
 
-constexpr int64_t kBlockBytes = 1 << 20;          // of x: half of a core's L2
-constexpr int64_t kMaxBlockRows = 512;            // and its sums with it
+// Blocks of x, measured on AMX: more bytes do not stay in a core's L2 of 2 MiB; the output of more rows, a page each,
+// does not stay in the TLB.
+constexpr int64_t kBlockBytes = 768 << 10;
+constexpr int64_t kMaxBlockRows = 320;
 constexpr int64_t kOwnRows = 256;                 // enough for a thread to read all of the weight meanwhile
 constexpr int64_t kMultipliesPerThread = 1 << 16;  // below this, waking another thread costs more than it saves
 constexpr int64_t kLargeOutputBytes = 8 << 20;     // more than stays in the cores' own caches

@@ -200,7 +200,8 @@ class AsyncMPClient(_SocketClient):
         socket = self._core.output_socket
         try:
             while socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:  # asking costs less than an exception at the end
-                self._receive(socket.recv_multipart(zmq.NOBLOCK))
+                data = socket.recv(zmq.NOBLOCK)
+                self._receive([data] if data != ENGINE_CORE_DEAD else [data, *socket.recv_multipart()])
         except (EngineDeadError, zmq.ZMQError):
             self._stop_reading()
         self._wake_reader()

@@ -48,6 +48,7 @@ from minivllm.utils.process import die_with_parent, kill_session, unblock_interr
 logger = logging.init_logger(__name__)
 
 _IDENTITY = b"\x00\x00"  # of this core on the client's ROUTER
+_COPIED_BYTES = 65536  # a message of fewer costs more to share with the socket's thread than to copy
 _FLUSH_MS = 1000  # how long the last messages may take to leave
 _ORPHAN_GRACE_S = 2.0  # for a step to end and a worker to be stopped, once the client is gone
 _DYING_S = 0.3  # between the first and the last sign that the parent is gone
@@ -338,18 +339,15 @@ class _CoreProcess:
 
         (A thread of its own would wait for Python's lock, and we for it.)
         """
-        self._output_sockets[client_index].send(encode(outputs), copy=False)
+        data = encode(outputs)
+        self._output_sockets[client_index].send(data, copy=len(data) < _COPIED_BYTES)
 
     def _drain_inputs(self) -> None:
         """Handle all that has arrived; without anything else to do, sleep until something arrives."""
         if not self._core.has_requests() and self._drain_deadline is None:
             self._next_input()()
-        while True:
-            try:
-                handle = self._inputs.get_nowait()
-            except queue.Empty:
-                return
-            handle()
+        while not self._inputs.empty():  # nobody else takes from it
+            self._inputs.get_nowait()()
 
     def _next_input(self) -> Callable[[], None]:
         """Sleep until something arrives."""

@@ -168,6 +168,7 @@ class PrometheusStatLogger:
         self._registry = registry
         self._multiprocess = multiprocess
         self._labels = {"model_name": model_name, "engine": "0"}
+        self._last_stats = SchedulerStats()  # which is what the gauges begin with
         self._make_gauges(ready)
         self._make_counters()
         self._make_histograms(ready.max_model_len)
@@ -322,13 +323,15 @@ class PrometheusStatLogger:
 
     def record(self, scheduler_stats: SchedulerStats | None, iteration: IterationStats) -> None:
         """Add one message of the engine core."""
+        # Most messages are of a step in which everybody decoded: what such a step does not change is left alone.
         if scheduler_stats is not None:
             self._record_scheduler(scheduler_stats)
-        self._prompt_tokens.inc(iteration.num_prompt_tokens)
-        self._cached_tokens.inc(iteration.num_cached_tokens)
-        self._cached_on_device.inc(iteration.num_cached_tokens)
-        self._found_here.inc(iteration.num_cached_tokens)
-        self._computed_here.inc(iteration.num_prompt_tokens - iteration.num_cached_tokens)
+        if iteration.num_prompt_tokens:
+            self._prompt_tokens.inc(iteration.num_prompt_tokens)
+            self._cached_tokens.inc(iteration.num_cached_tokens)
+            self._cached_on_device.inc(iteration.num_cached_tokens)
+            self._found_here.inc(iteration.num_cached_tokens)
+            self._computed_here.inc(iteration.num_prompt_tokens - iteration.num_cached_tokens)
         self._generation_tokens.inc(iteration.num_generation_tokens)
         for seconds in iteration.time_to_first_tokens_s:
             self._ttft.observe(seconds)
@@ -349,13 +352,19 @@ class PrometheusStatLogger:
     def _record_scheduler(self, stats: SchedulerStats) -> None:
         if stats.sleep_level != self._sleep_level:
             self._set_sleep_level(stats.sleep_level)
-        self._num_running.set(stats.num_running_reqs)
-        self._num_waiting.set(stats.num_waiting_reqs)
-        self._num_waiting_for_capacity.set(stats.num_waiting_reqs)
-        self._kv_usage.set(stats.kv_cache_usage)
-        self._prefix_queries.inc(stats.prefix_cache.queries)
-        self._prefix_hits.inc(stats.prefix_cache.hits)
-        self._preemptions.inc(stats.num_preemptions)
+        last, self._last_stats = self._last_stats, stats
+        if stats.num_running_reqs != last.num_running_reqs:
+            self._num_running.set(stats.num_running_reqs)
+        if stats.num_waiting_reqs != last.num_waiting_reqs:
+            self._num_waiting.set(stats.num_waiting_reqs)
+            self._num_waiting_for_capacity.set(stats.num_waiting_reqs)
+        if stats.kv_cache_usage != last.kv_cache_usage:
+            self._kv_usage.set(stats.kv_cache_usage)
+        if stats.prefix_cache.queries:
+            self._prefix_queries.inc(stats.prefix_cache.queries)
+            self._prefix_hits.inc(stats.prefix_cache.hits)
+        if stats.num_preemptions:
+            self._preemptions.inc(stats.num_preemptions)
         if stats.num_scheduled_tokens:
             self._iteration_tokens.observe(stats.num_scheduled_tokens)
 

@@ -192,6 +192,32 @@ class InputBuffers:
             is_decode=True,
         )
 
+    def made_up(self, lens: tuple[int, ...]) -> InputBatch:
+        """A step of prompts of these lengths that are written nowhere, before there are requests, on a host."""
+        ends = np.cumsum(lens)
+        num_tokens, num_reqs = int(ends[-1]), len(lens)
+        self._input_ids.host[:num_tokens] = self._counting[:num_tokens]
+        self._positions.host[:num_tokens] = np.concatenate([self._counting[:length] for length in lens])
+        for slot_mapping in self._slot_mapping:
+            slot_mapping.host[:num_tokens] = -1
+        self._query_start_loc.host[1 : num_reqs + 1] = ends
+        self._seq_lens.host[:num_reqs] = lens
+        input_ids, positions, steps = self.of_sizes(num_tokens, num_reqs)
+        nobody = np.empty(0, np.int64)
+        return InputBatch(
+            request_ids=[],
+            rows=np.arange(num_reqs),
+            begins=nobody,
+            ends=nobody,
+            first_rows=nobody,
+            samples=nobody,
+            num_tokens=num_tokens,
+            input_ids=input_ids,
+            positions=positions,
+            steps=steps,
+            is_decode=False,
+        )
+
     def of_sizes(self, num_tokens: int, num_reqs: int) -> tuple[torch.Tensor, torch.Tensor, list[StepInputs]]:
         """Token ids, positions and what attention reads of a step of so many, for a recording: they hold anything."""
         ids, positions = self._input_ids.device[:num_tokens], self._positions.device[:num_tokens]

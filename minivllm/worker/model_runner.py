@@ -178,6 +178,16 @@ class ModelRunner:
         of_groups = self.backend.most_sizes(buffers.most_reqs) * len(self.table.blocks)
         return RecordedStep("the model", self._forward_of, (buffers.most_tokens, buffers.most_reqs, *of_groups))
 
+    def check_recording(self) -> None:
+        """Before the first request: have a replay's bits compared with an eager step's, of tokens that are made up.
+
+        They are written to no cache, whose memory would be taken for them, so all that attention sees is zero: the first
+        decode, which is checked as a whole, sees more.
+        """
+        if self._recorded is not None:
+            self._run(self.buffers.made_up((min(3, self.table.token_ids.shape[1]), 1)), None)
+            self._hidden = None
+
     def _sizes(self, batch: InputBatch, metadata: list[Any]) -> Sizes:
         """Of a recorded step: tokens, requests, and what the backend says of each KV cache group."""
         of_groups = (size for own in metadata for size in self.backend.sizes_of(own))

@@ -1,8 +1,8 @@
-"""Steps of made-up requests, before there are any.
+"""All that requests can ask of sampling, asked once before there are any: a kernel that is first launched among them is
+compiled there, and every stream stands still for seconds.
 
-On a GPU they ask for all that can be asked of sampling: a kernel that is first launched among real requests is compiled
-there, and every stream stands still for seconds. On a CPU one step is enough for the recording of the model to be
-trusted. The requests have their output already, as after a preemption: no decode is run, which would be captured.
+The requests are made up, and have their output already, as after a preemption: no decode is run, which would be
+captured.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def run(runner: ModelRunner, max_num_batched_tokens: int, max_num_seqs: int) -> 
     finished: list[str] = []
     for num_rows in {min(each, max(most, 1)) for each in _NUM_ROWS}:
         for params in ASKED:
-            plan = _plan(runner, params, length, [min(length, max_num_batched_tokens)] * num_rows)
+            plan = _plan(runner, params, num_rows, length, min(length, max_num_batched_tokens))
             plan.finished_req_ids = finished
             finished = list(plan.num_scheduled_tokens)
             runner.execute_model(plan)
@@ -47,20 +47,10 @@ def run(runner: ModelRunner, max_num_batched_tokens: int, max_num_seqs: int) -> 
     runner.execute_model(SchedulerOutput(0, finished_req_ids=finished))
 
 
-def check_recording(runner: ModelRunner) -> None:
-    """A prompt and a request that decodes behind it, both in block 0: nobody has that yet, and it is zero again after."""
-    length = min(len(_PROMPT) + len(_OUTPUT), runner.table.token_ids.shape[1])
-    plan = _plan(runner, SamplingParams(), length, [length - 1, 1] if length > 1 else [1])
-    # The prompt's chunk ends before its last token, which is the other's.
-    plan.scheduled_new_reqs[0].num_computed_tokens = 0
-    runner.execute_model(plan)
-    runner.execute_model(SchedulerOutput(0, finished_req_ids=list(plan.num_scheduled_tokens)))
-    for cache in runner.kv_caches:
-        cache[0].zero_()
-
-
-def _plan(runner: ModelRunner, params: SamplingParams, length: int, nums_scheduled: list[int]) -> SchedulerOutput:
-    """The last so many of each request's tokens; of which the one to come is sampled."""
+def _plan(
+    runner: ModelRunner, params: SamplingParams, num_rows: int, length: int, num_scheduled: int
+) -> SchedulerOutput:
+    """The last `num_scheduled` of each request's tokens; of which the one to come is sampled."""
     tokens = [*_PROMPT, *_OUTPUT][:length]
     num_prompt = len(_PROMPT)
     requests = [
@@ -74,13 +64,13 @@ def _plan(runner: ModelRunner, params: SamplingParams, length: int, nums_schedul
             block_ids=[[0] for _ in runner.table.blocks],
             num_computed_tokens=length - num_scheduled,
         )
-        for i, num_scheduled in enumerate(nums_scheduled)
+        for i in range(num_rows)
     ]
     return SchedulerOutput(
         0,
         scheduled_new_reqs=requests,
-        num_scheduled_tokens={each.request_id: num for each, num in zip(requests, nums_scheduled)},
-        total_num_scheduled_tokens=sum(nums_scheduled),
+        num_scheduled_tokens={request.request_id: num_scheduled for request in requests},
+        total_num_scheduled_tokens=num_rows * num_scheduled,
     )
 
 

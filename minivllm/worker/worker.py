@@ -122,8 +122,7 @@ class Worker:
         if self.runner.capture_shapes is not None:
             on_progress("capturing decode steps")
             self._capture()
-        if self.runner.is_recorded:
-            warm_up.check_recording(self.runner)
+        self.runner.check_recording()
         return WorkerReady(
             max_model_len=size.max_model_len,
             num_blocks=size.num_blocks,

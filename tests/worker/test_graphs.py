@@ -20,6 +20,7 @@ from minivllm.ops.recording import SizedRecording, record_for_sizes, recording
 from minivllm.ops.rms_norm import cpu as rms_norm
 from minivllm.sampling_params import SamplingParams
 from minivllm.worker.graphs import RecordedStep, key_of
+from minivllm.worker.input_batch import InputBatch
 from minivllm.worker.model_runner import ModelRunner
 from tests.models.loop import Answer, Loop
 
@@ -319,19 +320,41 @@ def test_shared_prefixes_of_decodes_beside_prompts_are_replayed(tmp_path: Path, 
     assert {groups for _, _, groups, _ in seen} == {0, 1} and {members for *_, members in seen} >= {2, 3, 4, 5, 6}
 
 
-def test_a_step_that_is_replayed_with_wrong_rows_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_model_that_is_replayed_with_wrong_rows_is_found_out_before_the_first_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     model = make_model(tmp_path, arch="llama", num_layers=2, seed=4)
     sizes_of = ModelRunner._sizes
 
     def wrong(self: ModelRunner, *args: Any) -> tuple[int, ...]:
-        tokens, reqs, *others = sizes_of(self, *args)
-        return tokens, max(1, reqs - 1), *others
+        tokens, *others = sizes_of(self, *args)
+        return tokens - 1, *others  # attention would read rows that there are not
 
     monkeypatch.setattr(ModelRunner, "_sizes", wrong)
     loop = Loop(model)
     assert not loop.worker.runner.is_recorded
     params = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
     assert loop.run([[3, 4, 5]], params) == Loop(model, enforce_eager=True).run([[3, 4, 5]], params)
+
+
+def test_a_decode_that_is_replayed_wrongly_is_found_out_when_it_is_first_met(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The check before the first request sees nothing of the cache; this one does."""
+    model = make_model(tmp_path, arch="llama", num_layers=2, seed=4)
+    loop, eager = Loop(model), Loop(model, enforce_eager=True)
+    params = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True)
+    sizes_of = ModelRunner._sizes
+
+    def wrong(self: ModelRunner, batch: InputBatch, metadata: list[Any]) -> tuple[int, ...]:
+        tokens, reqs, *others = sizes_of(self, batch, metadata)
+        return tokens, reqs - batch.is_decode, *others
+
+    monkeypatch.setattr(ModelRunner, "_sizes", wrong)
+    prompts = [[3, 4, 5], [6, 7], [8]]
+    assert loop.run(prompts, params) == eager.run(prompts, params)
+    assert loop.worker.runner.is_recorded
+    assert [each.recording for each in loop.worker.runner._recorded_decodes.values()] == [None]
 
 
 def test_a_recording_keeps_memory_for_the_largest_step_once(tmp_path: Path):

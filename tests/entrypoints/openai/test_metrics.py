@@ -81,6 +81,14 @@ def test_what_the_engine_counts_is_exposed_under_vllms_names(api: Api):
     assert found["process_resident_memory_bytes"] > 0
 
 
+def test_gauges_follow_the_scheduler_up_and_down(api: Api):
+    gauges = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
+    for values in [(3, 2, 0.5), (3, 2, 0.5), (3, 0, 0.25), (0, 0, 0.0)]:
+        api.stats.record(SchedulerStats(*values), IterationStats())
+        found = samples(api)
+        assert tuple(found[f"vllm:{name}"] for name in gauges) == values
+
+
 def test_every_metric_names_its_model(api: Api):
     lines = [
         line for line in api.get("/metrics").text.splitlines() if line.startswith("vllm:num_requests_running")
