@@ -235,7 +235,9 @@ void run_unit(const Attention& a, const Work& work, const Unit& unit, const Unit
     const Path path = path_of(a, unit), next_path = path_of(a, next == nullptr ? unit : *next);
     const Path* expected = next == nullptr ? nullptr : &next_path;
 #if defined(__AMX_BF16__)
-    if (std::is_same_v<Math, AmxMath> && rows.count > AmxMath::kBlock && !unit.resumes &&
+    constexpr bool is_amx = std::is_same_v<Math, AmxMath>;
+    [[maybe_unused]] const std::conditional_t<is_amx, FlushSubnormals, int> flush{};  // whichever walk a row takes
+    if (is_amx && rows.count > AmxMath::kBlock && !unit.resumes &&
         unit.ending != Ending::part && unit.num_parts == 0)
         return WideWalk(a, rows).run(path, expected);
 #endif

@@ -35,17 +35,28 @@ struct CodeTable {
     }
 };
 
-// 2^x for x <= kRise, within 7.5e-5 of it: a weight that is rounded to bf16 hides more. Zero below -126, where the last
-// instruction would take 60 ns for a subnormal number that bf16 has no use for; NaN for NaN.
+// 2^x for x <= kRise, within 7.5e-5 of it: a weight that is rounded to bf16 hides more. Zero below -126 beside
+// FlushSubnormals; NaN for NaN.
 MINIVLLM_INLINE Vec amx_weight(Vec x) {
     const Vec f{_mm512_reduce_ps(x.v, 0x09)};  // x - floor(x)
     Vec p = set1(0.07802452f);
     p = fma(p, f, set1(0.22606716f));
     p = fma(p, f, set1(0.69583356f));
     p = fma(p, f, set1(0.9999252f));
-    const __mmask16 is_normal = _mm512_cmp_ps_mask(x.v, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
-    return {_mm512_maskz_scalef_ps(is_normal, p.v, x.v)};  // times 2^floor(x)
+    return {_mm512_scalef_ps(p.v, x.v)};  // times 2^floor(x)
 }
+
+// While it lives, this thread's results that would be subnormal are zero: bf16 has no use for such weights, and one takes
+// the processor 60 ns.
+class FlushSubnormals {
+public:
+    FlushSubnormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | _MM_FLUSH_ZERO_ON); }
+    ~FlushSubnormals() { _mm_setcsr(before_); }
+    FlushSubnormals(const FlushSubnormals&) = delete;
+
+private:
+    const unsigned before_;
+};
 
 // How AMX reads the cache's tiles.
 class AmxTiles {
@@ -61,20 +72,37 @@ public:
 
     bool are_bytes() const { return a_->layout.type != KvType::bf16; }
 
-    // A tile of codes to bf16, exactly, in bf16's order.
-    const bf16* widen(bf16* to, const char* from) const {
+    // Codes to bf16, exactly, in bf16's order; n is a multiple of 64.
+    MINIVLLM_INLINE void widen_codes(bf16* to, const char* from, int64_t n) const {
         static constexpr CodeTable int8(KvType::int8), fp8(KvType::fp8_e4m3);
-        const CodeTable& table = a_->layout.type == KvType::int8 ? int8 : fp8;
-        const __m512i low0 = _mm512_load_si512(table.low), low1 = _mm512_load_si512(table.low + 64);
-        const __m512i high0 = _mm512_load_si512(table.high), high1 = _mm512_load_si512(table.high + 64);
-        for (int64_t i = 0; i < kTile * head_dim_; i += 64) {
-            const __m512i code = _mm512_loadu_si512(from + i);
-            const __m512i sign = _mm512_and_si512(code, _mm512_set1_epi8(char(0x80)));
-            const __m512i low = _mm512_permutex2var_epi8(low0, code, low1);
-            const __m512i high = _mm512_or_si512(_mm512_permutex2var_epi8(high0, code, high1), sign);
+        const __m512i sign = _mm512_set1_epi8(char(0x80));
+        auto store = [&](int64_t i, __m512i low, __m512i high) {
             _mm512_storeu_si512(to + i, _mm512_unpacklo_epi8(low, high));
             _mm512_storeu_si512(to + i + 32, _mm512_unpackhi_epi8(low, high));
+        };
+        if (a_->layout.type == KvType::int8) {
+            // A table of 64 magnitudes takes half of the instructions: those above are 0x4280 + 2 (magnitude - 64).
+            const __m512i low0 = _mm512_load_si512(int8.low), high0 = _mm512_load_si512(int8.high);
+            for (int64_t i = 0; i < n; i += 64) {
+                const __m512i code = _mm512_loadu_si512(from + i), twice = _mm512_add_epi8(code, code);
+                const __mmask64 are_small = ~_mm512_movepi8_mask(twice);
+                const __m512i low = _mm512_mask_permutexvar_epi8(twice, are_small, code, low0);
+                const __m512i magnitude = _mm512_mask_permutexvar_epi8(_mm512_set1_epi8(0x42), are_small, code, high0);
+                store(i, low, _mm512_ternarylogic_epi32(magnitude, code, sign, 0xf8));
+            }
+        } else {
+            const __m512i low0 = _mm512_load_si512(fp8.low), low1 = _mm512_load_si512(fp8.low + 64);
+            const __m512i high0 = _mm512_load_si512(fp8.high), high1 = _mm512_load_si512(fp8.high + 64);
+            for (int64_t i = 0; i < n; i += 64) {
+                const __m512i code = _mm512_loadu_si512(from + i);
+                const __m512i low = _mm512_permutex2var_epi8(low0, code, low1);
+                const __m512i magnitude = _mm512_permutex2var_epi8(high0, code, high1);
+                store(i, low, _mm512_ternarylogic_epi32(magnitude, code, sign, 0xf8));
+            }
         }
+    }
+    const bf16* widen(bf16* to, const char* from) const {
+        widen_codes(to, from, kTile * head_dim_);
         return to;
     }
 
@@ -107,6 +135,15 @@ public:
             }
         }
         return cut != 0;
+    }
+
+    // Whether all of a value tile is: then a weight of zero keeps out what a row does not see.
+    bool is_finite(const bf16* tile) const {
+        const __m512i exponent = _mm512_set1_epi16(0x7f80);
+        __m512i largest = _mm512_setzero_si512();
+        for (int64_t i = 0; i < kTile * head_dim_; i += 32)
+            largest = _mm512_max_epu16(largest, _mm512_and_si512(_mm512_loadu_si512(tile + i), exponent));
+        return _mm512_cmpeq_epi16_mask(largest, exponent) == 0;
     }
 
     // What keep_visible left out of a tile to a row that sees [begin, end) of it: its output ends not finite.
@@ -184,13 +221,65 @@ private:
     int64_t bytes_ = 0, done_ = 0, lines_ = 0;  // of each place; lines a turn
 };
 
+// Codes are fetched into L2 in the order in which they are read, evenly over a step's turns. The processor's own fetching
+// follows, and runs ahead of it.
+class Stream {
+public:
+    struct Piece { const char* from; int64_t lines; };
+    static constexpr size_t bytes() { return 2 * kStepTiles * (2 + kMostHeadDim / 64) * sizeof(Piece); }  // of two steps
+
+    Stream() = default;
+    explicit Stream(void* memory) : pieces_(static_cast<Piece*>(memory)) {}
+
+    void clear() { num_ = 0, lines_ = 0; }
+    void add(const char* from, int64_t bytes) {
+        pieces_[num_] = {from, (bytes + 63) / 64};
+        lines_ += pieces_[num_++].lines;
+    }
+    int64_t lines() const { return lines_; }
+
+    // Lines [begin, end) of what was added, in so many turns.
+    void start(int64_t begin, int64_t end, int64_t turns) {
+        rate_ = turns == 0 || end <= begin ? 0 : ((end - begin) * 256 + turns - 1) / turns;
+        budget_ = 0;
+        for (next_ = 0; next_ < num_ && begin >= pieces_[next_].lines; ++next_) begin -= pieces_[next_].lines;
+        if (next_ == num_) return stop();
+        take_next();
+        at_ += begin * 64;
+    }
+    void stop() { rate_ = budget_ = 0; }
+
+    MINIVLLM_INLINE void turn() {
+        for (budget_ += rate_; budget_ >= 256; budget_ -= 256) {
+            if (at_ >= end_) {
+                if (next_ == num_) return stop();
+                take_next();
+            }
+            _mm_prefetch(at_, _MM_HINT_T1);
+            at_ += 64;
+        }
+    }
+
+private:
+    void take_next() {
+        at_ = pieces_[next_].from, end_ = at_ + pieces_[next_].lines * 64;
+        ++next_;
+    }
+
+    Piece* pieces_ = nullptr;
+    const char *at_ = nullptr, *end_ = nullptr;  // what is left of the piece at hand
+    int num_ = 0, next_ = 0;
+    int64_t lines_ = 0, rate_ = 0, budget_ = 0;  // lines a turn and lines due, in 1/256
+};
+
 class AmxMath {
 public:
     static constexpr int64_t kBlock = 16;
 
     static size_t bytes(const Attention& a, int64_t num_rows) {
         const int64_t d = a.layout.head_dim;
-        return size_t(num_rows * (d + 16) + kBlock * kStep + kStep * d + 2 * kTile * d + 512) * 2 + AmxTiles::bytes(a);
+        return size_t(num_rows * (d + 16) + kBlock * kStep + kStep * d + kRing * 512 + 512) * 2 + Stream::bytes() +
+               AmxTiles::bytes(a);
     }
 
     AmxMath() = default;
@@ -199,9 +288,10 @@ public:
         q_ = reinterpret_cast<bf16*>(memory);
         weights_ = q_ + (rows.count + kBlock - 1) / kBlock * kBlock * num_k_ * 32;
         values_ = weights_ + kBlock * kStep;
-        keys_ = values_ + kStep * head_dim_;
-        warm_ = keys_ + 2 * kTile * head_dim_;
-        tiles_ = AmxTiles(a, reinterpret_cast<char*>(warm_ + 512));
+        ring_ = values_ + kStep * head_dim_;
+        warm_ = ring_ + kRing * 512;
+        codes_ahead_ = Stream(warm_ + 512);
+        tiles_ = AmxTiles(a, reinterpret_cast<char*>(warm_ + 512) + Stream::bytes());
         is_bytes_ = tiles_.are_bytes();
     }
 
@@ -214,21 +304,19 @@ public:
 
     void finish() const { _tile_release(); }
 
-    // Codes are widened two tiles at a time, so that what is widened stays near.
     void begin_step(const Step& step) {
         is_cut_ = has_values_ = false;
         for (int t = step.first_tile; t < step.end_tile; ++t) keys_of_[t] = reinterpret_cast<const bf16*>(step.key[t]);
-        if (a_->layout.type == KvType::int8) fetch_scales(step);
+        if (is_bytes_) fetch_codes(step);
     }
 
     void scores(const Step& step, int64_t block, int64_t) {
         const bf16* q = q_ + block * num_k_ * 32;
+        if (is_bytes_) return score_codes(step, q);
         for (int t = step.first_tile; t < step.end_tile; t += 2) {
             const int n = t + 1 < step.end_tile ? 2 : 1;
-            const bool are_last = !is_bytes_ && t + 2 >= step.end_tile;
+            const bool are_last = t + 2 >= step.end_tile;
             fetch_after(step, block, (t - step.first_tile) / 2, 2 * n * num_k_ + (are_last ? kWeighTurns : 0));
-            for (int i = 0; i < n && is_bytes_; ++i)
-                keys_of_[t + i] = tiles_.widen(keys_ + i * kTile * head_dim_, step.key[t + i]);
             float* to = s_.scores + t * kTile;
             if (n == 2) score_tiles<2>(to, q, keys_of_ + t);
             else score_tiles<1>(to, q, keys_of_ + t);
@@ -236,7 +324,10 @@ public:
     }
 
     static MINIVLLM_INLINE Vec weight(Vec x) { return amx_weight(x); }
-    MINIVLLM_INLINE void look_ahead() { ahead_.turn(); }
+    MINIVLLM_INLINE void look_ahead() {
+        if (is_bytes_) codes_ahead_.turn();
+        else ahead_.turn();
+    }
 
     // Weights as tiles, [step's tile][16][32].
     void set_weights(int64_t r, const Vec (&x)[kStepVecs]) {
@@ -247,43 +338,49 @@ public:
     }
 
     void add_values(const Step& step, int64_t block, int64_t block_end) {
-        const int groups = int(head_dim_ / 16), together = is_bytes_ ? 2 : kStepTiles;  // tiles
-        int piece = num_pairs(step.first_tile, step.end_tile);
-        for (int t = step.first_tile; t < step.end_tile; t += together) {
-            const int end = int(lesser(t + together, step.end_tile));
-            if (is_bytes_) fetch_after(step, block, piece++, (end - t) * groups);
-            if (is_bytes_ || !has_values_) read_values(step, t, end, is_bytes_ ? t : 0);
-            has_values_ = true;
-            int g = 0;
-            for (; g + 4 <= groups; g += 4) {
-                if (!is_bytes_) fetch_after(step, block, piece++, 4 * (end - t));
-                add_group<4>(block, t, end, g);
-            }
-            if (!is_bytes_ && g < groups) fetch_after(step, block, piece, (groups - g) * (end - t));
-            for (; g < groups; ++g) add_group<1>(block, t, end, g);
+        const int groups = int(head_dim_ / 16), first = step.first_tile, end = step.end_tile;
+        if (is_bytes_ && !(rows_differ() && is_any_cut(step))) return add_codes(step, block);
+        if (is_bytes_ || !has_values_) read_values(step, first, end);
+        has_values_ = true;
+        int piece = num_pairs(first, end), g = 0;
+        for (; g + 4 <= groups; g += 4) {
+            if (!is_bytes_) fetch_after(step, block, piece++, 4 * (end - first));
+            add_group<4>(block, first, end, g);
         }
+        if (!is_bytes_ && g < groups) fetch_after(step, block, piece, (groups - g) * (end - first));
+        for (; g < groups; ++g) add_group<1>(block, first, end, g);
         if (is_cut_) add_cut_values(step, block, block_end);
     }
 
 private:
-    static constexpr int kWeighTurns = 8;  // of two rows, the fewest as a rule
+    static constexpr int kRowTurns = 4;  // of a row's softmax
+    static constexpr int kWeighTurns = 2 * kRowTurns;  // of two rows, the fewest as a rule
     static constexpr int64_t kSliceBytes = kTile * 64 * 2;  // of a tile of values in bf16
+    static constexpr int kPieces = 4, kRing = 2 * kPieces;  // of 1 KiB: widened so many before they are multiplied
+    static constexpr int64_t kLinesAhead = 256;  // 16 KiB
 
     bool is_cut(int64_t p) const {
         return rows_->begin[rows_->count - 1] > p || rows_->end[0] < p + kTile;
     }
 
-    // Where the values of tiles [first, end) of the step lie as bf16; own copies begin with that of tile `origin`.
-    void read_values(const Step& step, int first, int end, int origin) {
+    bool is_any_cut(const Step& step) const {
+        return is_cut(step.begin + step.first_tile * kTile) || is_cut(step.begin + (step.end_tile - 1) * kTile);
+    }
+    bool rows_differ() const {
+        const int64_t last = rows_->count - 1;
+        return rows_->end[0] != rows_->end[last] || rows_->begin[0] != rows_->begin[last];
+    }
+
+    // Where the values of tiles [first, end) of the step lie as bf16.
+    void read_values(const Step& step, int first, int end) {
         const int64_t half = a_->layout.half_bytes(), last = rows_->count - 1;
-        const bool rows_differ = rows_->end[0] != rows_->end[last] || rows_->begin[0] != rows_->begin[last];
         for (int t = first; t < end; ++t) {
             const char* tile = step.key[t] + half;
-            bf16* own = values_ + (t - origin) * kTile * head_dim_;
+            bf16* own = values_ + t * kTile * head_dim_;
             values_of_[t] = is_bytes_ ? tiles_.widen(own, tile) : reinterpret_cast<const bf16*>(tile);
             const int64_t p = step.begin + t * kTile;
             if (!is_cut(p)) continue;
-            is_cut_ |= tiles_.keep_visible(own, values_of_[t], rows_->begin[0] - p, rows_->end[last] - p, rows_differ);
+            is_cut_ |= tiles_.keep_visible(own, values_of_[t], rows_->begin[0] - p, rows_->end[last] - p, rows_differ());
             values_of_[t] = own;
         }
     }
@@ -292,10 +389,9 @@ private:
 
     static int num_pairs(int first, int end) { return (end - first + 1) / 2; }
 
-    // Keys, two tiles a piece; then values, codes two tiles a piece, others 64 dimensions of all tiles.
+    // Keys, two tiles a piece; then values, 64 dimensions of all tiles.
     int num_pieces(int first, int end) const {
-        const int pairs = num_pairs(first, end);
-        return pairs + (is_bytes_ ? pairs : pairs == 0 ? 0 : int((head_dim_ + 63) / 64));
+        return first == end ? 0 : num_pairs(first, end) + int((head_dim_ + 63) / 64);
     }
 
     void fetch_after(const Step& step, int64_t block, int piece, int turns) {
@@ -308,7 +404,7 @@ private:
 
     void fetch_piece(const char* const* keys, int first, int end, int piece, int turns) {
         const int pairs = num_pairs(first, end);
-        const bool are_values = piece >= pairs, are_pairs = is_bytes_ || !are_values;
+        const bool are_values = piece >= pairs, are_pairs = !are_values;
         const int i = are_values ? piece - pairs : piece;
         const int t = are_pairs ? first + 2 * i : first, n = are_pairs ? int(lesser(2, end - t)) : end - first;
         const int64_t offset = (are_pairs ? 0 : i * kSliceBytes) + (are_values ? a_->layout.half_bytes() : 0);
@@ -322,14 +418,25 @@ private:
         ahead_.start(places, n * parts, bytes, turns);
     }
 
-    // Those of the next step, as it begins with them.
-    void fetch_scales(const Step& step) const {
-        const int64_t data = a_->layout.data_bytes(), half = a_->layout.half_bytes();
-        for (int t = step.next_first; t < step.next_end; ++t)
-            for (int64_t at = data; at < data + kTile * 4; at += 64) {
-                _mm_prefetch(step.next[t] + at, _MM_HINT_T0);
-                _mm_prefetch(step.next[t] + half + at, _MM_HINT_T0);
-            }
+    // Of codes: this step's, and of the next one the first.
+    void fetch_codes(const Step& step) {
+        const int tiles = step.end_tile - step.first_tile;
+        const int64_t turns = tiles * (2 * num_k_ + head_dim_ / 16) + lesser(rows_->count, kBlock) * kRowTurns;
+        codes_ahead_.clear();
+        add_codes_to_fetch(step.key, step.first_tile, step.end_tile);
+        const int64_t own = codes_ahead_.lines();
+        add_codes_to_fetch(step.next, step.next_first, step.next_end);
+        codes_ahead_.start(kLinesAhead, lesser(own + kLinesAhead, codes_ahead_.lines()), turns);
+    }
+
+    void add_codes_to_fetch(const char* const* keys, int first, int end) {
+        const int64_t half = a_->layout.half_bytes(), data = a_->layout.data_bytes(), slice = kSliceBytes / 2;
+        const int64_t scales = a_->layout.tile_bytes() - data;
+        if (scales > 0)  // a step begins with them
+            for (int t = first; t < end; ++t) codes_ahead_.add(keys[t] + half + data, scales);
+        for (int t = first; t < end; ++t) codes_ahead_.add(keys[t], data + scales);
+        for (int64_t at = 0; at < data; at += slice)
+            for (int t = first; t < end; ++t) codes_ahead_.add(keys[t] + half + at, lesser(slice, data - at));
     }
 
     // ---- products ----
@@ -408,6 +515,106 @@ private:
         }
     }
 
+    // ---- products of codes, which are widened a KiB at a time, a few pieces before they are multiplied ----
+
+    bf16* ring(int piece) const { return ring_ + piece % kRing * 512; }
+
+    void score_codes(const Step& step, const bf16* q) {
+        const int num = (step.end_tile - step.first_tile) * 2 * num_k_;
+        const char* from = step.key[step.first_tile];
+        int widened = 0, tile = step.first_tile, group = 0, k = 0;
+        auto widen_next = [&] {
+            const int64_t n = lesser(512, (head_dim_ - k * 32) * 16);
+            bf16* to = ring(widened++);
+            if (n == 512) tiles_.widen_codes(to, from, 512);
+            else tiles_.widen_codes(to, from, 256), std::memset(to + 256, 0, 512);
+            from += n;
+            codes_ahead_.turn();
+            if (++k < num_k_) return;
+            k = 0;
+            if (++group < 2) return;
+            group = 0;
+            if (++tile < step.end_tile) from = step.key[tile];
+        };
+        while (widened < kPieces && widened < num) widen_next();
+        for (int piece = 0; piece < num;) {
+            float* to = s_.scores + step.first_tile * kTile + piece / num_k_ * 16;
+            _tile_zero(0);
+            for (int i = 0; i < num_k_; ++i, ++piece) {
+                if (widened < num) widen_next();
+                _tile_loadd(4, q + i * 512, 64);
+                if (i % 2 == 0) _tile_stored(4, warm_, 64);
+                _tile_loadd(5, ring(piece), 64);
+                _tile_dpbf16ps(0, 4, 5);
+            }
+            _tile_stored(0, to, kStep * 4);
+        }
+    }
+
+    void add_codes(const Step& step, int64_t block) {
+        const int groups = int(head_dim_ / 16), first = step.first_tile, end = step.end_tile;
+        const int num = (end - first) * groups;
+        const int64_t half = a_->layout.half_bytes(), stride = head_dim_ * 4;
+        int widened = 0, quad = 0, tile = first, group = 0;
+        auto widen_next = [&] {
+            bf16* to = ring(widened++);
+            tiles_.widen_codes(to, step.key[tile] + half + group * 512, 512);
+            const int64_t p = step.begin + tile * kTile;
+            if (is_cut(p)) keep_positions(to, rows_->begin[0] - p, rows_->end[0] - p);
+            codes_ahead_.turn();
+            if (++group < quad + 4 && group < groups) return;
+            group = quad;
+            if (++tile < end) return;
+            tile = first, group = quad += 4;
+        };
+        while (widened < kPieces && widened < num) widen_next();
+        for (int g = 0, piece = 0; g < groups; g += 4) {
+            const int n = int(lesser(4, groups - g));
+            float* out = s_.seg_out + block * head_dim_ + g * 16;
+            _tile_loadd(0, out, stride);
+            if (n > 1) _tile_loadd(1, out + 16, stride);
+            if (n > 2) _tile_loadd(2, out + 32, stride);
+            if (n > 3) _tile_loadd(3, out + 48, stride);
+            for (int t = first; t < end; ++t) {
+                _tile_loadd(4, weights_ + t * 512, 64);
+                _tile_stored(4, warm_, 64);
+                if (widened < num) widen_next();
+                _tile_loadd(5, ring(piece++), 64);
+                _tile_dpbf16ps(0, 4, 5);
+                if (n > 1) {
+                    if (widened < num) widen_next();
+                    _tile_loadd(6, ring(piece++), 64);
+                    _tile_dpbf16ps(1, 4, 6);
+                }
+                if (n > 2) {
+                    if (widened < num) widen_next();
+                    _tile_loadd(7, ring(piece++), 64);
+                    _tile_dpbf16ps(2, 4, 7);
+                }
+                if (n > 3) {
+                    if (widened < num) widen_next();
+                    _tile_loadd(5, ring(piece++), 64);
+                    _tile_dpbf16ps(3, 4, 5);
+                }
+            }
+            _tile_stored(0, out, stride);
+            if (n > 1) _tile_stored(1, out + 16, stride);
+            if (n > 2) _tile_stored(2, out + 32, stride);
+            if (n > 3) _tile_stored(3, out + 48, stride);
+        }
+    }
+
+    // Of 16 dimensions of a value tile, only positions [begin, end) remain.
+    void keep_positions(bf16* values, int64_t begin, int64_t end) const {
+        for (int pair = 0; pair < 16; ++pair) {
+            const uint32_t even = 2 * pair >= begin && 2 * pair < end ? 0x55555555u : 0;
+            const uint32_t odd = 2 * pair + 1 >= begin && 2 * pair + 1 < end ? 0xaaaaaaaau : 0;
+            if ((even | odd) == ~0u) continue;
+            bf16* at = values + pair * 32;
+            _mm512_storeu_si512(at, _mm512_maskz_mov_epi16(even | odd, _mm512_loadu_si512(at)));
+        }
+    }
+
     void add_cut_values(const Step& step, int64_t block, int64_t block_end) {
         for (int t = step.first_tile; t < step.end_tile; ++t) {
             const int64_t p = step.begin + t * kTile;
@@ -425,8 +632,9 @@ private:
     int num_k_ = 0;
     bool is_bytes_ = false, is_cut_ = false, has_values_ = false;
     Ahead<_MM_HINT_T0> ahead_;
+    Stream codes_ahead_;
     AmxTiles tiles_;
-    bf16 *q_ = nullptr, *weights_ = nullptr, *keys_ = nullptr, *values_ = nullptr;
+    bf16 *q_ = nullptr, *weights_ = nullptr, *values_ = nullptr, *ring_ = nullptr;
     bf16* warm_ = nullptr;  // a tile that nobody reads: storing takes ten times as long a microsecond later
     const bf16 *keys_of_[kStepTiles] = {}, *values_of_[kStepTiles] = {};  // of the step's tiles
 };

@@ -3,8 +3,9 @@
 //
 // 32 rows, a block, take the steps of a stretch before the next block does: what they need of their own stays in the
 // nearest cache, and the stretch's keys and values in the second, whither the next stretch's are fetched meanwhile.
-// Softmax and tile products take turns row by row: while the weights of one step are computed, AMX adds the values of
-// the step before it and computes the scores of the one after it, so that neither kind of unit waits for the other.
+// Values are added once a stretch, so that outputs are seldom read and written again. While AMX computes the scores of
+// one step, a quarter of the rows of the step before it are weighed between the products, and the others after them:
+// beside AMX the processor adds and multiplies floats by one of its two units only.
 #pragma once
 
 #include "attention_amx.h"
@@ -32,23 +33,23 @@ public:
         num_k_ = int((head_dim_ + 31) / 32);
         const int64_t padded = (rows.count + kBlock - 1) / kBlock * kBlock;
         const int64_t segment_bytes = a.layout.type == KvType::bf16 ? 0 : kSegment * head_dim_ * 2;
-        const int64_t row_bytes = head_dim_ * 8 + num_k_ * 64 + 2 * (kLanes + 1) * 4 + 8;
-        const size_t bytes = size_t(padded * row_bytes + (2 * kBlock * kStep + 2 * kBlock + 2 * kStep) * 4 +
-                                    kStep * head_dim_ * 2 + 2 * segment_bytes) + AmxTiles::bytes(a) + 4096;
+        const int64_t row_bytes = head_dim_ * 8 + num_k_ * 64 + (kLanes + 1) * 4 + 8;
+        const size_t bytes = size_t(padded * row_bytes + (kBlock * (2 * kScoreStride + kLanes + 2) + 2 * kStep) * 4 +
+                                    kStretch * (head_dim_ + kBlock) * 2 + 2 * segment_bytes) + AmxTiles::bytes(a) + 4096;
         char* p = static_cast<char*>(thread_scratch(1, bytes));
         auto take = [&p](int64_t n) { char* taken = p; p += (n + 63) / 64 * 64; return taken; };
-        for (float*& scores : scores_) scores = reinterpret_cast<float*>(take(kBlock * kStep * 4));
-        for (int i = 0; i < 2; ++i) {
-            seg_sum_[i] = reinterpret_cast<float*>(take(padded * kLanes * 4));
-            seg_max_[i] = reinterpret_cast<float*>(take(padded * 4));
-        }
+        for (float*& scores : scores_) scores = reinterpret_cast<float*>(take(kBlock * kScoreStride * 4));
+        weights_ = reinterpret_cast<bf16*>(take(kStretch * kBlock * 2));
+        totals_ = reinterpret_cast<float*>(take(kBlock * kLanes * 4));
+        seg_sum_ = reinterpret_cast<float*>(take(padded * kLanes * 4));
+        seg_max_ = reinterpret_cast<float*>(take(padded * 4));
         seg_out_ = reinterpret_cast<float*>(take(padded * head_dim_ * 4));
         bias_ = reinterpret_cast<float*>(take(kBlock * 4));
         kept_ = reinterpret_cast<float*>(take(kBlock * 4));
         k_scales_ = reinterpret_cast<float*>(take(kStep * 4));
         v_scales_ = reinterpret_cast<float*>(take(kStep * 4));
         q_ = reinterpret_cast<bf16*>(take(padded * num_k_ * 64));
-        cut_ = reinterpret_cast<bf16*>(take(kStep * head_dim_ * 2));
+        cut_ = reinterpret_cast<bf16*>(take(kStretch * head_dim_ * 2));
         out_ = reinterpret_cast<float*>(take(padded * head_dim_ * 4));
         max_ = reinterpret_cast<float*>(take(padded * 4));
         sum_ = reinterpret_cast<float*>(take(padded * 4));
@@ -64,23 +65,17 @@ public:
         next_path_ = next;
         find_tiles();
         shape_tiles(16);
-        Item now = first_item(), before{};
+        Item now = first_item();
         if (now.exists) add_scores(now);
         while (now.exists) {
             const Item after = item_after(now);
-            if (before.exists && pending_ != 0) raise(before);
-            begin_softmax(now);
-            pace(now, before, after);
-            if (before.exists) add_values(before);
-            if (after.exists) add_scores(after);
-            while (row_ < end_row_) weigh(row_++);
-            before = now;
+            if (!now.is_next) begin_values(now);
+            add_weights(now, after);
+            if (!after.exists || !after.is_next) {
+                add_values(now, now.end_tile);
+                if (now.is_last) end_segment(now);
+            }
             now = after;
-        }
-        if (before.exists) {
-            if (pending_ != 0) raise(before);
-            row_ = end_row_ = 0;
-            add_values(before);
         }
         _tile_release();
     }
@@ -88,8 +83,11 @@ public:
 private:
     static constexpr int64_t kBlock = 32;
     // Positions. Blocks of the cache lie a power of two apart as a rule, so that a head's share the same sets of the
-    // second cache: two stretches take half of its ways.
-    static constexpr int64_t kStretch = 256;
+    // second cache: two stretches take all of its ways.
+    static constexpr int64_t kStretch = 512;
+    static constexpr int64_t kScoreStride = kStep + kLanes;  // rows a power of two apart would share few of L1's sets
+    static constexpr float kLargeWeight = 128, kLargeMaximum = 1 << 20;  // see has_risen, has_small_maxima
+    static_assert(kLargeWeight < 1 << int(kRise));
     static_assert(kSegment % kStretch == 0 && kStretch % kStep == 0);
 
     // A step of a block.
@@ -97,6 +95,7 @@ private:
         bool exists;
         int parity;                    // whose scores_ it uses
         bool is_first, is_last;        // of its block in the segment
+        bool is_next;                  // of its block in the stretch: not the first
         bool is_whole;                 // all rows see all of its tiles
         int64_t block, block_end;      // rows
         int64_t stretch, segment;      // positions: where they begin
@@ -122,6 +121,7 @@ private:
         Item next = item;
         next.parity ^= 1;
         next.begin += kStep;
+        next.is_next = true;
         if (next.begin < next.end && next.begin < item.stretch + kStretch) return finish_item(next);
         return start_block(next, item.block + kBlock, item.stretch);
     }
@@ -138,6 +138,7 @@ private:
                 item.end = lesser(rows_.end[item.block_end - 1], item.segment + kSegment);
                 if (from >= lesser(item.end, stretch + kStretch)) continue;
                 item.exists = true;
+                item.is_next = false;
                 item.begin = from / kStep * kStep;
                 return finish_item(item);
             }
@@ -168,12 +169,11 @@ private:
     }
     const char* key_tile(int64_t position) const { return key_tiles_[position / kTile]; }
 
-    const bf16* tile_of(Side& side, const Item& item, int t) const {
-        const int64_t p = item.begin + t * kTile;
+    const bf16* tile_of(Side& side, int64_t segment, int64_t p) const {
         const char* tile = key_tile(p) + side.offset;
         if (!tiles_.are_bytes()) return reinterpret_cast<const bf16*>(tile);
-        if (side.segment != item.segment) side.segment = item.segment, side.widened = 0;
-        const int64_t i = (p - item.segment) / kTile;
+        if (side.segment != segment) side.segment = segment, side.widened = 0;
+        const int64_t i = (p - segment) / kTile;
         bf16* own = side.own + i * kTile * head_dim_;
         if ((side.widened >> i & 1) == 0) tiles_.widen(own, tile);
         side.widened |= 1u << i;
@@ -212,32 +212,40 @@ private:
 
     // ---- products, and rows of the softmax between them ----
 
-    // How many rows to weigh, and what to fetch, after each four products.
-    void pace(const Item& now, const Item& before, const Item& after) {
+    // What is done between the products of `after`'s scores.
+    void pace(const Item& now, const Item& after) {
         int sites = 0;
-        if (before.exists) sites += (before.end_tile - before.first_tile) * int((head_dim_ + 31) / 32);
         if (after.exists) sites += (after.end_tile - after.first_tile) * num_k_;
         row_ = 0;
         end_row_ = int(now.block_end - now.block);
-        rows_a_turn_ = sites == 0 ? 0 : (end_row_ + sites - 1) / sites;
         look_ahead(now, sites);
     }
 
-    MINIVLLM_INLINE void weigh_some() {
+    // After each four products.
+    MINIVLLM_INLINE void take_turn() {
         ahead_.turn();
         early_.turn();
-        for (int i = 0; i < rows_a_turn_ && row_ < end_row_; ++i) weigh(row_++);
+        for (int i = 0; i < 2 && next_query_ < end_query_; ++i) fetch_query(next_query_++);
+        if (is_odd_turn_ = !is_odd_turn_; is_odd_turn_ && row_ < end_row_) weigh(row_++);
     }
 
     // A block's, when it starts; those of the next block are fetched meanwhile.
     void read_queries(const Item& item) {
         for (int64_t r = item.block; r < item.block_end; ++r)
             read_query(q_ + r / 16 * num_k_ * 512 + r % 16 * 32, a_, rows_.token[r], rows_.head[r]);
-        for (int64_t r = item.block_end; r < lesser(item.block_end + kBlock, rows_.count); ++r) {
-            const bf16* q = static_cast<const bf16*>(a_.q) + rows_.token[r] * a_.q_token_stride +
-                            rows_.head[r] * a_.q_head_stride;
-            for (int64_t d = 0; d < head_dim_; d += 32) _mm_prefetch(q + d, _MM_HINT_T1);
-        }
+        next_query_ = item.block_end;
+        end_query_ = lesser(item.block_end + kBlock, rows_.count);
+    }
+
+    // What a row is read from and written to is fetched while products run, else its block would wait for memory.
+    void fetch_query(int64_t r) const {
+        const bf16* q = static_cast<const bf16*>(a_.q) + rows_.token[r] * a_.q_token_stride +
+                        rows_.head[r] * a_.q_head_stride;
+        for (int64_t d = 0; d < head_dim_; d += 32) _mm_prefetch(q + d, _MM_HINT_T1);
+    }
+    void fetch_output(int64_t r) const {
+        const bf16* out = static_cast<const bf16*>(a_.out) + (rows_.token[r] * a_.num_heads + rows_.head[r]) * head_dim_;
+        for (int64_t d = 0; d < head_dim_; d += 32) _mm_prefetch(out + d, _MM_HINT_T0);
     }
 
     // Keys and values pass the nearest cache by: what rows have of their own stays there.
@@ -246,7 +254,7 @@ private:
         if (item.is_first && rows_.begin[item.block] >= item.segment) read_queries(item);
         const bf16* q = q_ + item.block * num_k_ * 32;
         for (int t = item.first_tile; t < item.end_tile; ++t) {
-            const bf16 *key = tile_of(keys_, item, t), *right = key + 16 * head_dim_;
+            const bf16 *key = tile_of(keys_, item.segment, item.begin + t * kTile), *right = key + 16 * head_dim_;
             _tile_zero(0);
             _tile_zero(1);
             _tile_zero(2);
@@ -260,48 +268,64 @@ private:
                 _tile_stream_loadd(7, tiles_.key_rows(right, k), 64);
                 _tile_dpbf16ps(1, 4, 7);
                 _tile_dpbf16ps(3, 5, 7);
-                weigh_some();
+                take_turn();
             }
             float* to = scores_[item.parity] + t * kTile;
-            _tile_stored(0, to, kStep * 4);
-            _tile_stored(1, to + 16, kStep * 4);
-            _tile_stored(2, to + 16 * kStep, kStep * 4);
-            _tile_stored(3, to + 16 * kStep + 16, kStep * 4);
+            _tile_stored(0, to, kScoreStride * 4);
+            _tile_stored(1, to + 16, kScoreStride * 4);
+            _tile_stored(2, to + 16 * kScoreStride, kScoreStride * 4);
+            _tile_stored(3, to + 16 * kScoreStride + 16, kScoreStride * 4);
         }
     }
 
-    void add_values(const Item& item) {
-        const bf16* values[kStepTiles];
+    // ---- values: of a block's steps in a stretch, as many as there are before its output changes otherwise ----
+
+    void begin_values(const Item& item) {
+        is_fresh_ = item.is_first;
+        first_value_ = tile_of_stretch(item, item.first_tile);
+    }
+    static int tile_of_stretch(const Item& item, int t) { return int((item.begin - item.stretch) / kTile) + t; }
+
+    // Those before the item's tile `end`, that are not yet added.
+    void add_values(const Item& item, int end) {
+        const int first = first_value_, last = tile_of_stretch(item, end);
+        if (first >= last) return;
+        const bf16* values[kStretch / kTile];
         bool is_cut = false;
-        for (int t = item.first_tile; t < item.end_tile; ++t) {
-            values[t] = tile_of(values_, item, t);
-            if (sees_part(item, t)) {
-                const int64_t p = item.begin + t * kTile, last = item.block_end - 1;
+        for (int t = first; t < last; ++t) {
+            const int64_t p = item.stretch + t * kTile;
+            values[t] = tile_of(values_, item.segment, p);
+            if (sees_part(item, p) && !tiles_.is_finite(values[t])) {
                 bf16* own = cut_ + t * kTile * head_dim_;
-                is_cut |= tiles_.keep_visible(own, values[t], rows_.begin[item.block] - p, rows_.end[last] - p, true);
+                is_cut |= tiles_.keep_visible(own, values[t], rows_.begin[item.block] - p,
+                                              rows_.end[item.block_end - 1] - p, true);
                 values[t] = own;
             }
         }
         int g = 0;
-        const int groups = int(head_dim_ / 16);
-        for (; g + 2 <= groups; g += 2) add_group<2>(item, values, g);
-        if (g < groups) add_group<1>(item, values, g);
-        if (is_cut) add_infinite(item);
-        if (item.is_last) end_segment(item);
+        const int groups = int(head_dim_ / 16), sites = (groups + 1) / 2 * (last - first);
+        next_output_ = end_output_ = item.block_end;
+        if (path_.ending == Ending::output && item.is_last && end == item.end_tile &&
+            rows_.end[item.block_end - 1] <= item.segment + kSegment)
+            next_output_ = item.block;
+        outputs_a_turn_ = int((end_output_ - next_output_ + sites - 1) / sites);
+        for (; g + 2 <= groups; g += 2) add_group<2>(item, values, first, last, g);
+        if (g < groups) add_group<1>(item, values, first, last, g);
+        if (is_cut) add_infinite(item, first, last);
+        is_fresh_ = false;
+        first_value_ = last;
     }
 
-    bool sees_part(const Item& item, int t) const {
-        const int64_t p = item.begin + t * kTile;
+    bool sees_part(const Item& item, int64_t p) const {
         return rows_.begin[item.block_end - 1] > p || rows_.end[item.block] < p + kTile;
     }
 
     // n groups of 16 dimensions from g on. Tiles 0 to 3 hold sums, 4 and 5 weights, 6 and 7 values.
     template <int n>
-    MINIVLLM_INLINE void add_group(const Item& item, const bf16* const* tiles, int g) {
+    MINIVLLM_INLINE void add_group(const Item& item, const bf16* const* tiles, int first, int end, int g) {
         const int64_t stride = head_dim_ * 4;
         float *out = seg_out_ + item.block * head_dim_ + g * 16, *lower = out + 16 * head_dim_;
-        const bf16* weights = reinterpret_cast<const bf16*>(scores_[item.parity]);
-        if (item.is_first) {
+        if (is_fresh_) {
             _tile_zero(0);
             _tile_zero(1);
             _tile_zero(2);
@@ -314,19 +338,19 @@ private:
                 _tile_loadd(3, lower + 16, stride);
             }
         }
-        for (int t = item.first_tile; t < item.end_tile; ++t) {
-            const bf16* values = tiles[t] + g * 512;
+        for (int t = first; t < end; ++t) {
+            const bf16 *values = tiles[t] + g * 512, *weights = weights_ + t * kBlock * kTile;
             _tile_stream_loadd(6, values, 64);
-            _tile_loadd(4, weights + t * 32, kStep * 4);
+            _tile_loadd(4, weights, 64);
             _tile_dpbf16ps(0, 4, 6);
-            _tile_loadd(5, weights + 16 * kStep * 2 + t * 32, kStep * 4);
+            _tile_loadd(5, weights + 512, 64);
             _tile_dpbf16ps(2, 5, 6);
             if (n == 2) {
                 _tile_stream_loadd(7, values + 512, 64);
                 _tile_dpbf16ps(1, 4, 7);
                 _tile_dpbf16ps(3, 5, 7);
             }
-            weigh_some();
+            for (int i = 0; i < outputs_a_turn_ && next_output_ < end_output_; ++i) fetch_output(next_output_++);
         }
         _tile_stored(0, out, stride);
         _tile_stored(2, lower, stride);
@@ -336,33 +360,67 @@ private:
         }
     }
 
-    void add_infinite(const Item& item) const {
-        const bf16* weights = reinterpret_cast<const bf16*>(scores_[item.parity]);
-        for (int t = item.first_tile; t < item.end_tile; ++t)
-            for (int64_t r = item.block; r < item.block_end && sees_part(item, t); ++r) {
-                const int64_t p = item.begin + t * kTile, i = r - item.block;
-                tiles_.add_infinite(seg_out_ + r * head_dim_, weights + i * 2 * kStep + t * 32, key_tile(p),
-                                    rows_.begin[r] - p, rows_.end[r] - p);
-            }
+    void add_infinite(const Item& item, int first, int end) const {
+        for (int t = first; t < end; ++t) {
+            const int64_t p = item.stretch + t * kTile;
+            for (int64_t r = item.block; r < item.block_end && sees_part(item, p); ++r)
+                tiles_.add_infinite(seg_out_ + r * head_dim_, weights_ + t * kBlock * kTile + (r - item.block) * kTile,
+                                    key_tile(p), rows_.begin[r] - p, rows_.end[r] - p);
+        }
     }
 
     // ---- softmax ----
 
-    // All of it that needs the maxima.
-    void begin_softmax(const Item& item) {
-        scores_now_ = scores_[item.parity];
-        item_ = &item;
+    // A step's scores to weights, while the scores of the one after it are computed.
+    void add_weights(const Item& now, const Item& after) {
+        scores_now_ = scores_[now.parity];
+        weights_now_ = weights_ + tile_of_stretch(now, 0) * kBlock * kTile;
+        item_ = &now;
         factor_ = a_.scale * a_.k_scale * kLog2e;
-        if (!is_plain(a_)) finish_scores(item);
+        if (!is_plain(a_)) finish_scores(now);
+        const bool may_rise = now.is_first || !now.is_whole || !has_small_maxima(now);
+        if (may_rise) find_maxima(now);
+        pace(now, after);
+        if (after.exists) add_scores(after);
+        while (row_ < end_row_) weigh(row_++);
+        if (!may_rise && has_risen()) {
+            find_maxima(now);
+            for (int i = 0; i < end_row_; ++i) weigh(i);
+        }
+        float* sums = seg_sum_ + now.block * kLanes;
+        for (int i = 0; i < end_row_; ++i)
+            store(sums + i * kLanes, load(sums + i * kLanes) + load(totals_ + i * kLanes));
+    }
+
+    // As rows hardly ever rise, whether one does is seen from its weights: no sum of them is large, and so no weight.
+    bool has_risen() const {
+        uint32_t large = 0;
+        for (int i = 0; i < end_row_; ++i) large |= lanes_not_less(load(totals_ + i * kLanes), set1(kLargeWeight));
+        return large != 0;
+    }
+
+    // Whether that is so for the maxima that the rows have, which stay: what is rounded of such numbers is small beside 1.
+    bool has_small_maxima(const Item& item) {
+        const float* maxima = seg_max_ + item.block;
+        uint32_t large = 0;
+        for (int half = 0; half < 2 && item.block + 16 * half < item.block_end; ++half) {
+            const Vec bias = zero() - load(maxima + 16 * half);
+            large |= lanes_not_less(max(bias, zero() - bias), set1(kLargeMaximum));
+            store(bias_ + 16 * half, bias);
+        }
+        return large == 0;
+    }
+
+    // Where a row begins, or does not see all of the step, or has risen.
+    void find_maxima(const Item& item) {
         seen_ = ~0u;
         if (!item.is_whole) mask_scores(item);
-        sums_ = seg_sum_[item.segment / kSegment % 2] + item.block * kLanes;
-        float* maxima = seg_max_[item.segment / kSegment % 2] + item.block;
+        float *sums = seg_sum_ + item.block * kLanes, *maxima = seg_max_ + item.block;
         if (item.is_first) {
-            std::memset(sums_, 0, size_t(kBlock * kLanes * 4));
+            std::memset(sums, 0, size_t(kBlock * kLanes * 4));
             for (int64_t i = 0; i < kBlock; ++i) maxima[i] = kMasked;
         }
-        pending_ = 0;
+        uint32_t pending = 0;  // rows whose output a new maximum changes
         for (int half = 0; half < 2 && item.block + 16 * half < item.block_end; ++half) {
             const Vec step_max = max_of_half(item, half) * set1(factor_), max = load(maxima + 16 * half);
             const uint32_t seen = seen_ >> (16 * half) & 0xffff;
@@ -372,32 +430,28 @@ private:
             store(maxima + 16 * half, new_max);
             if (rises == 0 || item.is_first) continue;
             store(kept_ + 16 * half, exp2(max - new_max));
-            pending_ |= rises << (16 * half);
+            pending |= rises << (16 * half);
         }
-        for (uint32_t rest = pending_; rest != 0; rest &= rest - 1) {
-            const int i = __builtin_ctz(rest);
-            store(sums_ + i * kLanes, load(sums_ + i * kLanes) * set1(kept_[i]));
+        if (pending == 0) return;
+        add_values(item, item.first_tile);
+        for (; pending != 0; pending &= pending - 1) {
+            const int i = __builtin_ctz(pending);
+            const Vec kept = set1(kept_[i]);
+            float* out = seg_out_ + (item.block + i) * head_dim_;
+            store(sums + i * kLanes, load(sums + i * kLanes) * kept);
+            for (int64_t d = 0; d < head_dim_; d += kLanes) store(out + d, load(out + d) * kept);
         }
     }
 
     Vec max_of_half(const Item& item, int half) const {
         Vec largest[16];
-        const float* row = scores_now_ + half * 16 * kStep;
-        for (int i = 0; i < 16; ++i, row += kStep) {
+        const float* row = scores_now_ + half * 16 * kScoreStride;
+        for (int i = 0; i < 16; ++i, row += kScoreStride) {
             Vec m = load(row + item.first_tile * kTile);
             for (int c = 2 * item.first_tile + 1; c < 2 * item.end_tile; ++c) m = max(load(row + c * kLanes), m);
             largest[i] = m;
         }
         return max_of_each(largest);
-    }
-
-    // What a new maximum makes of the output so far.
-    void raise(const Item& item) const {
-        for (uint32_t rest = pending_; rest != 0; rest &= rest - 1) {
-            const int i = __builtin_ctz(rest);
-            float* out = seg_out_ + (item.block + i) * head_dim_;
-            for (int64_t d = 0; d < head_dim_; d += kLanes) store(out + d, load(out + d) * set1(kept_[i]));
-        }
     }
 
     void finish_scores(const Item& item) {
@@ -408,7 +462,7 @@ private:
             load_scales(a_, tiles, item.first_tile, item.end_tile, k_scales_, v_scales_);
         }
         for (int64_t r = item.block; r < item.block_end; ++r) {
-            float* row = scores_now_ + (r - item.block) * kStep;
+            float* row = scores_now_ + (r - item.block) * kScoreStride;
             for (int c = 2 * item.first_tile; c < 2 * item.end_tile; ++c)
                 store(row + c * kLanes, finished_score(a_, load(row + c * kLanes), c, rows_.head[r],
                                                        item.begin - rows_.position[r], k_scales_));
@@ -422,7 +476,7 @@ private:
         seen_ = 0;
         for (int64_t r = item.block; r < item.block_end; ++r) {
             const int from = seen_from(item, r), to = seen_to(item, r);
-            float* row = scores_now_ + (r - item.block) * kStep;
+            float* row = scores_now_ + (r - item.block) * kScoreStride;
             seen_ |= uint32_t(from < to) << (r - item.block);
             for (int c = 2 * item.first_tile; c < 2 * item.end_tile; ++c)
                 if (from > c * kLanes || to < (c + 1) * kLanes)
@@ -430,7 +484,7 @@ private:
         }
     }
 
-    // A row's scores to weights, rounded, in their place.
+    // A row's scores to weights, rounded.
     MINIVLLM_INLINE void weigh(int i) {
         if (item_->end_tile - item_->first_tile == kStepTiles && a_.layout.type != KvType::int8)
             weigh_tiles<true>(i, 0, kStepTiles);
@@ -441,7 +495,7 @@ private:
 
     template <bool is_simple>
     MINIVLLM_INLINE void weigh_tiles(int i, int first, int end) {
-        float* row = scores_now_ + i * kStep;
+        const float* row = scores_now_ + i * kScoreStride;
         const Vec bias = set1(bias_[i]), factor = set1(factor_);
         Vec total[2] = {zero(), zero()};
         for (int t = first; t < end; ++t) {
@@ -455,10 +509,9 @@ private:
                 left = scaled_weight(left, 2 * t, from, to, v_scales_);
                 right = scaled_weight(right, 2 * t + 1, from, to, v_scales_);
             }
-            round_weights(reinterpret_cast<bf16*>(row), 32, t, left, right);
+            round_weights(weights_now_ + i * kTile, kBlock * kTile, t, left, right);
         }
-        float* sum = sums_ + i * kLanes;
-        store(sum, load(sum) + (total[0] + total[1]));
+        store(totals_ + i * kLanes, total[0] + total[1]);
     }
 
     // ---- ends ----
@@ -467,7 +520,7 @@ private:
         const int64_t segment_end = item.segment + kSegment;
         const bool leaves = path_.ending == Ending::shared && path_.end <= segment_end;
         const bool stays_open = leaves && path_.end < segment_end;
-        const float *sums = seg_sum_[item.segment / kSegment % 2], *maxima = seg_max_[item.segment / kSegment % 2];
+        const float *sums = seg_sum_, *maxima = seg_max_;
         for (int64_t r = item.block; r < item.block_end; ++r) {
             float *out = out_ + r * head_dim_, *seg_out = seg_out_ + r * head_dim_;
             if (leaves) leave_segment(r, seg_out, sums + r * kLanes, maxima[r]);
@@ -514,18 +567,29 @@ private:
     AmxTiles tiles_;
     Side keys_, values_;
     const char** key_tiles_ = nullptr;  // of the path, a tile of positions each
-    float *seg_out_ = nullptr, *seg_sum_[2] = {}, *seg_max_[2] = {};  // of a segment; a block may be in two, one apart
-    float* scores_[2] = {};  // [kBlock, kStep], then weights: a row's where its scores were
+    float *seg_out_ = nullptr, *seg_sum_ = nullptr, *seg_max_ = nullptr;  // of a segment
+    float* scores_[2] = {};     // of a step, [kBlock, kStep], rows kScoreStride apart
+    bf16* weights_ = nullptr;   // of a block in a stretch, [kStretch / kTile][kBlock][kTile]
+    float* totals_ = nullptr;   // of a step's weights, [kBlock, kLanes]
     float *bias_ = nullptr, *kept_ = nullptr, *k_scales_ = nullptr, *v_scales_ = nullptr;
     bf16 *q_ = nullptr, *cut_ = nullptr;
     float *out_ = nullptr, *max_ = nullptr, *sum_ = nullptr;  // of the segments merged so far, a row each
 
     // The softmax at hand.
     const Item* item_ = nullptr;
-    float *scores_now_ = nullptr, *sums_ = nullptr;
+    float* scores_now_ = nullptr;
+    bf16* weights_now_ = nullptr;
     float factor_ = 1;
-    uint32_t seen_ = 0, pending_ = 0;  // rows that see something; rows whose output a new maximum changes
-    int row_ = 0, end_row_ = 0, rows_a_turn_ = 0;
+    uint32_t seen_ = 0;  // rows that see something
+    int row_ = 0, end_row_ = 0;
+    bool is_odd_turn_ = false;
+
+    int64_t next_query_ = 0, end_query_ = 0, next_output_ = 0, end_output_ = 0;  // rows, to be fetched
+    int outputs_a_turn_ = 0;
+
+    // The values to add.
+    bool is_fresh_ = false;  // to nothing yet
+    int first_value_ = 0;    // a tile of the stretch
 };
 
 }  // namespace

@@ -15,6 +15,7 @@ INF, NAN = float("inf"), float("nan")
 VOCABULARIES = [1, 5, 16, 31, 32, 33, 100, 257, 1024, 4099]
 NUM_ROWS = [0, 1, 2, 3, 7, 15, 16, 17, 32, 33, 48, 63, 64, 65, 70]
 pytestmark = pytest.mark.usefixtures("isa")
+both_weights = pytest.mark.parametrize("cls", [PackedLinear, PackedInt8Linear])
 all_weights = pytest.mark.parametrize("cls", [PackedLinear, PackedInt8Linear, PackedInt4Linear])
 
 
@@ -39,7 +40,7 @@ def assert_chosen_from_logits(layer, x: torch.Tensor) -> tuple[list[int], list[i
     return tokens.tolist(), broken.tolist()
 
 
-@all_weights
+@both_weights
 @pytest.mark.parametrize("vocab_size", VOCABULARIES)
 def test_it_is_what_the_sampler_chooses_from_the_logits(dtype, num_threads, cls, vocab_size):
     layer = packed(torch.randn(vocab_size, 70), dtype, cls)
@@ -47,7 +48,7 @@ def test_it_is_what_the_sampler_chooses_from_the_logits(dtype, num_threads, cls,
         assert_chosen_from_logits(layer, torch.randn(rows, 70).to(dtype))
 
 
-@all_weights
+@both_weights
 @pytest.mark.parametrize("vocab_size", [64, 1000])
 def test_the_lowest_of_equal_ones_is_chosen(dtype, num_threads, cls, vocab_size):
     directions = torch.randn(7, 64)  # each many times over, so that every row has ties in all panels
@@ -57,7 +58,7 @@ def test_the_lowest_of_equal_ones_is_chosen(dtype, num_threads, cls, vocab_size)
     assert assert_chosen_from_logits(layer, torch.zeros(5, 64, dtype=dtype)) == ([0] * 5, [0] * 5)
 
 
-@all_weights
+@both_weights
 @pytest.mark.parametrize("place", [0, 31, 32, 555, 998])
 @pytest.mark.parametrize("rows", [1, 40])
 def test_it_is_found_wherever_it_is(dtype, num_threads, cls, place, rows):
@@ -75,7 +76,7 @@ def test_zeros_of_either_sign_are_equal(dtype):
     assert_chosen_from_logits(layer, torch.tensor([[1.0], [-0.0], [0.0], [1e-30], [-1e-30]]).to(dtype))
 
 
-@all_weights
+@both_weights
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
 def test_a_row_that_is_not_finite_is_broken_and_the_others_are_not(dtype, num_threads, cls, value):
     layer = packed(torch.randn(300, 48), dtype, cls)

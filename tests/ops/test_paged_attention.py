@@ -315,6 +315,19 @@ def test_a_long_prompt_has_the_same_bits_when_decoded_token_by_token(isa, slidin
 
 @needs_kernels
 @pytest.mark.parametrize("kv_dtype", [None, "int8"])
+def test_scores_that_grow_along_a_prompt_give_the_bits_of_decoding(isa, dtype, kv_dtype, assert_same_bits):
+    """Every few hundred positions a row's maximum must move, also where it sees all of what is read at once."""
+    seq = sequence(1300, heads=2, kv_heads=1, head_dim=32, dtype=dtype)
+    seq.k.mul_((1 + torch.arange(1300) / 30).view(-1, 1, 1).to(dtype))
+    (whole,) = attend([prefill(seq)], kv_dtype=kv_dtype)
+    assert whole.isfinite().all()
+    for position in (127, 128, 300, 511, 512, 700, 1023, 1024, 1151, 1299):
+        (row,) = attend([(seq, range(position, position + 1))], kv_dtype=kv_dtype)
+        assert_same_bits(row[0], whole[position])
+
+
+@needs_kernels
+@pytest.mark.parametrize("kv_dtype", [None, "int8"])
 def test_a_long_request_of_one_head_is_split_over_threads_and_changes_no_bit(
     isa, dtype, kv_dtype, assert_same_bits
 ):
