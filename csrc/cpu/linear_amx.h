@@ -96,7 +96,7 @@ private:
 // need as well. For thin products into L1, as it is read soon and once; else into L2.
 template <bool kThin>
 struct Ahead {
-    static constexpr int64_t kPlaces = kThin ? 4 : 8;
+    static constexpr int64_t kPlaces = 4;
 
     const char* next;  // kPlaces parts from here on are being fetched, or were
     const char* end;
