@@ -54,7 +54,7 @@ class StepInputs:
     slot_mapping: torch.Tensor  # [num_tokens] int64: block_id * block_size + offset
     max_query_len: int | None = None  # bounds that the host knows, so that nobody need ask the device
     max_seq_len: int | None = None
-    room: torch.Tensor | None = None  # [3 * most requests + 1] int32, the backend's: what it finds out stays in one place
+    room: torch.Tensor | None = None  # [3 * most requests + 1] int32, the backend's: what it finds out stays there
 
 
 @dataclass(frozen=True)

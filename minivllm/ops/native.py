@@ -95,8 +95,8 @@ class MemoryTaker:
     def hold(self, on: bool) -> None:
         """Whether to begin with no further page. Returns at once.
 
-        While a page is being taken, whoever wants other memory of the system or gives it back waits (mmap_lock), and for
-        a thread that only runs where nobody else wants to.
+        While a page is being taken, whoever wants other memory of the system or gives it back waits (mmap_lock), for a
+        thread that only runs where nobody else wants to.
         """
         if self._taker is not None:
             self._taker.hold(on)

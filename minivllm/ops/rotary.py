@@ -86,7 +86,7 @@ def cpu(
 def native_arguments(
     positions: torch.Tensor, q: torch.Tensor, k: torch.Tensor, cos_sin: torch.Tensor, norms: HeadNorms | None
 ) -> tuple[int, int, float]:
-    """The two norms' addresses, 0 for none, and their epsilon; raises ValueError where a tensor is laid out otherwise."""
+    """The two norms' addresses, 0 for none, and their epsilon; ValueError where a tensor is laid out otherwise."""
     num_tokens, rot_dim = positions.shape[0], cos_sin.shape[1]
     for name, x in (("q", q), ("k", k)):
         fits = x.dim() == 3 and x.shape[0] == num_tokens and x.shape[2] >= rot_dim

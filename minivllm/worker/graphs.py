@@ -96,8 +96,8 @@ class CapturedGraphs:
     def run(self, key: Hashable | None, step: Step) -> tuple[torch.Tensor, ...]:
         """What `step()` gives. The tensors may be ones that the next call writes to.
 
-        key: of everything `step` reads but weights and the cache, see `key_of`; None for a step not to be captured. What
-        the step reads has been put where it lies by work given to the device before.
+        key: of everything `step` reads but weights and the cache, see `key_of`; None for a step not to be captured.
+        What the step reads has been put where it lies by work given to the device before.
         """
         if key is None:
             return step()

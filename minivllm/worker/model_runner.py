@@ -181,8 +181,8 @@ class ModelRunner:
     def check_recording(self) -> None:
         """Before the first request: have a replay's bits compared with an eager step's, of tokens that are made up.
 
-        They are written to no cache, whose memory would be taken for them, so all that attention sees is zero: the first
-        decode, which is checked as a whole, sees more.
+        They are written to no cache, whose memory would be taken for them, so all that attention sees is zero: the
+        first decode, which is checked as a whole, sees more.
         """
         if self._recorded is not None:
             self._run(self.buffers.made_up((min(3, self.table.token_ids.shape[1]), 1)), None)

@@ -137,7 +137,7 @@ def test_an_input_that_does_not_fit_is_an_error(dtype):
     [(PackedLinear, DenseLinear), (PackedInt8Linear, DenseInt8Linear), (PackedInt4Linear, DenseInt4Linear)],
 )
 def test_the_specification_chooses_the_same_where_sums_are_exact(ours, specified):
-    weight, x = (torch.randint(-1, 2, (rows, 32)).float() for rows in (500, 40))  # in int8 ±127, in int4 ±112, and as exact
+    weight, x = (torch.randint(-1, 2, (rows, 32)).float() for rows in (500, 40))  # int8 ±127, int4 ±112: as exact
     weight[:, 0] = x[:, 0] = 1  # scales are equal
     for layer in (packed(weight, torch.float32, ours), packed(weight, torch.float32, specified)):
         tokens, broken = layer.likeliest(x)

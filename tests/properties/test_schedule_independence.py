@@ -4,8 +4,8 @@ Seeded random schedules on the real worker with the native kernels: arrivals, ch
 tight that requests are preempted, prefixes found in the cache, aborts of others, resends, one and two threads, one
 plan in flight or several, priorities and every rule of the scheduler drawn at random, logits processors of an
 operator's own; some requests have a grammar, some think first, some prompts are vectors. For every instruction set this
-machine has, every dtype, int8 and int4 weights, fp8 and int8 caches, and shapes with grouped heads, windows, windows beside full
-attention and several attention segments. `--walk-steps` is the number of engine steps, all cases together.
+machine has, every dtype, int8 and int4 weights, fp8 and int8 caches, and shapes with grouped heads, windows, windows
+beside full attention and several attention segments. `--walk-steps` is the number of engine steps, all cases together.
 """
 
 from __future__ import annotations

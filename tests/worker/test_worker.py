@@ -134,7 +134,9 @@ def test_progress_is_told_phase_by_phase(tiny_model: Path):
 # Sleep -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"quantization": "int8"}, {"quantization": "int4"}, {"load_format": "dummy"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"quantization": "int8"}, {"quantization": "int4"}, {"load_format": "dummy"}], ids=str
+)
 def test_a_worker_that_has_slept_gives_the_same_answers(bf16_model: Path, options: dict):
     params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logprobs=3)
     loop = Loop(bf16_model, enable_prefix_caching=False, **options)
