@@ -4,8 +4,8 @@
                               [--processor-time]
 
 Each shape has so many copies of its weight that none is found in a cache, as in a model. oneDNN (bfloat16, through
-torch) has its weight packed for that number of rows; int8 and int4 are `--quantization`'s, their activations made int8 in
-the call. All four and a read of 1 GiB (`roofline.py`) take turns; the fastest of the turns counts: machines drift.
+torch) has its weight packed for that number of rows; int8 and int4 are `--quantization`'s, activations made int8 in the
+call. All four and a read of 1 GiB (`roofline.py`) take turns; the fastest of the turns counts: machines drift.
 `--processor-time` counts what the threads worked instead of what the clock says, for a machine that is busy with other
 things: waiting is left out, but for what a thread waits spinning.
 """

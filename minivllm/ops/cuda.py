@@ -1,8 +1,8 @@
 """The ops' door to the CUDA C++ kernels of csrc/cuda, which an installation may lack: Triton's serve everything.
 
-Nothing but tests and benchmarks calls them yet. A backend may where `benchmarks/gpu` found one faster than Triton's on a
-card, with a line in benchmarks/LOG.md each: by compute capability, head size and cache type. Decode attention is on an
-H200, where its bound is the requests' length; docs/gpu.md says what is missing for captured steps.
+Nothing but tests and benchmarks calls them yet. A backend may where `benchmarks/gpu` found one faster than Triton's on
+a card, with a line in benchmarks/LOG.md each: by compute capability, head size and cache type. Decode attention is on
+an H200, where its bound is the requests' length; docs/gpu.md says what is missing for captured steps.
 
 The only module that imports `minivllm._cuda`, and only when it is asked for: no CPU pays for it. Functions launch on
 the current stream and return before the work is done; every launch that fails raises RuntimeError.

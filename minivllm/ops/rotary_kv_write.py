@@ -64,7 +64,8 @@ def cpu(
     require("slot_mapping", slot_mapping, torch.int64, (num_tokens,))
     native.lib.rotary_kv_write(
         native.dtype_code(q), q.data_ptr(), q.shape[1], q.stride()[:2], q_norm,
-        k.data_ptr(), k.stride()[:2], k_norm, eps, positions.data_ptr(), cos_sin.data_ptr(), *cos_sin.shape, v.data_ptr(), v.stride()[:2],
+        k.data_ptr(), k.stride()[:2], k_norm, eps, positions.data_ptr(), cos_sin.data_ptr(), *cos_sin.shape,
+        v.data_ptr(), v.stride()[:2],
         kv_cache.data_ptr(), layout.code, (num_tokens, num_kv_heads, head_dim), (len(kv_cache), layout.block_size),
         slot_mapping.data_ptr(), k_scale, v_scale,
     )  # fmt: skip
