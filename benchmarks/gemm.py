@@ -76,7 +76,8 @@ def compare(k: int, n: int, rows: list[int], repeat: int, clock: Clock) -> None:
         ]
         times, read = [min(turn[i] for turn in turns) for i in range(4)], max(turn[4] for turn in turns)
         flop, size = 2e-12 * m * n * k * count, 2e-9 * n * k * count
-        columns = [f"{flop / t:6.2f} T {size / t * share:5.1f} GB/s" for t, share in zip(times, (1, 0.5, 0.254, 1))]
+        shares = (1, 0.5, (1 / 2 + 1 / 128) / 2, 1)  # of bfloat16's bytes; int4 has a multiplier for 128 codes
+        columns = [f"{flop / t:6.2f} T {size / t * share:5.1f} GB/s" for t, share in zip(times, shares)]
         kinds = " ".join(f"{kind} {column}" for kind, column in zip(("bf16", "int8", "int4", "oneDNN"), columns))
         print(f"  M {m:5d}  {kinds}  read {read:4.1f} GB/s", flush=True)
 

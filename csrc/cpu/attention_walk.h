@@ -32,7 +32,7 @@ MINIVLLM_INLINE int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
 MINIVLLM_INLINE int64_t greater(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // 2^x for x <= kRise by a minimax polynomial in the fraction: relative error below 1e-7 (rounding included), and
-// exact for whole x. Zero below -126 (where AVX-512 gives subnormals, and zero from -150); NaN for NaN.
+// exact for whole x. Zero below -126 (where AVX-512 without AMX gives subnormals, and zero from -150); NaN for NaN.
 MINIVLLM_INLINE Vec exp2(Vec x) {
 #if !defined(__AVX512F__)
     const Vec given = x;

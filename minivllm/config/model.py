@@ -25,7 +25,7 @@ class ModelConfig:
     quantization: Literal["int8", "int4", "fp8"] | None = field(default=None, metadata={"short": "-q"})
     """int8: weights become 8-bit integers as they are loaded, one scale an output feature, and so do activations, one
     scale a token. Half the memory of bfloat16, and about twice as fast where reading weights is the limit. int4: the
-    same with weights of 4 bits, a scale for each 128 of an output feature's inputs, to the nearest, and the vocabulary
+    same with weights of 4 bits, in groups of 128 of an output feature's inputs, to the nearest, and the vocabulary
     matrix in int8; on CPUs. It costs quality, the more the smaller the model (see docs/operations.md). fp8: as int8
     in 8-bit floats (e4m3), on GPUs of compute capability 8.9 or above."""
     seed: int = 0

@@ -14,6 +14,8 @@ from minivllm.ops.checks import require
 from minivllm.ops.paged_attention import Options
 from minivllm.ops.rotary import Turn
 
+_LEAST_SCALE = 1e-9  # of an fp8 cache; the greatest is its reciprocal
+
 
 class Attention:
     def __init__(
@@ -66,7 +68,8 @@ class Attention:
             yield Weight(name, (), lambda start, value, name=name: self._set_scale(name, value.item()))
 
     def _set_scale(self, name: str, value: float) -> None:
-        if not value > 0:
-            raise ModelFilesError(f"{name} of layer {self.layer_index} is {value:g}; it must be above 0")
+        if not _LEAST_SCALE <= value <= 1 / _LEAST_SCALE:  # kernels tell positions that are not seen by their scores
+            bounds = f"from {_LEAST_SCALE:g} to {1 / _LEAST_SCALE:g}"
+            raise ModelFilesError(f"{name} of layer {self.layer_index} is {value:g}; it must be a number {bounds}")
         if self._backend.has_scales:
             self.options = replace(self.options, **{name: value})

@@ -168,7 +168,6 @@ class PrometheusStatLogger:
         self._registry = registry
         self._multiprocess = multiprocess
         self._labels = {"model_name": model_name, "engine": "0"}
-        self._last_stats = SchedulerStats()  # which is what the gauges begin with
         self._make_gauges(ready)
         self._make_counters()
         self._make_histograms(ready.max_model_len)
@@ -211,6 +210,10 @@ class PrometheusStatLogger:
             multiprocess_mode="mostrecent",
         )  # fmt: skip
         gauge.labels(**labels).set(1)
+        # Said once, for a directory of PROMETHEUS_MULTIPROC_DIR may hold what another process said.
+        self._last_stats = SchedulerStats()
+        for gauge in (self._num_running, self._num_waiting, self._num_waiting_for_capacity, self._kv_usage):
+            gauge.set(0)
 
     def _make_counters(self) -> None:
         make = self._make

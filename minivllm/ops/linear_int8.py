@@ -16,7 +16,7 @@ from minivllm.ops import gpu, native
 from minivllm.ops.linear import DenseLinear, PackedLinear, check_input, check_rows
 from minivllm.ops.op import Impl, Op, OpSpec
 
-MOST_IN_FEATURES = 1 << 17  # 2^17 products of 127² still fit an int32
+MOST_IN_FEATURES = 1 << 17  # 2^17 products of 127 × 128 (an int4 weight may be -128) fit an int32
 LEAST_AMAX = 1e-30  # a row of less counts as zero: the reciprocal of its scale could overflow
 
 

@@ -84,6 +84,7 @@ class MemoryTaker:
     def __init__(self, tensors: list[torch.Tensor]) -> None:
         self._tensors = tensors  # they stay as long as the thread may touch them
         self._taker = None
+        self._is_held = False
         if lib is not None:
             try:
                 self._taker = lib.MemoryTaker([t.data_ptr() for t in tensors], [t.nbytes for t in tensors])
@@ -98,8 +99,9 @@ class MemoryTaker:
         While a page is being taken, whoever wants other memory of the system or gives it back waits (mmap_lock), for a
         thread that only runs where nobody else wants to.
         """
-        if self._taker is not None:
+        if self._taker is not None and on != self._is_held:
             self._taker.hold(on)
+            self._is_held = on
 
     def wait(self) -> None:
         """Until all of it is there."""

@@ -14,6 +14,7 @@ two sizes but integers that are multiples of them. It is recorded at two, withou
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from operator import gt
@@ -28,6 +29,7 @@ from minivllm.utils.native import lib
 _aten = torch.ops.aten
 _RESERVES = {_aten.empty, _aten.empty_strided, _aten.empty_like, _aten.new_empty}
 _ADVICE = {"advise_huge_pages"}  # native calls that change nothing
+_one_at_a_time = threading.Lock()  # the extension, whose functions a recording replaces, is the process's
 
 
 class Recording:
@@ -177,18 +179,19 @@ def record_for_sizes(
     `step` is called twice, and its native calls are not made: what it is given may hold anything. Each of its outputs
     has as many rows as one of the sizes says. after: of the same sizes, and replayed before it.
     """
-    fewer = _fewer(most)
-    with recording(is_dry=True, after=None if after is None else after.recording) as largest:
-        outputs = step(most)
-    with recording(is_dry=True, like=largest) as smaller:
-        other_outputs = step(fewer)
-    unusable = largest.unusable or smaller.unusable
-    if unusable is not None:
-        return unusable
     try:
+        fewer = _fewer(most)
+        with recording(is_dry=True, after=None if after is None else after.recording) as largest:
+            outputs = step(most)
+        if largest.unusable is not None:
+            return largest.unusable
+        with recording(is_dry=True, like=largest) as smaller:
+            other_outputs = step(fewer)
+        if smaller.unusable is not None:
+            return smaller.unusable
         largest.tape.follow_sizes(smaller.tape, most, fewer)
         size_of_output = [_size_of(*pair, most, fewer) for pair in zip(outputs, other_outputs, strict=True)]
-    except ValueError as error:
+    except (IndexError, RuntimeError, ValueError) as error:  # what was not computed may be no number of a row
         return str(error)
     largest.keep_what(smaller)
     return SizedRecording(largest, most, outputs, size_of_output)
@@ -219,22 +222,23 @@ def _size_of(output: torch.Tensor, other: torch.Tensor, most: Sizes, fewer: Size
 def recording(
     *, is_dry: bool = False, like: Recording | None = None, after: Recording | None = None
 ) -> Iterator[Recording]:
-    """Write down every native call that this thread makes inside, while no other makes any; as `Recording` says."""
+    """Write down every native call that this thread makes inside, as `Recording` says."""
     taken = Recording(is_dry=is_dry, like=like, after=after)
     if taken.tape is None:
         yield taken
         return
-    places = [place for place in native_functions() if place[1] not in _ADVICE]
-    try:
-        for owner, name, function in places:
-            setattr(owner, name, _checked(function, taken))
-        taken.tape.start()
-        with _Watch(taken):
-            yield taken
-    finally:
-        taken.tape.stop()
-        for owner, name, function in places:
-            setattr(owner, name, function)
+    with _one_at_a_time:
+        places = [place for place in native_functions() if place[1] not in _ADVICE]
+        try:
+            for owner, name, function in places:
+                setattr(owner, name, _checked(function, taken))
+            taken.tape.start()
+            with _Watch(taken):
+                yield taken
+        finally:
+            taken.tape.stop()
+            for owner, name, function in places:
+                setattr(owner, name, function)
 
 
 def native_functions() -> Iterator[tuple[Any, str, Callable[..., Any]]]:
@@ -247,9 +251,12 @@ def native_functions() -> Iterator[tuple[Any, str, Callable[..., Any]]]:
 
 
 def _checked(function: Callable[..., Any], taken: Recording) -> Callable[..., Any]:
-    """The function, noticing whether a call of it is on the tape."""
+    """The function, noticing whether a call of it is on the tape, which another thread's are not to be."""
+    thread = threading.get_ident()
 
     def call(*args: Any) -> Any:
+        if threading.get_ident() != thread:
+            return function(*args)
         before = len(taken.tape)
         result = function(*args)
         if len(taken.tape) == before:

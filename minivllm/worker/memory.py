@@ -73,10 +73,11 @@ class KVCacheSize:
 
 
 def step_bytes(hf: HFConfig, num_tokens: int, num_seqs: int, dtype_bytes: int) -> int:
-    """About what the largest step needs: the widest activations of its tokens, and its logits three times over."""
+    """About what the largest step needs: a layer's activations, which a recording keeps apart, and its logits four
+    times over: as two kinds of decodes leave them, as a prompt's step does, and a copy."""
     attention = 2 * (hf.num_attention_heads + hf.num_key_value_heads) * hf.head_dim
-    width = 4 * hf.hidden_size + max(attention, 3 * hf.intermediate_size)
-    return num_tokens * width * dtype_bytes + 3 * num_seqs * hf.vocab_size * 4
+    width = 4 * hf.hidden_size + attention + 3 * hf.intermediate_size
+    return num_tokens * width * dtype_bytes + 4 * num_seqs * hf.vocab_size * 4
 
 
 def size_kv_cache(

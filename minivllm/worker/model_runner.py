@@ -122,8 +122,8 @@ class ModelRunner:
         self._recorded_decodes: dict[tuple[bool, bool], RecordedStep] = {}
         if self.capture_shapes is not None:
             self._graphs = CapturedGraphs(platform.graphs, self.capture_shapes.sizes[-1], self.most_captures)
-        elif not self._staging.copies and not enforce_eager and native.unavailable is None:
-            self._recorded = self._record()
+        self._records = not self._staging.copies and not enforce_eager and native.unavailable is None
+        self.record()
         self._batch: InputBatch | None = None
         self._hidden: torch.Tensor | None = None
         self._decode: _Decode | None = None  # the last one
@@ -173,10 +173,12 @@ class ModelRunner:
         return self._recorded is not None and self._recorded.recording is not None
 
     @torch.inference_mode()
-    def _record(self) -> RecordedStep:
-        buffers = self.buffers
-        of_groups = self.backend.most_sizes(buffers.most_reqs) * len(self.table.blocks)
-        return RecordedStep("the model", self._forward_of, (buffers.most_tokens, buffers.most_reqs, *of_groups))
+    def record(self) -> None:
+        """Record the model where steps are recorded, as weights and cache are now."""
+        if self._records:
+            most = self.buffers.most_tokens, self.buffers.most_reqs
+            of_groups = self.backend.most_sizes(self.buffers.most_reqs) * len(self.table.blocks)
+            self._recorded = RecordedStep("the model", self._forward_of, (*most, *of_groups))
 
     def check_recording(self) -> None:
         """Before the first request: have a replay's bits compared with an eager step's, of tokens that are made up.
@@ -303,9 +305,10 @@ class ModelRunner:
             self._graphs.capture(decode.key, partial(self._step, decode))
 
     def forget_captures(self) -> None:
-        """The model or the cache lies elsewhere from now on, or nowhere."""
+        """Captures and recordings: the model or the cache lies elsewhere from now on, or nowhere."""
+        self._decode = self._decoded = self._recorded = None
+        self._recorded_decodes.clear()
         if self._graphs is not None:
-            self._decode = self._decoded = None
             self._graphs.clear()
 
     def _metadata(self, batch: InputBatch) -> list[Any]:

@@ -178,8 +178,10 @@ class Worker:
         woken = self._sleeping.wake_up(parts)
         if "kv_cache" in woken:
             self._take_memory(list(runner.kv_caches))
-        if woken and self._sleeping.is_awake and runner.capture_shapes is not None:
-            self._capture()
+        if woken and self._sleeping.is_awake:
+            runner.record()
+            if runner.capture_shapes is not None:
+                self._capture()
 
     @property
     def is_asynchronous(self) -> bool:

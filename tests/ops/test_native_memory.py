@@ -39,10 +39,11 @@ def test_a_taker_that_is_held_takes_nothing_until_it_may_go_on():
     tensors = [native.huge_pages(SIZE)]
     taker = native.MemoryTaker([*tensors])
     taker.hold(True)
-    time.sleep(0.2)  # the page in hand
-    before = resident_bytes(tensors[0])
-    time.sleep(0.1)
-    assert resident_bytes(tensors[0]) == before < SIZE
+    before, now = -1, resident_bytes(tensors[0])
+    while now != before:  # the page in hand
+        time.sleep(0.2)
+        before, now = now, resident_bytes(tensors[0])
+    assert now < SIZE
     taker.hold(False)
     taker.wait()
     assert resident_bytes(tensors[0]) == SIZE

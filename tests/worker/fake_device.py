@@ -210,5 +210,11 @@ class FakeDeviceBackend(CpuNativeBackend):
         return Metadata(step, None)
 
     def forward(self, q, k, v, kv_cache, metadata, *, options):
-        step = replace(metadata.step, seq_lens=metadata.step.seq_lens.clamp_min(1))
-        return super().forward(q, k, v, kv_cache, Metadata(step, None), options=options)
+        return super().forward(q, k, v, kv_cache, _with_a_token(metadata), options=options)
+
+    def turn_and_forward(self, turn, q, k, v, kv_cache, metadata, *, options):
+        return super().turn_and_forward(turn, q, k, v, kv_cache, _with_a_token(metadata), options=options)
+
+
+def _with_a_token(metadata: Metadata) -> Metadata:
+    return Metadata(replace(metadata.step, seq_lens=metadata.step.seq_lens.clamp_min(1)), None)

@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -132,8 +133,20 @@ def test_sizes_are_told_apart_and_multiplied():
 
 
 def test_sizes_that_could_be_taken_for_each_other_are_refused():
-    with pytest.raises(ValueError, match="cannot be told apart"):
-        record_for_sizes(lambda sizes: (), (2, 2, 2))
+    assert "cannot be told apart" in record_for_sizes(lambda sizes: (), (2, 2, 2))
+
+
+def test_a_step_that_looks_at_what_was_not_computed_is_not_recorded():
+    table = torch.zeros(4, 64)
+    assert "out of bounds" in record_for_sizes(lambda sizes: (table[torch.tensor([99])],), (MOST,))
+
+
+def test_what_another_thread_calls_beside_a_recording_is_made_and_not_on_it():
+    x, out = values(1, 8), []
+    with recording(is_dry=True) as taken, ThreadPoolExecutor(1) as other:
+        other.submit(lambda: out.append(rms_norm(x, WEIGHT, 1e-6))).result()
+    assert len(taken.tape) == 0 and taken.unusable is None
+    assert torch.equal(out[0], rms_norm(x, WEIGHT, 1e-6))
 
 
 def test_a_recording_makes_no_call():

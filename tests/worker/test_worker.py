@@ -12,7 +12,7 @@ from make_random_model import make_model
 from safetensors.torch import load_file, save_file
 
 from minivllm.config import scheduler
-from minivllm.exceptions import ConfigError
+from minivllm.exceptions import ConfigError, ModelFilesError
 from minivllm.messages.worker import ModelRunnerOutput, SchedulerOutput
 from minivllm.ops import native
 from minivllm.ops.op import OpSpec
@@ -76,6 +76,17 @@ def test_the_checkpoints_kv_scales_are_for_fp8(bf16_model: Path, tmp_path: Path,
     worker.initialize(lambda phase: None)
     first, second = (layer.self_attn.attention.options for layer in worker.runner.model.layers[:2])
     assert (first.k_scale, first.v_scale, second.k_scale, second.v_scale) == (1, 1, scale, scale)
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, 1e-30, 1e30])
+def test_a_scale_that_would_show_what_no_row_may_see_is_refused(bf16_model: Path, tmp_path: Path, scale: float):
+    shutil.copytree(bf16_model, tmp_path, dirs_exist_ok=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.layers.1.self_attn.k_scale"] = torch.tensor(scale)
+    save_file(tensors, tmp_path / "model.safetensors")
+    worker = Worker(engine_config(tmp_path, kv_cache_dtype="fp8", num_gpu_blocks_override=8))
+    with pytest.raises(ModelFilesError, match=r"k_scale of layer 1 is .*; it must be a number from"):
+        worker.initialize(lambda phase: None)
 
 
 def test_auto_takes_the_length_that_fits(tiny_model: Path):
@@ -143,8 +154,10 @@ def test_a_worker_that_has_slept_gives_the_same_answers(bf16_model: Path, option
     expected = loop.run(PROMPTS, params)
     for level in (1, 2):
         loop.worker.sleep(level)
+        assert not loop.worker.runner.is_recorded  # what was recorded holds memory, and the scales of old weights
         loop.worker.wake_up()
         assert loop.run(PROMPTS, params) == expected
+        assert loop.worker.runner.is_recorded == (native.unavailable is None)
 
 
 def test_asleep_the_memory_of_the_cache_and_at_level_2_of_the_weights_is_given_back(tmp_path: Path):
