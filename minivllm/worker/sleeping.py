@@ -1,8 +1,8 @@
 """The worker's memory while it sleeps: what is given back to the system, and how it comes again.
 
 A host gives back pages and keeps their addresses: the cache's at level 1, the weights' too at level 2, to be read
-again. A device gives back both at either level; at level 1 the weights wait in the host's memory. What is captured
-there holds addresses, and is the runner's to forget.
+again. A device gives back both at either level; at level 1 the weights wait in the host's memory. What is captured or
+recorded holds memory and what was true of the weights, and is the runner's to forget.
 """
 
 from __future__ import annotations
