@@ -6,6 +6,7 @@ Knows nothing of requests or of the scheduler: a step reaches it as `StepInputs`
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,7 +133,10 @@ class AttentionBackend(ABC):
         """Metadata that has these sizes, of a step that is only recorded: what it says is anything."""
         return self.build_metadata(step)
 
-    @abstractmethod
+    # Ops of `kv_write` and of `rotary_kv_write`, chosen when a backend is made.
+    _write: Callable[..., None]
+    _turn_and_write: Callable[..., None]
+
     def forward(
         self,
         q: torch.Tensor,
@@ -145,9 +149,14 @@ class AttentionBackend(ABC):
     ) -> torch.Tensor:
         """Write k and v to the cache, then attend.
 
-        q: [T, num_heads, head_dim]; k, v: [T, num_kv_heads, head_dim]; all may be strided views.
-        Returns [T, num_heads, head_dim], which the next call may overwrite.
+        q: [T, num_heads, head_dim]; k, v: [T, num_kv_heads, head_dim]; all may be strided views. metadata has the step
+        as `step`. Returns [T, num_heads, head_dim], which the next call may overwrite.
         """
+        self._write(
+            k, v, kv_cache, metadata.step.slot_mapping,
+            layout=self.layout, k_scale=options.k_scale, v_scale=options.v_scale,
+        )  # fmt: skip
+        return self._attend(q, kv_cache, metadata, options)
 
     def turn_and_forward(
         self,
@@ -160,6 +169,13 @@ class AttentionBackend(ABC):
         *,
         options: Options,
     ) -> torch.Tensor:
-        """`forward` of q and k that are still to be turned, in place."""
-        turn(q, k)
-        return self.forward(q, k, v, kv_cache, metadata, options=options)
+        """`forward` of q and k that are still to be turned: norms, rotation and cache write are one pass."""
+        self._turn_and_write(
+            turn.positions, q, k, v, turn.cos_sin, turn.norms, kv_cache, metadata.step.slot_mapping,
+            layout=self.layout, k_scale=options.k_scale, v_scale=options.v_scale,
+        )  # fmt: skip
+        return self._attend(q, kv_cache, metadata, options)
+
+    @abstractmethod
+    def _attend(self, q: torch.Tensor, kv_cache: torch.Tensor, metadata: Any, options: Options) -> torch.Tensor:
+        """Attention of what is in the cache, as `forward` gives it."""

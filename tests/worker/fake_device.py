@@ -209,12 +209,6 @@ class FakeDeviceBackend(CpuNativeBackend):
     def build_metadata(self, step: StepInputs) -> Metadata:
         return Metadata(step, None)
 
-    def forward(self, q, k, v, kv_cache, metadata, *, options):
-        return super().forward(q, k, v, kv_cache, _with_a_token(metadata), options=options)
-
-    def turn_and_forward(self, turn, q, k, v, kv_cache, metadata, *, options):
-        return super().turn_and_forward(turn, q, k, v, kv_cache, _with_a_token(metadata), options=options)
-
-
-def _with_a_token(metadata: Metadata) -> Metadata:
-    return Metadata(replace(metadata.step, seq_lens=metadata.step.seq_lens.clamp_min(1)), None)
+    def _attend(self, q, kv_cache, metadata, options):
+        step = replace(metadata.step, seq_lens=metadata.step.seq_lens.clamp_min(1))
+        return super()._attend(q, kv_cache, Metadata(step, None), options)

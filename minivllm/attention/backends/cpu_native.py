@@ -15,7 +15,6 @@ from minivllm.ops.kv_layout import KvLayout
 from minivllm.ops.kv_write import kv_write
 from minivllm.ops.op import OpSpec
 from minivllm.ops.paged_attention import STEP, Options, SharedPrefixes, paged_attention
-from minivllm.ops.rotary import Turn
 from minivllm.ops.rotary_kv_write import rotary_kv_write
 
 
@@ -36,7 +35,7 @@ class CpuNativeBackend(AttentionBackend):
         group = spec.num_heads // spec.num_kv_heads
         sizes = {"head_dim": spec.head_dim, "block_size": spec.block_size, "group": group}
         op_spec = OpSpec(spec.device, spec.dtype, sizes)
-        self._write, self._attend = kv_write.select(op_spec), paged_attention.select(op_spec)
+        self._write, self._paged_attention = kv_write.select(op_spec), paged_attention.select(op_spec)
         self._turn_and_write = rotary_kv_write.select(op_spec)
 
     @classmethod
@@ -71,45 +70,9 @@ class CpuNativeBackend(AttentionBackend):
         assert step.room is not None
         return Metadata(step, _places(step.room, *sizes))
 
-    def forward(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        kv_cache: torch.Tensor,
-        metadata: Metadata,
-        *,
-        options: Options,
-    ) -> torch.Tensor:
-        self._write(
-            k, v, kv_cache, metadata.step.slot_mapping,
-            layout=self.layout, k_scale=options.k_scale, v_scale=options.v_scale,
-        )  # fmt: skip
-        return self._attend_to(q, kv_cache, metadata, options)
-
-    def turn_and_forward(
-        self,
-        turn: Turn,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        kv_cache: torch.Tensor,
-        metadata: Metadata,
-        *,
-        options: Options,
-    ) -> torch.Tensor:
-        """Norms, rotation and cache write are one pass."""
-        self._turn_and_write(
-            turn.positions, q, k, v, turn.cos_sin, turn.norms, kv_cache, metadata.step.slot_mapping,
-            layout=self.layout, k_scale=options.k_scale, v_scale=options.v_scale,
-        )  # fmt: skip
-        return self._attend_to(q, kv_cache, metadata, options)
-
-    def _attend_to(
-        self, q: torch.Tensor, kv_cache: torch.Tensor, metadata: Metadata, options: Options
-    ) -> torch.Tensor:
+    def _attend(self, q: torch.Tensor, kv_cache: torch.Tensor, metadata: Metadata, options: Options) -> torch.Tensor:
         step = metadata.step
-        return self._attend(
+        return self._paged_attention(
             q, kv_cache, step.block_table, step.seq_lens, step.query_start_loc,
             layout=self.layout, options=options, shared=metadata.shared,
         )  # fmt: skip

@@ -14,7 +14,6 @@ from minivllm.ops import gpu
 from minivllm.ops.kv_layout import RowLayout
 from minivllm.ops.op import OpSpec
 from minivllm.ops.paged_attention import Options
-from minivllm.ops.rotary import Turn
 
 _BLOCK_STEP = 16  # tokens; so that rows, and int8's scales behind them, start at multiples of 16 bytes
 _MOST_HEAD_DIM = 256
@@ -68,41 +67,6 @@ class TritonBackend(AttentionBackend):
         if max_seq_len is None:
             max_seq_len = int(step.seq_lens.max())
         return Metadata(step, max_query_len, max_seq_len)
-
-    def forward(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        kv_cache: torch.Tensor,
-        metadata: Metadata,
-        *,
-        options: Options,
-    ) -> torch.Tensor:
-        step = metadata.step
-        self._write(
-            k, v, kv_cache, step.slot_mapping,
-            layout=self.layout, k_scale=options.k_scale, v_scale=options.v_scale,
-        )  # fmt: skip
-        return self._attend(q, kv_cache, metadata, options)
-
-    def turn_and_forward(
-        self,
-        turn: Turn,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        kv_cache: torch.Tensor,
-        metadata: Metadata,
-        *,
-        options: Options,
-    ) -> torch.Tensor:
-        """Norms, rotation and cache write are one launch."""
-        self._turn_and_write(
-            turn.positions, q, k, v, turn.cos_sin, turn.norms, kv_cache, metadata.step.slot_mapping,
-            layout=self.layout, k_scale=options.k_scale, v_scale=options.v_scale,
-        )  # fmt: skip
-        return self._attend(q, kv_cache, metadata, options)
 
     def _attend(self, q: torch.Tensor, kv_cache: torch.Tensor, metadata: Metadata, options: Options) -> torch.Tensor:
         step, shape = metadata.step, self._shape_class(metadata.max_query_len, metadata.max_seq_len)
