@@ -13,8 +13,7 @@ from typing import Any
 import torch
 
 from minivllm.config.hf_config import HFConfig
-from minivllm.ops.op import OpSpec
-from minivllm.ops.rotary import HeadNorms, Turn, rotary
+from minivllm.ops.rotary import HeadNorms, Turn
 
 # [head_dim / 2] float32 in radians a token; factor of cosine and sine.
 Frequencies = tuple[torch.Tensor, float]
@@ -23,16 +22,15 @@ Frequencies = tuple[torch.Tensor, float]
 class RotaryEmbedding:
     """How queries and keys are turned by their positions."""
 
-    def __init__(self, config: HFConfig, max_positions: int, *, dtype: torch.dtype, device: str) -> None:
+    def __init__(self, config: HFConfig, max_positions: int, *, device: str) -> None:
         """max_positions: length of the table, in tokens."""
         frequencies, factor = rope_frequencies(config)
         angles = torch.outer(torch.arange(max_positions, dtype=torch.float32), frequencies)
         self.cos_sin = torch.cat([angles.cos() * factor, angles.sin() * factor], dim=-1).to(device)
-        self._rotary = rotary.select(OpSpec(device, dtype, {"head_dim": config.head_dim}))
 
     def turn(self, positions: torch.Tensor, norms: HeadNorms | None = None) -> Turn:
         """For tokens at these positions, [T] int64; norms come first."""
-        return Turn(positions, self.cos_sin, norms, self._rotary)
+        return Turn(positions, self.cos_sin, norms)
 
 
 def rope_frequencies(config: HFConfig) -> Frequencies:

@@ -156,7 +156,7 @@ class DecoderForCausalLM(ABC):
         self.tied = config.tie_word_embeddings
         self.lm_head = LMHead(*sizes, **where, quantization=quantization)
         self.embed_tokens = TiedEmbedding(self.lm_head) if self.tied else Embedding(*sizes, **where)
-        full, windowed = self.rotaries(config, max_positions, **where)
+        full, windowed = self.rotaries(config, max_positions, backend.spec.device)
         self.layers = [
             self.layer_class(
                 config, variant, index, backend, full if window is None else windowed, quantization
@@ -171,11 +171,9 @@ class DecoderForCausalLM(ABC):
         """What sets this architecture apart."""
 
     @staticmethod
-    def rotaries(
-        config: HFConfig, max_positions: int, *, dtype: torch.dtype, device: str
-    ) -> tuple[RotaryEmbedding, RotaryEmbedding]:
+    def rotaries(config: HFConfig, max_positions: int, device: str) -> tuple[RotaryEmbedding, RotaryEmbedding]:
         """What turns the layers without a window, and those with one."""
-        rotary = RotaryEmbedding(config, max_positions, dtype=dtype, device=device)
+        rotary = RotaryEmbedding(config, max_positions, device=device)
         return rotary, rotary
 
     def embed(self, input_ids: torch.Tensor, given: GivenEmbeddings | None) -> torch.Tensor:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
-
 from minivllm.config.hf_config import HFConfig
 from minivllm.layers.rotary import RotaryEmbedding
 from minivllm.models.gemma2 import Gemma2ForCausalLM
@@ -22,10 +20,7 @@ class Gemma3ForCausalLM(Gemma2ForCausalLM):
     QK_NORM = True
 
     @staticmethod
-    def rotaries(
-        config: HFConfig, max_positions: int, *, dtype: torch.dtype, device: str
-    ) -> tuple[RotaryEmbedding, RotaryEmbedding]:
+    def rotaries(config: HFConfig, max_positions: int, device: str) -> tuple[RotaryEmbedding, RotaryEmbedding]:
         theta = config.local_rope_theta or DEFAULT_LOCAL_THETA
         local = replace(config, rope_theta=theta, rope_parameters={})
-        where = {"dtype": dtype, "device": device}
-        return RotaryEmbedding(config, max_positions, **where), RotaryEmbedding(local, max_positions, **where)
+        return tuple(RotaryEmbedding(each, max_positions, device=device) for each in (config, local))

@@ -8,7 +8,6 @@ the nearer to exact.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -33,11 +32,6 @@ class Turn(NamedTuple):
     positions: torch.Tensor  # [T] int64
     cos_sin: torch.Tensor
     norms: HeadNorms | None
-    rotary: Callable[..., None]  # of this op, as it was selected
-
-    def __call__(self, q: torch.Tensor, k: torch.Tensor) -> None:
-        """Do it, in place."""
-        self.rotary(self.positions, q, k, self.cos_sin, self.norms)
 
 
 def reference(

@@ -62,7 +62,7 @@ def test_turned_and_written_in_one_launch_is_turned_then_written(kv_cache_dtype,
     backend = TritonBackend(spec(kv_cache_dtype=kv_cache_dtype, dtype=torch.bfloat16))
     step = step_of([20, 3], [5, 3], max_query_len=5, max_seq_len=20)
     norms = HeadNorms(*(randn("cpu", 32, dtype=torch.bfloat16, seed=i) for i in range(2)), 1e-6) if has_norms else None
-    turn = Turn(torch.tensor([15, 16, 17, 18, 19, 0, 1, 2]), randn("cpu", 24, 32), norms, rotary)
+    turn = Turn(torch.tensor([15, 16, 17, 18, 19, 0, 1, 2]), randn("cpu", 24, 32), norms)
     results = []
     for turns in (True, False):
         q, k, v = randn("cpu", 8, 8, 32, dtype=torch.bfloat16).split([4, 2, 2], dim=1)
@@ -70,7 +70,7 @@ def test_turned_and_written_in_one_launch_is_turned_then_written(kv_cache_dtype,
         if turns:
             out = backend.turn_and_forward(turn, q, k, v, cache, backend.build_metadata(step), options=options)
         else:
-            turn(q, k)
+            rotary(turn.positions, q, k, turn.cos_sin, turn.norms)
             out = backend.forward(q, k, v, cache, backend.build_metadata(step), options=options)
         results.append((out, q, k, cache))
     for one, two in zip(*results):

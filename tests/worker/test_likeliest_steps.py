@@ -11,6 +11,8 @@ from make_random_model import make_model
 from minivllm.messages.worker import GrammarOutput
 from minivllm.models.decoder import DecoderForCausalLM
 from minivllm.sampling_params import SamplingParams
+from minivllm.worker.input_batch import InputBatch
+from minivllm.worker.model_runner import ModelRunner
 from tests.models.loop import Answer, Loop
 
 VOCAB = 512
@@ -84,8 +86,16 @@ def test_a_batch_that_goes_from_one_way_to_the_other_and_back_gives_the_same_tok
     expected = answers_with_logits(path, prompts, params, stagger=16, monkeypatch=monkeypatch, **options)
     counted.logits = counted.tokens = 0
     loop = Loop(path, **options)
+    kinds: set[bool] = set()
+    run_decode = ModelRunner._run_decode
+
+    def noting(runner: ModelRunner, batch: InputBatch) -> None:
+        run_decode(runner, batch)
+        kinds.add(runner._decode.is_likeliest)
+
+    monkeypatch.setattr(ModelRunner, "_run_decode", noting)
     assert loop.run(prompts, params, stagger=16) == expected
-    assert counted.tokens > 3 and counted.logits > 3  # steps with prompts, and what is recorded
+    assert kinds == {True, False} and counted.tokens and counted.logits  # of decodes; steps with prompts count as well
     for i in (0, 3, 4, 5):  # and of each request alone
         assert Loop(path, **options).run([prompts[i]], params[i], seeds=[i])[0].tokens == expected[i].tokens
 
