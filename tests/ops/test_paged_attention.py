@@ -327,6 +327,22 @@ def test_scores_that_grow_along_a_prompt_give_the_bits_of_decoding(isa, dtype, k
 
 
 @needs_kernels
+@pytest.mark.parametrize("factor", [30, 3e7, float("nan"), float("inf")])
+def test_one_row_of_large_or_broken_scores_changes_no_other(isa, dtype, factor, assert_same_bits):
+    """Behind positions that all rows beside it see wholly, where maxima are not searched for, unless large."""
+    seq, at = sequence(700, heads=2, kv_heads=1, head_dim=32, dtype=dtype), 610
+    (expected,) = attend([prefill(seq)])
+    seq.q[at] *= factor
+    (got,) = attend([prefill(seq)])
+    assert_same_bits(torch.cat([got[:at], got[at + 1 :]]), torch.cat([expected[:at], expected[at + 1 :]]))
+    (alone,) = attend([(seq, range(at, at + 1))])
+    if seq.q[at].isfinite().all():
+        assert_same_bits(alone[0], got[at])
+    else:
+        assert got[at].isnan().any() and alone.isnan().any()
+
+
+@needs_kernels
 @pytest.mark.parametrize("kv_dtype", [None, "int8"])
 def test_a_long_request_of_one_head_is_split_over_threads_and_changes_no_bit(
     isa, dtype, kv_dtype, assert_same_bits
