@@ -60,8 +60,8 @@ def choose_num_parts(num_tiles: int, max_segments: int, head_dim: int, window: i
 
     A captured decode is launched for --max-model-len, and who finds no segment has still waited for a place: a Hopper
     card has some 264 of them, by shared memory, which are full of blocks that read. 4,096 empty ones should take some
-    15 µs (none of it measured). No fewer than 2 a tile, so that the blocks of a large batch stay small beside the whole.
-    No choice changes a bit.
+    15 µs (none of it measured). No fewer than 2 a tile, so that the blocks of a large batch stay small beside the
+    whole. No choice changes a bit.
     """
     seen = max_segments if window <= 0 else min(max_segments, (window - 2) // SEGMENT + 2)
     if head_dim > _MOST_LOOPED:
@@ -91,8 +91,9 @@ def decode_attention(
     """`reference` of `ops/paged_attention.py` for one query row a request: row i is request i's last position.
 
     q: [num_reqs, num_heads, head_dim], any strides of whole 16 bytes; max_seq_len: none is longer; num_parts: by
-    `choose_num_parts` if not given; scratch: float32, `scratch_numel` of it. A row whose seq_len is 0 stays as it is. Ids and lengths are not checked. A row's bits
-    depend on its own query, keys and values alone, but they are not those of the Triton kernels.
+    `choose_num_parts` if not given; scratch: float32, `scratch_numel` of it. A row whose seq_len is 0 stays as it is.
+    Ids and lengths are not checked. A row's bits depend on its own query, keys and values alone, but they are not those
+    of the Triton kernels.
     """
     num_reqs, num_heads, head_dim = q.shape
     if options.alibi_slopes is not None:

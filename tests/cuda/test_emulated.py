@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ from minivllm.ops import cuda, kv_write
 from minivllm.ops.cuda import block_ranges
 from minivllm.ops.kv_layout import RowLayout
 from minivllm.ops.paged_attention import Options, _attend
-from tests.cuda.emulated import KV_CODES, compiler, library, pointer
+from tests.cuda.emulated import KV_CODES, EmulatedExtension, compiler, emulate, library, pointer
 from tests.gpu.case import max_diff
 from tests.gpu.cases.cuda import CASES
 
@@ -67,8 +66,8 @@ class Problem:
         is_fp8 = layout.dtype == "fp8_e4m3"
         sizes = (ctypes.c_int64 * 16)(
             len(q), self.num_heads, layout.num_kv_heads, layout.head_dim, layout.block_size, max_segments,
-            options.sliding_window or 0, num_parts or max_segments, q.dtype == torch.bfloat16, *q.stride()[:2], out.stride(0),
-            self.table.stride(0), *self.cache.stride()[:3],
+            options.sliding_window or 0, num_parts or max_segments, q.dtype == torch.bfloat16, *q.stride()[:2],
+            out.stride(0), self.table.stride(0), *self.cache.stride()[:3],
         )  # fmt: skip
         factors = (ctypes.c_float * 3)(
             options.scale * (options.k_scale if is_fp8 else 1),
@@ -98,31 +97,14 @@ class Problem:
         assert difference < TOLERANCE[self.q.dtype] + 8e-3 * (self.layout.dtype in KV_CODES), difference
 
 
-class EmulatedExtension:
-    """`minivllm._cuda` with the kernels on fibers: csrc/cuda/bind.cpp in Python."""
-
-    @staticmethod
-    def decode_attention(
-        out, q, cache, tables, parts, sinks, sizes, is_bf16, kv, strides, cache_strides, factors, stream
-    ):
-        numbers = (ctypes.c_int64 * 16)(*sizes, is_bf16, *strides, *cache_strides)
-        addresses = map(ctypes.c_void_p, (out, q, cache, *tables, *parts, sinks))
-        assert library().emulated_decode(*addresses, numbers, (ctypes.c_float * 3)(*factors), kv)
-
-    @staticmethod
-    def copy_blocks(sources, targets, num_layers, pairs, num_pairs, block_bytes, stream):
-        sources, targets, pairs = map(ctypes.c_void_p, (sources, targets, pairs))
-        library().emulated_copy_blocks(
-            sources, targets, num_layers, pairs, num_pairs, ctypes.c_int64(block_bytes)
-        )
-
-
-@pytest.mark.parametrize("name", ["f16_head_dim-64_group-4", "fp8_e4m3_head_dim-128_group-4", "all"])
+@pytest.mark.parametrize(
+    "name",
+    ["decode_f16_head_dim-64_group-4", "decode_fp8_e4m3_head_dim-128_group-4", "decode_all", "captured_int8"],
+)
 def test_the_cards_own_cases_are_right_of_the_emulated_kernels(name: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(cuda, "extension", lambda: (EmulatedExtension, None))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    emulate(monkeypatch)
     assert cuda.decode_why_not(torch.float16, RowLayout("float16", 2, 64, 64), 4) is None
-    check = CASES[f"cuda_decode_{name}"]("cpu", False)
+    check = CASES[f"cuda_{name}"]("cpu", False)
     assert max_diff(check.run(), check.expected()) <= check.tolerance
 
 
@@ -203,10 +185,14 @@ def test_a_row_has_the_same_bits_alone_and_in_a_batch_padded_for_longer_requests
         (torch.bfloat16, "int8", 128, 2, {}),
     ],
 )
-def test_a_row_has_the_same_bits_whichever_thread_blocks_take_its_segments(dtype, kv, head_dim, group, options):
+def test_a_row_has_the_same_bits_whichever_thread_blocks_take_its_segments(
+    dtype, kv, head_dim, group, options
+):
     problem = Problem([4500, 1, 1025, 900, 3072], dtype, kv, head_dim, group, block_size=64, **options)
     each_its_own = problem.run()
-    assert (each_its_own.double() - problem.expected()).abs().max() < TOLERANCE[dtype] + 8e-3 * (kv is not None)
+    assert (each_its_own.double() - problem.expected()).abs().max() < TOLERANCE[dtype] + 8e-3 * (
+        kv is not None
+    )
     for num_parts in (1, 2, 3, 4):
         assert torch.equal(problem.run(num_parts=num_parts), each_its_own)
     assert torch.equal(problem.run(max_segments=40, num_parts=3), each_its_own)
