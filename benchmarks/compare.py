@@ -22,14 +22,13 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import load
 import peers
-import psutil
 from peers import Offline, Peer, Server
 from processes import Guard
 from results import Results, as_table
@@ -42,13 +41,14 @@ CELLS = (*SERVED, *BATCHES, *TINY)
 SERVED_UNTIL, BATCHES_UNTIL = 0.44, 0.9
 NAMES = ("ours", "ours-int8", "ours-int4", "vllm", "llama-bf16", "llama-q8_0", "openvino", "transformers")
 ONLY_IF_NAMED = ("ours-int4",)  # the peers' models have no weights of 4 bits
-TINY_NAMES = ("ours", "vllm", "llama-bf16", "llama-q8_0")
+USUAL = tuple(name for name in NAMES if name not in ONLY_IF_NAMED)
+USUAL_TINY = ("ours", "vllm", "llama-bf16", "llama-q8_0")
 START_LIMIT_S = 240
 SLOW_START_S = 20  # who needs longer is not started again for a median
 
 
-def find_peers(args: argparse.Namespace, model: Path) -> dict[str, Peer]:
-    """Those that are installed, in the order of NAMES."""
+def find_peers(args: argparse.Namespace, model: Path, asked: Collection[str]) -> dict[str, Peer]:
+    """Those of `asked` that are installed, in the order of NAMES."""
     found = {
         "ours": peers.ours(model, {}),
         "ours-int8": peers.ours_int8(model),
@@ -63,7 +63,7 @@ def find_peers(args: argparse.Namespace, model: Path) -> dict[str, Peer]:
             found[f"llama-{kind}"] = peers.llama(args.llama_server, gguf, f"llama-{kind}")
     if args.openvino_python and args.openvino_dir:
         found["openvino"] = peers.openvino(args.openvino_dir, args.openvino_python)
-    return {name: found[name] for name in NAMES if name in args.peers and name in found}
+    return {name: found[name] for name in NAMES if name in asked and name in found}
 
 
 @dataclass
@@ -82,7 +82,7 @@ class Engine:
     """A peer that runs, or will when it first has a turn: by its server, or by batches in a process."""
 
     def __init__(self, peer: Peer, model: Path, works: list[Work], by_server: bool, guard: Guard, log: Path) -> None:
-        self.peer, self._model, self._works, self._by_server = peer, model, works, by_server
+        self.peer, self.by_server, self._model, self._works = peer, by_server, model, works
         self._guard, self._log = guard, log
         self._running: Server | Offline | None = None
         self._is_warm = False
@@ -92,7 +92,7 @@ class Engine:
         self.end()
         self._is_warm = False
         try:
-            if self._by_server:
+            if self.by_server:
                 self._running = Server(self.peer, works, self._log, guard=self._guard, limit_s=limit_s)
             else:
                 self._running = Offline(self.peer, self._log, guard=self._guard, limit_s=limit_s)
@@ -101,7 +101,8 @@ class Engine:
         return self._running.seconds_to_ready
 
     def start_for_all(self) -> float:
-        return self.start(self._works, START_LIMIT_S)
+        """One that is started for each load has no sizes for all of them together: W5's."""
+        return self.start(self._works if self.peer.stays else [WORKS["W5"]], START_LIMIT_S)
 
     def run(self, cell: str, work: Work, limit_s: float) -> dict:
         """What one run gave. Raises RuntimeError or OSError: it is of no use any more."""
@@ -168,14 +169,12 @@ class Phase:
         works = [WORKS[cell] for cell in cells if cell in WORKS]
         logs = Path(tempfile.mkdtemp(prefix="compare-"))
         self._engines = {}
-        for name, peer in find_peers(args, model).items():
-            by_server = self._is_served or peer.by_server
-            if peer.server is None if by_server else peer.offline is None:
-                continue
-            if cells[0] in TINY and name not in TINY_NAMES:
-                continue
-            log = logs / f"{name}-{model.name}.log"
-            self._engines[name] = Engine(peer, model, works, by_server, guard, log)
+        asked = args.peers or (USUAL_TINY if cells[0] in TINY else USUAL)
+        for name, peer in find_peers(args, model, asked).items():
+            by_server = peer.server is not None and (self._is_served or peer.by_server)
+            if by_server or (peer.offline is not None and set(cells) & set(BATCHES)):
+                log = logs / f"{name}-{model.name}.log"
+                self._engines[name] = Engine(peer, model, works, by_server, guard, log)
 
     def run(self) -> None:
         if not any(True for _ in self._open_turns()):
@@ -196,6 +195,8 @@ class Phase:
         """One for each engine in each cell that has fewer runs than it should."""
         for cell in self._cells:
             for name, engine in self._engines.items():
+                if not engine.by_server and cell not in BATCHES:
+                    continue
                 key = (str(self._model), cell, name)
                 runs = engine.peer.shares.get(cell, peers.Share()).runs or self._args.repeat
                 done = self._results.of(*key)
@@ -224,11 +225,11 @@ class Phase:
             self._results.add(**line, **found)
             numbers = ", ".join(f"{name} {value:.5g}" for name, value in found.items() if name != "kind")
             say(f"({turn.cell} {turn.peer.name}: {numbers})")
-        except (RuntimeError, OSError, ValueError, psutil.Error) as error:
+        except Exception as error:  # whatever ails one engine, the others have their turns
             engine.end()
             cells = self._cells if isinstance(error, CannotStart) else [turn.cell]
             for cell in cells:
-                why = " ".join(str(error).split())[-300:]
+                why = " ".join(str(error).split())[-300:] or type(error).__name__
                 self._results.add(**line | {"cell": cell}, kind="failed", why=why)
             say(f"({', '.join(cells)} {turn.peer.name}: {error})")
 
@@ -242,15 +243,16 @@ def main() -> None:
     parser.add_argument("--model", type=Path)
     parser.add_argument("--tiny", type=Path)
     parser.add_argument("--only", choices=CELLS, nargs="+", default=CELLS)
-    usual = [name for name in NAMES if name not in ONLY_IF_NAMED]
-    parser.add_argument("--peers", nargs="+", choices=NAMES, default=usual)
+    usual = f"by default {', '.join(USUAL)}; of the tiny model {', '.join(USUAL_TINY)}"
+    parser.add_argument("--peers", nargs="+", choices=NAMES, default=(), help=usual)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=30, help="begin nothing that would end later")
     parser.add_argument("--run-limit", type=float, default=150, help="seconds after which a run is given up")
     parser.add_argument("--smoke", action="store_true", help="two requests of each load: does every engine work?")
     parser.add_argument("--results", type=Path, default=Path("compare.jsonl"))
     parser.add_argument("--table", action="store_true")
-    parser.add_argument("--all-served", action="store_true", help="batches too by the servers: one start for all")
+    all_served = "batches too by the servers of those that have one: one start for all"
+    parser.add_argument("--all-served", action="store_true", help=all_served)
     parser.add_argument("--vllm-python", default=os.environ.get("VLLM_PYTHON"))
     parser.add_argument("--llama-server", default=os.environ.get("LLAMA_SERVER"))
     parser.add_argument("--gguf-dir", type=Path)
@@ -261,7 +263,7 @@ def main() -> None:
     if args.table:
         print(as_table(results))
         return
-    if any(name.startswith("ours") for name in args.peers) and (why := peers.why_ours_is_slow()):
+    if any(name.startswith("ours") for name in args.peers or USUAL) and (why := peers.why_ours_is_slow()):
         parser.error(f"{why}; build it (pip install .) and run this from a directory without a source tree")
     plan = []
     for kind, model, option, share in (

@@ -9,8 +9,10 @@ Prefill is GEMM: 2 operations a weight of the layers and token, 4 · heads · he
 and one before it; the vocabulary's matrix only for the tokens that are sampled. Exponentials are not counted.
 
 Two floors, by what a GEMM is taken to cost: at the rate of the best kernel here for that number of rows, ours or
-oneDNN's (what the aims are shares of), and at the peak of tile products, which is a bound that nothing can pass. int8
-is linear layers and cache of one byte an element; attention multiplies in bfloat16.
+oneDNN's (what the aims are shares of), and at the peak of tile products, which is a bound that nothing can pass.
+
+Three formats: bf16; int8, linear layers and cache of one byte an element; int4, where layers have half a byte and a
+multiplier for each 128 (ops/linear_int4.py) and all else is as in int8, products too. Attention multiplies in bfloat16.
 """
 
 from __future__ import annotations
@@ -76,32 +78,52 @@ class ModelShape:
 
 
 @dataclass(frozen=True)
+class Format:
+    """How elements are stored: bytes of one, scales of whole features not counted."""
+
+    text: str
+    layer_bytes: float
+    vocab_bytes: float
+    kv_bytes: float
+    int8_products: bool  # of linear layers
+
+
+FORMATS = {
+    "bf16": Format("bf16", 2, 2, 2, int8_products=False),
+    "int8": Format("int8 weights and cache", 1, 1, 1, int8_products=True),
+    "int4": Format("int4 weights, int8 vocabulary and cache", 1 / 2 + 1 / 128, 1, 1, int8_products=True),
+}
+
+
+@dataclass(frozen=True)
 class Floor:
-    """Of one model, one roofline and one choice of what a GEMM costs and how many bytes an element has."""
+    """Of one model, one roofline, one format and one choice of what a GEMM costs."""
 
     shape: ModelShape
     roof: Roofline
-    int8: bool = False
+    format: Format = FORMATS["bf16"]
     at_peak: bool = False
 
     def _products(self, flop: float, rows: int, *, int8: bool) -> float:
         rate: Callable[..., float] = self.roof.product_seconds if self.at_peak else self.roof.gemm_seconds
         return rate(flop, rows, int8=int8)
 
-    def _read(self, elements: float) -> float:
-        return self.roof.read_seconds(elements * (1 if self.int8 else 2))
+    def _read_weights(self) -> float:
+        layers, vocab = self.shape.layer_weights, self.shape.vocab_weights
+        return self.roof.read_seconds(layers * self.format.layer_bytes + vocab * self.format.vocab_bytes)
 
     def prefill(self, num: int, num_in: int, before: int = 0, *, rows: int) -> float:
         """`num` prompts, `rows` of tokens at a time."""
-        linear = self._products(num * self.shape.linear_flop(num_in), rows, int8=self.int8)
+        linear = self._products(num * self.shape.linear_flop(num_in), rows, int8=self.format.int8_products)
         attention = self._products(num * self.shape.attention_flop(num_in, before), rows, int8=False)
         steps = max(1, num * num_in / rows)
-        return max(linear, steps * self._read(self.shape.weights)) + attention
+        return max(linear, steps * self._read_weights()) + attention
 
     def step(self, rows: int, kv_tokens: float) -> float:
         """A decode step of `rows` sequences that reads so many tokens' keys and values (each shared block once)."""
-        gemm = self._products(2 * self.shape.weights * rows, rows, int8=self.int8) if rows > 1 else 0.0
-        return max(gemm, self._read(self.shape.weights)) + self._read(kv_tokens * self.shape.kv_elements)
+        gemm = self._products(2 * self.shape.weights * rows, rows, int8=self.format.int8_products) if rows > 1 else 0.0
+        cache = self.roof.read_seconds(kv_tokens * self.shape.kv_elements * self.format.kv_bytes)
+        return max(gemm, self._read_weights()) + cache
 
     def decode(self, num: int, begin: float, steps: int, shared: int = 0) -> float:
         """From `begin` tokens each; shared ones are read once a step."""
@@ -141,21 +163,18 @@ def best(roofs: list[Roofline]) -> Roofline:
     return Roofline(**{field.name: most(field.name) for field in fields(Roofline)})
 
 
-def of_cell(
-    name: str, model: Path, roof: Roofline, *, int8: bool = False, seconds: float | None = None
-) -> list[str]:
-    """seconds: what a run took, to be told as a share."""
+def of_cell(name: str, model: Path, roof: Roofline, format: Format, seconds: float | None = None) -> list[str]:
+    """seconds: what a run of ours took, to be told as a share."""
     shape = ModelShape.read(model)
     lines = []
     for at_peak in (False, True):
-        floor = Floor(shape, roof, int8, at_peak)
+        floor = Floor(shape, roof, format, at_peak)
         least = floor.seconds(name)
         if least is None:
             return []
-        kind = "int8 weights and cache" if int8 else "bf16"
         how = "tile products at their peak" if at_peak else "GEMMs at the best kernel's rate"
         rate = WORKS[name].requests * WORKS[name].num_out / least
-        line = f"floor, {kind}, {how}: {least:.2f} s, {rate:.1f} tok/s"
+        line = f"floor, {format.text}, {how}: {least:.2f} s, {rate:.1f} tok/s"
         if name in ("W1", "W3"):
             step = floor.step(1, WORKS[name].num_in + WORKS[name].num_out / 2)
             line += f"; first token {1e3 * floor.first_token(name):.1f} ms, then {1e3 * step:.1f} ms"
@@ -177,8 +196,8 @@ def main() -> None:
             f"in the vocabulary, {2 * shape.weights / 1e9:.2f} GB, keys and values {2 * shape.kv_elements} B a token"
         )
         for name in WORKS:
-            for int8 in (False, True):
-                for line in of_cell(name, model, roof, int8=int8):
+            for format in FORMATS.values():
+                for line in of_cell(name, model, roof, format):
                     print(f"  {name}: " + line.replace("\n\n", f"\n  {name}: "))
 
 

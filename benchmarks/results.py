@@ -113,10 +113,11 @@ def _cell(results: Results, model: Path, cell: str) -> list[str]:
     lines += [_row(results, str(model), cell, engine, ours) for engine in engines]
     roofs = results.rooflines()
     if roofs:
-        for engine, is_int8 in (("ours", False), ("ours-int8", True)):
-            runs = results.of(str(model), cell, engine)
-            seconds = median(runs, "seconds") if runs else None
-            lines += ["", *floors.of_cell(cell, model, floors.best(roofs), int8=is_int8, seconds=seconds)]
+        for format in floors.FORMATS:
+            runs = results.of(str(model), cell, "ours" if format == "bf16" else f"ours-{format}")
+            if runs or format != "int4":  # which is measured only where somebody names it
+                seconds = median(runs, "seconds") if runs else None
+                lines += ["", *floors.of_cell(cell, model, floors.best(roofs), floors.FORMATS[format], seconds)]
     return lines
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import subprocess
 import sys
@@ -17,13 +19,18 @@ sys.path.append(str(BENCHMARKS))
 
 floors = pytest.importorskip("floors")
 import compare  # noqa: E402
-from processes import Processes  # noqa: E402
+from peers import Peer  # noqa: E402
+from processes import Guard, Processes  # noqa: E402
 from results import Results, as_table  # noqa: E402
 from roofline import Roofline  # noqa: E402
 
 # A parent that waits for two children, one of which left the session and the other ignores what it is asked.
 FAMILY = "setsid sleep 61 & (trap '' TERM; sleep 62; sleep 63) & echo there; wait"
-ROOF = Roofline(2, "amx", 30.0, 20.0, {1: 0.03, 2048: 2.5}, {}, {}, {}, {1: 0.06, 2048: 4.0}, 5.0, 10.0)
+CONFIG = {"num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128}
+CONFIG |= {"hidden_size": 1024, "intermediate_size": 3072, "vocab_size": 151936}  # Qwen3-0.6B
+SHAPE = floors.ModelShape(*CONFIG.values())
+RATES = {1: 0.03, 2048: 2.5}
+ROOF = Roofline(2, "amx", 30.0, 20.0, RATES, RATES, RATES, {}, {1: 0.06, 2048: 4.0}, 5.0, 10.0)
 
 
 def gone(pids: list[int], limit_s: float = 15) -> bool:
@@ -92,14 +99,57 @@ def test_results_are_kept_line_by_line_and_a_failure_says_why(tmp_path: Path):
     assert (tmp_path / "r.md").read_text() == as_table(again)
 
 
-@pytest.mark.parametrize("int8", [False, True])
+# offline.py --listen, in short; told to, it does not answer but ends.
+ANSWERS = """
+import json, sys
+print(json.dumps({"ready": 0.1}), flush=True)
+for line in sys.stdin:
+    asked = json.loads(line)
+    if asked["work"] in sys.argv[1].split(","):
+        sys.exit(3)
+    print(json.dumps({"work": asked["work"], "seconds": 0.5, "tokens_s": 32.0}), flush=True)
+"""
+
+
+def test_an_engine_that_fails_gets_the_reason_in_its_row_and_the_others_go_on(tmp_path: Path, monkeypatch):
+    def peer(name: str, command: list[str]) -> Peer:
+        return Peer(name, None, [sys.executable, "-c", *command], stays=True)
+
+    found = {
+        "no-start": peer("no-start", ["raise SystemExit(7)"]),
+        "no-json": peer("no-json", ["print('hello')"]),
+        "no-w4": peer("no-w4", [ANSWERS, "W4"]),
+        "good": peer("good", [ANSWERS, ""]),
+    }
+    monkeypatch.setattr(compare, "find_peers", lambda *_: found)
+    monkeypatch.setattr(compare, "measure", lambda *_: ROOF)
+    args = argparse.Namespace(peers=(), all_served=False, repeat=2, smoke=False, run_limit=20.0)
+    results, model = Results(tmp_path / "r.jsonl"), tmp_path
+    (model / "config.json").write_text(json.dumps(CONFIG))
+    compare.Phase(args, results, Guard(), model, ["W3", "W4"], time.monotonic() + 60).run()
+
+    def runs(engine: str) -> list[int]:
+        return [len(results.of(str(model), cell, engine)) for cell in ("W3", "W4")]
+
+    assert [runs(name) for name in found] == [[0, 0], [0, 0], [2, 0], [2, 2]]
+    assert "ended with 7" in results.failure(str(model), "W4", "no-start")
+    assert results.failure(str(model), "W3", "no-json")
+    assert results.failure(str(model), "W3", "no-w4") is None
+    assert "ended with 3" in results.failure(str(model), "W4", "no-w4")
+
+
+@pytest.mark.parametrize("format", floors.FORMATS.values(), ids=floors.FORMATS)
 @pytest.mark.parametrize("work", ["W1", "W2", "W3", "W4", "W5"])
-def test_no_floor_lies_below_the_bound_of_reading_and_tile_products(work: str, int8: bool):
-    shape = floors.ModelShape(28, 16, 8, 128, 1024, 3072, 151936)
-    floor, bound = (floors.Floor(shape, ROOF, int8, at_peak).seconds(work) for at_peak in (False, True))
+def test_no_floor_lies_below_the_bound_of_reading_and_tile_products(work: str, format: floors.Format):
+    floor, bound = (floors.Floor(SHAPE, ROOF, format, at_peak).seconds(work) for at_peak in (False, True))
     assert 0 < bound <= floor
     slower = replace(ROOF, bandwidth_gbs=15.0)
-    assert floors.Floor(shape, slower, int8).seconds(work) > floor
+    assert floors.Floor(SHAPE, slower, format).seconds(work) > floor
+
+
+def test_one_token_reads_each_weight_once_in_the_bytes_of_its_format():
+    read = {name: 30e9 * floors.Floor(SHAPE, ROOF, format).step(1, 0) for name, format in floors.FORMATS.items()}
+    assert read == pytest.approx({"bf16": 1.192e9, "int8": 0.596e9, "int4": 0.379e9}, rel=0.002)
 
 
 @pytest.mark.parametrize(
