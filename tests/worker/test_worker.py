@@ -385,6 +385,21 @@ def test_no_memory_is_taken_ahead_while_a_prompt_is_computed(tiny_model: Path):
     assert taker.held[:2] == [True, False] and not any(taker.held[2:])
 
 
+@pytest.mark.parametrize("part", ["forward", "compute_logits"])
+def test_memory_is_taken_again_behind_a_prompt_whose_step_fails(tiny_model: Path, monkeypatch, part: str):
+    loop, taker = Loop(tiny_model, enforce_eager=True), FakeTaker()
+    loop.worker.memory_taker = taker
+
+    def fails(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(loop.worker.runner.model, part, fails)
+    monkeypatch.setattr(loop.worker.runner.model, "likeliest", fails)
+    with pytest.raises(ZeroDivisionError):
+        loop.run([PROMPTS[0]], SamplingParams(max_tokens=3, temperature=0))
+    assert taker.held == [True, False]
+
+
 class FakeTaker:
     def __init__(self) -> None:
         self.held: list[bool] = []
