@@ -1,10 +1,9 @@
 """The native calls of a stretch of code, written down with their arguments (csrc/tape.h) to be made again as one.
 
 Arguments are addresses: a recording keeps alive every tensor that torch made, or made a view of, while it was taken,
-and whoever replays it sees to it that all other memory lies where it lay. What nobody looks at any more is given to the
-next tensor of its size, so that a step keeps about a layer's memory, and it stays in the caches. Memory that an op
-keeps between calls and may replace is kept alive by taking a view of it in each call. When a replay is right is for
-`worker/graphs.py` to know.
+and whoever replays it sees to it that all other memory lies where it lay: an op keeps none of its own that it may
+replace. What nobody looks at any more is given to the next tensor of its size, so that a step keeps about a layer's
+memory, and it stays in the caches. When a replay is right is for `worker/graphs.py` to know.
 
 Code whose tensors have a row for each of so many things (tokens, requests) is recorded for all numbers of them
 (`record_for_sizes`): what it makes of fewer rows is the beginning of the same memory, so that nothing differs between
@@ -50,7 +49,7 @@ class Recording:
 
     @property
     def nbytes(self) -> int:
-        """Of the memory that was made for it. What an op keeps as well would be there without it."""
+        """Of the memory that was made for it. What it was only shown would be there without it."""
         return sum(place.memory.nbytes for known in self._ours.values() for place in known)
 
     def replay(self, sizes: Sequence[int] = ()) -> None:

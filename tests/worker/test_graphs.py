@@ -167,7 +167,7 @@ def test_a_tape_is_replayed_with_as_many_sizes_as_it_has_and_none_above_the_most
         taken.replay((MOST + 1,))
 
 
-def test_what_an_op_keeps_stays_alive_and_counts_for_no_recording():
+def test_memory_that_a_recording_is_shown_stays_alive_and_counts_for_no_recording():
     scratch, x = torch.empty(1000, 64), values(1)
     with recording() as taken:
         place = scratch[:3]
