@@ -179,6 +179,24 @@ def test_asleep_the_memory_of_the_cache_and_at_level_2_of_the_weights_is_given_b
     assert worker.platform.process_memory_bytes() - rss[2] > 0.9 * weight_bytes
 
 
+@pytest.mark.skipif(NOT_NATIVE is not None, reason="only native calls are recorded")
+@pytest.mark.parametrize("level", [1, 2])
+def test_asleep_the_memory_that_steps_compute_in_is_given_back_too(tmp_path: Path, level: int):
+    model = make_model(tmp_path, arch="llama", dtype="float32", intermediate_size=8192, num_layers=1)
+    loop = Loop(model, max_num_batched_tokens=1024, enable_prefix_caching=False)
+    prompt, params = [7 + i % 490 for i in range(1024)], SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
+    rss = loop.worker.platform.process_memory_bytes
+    expected = loop.run([prompt], params)
+    step_bytes, awake = loop.worker.runner._recorded.recording.nbytes, rss()
+    assert step_bytes > 32 << 20  # more than what else may move
+    loop.worker.sleep(level)
+    asleep = rss()
+    assert awake - asleep > 0.9 * step_bytes
+    loop.worker.wake_up()
+    assert loop.run([prompt], params) == expected
+    assert rss() - asleep > 0.9 * step_bytes
+
+
 def test_weights_that_cannot_be_read_again_leave_a_worker_that_may_try_again(bf16_model: Path, tmp_path: Path):
     shutil.copytree(bf16_model, tmp_path, dirs_exist_ok=True)
     params = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
