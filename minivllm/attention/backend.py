@@ -39,6 +39,7 @@ class AttentionSpec:
     device: str
     kv_cache_dtype: str = "auto"  # what the cache stores, as the backend names it; auto: the same
     batch_invariant: bool = False  # a row's bits may not depend on the others; on a CPU they never do
+    cuda_decode: bool = True  # decode by a CUDA C++ kernel where there is one that serves the rest
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,11 @@ class AttentionBackend(ABC):
     def layout_id(self) -> str:
         """Of a block's bytes; blocks move only between equal ids."""
         return self.layout.layout_id
+
+    @property
+    def numerics_id(self) -> str:
+        """Of the bits of an answer, as far as the backend has a choice: equal ids, equal bits on one device."""
+        return self.layout_id
 
     @property
     def has_scales(self) -> bool:

@@ -132,7 +132,7 @@ class Worker:
             max_num_batched_tokens=max_num_batched_tokens,
             dtype=name_of(dtype),
             numerics_id="-".join(
-                filter(None, [platform.numerics_id, backend.layout_id, config.model.quantization])
+                filter(None, [platform.numerics_id, backend.numerics_id, config.model.quantization])
             ),
             kv_cache_groups=tuple(size.spec.groups),
             plans_in_flight=self._plans_in_flight,
@@ -265,6 +265,7 @@ class Worker:
                 device=self.platform.device,
                 kv_cache_dtype=self.config.cache.kv_cache_dtype,
                 batch_invariant=self.config.device.batch_invariant,
+                cuda_decode=self.config.device.cuda_decode_attention,
             )
         )
 
