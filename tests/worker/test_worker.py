@@ -319,7 +319,8 @@ def test_a_request_whose_logits_are_not_finite_fails_and_the_others_go_on(tiny_m
     healthy = Loop(tiny_model).run(PROMPTS, params)
     loop = Loop(tiny_model)
     poisoned = PoisonedModel if kept else ChoosingPoisonedModel
-    loop.worker.runner.model = poisoned(loop.worker.runner.model, row=-1, step=3)
+    # The first decode that is computed: behind the prompts' step, and three times for a recording.
+    loop.worker.runner.model = poisoned(loop.worker.runner.model, row=-1, step=4)
     answers = loop.run(PROMPTS, params)
     (failed,) = [i for i, answer in enumerate(answers) if answer.finish_reason == "error"]
     assert answers[failed].error == NONFINITE
