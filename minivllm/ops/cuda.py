@@ -58,9 +58,9 @@ def decode_why_not(dtype: torch.dtype, layout: RowLayout, group: int) -> str | N
 def choose_num_parts(num_tiles: int, max_segments: int, head_dim: int, window: int = 0) -> int:
     """How many thread blocks share the segments of a request and KV head; num_tiles: requests times KV heads.
 
-    A captured decode is launched for --max-model-len, and who finds no segment has still waited for a place: a Hopper
-    card has some 264 of them, by shared memory, which are full of blocks that read. 4,096 empty ones should take some
-    15 µs (none of it measured). No fewer than 2 a tile, so that the blocks of a large batch stay small beside the
+    A captured decode is launched for --max-model-len, and a block that finds no segment has still waited for a place: a
+    Hopper card has some 264 of them, by shared memory, which are full of blocks that read. 4,096 empty ones should take
+    some 15 µs (none of it measured). No fewer than 2 a tile, so that the blocks of a large batch stay small beside the
     whole. No choice changes a bit.
     """
     seen = max_segments if window <= 0 else min(max_segments, (window - 2) // SEGMENT + 2)
