@@ -56,7 +56,7 @@ class StepInputs:
     slot_mapping: torch.Tensor  # [num_tokens] int64: block_id * block_size + offset
     max_query_len: int | None = None  # bounds that the host knows, so that nobody need ask the device
     max_seq_len: int | None = None
-    room: torch.Tensor | None = None  # [3 * most requests + 1] int32, the backend's: what it finds out stays there
+    room: Any = None  # the backend's `new_room`: what it finds out of a step lies there, in the same place each time
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,10 @@ class AttentionBackend(ABC):
     @abstractmethod
     def build_metadata(self, step: StepInputs) -> Any:
         """Whatever `forward` wants to know of the step, made once for all layers of a KV cache group."""
+
+    def new_room(self, num_reqs: int) -> Any:
+        """Where to put what `build_metadata` finds out of up to so many requests; None: it finds out nothing."""
+        return None
 
     def sizes_of(self, metadata: Any) -> tuple[int, ...]:
         """How much metadata says beside the step's tokens and requests: what a recorded step is replayed with."""
