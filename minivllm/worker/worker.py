@@ -132,7 +132,7 @@ class Worker:
             max_num_batched_tokens=max_num_batched_tokens,
             dtype=name_of(dtype),
             numerics_id="-".join(
-                filter(None, [platform.numerics_id, backend.layout_id, config.model.quantization])
+                filter(None, [platform.numerics_id, backend.numerics_id, config.model.quantization])
             ),
             kv_cache_groups=tuple(size.spec.groups),
             plans_in_flight=self._plans_in_flight,
@@ -144,13 +144,18 @@ class Worker:
             self._profiler.before_step()
         if self.memory_taker is not None and plan.total_num_scheduled_tokens > len(plan.num_scheduled_tokens):
             self.memory_taker.hold(True)  # a prompt's step allocates
-        self._initialized().execute_model(plan)
+        try:
+            self._initialized().execute_model(plan)
+        except BaseException:
+            self._let_memory_be_taken()  # there may be no sampling
+            raise
 
     def sample_tokens(self, grammar: GrammarOutput | None) -> ModelRunnerOutput:
         """Sample from the last `execute_model`; `grammar` says where not freely."""
-        result = self._initialized().sample_tokens(grammar)
-        self._end_step()
-        return result
+        try:
+            return self._initialized().sample_tokens(grammar)
+        finally:
+            self._end_step()
 
     def start_profile(self, prefix: str, delay: int | None, most: int | None) -> bool:
         """Record the steps to come; see WorkerProfiler."""
@@ -190,16 +195,20 @@ class Worker:
 
     def start_sampling(self, grammar: GrammarOutput | None) -> Handle:
         """As `sample_tokens`; the handle's `result()` waits."""
-        handle = self._initialized().start_sampling(grammar)
-        self._end_step()
-        return handle
+        try:
+            return self._initialized().start_sampling(grammar)
+        finally:
+            self._end_step()
 
     def _end_step(self) -> None:
         """All of the step has been given to the device, if it is not done: a recording that ends now waits for that."""
-        if self.memory_taker is not None:
-            self.memory_taker.hold(False)
+        self._let_memory_be_taken()
         if self._profiler is not None:
             self._profiler.after_step()
+
+    def _let_memory_be_taken(self) -> None:
+        if self.memory_taker is not None:
+            self.memory_taker.hold(False)
 
     def shutdown(self) -> None:
         """Let go of the model and the cache. May be called again."""
@@ -256,6 +265,7 @@ class Worker:
                 device=self.platform.device,
                 kv_cache_dtype=self.config.cache.kv_cache_dtype,
                 batch_invariant=self.config.device.batch_invariant,
+                cuda_decode=self.config.device.cuda_decode_attention,
             )
         )
 
