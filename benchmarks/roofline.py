@@ -81,7 +81,8 @@ def best_seconds(run: Callable[[], object], seconds: float) -> float:
 def bandwidth(seconds: float, *, megabytes: int = 1024, huge_pages: bool = True) -> float:
     """GB/s of reading a buffer once."""
     size = megabytes << 20
-    with mmap.mmap(-1, size + (2 << 20)) as memory:
+    # Private, as weights and caches are: shared memory gets no huge pages unless the system says so elsewhere.
+    with mmap.mmap(-1, size + (2 << 20), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
         if hasattr(mmap, "MADV_HUGEPAGE"):
             memory.madvise(mmap.MADV_HUGEPAGE if huge_pages else mmap.MADV_NOHUGEPAGE)
         view = np.frombuffer(memory, np.uint8)

@@ -14,12 +14,13 @@
 namespace minivllm::MINIVLLM_ISA {
 namespace {
 
-// Query rows of one request, or of the members of a group over what they share, against one KV head.
+// Query rows of one request, or of the members of a group over what they share, against one KV head; or a request's one
+// row against several.
 struct Unit {
     int32_t request;                    // whose row of the block table is followed
     int32_t first_query, num_queries;   // from the request's first
     int32_t first_member, num_members;  // of a shared walk: whose rows
-    int32_t kv_head;
+    int32_t kv_head, num_kv_heads;
     int32_t state;                      // where the rows' states lie between walks: a row of Work.states, or -1
     int32_t num_parts;                  // of a join
     Ending ending;
@@ -62,6 +63,7 @@ struct Work {
     int num_shares;
     float* states;          // [members of groups, then parts][num_heads][carried_floats]
     int64_t positions;      // whose rows walk together, the heads of the group each
+    int64_t heads;          // KV heads whose rows walk together, of a request with one row
     int64_t next_state;     // the first row of states that nobody has
 };
 
@@ -76,13 +78,23 @@ int64_t positions_together(const Attention& a) {
     return greater(1, rows / group_size(a));
 }
 
+// Rows of several heads take a step together: their softmax is one stretch, in which the processor works on several rows
+// at once, and keys and values are read as they lie. With 16 rows what they need leaves the first cache. Each thread keeps
+// some walks to balance.
+int64_t heads_together(const Attention& a, int64_t num_decodes) {
+    constexpr int64_t kMostRows = 8;
+    int64_t heads = lesser(a.layout.num_kv_heads, greater(1, kMostRows / group_size(a)));
+    while (heads > 1 && num_decodes * a.layout.num_kv_heads / heads < 2 * num_threads()) heads /= 2;
+    return heads;
+}
+
 // What the members of each group share, as many of them together as a walk has rows: a head's walks one after another.
 void list_shared(const Attention& a, Work& work) {
     for (int64_t g = 0; g < a.num_groups; ++g)
         for (int32_t h = 0; h < a.layout.num_kv_heads; ++h)
             for (int64_t m = a.group_starts[g]; m < a.group_starts[g + 1]; m += work.positions) {
                 const int64_t n = lesser(work.positions, a.group_starts[g + 1] - m);
-                work.shared.add({a.members[m], 0, 0, int32_t(m), int32_t(n), h, int32_t(m), 0, Ending::shared, false, 0,
+                work.shared.add({a.members[m], 0, 0, int32_t(m), int32_t(n), h, 1, int32_t(m), 0, Ending::shared, false, 0,
                                  a.shared_lens[g]});
             }
 }
@@ -95,7 +107,7 @@ void list_prompt(const Attention& a, int32_t request, Work& work) {
     for (int32_t h = 0; h < a.layout.num_kv_heads; ++h)
         for (int64_t q = (q_len - 1) / work.positions * work.positions; q_len > 0 && q >= 0; q -= work.positions) {
             const int64_t n = lesser(work.positions, q_len - q);
-            work.prompts.add({request, int32_t(q), int32_t(n), 0, 0, h, -1, 0, Ending::output, false, 0,
+            work.prompts.add({request, int32_t(q), int32_t(n), 0, 0, h, 1, -1, 0, Ending::output, false, 0,
                               first_position + q + n});
         }
 }
@@ -103,11 +115,12 @@ void list_prompt(const Attention& a, int32_t request, Work& work) {
 void list_decode(const Attention& a, int32_t request, int32_t member, int64_t begin, bool in_parts, Work& work) {
     const int64_t end = a.seq_lens[request], parts = num_parts(begin, end);
     begin = greater(begin, (end - a.sliding_window) / kTile * kTile);
-    Unit unit{request, 0, 1, 0, 0, 0, member, 0, Ending::output, member >= 0, begin, end};
+    Unit unit{request, 0, 1, 0, 0, 0, 0, member, 0, Ending::output, member >= 0, begin, end};
     in_parts = in_parts && member < 0 && parts > 1;
     const int64_t first_state = work.next_state;
-    for (int32_t h = 0; h < a.layout.num_kv_heads; ++h) {
-        unit.kv_head = h;
+    for (int64_t h = 0; h < a.layout.num_kv_heads; h += work.heads) {
+        unit.kv_head = int32_t(h);
+        unit.num_kv_heads = int32_t(lesser(work.heads, a.layout.num_kv_heads - h));
         for (int64_t part = 0; part < (in_parts ? parts : 1); ++part) {
             if (in_parts) {
                 unit.state = int32_t(first_state + part);
@@ -127,20 +140,23 @@ void list_decode(const Attention& a, int32_t request, int32_t member, int64_t be
     if (in_parts) work.next_state += parts;
 }
 
+int64_t num_positions(const Unit& unit) { return (unit.end - unit.begin) * unit.num_kv_heads; }
+
 // Shares of as many positions each.
 void share_out(Units& units, int num_shares) {
     int64_t total = 0, walked = 0, i = 0;
-    for (int64_t u = 0; u < units.num; ++u) total += units.list[u].end - units.list[u].begin;
+    for (int64_t u = 0; u < units.num; ++u) total += num_positions(units.list[u]);
     for (int t = 0; t < num_shares; ++t) {
         const int64_t first = i;
         while (i < units.num && (walked < total * (t + 1) / num_shares || t + 1 == num_shares)) {
-            walked += units.list[i].end - units.list[i].begin;
+            walked += num_positions(units.list[i]);
             ++i;
         }
         (new (units.shares + t) Share)->set(first, i);
     }
 }
 
+template <class Math>
 Work list_work(const Attention& a) {
     const int64_t heads = a.layout.num_kv_heads;
     Work work{};
@@ -152,6 +168,7 @@ Work list_work(const Attention& a) {
         if (q_len == 1) ++num_decodes, most_parts += num_parts(0, a.seq_lens[b]);
         else num_prompts += (q_len + work.positions - 1) / work.positions;
     }
+    work.heads = Math::joins_heads(a) ? heads_together(a, num_decodes) : 1;
     const bool in_parts = (num_prompts + num_decodes) * heads < 4 * num_threads() && a.sliding_window == kNoWindow;
     const int64_t num_states = a.num_members + (in_parts ? most_parts : 0);
     const int64_t num_shared = a.num_groups + a.num_members / work.positions;
@@ -190,10 +207,11 @@ float* state_of(const Attention& a, const Work& work, int64_t state, int64_t hea
 }
 
 void own_rows(const Attention& a, const Work& work, const Unit& unit, Rows& rows) {
-    const int64_t group = group_size(a), first_head = unit.kv_head * group;
+    const int64_t group = group_size(a) * unit.num_kv_heads, first_head = unit.kv_head * group_size(a);
     const int64_t first_token = a.query_start_loc[unit.request] + unit.first_query;
     const int64_t first_position = a.seq_lens[unit.request] - (a.query_start_loc[unit.request + 1] - first_token);
     rows.count = unit.num_queries * group;
+    rows.per_head = rows.count / unit.num_kv_heads;
     for (int64_t i = 0, r = 0; i < unit.num_queries; ++i)
         for (int64_t g = 0; g < group; ++g, ++r) {
             rows.head[r] = int32_t(first_head + g);
@@ -208,7 +226,7 @@ void own_rows(const Attention& a, const Work& work, const Unit& unit, Rows& rows
 
 void shared_rows(const Attention& a, const Work& work, const Unit& unit, Rows& rows) {
     const int64_t group = group_size(a), first_head = unit.kv_head * group;
-    rows.count = unit.num_members * group;
+    rows.count = rows.per_head = unit.num_members * group;
     for (int64_t m = unit.first_member, r = 0; m < unit.first_member + unit.num_members; ++m)
         for (int64_t g = 0; g < group; ++g, ++r) {
             const int64_t request = a.members[m];
@@ -258,7 +276,7 @@ void run_shares(const Attention& a, const Work& work, const Units& units, int th
 
 template <class Math>
 void run_with(const Attention& a) {
-    const Work work = list_work(a);
+    const Work work = list_work<Math>(a);
     struct Context { const Attention& a; const Work& work; std::atomic<int64_t> next_prompt; } context{a, work, {0}};
     run_on_threads(int(lesser(work.num_shares, work.shared.num)), [](void* p, int thread) {
         const Context& c = *static_cast<Context*>(p);

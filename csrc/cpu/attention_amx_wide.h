@@ -232,7 +232,7 @@ private:
     // A block's, when it starts; those of the next block are fetched meanwhile.
     void read_queries(const Item& item) {
         for (int64_t r = item.block; r < item.block_end; ++r)
-            read_query(q_ + r / 16 * num_k_ * 512 + r % 16 * 32, a_, rows_.token[r], rows_.head[r]);
+            read_query(q_ + r / 16 * num_k_ * 512 + r % 16 * 32, 512, a_, rows_.token[r], rows_.head[r]);
         next_query_ = item.block_end;
         end_query_ = lesser(item.block_end + kBlock, rows_.count);
     }

@@ -60,9 +60,10 @@ MINIVLLM_INLINE float exp2_one(float x) {
     return lanes[0];
 }
 
-// The rows of a walk: query rows of one request, a position's heads side by side, or those of several.
+// The rows of a walk: query rows of one request, a position's heads side by side, or those of several. All read one KV
+// head; or, where Math joins heads, consecutive ones, `per_head` rows each, and all see the same positions.
 struct Rows {
-    int64_t count;
+    int64_t count, per_head;
     int32_t token[kMaxRows], head[kMaxRows];       // where the query is and the output goes
     int64_t position[kMaxRows];
     int64_t begin[kMaxRows], end[kMaxRows];        // what it sees on the way: positions, ascending from row to row
@@ -187,10 +188,11 @@ struct State {
 //   add_values(step, first, end)   state.seg_out += weights · v
 //   finish()                       ends what start() began
 //   kBlock                         rows that take a step together: what they need of it stays in the nearest cache
+//   joins_heads(a)                 whether a block may be the rows of several KV heads
 struct Step {
     int64_t begin;                    // absolute position
     int first_tile, end_tile;         // of the step, those that some row sees
-    const char* key[kStepTiles];      // tiles; values lie layout.half_bytes() behind
+    const char* key[kStepTiles];      // tiles; values lie layout.half_bytes() behind, the next head layout.head_bytes()
     int next_first, next_end;         // of the step that this thread will probably take next; none: equal
     const char* next[kStepTiles];     // its key tiles
 };
