@@ -19,6 +19,18 @@
 
 #include "types.h"
 
+// gcc's loads of tiles (12's, at least) do not say that they read memory, so that it may leave out the stores to what they
+// load, or put them behind. These say it, of all that lies behind the address, and hold up nothing else, as a barrier would.
+#if defined(__AMX_TILE__) && defined(_tile_loadd_internal)
+#undef _tile_loadd_internal
+#undef _tile_stream_loadd_internal
+#define _tile_loadd_internal(tile, from, stride) MINIVLLM_LOAD_TILE("tileloadd", tile, from, stride)
+#define _tile_stream_loadd_internal(tile, from, stride) MINIVLLM_LOAD_TILE("tileloaddt1", tile, from, stride)
+#define MINIVLLM_LOAD_TILE(instruction, tile, from, stride)                                              \
+    asm volatile(instruction "\t(%0,%1,1), %%tmm" #tile ::"r"((const void*)(from)), "r"((long)(stride)), \
+                 "m"(*(const char(*)[])(from)))
+#endif
+
 #ifndef MINIVLLM_ISA
 #error "kernel files are compiled by CMake with MINIVLLM_ISA set; bindings must not include isa.h"
 #endif
