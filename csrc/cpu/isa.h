@@ -26,9 +26,12 @@
 #undef _tile_stream_loadd_internal
 #define _tile_loadd_internal(tile, from, stride) MINIVLLM_LOAD_TILE("tileloadd", tile, from, stride)
 #define _tile_stream_loadd_internal(tile, from, stride) MINIVLLM_LOAD_TILE("tileloaddt1", tile, from, stride)
-#define MINIVLLM_LOAD_TILE(instruction, tile, from, stride)                                              \
-    asm volatile(instruction "\t(%0,%1,1), %%tmm" #tile ::"r"((const void*)(from)), "r"((long)(stride)), \
-                 "m"(*(const char(*)[])(from)))
+#define MINIVLLM_LOAD_TILE(instruction, tile, from, stride)                                                         \
+    do {                                                                                                            \
+        const void* const place = (from);                                                                           \
+        asm volatile(instruction "\t(%0,%1,1), %%tmm" #tile ::"r"(place), "r"((long)(stride)),                      \
+                     "m"(*static_cast<const char(*)[]>(place)));                                                    \
+    } while (0)
 #endif
 
 #ifndef MINIVLLM_ISA
