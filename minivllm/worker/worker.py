@@ -348,8 +348,9 @@ class Worker:
         def step() -> None:
             largest_step.run(model, backend, most_tokens, num_seqs)
 
-        step()  # kernels are compiled and libraries make their workspaces: that stays, and is not the step's
-        step_bytes = self.platform.peak_bytes_of(step)
+        # The first brings what stays: kernels, the memory that the driver sets aside for them, workspaces of libraries.
+        step_bytes = self.platform.kept_bytes_of(step)
+        step_bytes += self.platform.peak_bytes_of(step)
         step_bytes += backend.scratch_bytes(min(num_seqs, num_tokens), size.max_model_len)
         step_bytes += DeviceSampling.num_bytes(self.config.hf_config.vocab_size)
         runners: list[ModelRunner] = []
