@@ -102,10 +102,14 @@ class Worker:
             else:
                 loader.load_weights(plan, dtype, platform, show_progress=config.load.use_tqdm_on_load)
 
-        load()
-        if not platform.is_host:
+        if platform.is_host:
+            load()
+        else:
+            # What came beside the weights stays: the device's own memory for the first kernels of all.
+            beside = max(0, platform.kept_bytes_of(load) - _weight_bytes(model))
             on_progress("measuring the largest step")
             measured = self._measure_step(model, backend, max_num_batched_tokens, max_num_seqs, size)
+            measured = replace(measured, step_bytes=measured.step_bytes + beside)
             size, (max_num_batched_tokens, max_num_seqs) = self._size_cache_and_step(
                 model, backend, max_model_len, free_bytes, measured
             )
@@ -348,8 +352,9 @@ class Worker:
         def step() -> None:
             largest_step.run(model, backend, most_tokens, num_seqs)
 
-        step()  # kernels are compiled and libraries make their workspaces: that stays, and is not the step's
-        step_bytes = self.platform.peak_bytes_of(step)
+        # The first brings what stays: kernels, the memory that the driver sets aside for them, workspaces of libraries.
+        step_bytes = self.platform.kept_bytes_of(step)
+        step_bytes += self.platform.peak_bytes_of(step)
         step_bytes += backend.scratch_bytes(min(num_seqs, num_tokens), size.max_model_len)
         step_bytes += DeviceSampling.num_bytes(self.config.hf_config.vocab_size)
         runners: list[ModelRunner] = []
@@ -424,7 +429,7 @@ class Worker:
         )
         if measured is None:
             measured = memory.Measured(memory.step_bytes(config.hf_config, *limits, dtype_bytes))
-        weight_bytes = sum(weight.num_bytes for weight in model.weights())
+        weight_bytes = _weight_bytes(model)
         cache = config.cache
         if self.platform.is_host:
             budget = memory.Budget(
@@ -457,6 +462,10 @@ class Worker:
         return kv_layout.group_layers(
             model.sliding_windows, max_model_len=max_model_len, step_tokens=step_tokens, block_size=block_size
         )
+
+
+def _weight_bytes(model: DecoderForCausalLM) -> int:
+    return sum(weight.num_bytes for weight in model.weights())
 
 
 def resolve_dtype(asked: str, checkpoint: str | None) -> torch.dtype:
