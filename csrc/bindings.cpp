@@ -70,7 +70,7 @@ NB_MODULE(_native, m) {
         .def("stop", &Tape::stop)
         .def("__len__", &Tape::size)
         .def_prop_ro("names", &Tape::names)
-        .def("follow_sizes", &Tape::follow_sizes, nb::arg("other"), nb::arg("own"), nb::arg("others"))
+        .def("follow_sizes", &Tape::follow_sizes, nb::arg("others"), nb::arg("own"), nb::arg("theirs"))
         .def("replay", &Tape::replay, nb::arg("sizes") = std::vector<int64_t>(), release_gil)
         .def("timed_replay", &Tape::timed_replay, release_gil);
     BindRegistrar::bind_all(m);

@@ -1,7 +1,7 @@
 // Native calls written down with their arguments, to be made again in one go, without Python: a CUDA graph for a CPU.
 //
-// Owns copies of the arguments, nothing that they point to: see minivllm/ops/recording.py. Of two tapes of the same calls
-// at two sizes one is made that serves all sizes. A thread records onto one tape at a time; what else it calls meanwhile
+// Owns copies of the arguments, nothing that they point to: see minivllm/ops/recording.py. Of tapes of the same calls
+// at some sizes one is made that serves all sizes. A thread records onto one tape at a time; what else it calls meanwhile
 // happens, and is not on the tape.
 #pragma once
 
@@ -82,6 +82,8 @@ private:
 
 class Tape {
 public:
+    using Sizes = std::vector<int64_t>;
+
     // is_dry: calls are written down and not made; after: a tape whose calls, at the same sizes, come first in a replay.
     explicit Tape(bool is_dry, Tape* after) : is_dry(is_dry), after_(after) {}
     Tape(const Tape&) = delete;
@@ -108,22 +110,31 @@ public:
         return names;
     }
 
-    // Has the tape serve any sizes. `other` holds the same calls, on the same memory, of a step of other sizes: an integer
-    // that differs is the same multiple of the same size in both. Ratios of a size's two values must differ from size to
-    // size, so that it is known which one. Throws std::invalid_argument where the tapes differ in anything else.
-    void follow_sizes(const Tape& other, const std::vector<int64_t>& own, const std::vector<int64_t>& others) {
-        if (calls_.size() != other.calls_.size())
-            throw std::invalid_argument(std::to_string(calls_.size()) + " calls at one size, " +
-                                        std::to_string(other.calls_.size()) + " at another");
+    // Has the tape serve any sizes. `others` hold the same calls, on the same memory, of steps of other sizes: an integer
+    // that differs is the same multiple of the same size in all. Ratios of a size to what it is in the first of the others
+    // must differ from size to size, so that it is known which one; a second excludes coincidences. Throws
+    // std::invalid_argument where the tapes differ in anything else.
+    void follow_sizes(const std::vector<const Tape*>& others, const Sizes& own, const std::vector<Sizes>& theirs) {
+        for (const Tape* other : others)
+            if (calls_.size() != other->calls_.size())
+                throw std::invalid_argument(std::to_string(calls_.size()) + " calls at one size, " +
+                                            std::to_string(other->calls_.size()) + " at another");
         std::vector<Follower> followers;
         for (size_t i = 0; i < calls_.size(); ++i) {
-            Call &a = *calls_[i], &b = *other.calls_[i];
-            if (!a.is_like(b))
-                throw std::invalid_argument("call " + std::to_string(i) + ", " + a.name +
-                                            ", differs from one size to another in more than integers");
-            const auto ours = a.integers(), theirs = b.integers();
-            for (size_t j = 0; j < ours.size(); ++j)
-                if (*ours[j] != *theirs[j]) followers.push_back(follower(a, ours[j], *theirs[j], own, others));
+            std::vector<std::vector<int64_t*>> same;  // integers, of each of the others
+            for (const Tape* other : others) {
+                if (!calls_[i]->is_like(*other->calls_[i]))
+                    throw std::invalid_argument("call " + std::to_string(i) + ", " + calls_[i]->name +
+                                                ", differs from one size to another in more than integers");
+                same.push_back(other->calls_[i]->integers());
+            }
+            const std::vector<int64_t*> integers = calls_[i]->integers();
+            for (size_t j = 0; j < integers.size(); ++j) {
+                Sizes values;
+                for (const auto& each : same) values.push_back(*each[j]);
+                if (values != Sizes(values.size(), *integers[j]))
+                    followers.push_back(follower(*calls_[i], integers[j], values, own, theirs));
+            }
         }
         followers_ = std::move(followers);
         num_sizes_ = own.size();
@@ -131,7 +142,7 @@ public:
 
     // Makes the calls again, in order; `sizes` as in follow_sizes, none without it. Throws what one of them throws; those
     // behind it are not made then.
-    void replay(const std::vector<int64_t>& sizes) {
+    void replay(const Sizes& sizes) {
         if (sizes.size() != num_sizes_)
             throw std::invalid_argument(std::to_string(sizes.size()) + " sizes for a tape of " +
                                         std::to_string(num_sizes_));
@@ -164,12 +175,19 @@ private:
         size_t size;
     };
 
-    static Follower follower(const Call& call, int64_t* a, int64_t b, const std::vector<int64_t>& own,
-                             const std::vector<int64_t>& others) {
-        for (size_t s = 0; s < own.size(); ++s)
-            if (own[s] != 0 && *a % own[s] == 0 && *a / own[s] * others[s] == b) return {a, *a / own[s], s};
-        throw std::invalid_argument(std::string(call.name) + " is given " + std::to_string(*a) + " at one size and " +
-                                    std::to_string(b) + " at another, which are no multiple of any");
+    // values: what an integer is at each of `theirs`.
+    static Follower follower(const Call& call, int64_t* integer, const Sizes& values, const Sizes& own,
+                             const std::vector<Sizes>& theirs) {
+        for (size_t s = 0; s < own.size(); ++s) {
+            if (own[s] == 0 || *integer % own[s] != 0) continue;
+            const int64_t factor = *integer / own[s];
+            bool follows = true;
+            for (size_t k = 0; k < values.size(); ++k) follows = follows && factor * theirs[k][s] == values[k];
+            if (follows) return {integer, factor, s};
+        }
+        std::string found = std::to_string(*integer) + " at one size";
+        for (const int64_t value : values) found += ", " + std::to_string(value) + " at another";
+        throw std::invalid_argument(std::string(call.name) + " is given " + found + ", which are no multiple of any");
     }
 
     Tape* const after_;

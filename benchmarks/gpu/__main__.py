@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from benchmarks.gpu.models import Row
 
 PARTS = (
-    "attention", "decode-8B", "start-8B", "decode-1B", "kernels", "sampling", "batch-invariant", "transformers",
+    "attention", "captured", "cuda-decode", "decode-8B", "start-8B", "decode-1B", "kernels", "sampling",
+    "batch-invariant", "transformers",
 )  # fmt: skip
 _START_S = 100  # at most, from a command to its first token
 _GRACE_S = 60  # what a row may last beyond --seconds before it is taken to hang
@@ -66,9 +67,10 @@ def main() -> int:
     for part in (part for part in PARTS if part in args.only):
         if not is_time_left():
             print(f"\n{part}: not run: {args.seconds:.0f} seconds are over")
-        elif part in ("attention", "kernels"):
+        elif part in ("attention", "captured", "kernels"):
             print(f"\n{'kernel':<76} {'us':>9} {'rate':>14} {'of ceiling':>10}")
-            for kernel in kernels.attention_kernels() if part == "attention" else kernels.other_kernels():
+            of_part = {"attention": kernels.attention_kernels, "captured": kernels.captured_kernels}
+            for kernel in of_part.get(part, kernels.other_kernels)():
                 if not is_time_left():
                     print(f"{kernel.name:<76} not run: out of time")
                     continue
@@ -85,6 +87,10 @@ def main() -> int:
             gc.collect()
             torch.cuda.empty_cache()
             show(start.run("8B", models.SHAPES["8B"], limit_s=limit_s, device="cuda"))
+        elif part == "cuda-decode":
+            for name in ("8B", "1B"):
+                make = partial(models.Model, models.SHAPES[name], max_model_len=32768)
+                show(models.gain_of_cuda_decode(name, make))
         elif part == "batch-invariant":
             show(models.price_of_invariance("1B", partial(models.Model, models.SHAPES["1B"])))
         elif part == "transformers":

@@ -46,8 +46,10 @@ class Attention:
     """A cache that is full of requests of one length, each in blocks of its own, dealt at random."""
 
     def __init__(
-        self, batch: int, context: int, query_len: int, kv_dtype: str = "bfloat16", block_size: int = 64
-    ) -> None:
+        self, batch: int, context: int, query_len: int, kv_dtype: str = "bfloat16", block_size: int = 64,
+        bound: int | None = None,
+    ) -> None:  # fmt: skip
+        """bound: of the lengths, that launches are made for, as a captured step's; else the lengths themselves."""
         device = "cuda"
         self.layout = RowLayout(kv_dtype, KV_HEADS, HEAD_DIM, block_size)
         blocks = -(-context // block_size)
@@ -61,6 +63,7 @@ class Attention:
         self.seq_lens = torch.full((batch,), context, dtype=torch.int32, device=device)
         self.starts = torch.arange(batch + 1, dtype=torch.int32, device=device) * query_len
         self.context, self.query_len, self.batch = context, query_len, batch
+        self.bound = bound or context
         self.options = Options(scale=HEAD_DIM**-0.5)
 
     @property
@@ -78,17 +81,19 @@ class Attention:
 
         return paged_attention(
             self.q, self.cache, self.table, self.seq_lens, self.starts, layout=self.layout, options=self.options,
-            shape=BatchShape(self.query_len, self.context), batch_invariant=batch_invariant,
+            shape=BatchShape(self.query_len, self.bound), batch_invariant=batch_invariant,
         )  # fmt: skip
 
-    def cuda(self) -> object:
+    def cuda(self, num_parts: int | None = None) -> object:
         return cuda.decode_attention(
             self.q, self.cache, self.table, self.seq_lens,
-            layout=self.layout, options=self.options, max_seq_len=self.context,
+            layout=self.layout, options=self.options, max_seq_len=self.bound,
+            num_parts=num_parts,
         )  # fmt: skip
 
     def kernels(self) -> Iterator[Kernel]:
         what = f"{self.batch} × {self.query_len} rows over {self.context:,} tokens, {self.layout.dtype}"
+        what += f", for {self.bound:,}" if self.bound != self.context else ""
         yield Kernel(f"attention (triton), {what}", self.triton, self.num_bytes, self.num_flops)
         yield Kernel(
             f"attention (triton, batch invariant), {what}",
@@ -109,6 +114,28 @@ def attention_kernels() -> Iterator[Kernel]:
         yield from Attention(64, 8192, 1, kv_dtype).kernels()
     for batch, length in ((1, 8192), (4, 2048)):
         yield from Attention(batch, length, length).kernels()
+
+
+def captured_kernels(bound: int = 32768) -> Iterator[Kernel]:
+    """Decodes as a captured step launches them: for --max-model-len. CUDA C++ also in other numbers of parts."""
+    for batch, context in ((1, 512), (8, 512), (64, 512), (256, 512), (1, 8192), (8, 8192), (64, 2048), (64, 8192)):
+        work = Attention(batch, context, 1, bound=bound)
+        for kernel in work.kernels():
+            yield kernel._replace(work=_captured(kernel.work))
+        if cuda.extension()[1] is None:
+            for num_parts in (1, 2, 4, 8, 16, 32):
+                in_parts = _captured(lambda n=num_parts, w=work: w.cuda(n))
+                yield Kernel(f"  the last in {num_parts} parts", in_parts, work.num_bytes)
+
+
+def _captured(work: Callable[[], object]) -> Callable[[], object]:
+    """The same as a graph: what is short is not to be measured by how fast the host launches it."""
+    work()  # no module may be loaded in a capture
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
 
 
 def other_kernels() -> Iterator[Kernel]:

@@ -62,7 +62,7 @@ ASKING = SamplingParams(
 class Model:
     def __init__(
         self, shape: dict, *, platform: Platform | None = None, device: str = "cuda", max_model_len: int = 16384,
-        max_num_batched_tokens: int = 8192, batch_invariant: bool = False, **cache: int,
+        max_num_batched_tokens: int = 8192, batch_invariant: bool = False, cuda_decode: bool = True, **cache: int,
     ) -> None:  # fmt: skip
         begin = time.perf_counter()
         hf = HFConfig.from_dict(shape)
@@ -76,7 +76,7 @@ class Model:
                     max_num_seqs=256, max_num_batched_tokens=max_num_batched_tokens, async_scheduling=True
                 ),
                 load=LoadConfig(load_format="dummy"),
-                device=DeviceConfig(device=device, batch_invariant=batch_invariant),
+                device=DeviceConfig(device, batch_invariant, cuda_decode),
                 model_class=ModelRegistry.target(hf.architecture),
             )
             self.worker = Worker(config, platform)
@@ -269,6 +269,25 @@ def price_of_invariance(
         without = plain[what][1]
         note = f"{seconds * 1e3:.2f} ms, {seconds / without:.2f} × the {without * 1e3:.2f} ms without"
         yield Row(f"{name} batch invariant {what}", f"{tokens / seconds:,.0f}", "-", note)
+
+
+def gain_of_cuda_decode(
+    name: str, make: Callable[..., Model], *,
+    sizes: tuple[tuple[int, int], ...] = ((1, 512), (64, 512), (64, 2048), (8, 8192)), steps: int = 40,
+) -> Iterator[Row]:  # fmt: skip
+    """A model's captured decodes with attention in CUDA C++ beside Triton's: `make(cuda_decode=…)` makes either.
+
+    sizes: of requests, and tokens of each.
+    """
+    seconds: dict[bool, list[float]] = {}
+    for is_cuda in (False, True):
+        model = make(cuda_decode=is_cuda)
+        seconds[is_cuda] = [model.decode(batch, context, steps=steps)[0] for batch, context in sizes]
+        model.close()
+    for (batch, context), triton, ours in zip(sizes, seconds[False], seconds[True], strict=True):
+        note = f"{ours * 1e3:.2f} ms, {ours / triton:.2f} × the {triton * 1e3:.2f} ms by Triton"
+        what = f"{name} decode in CUDA C++, batch {batch}, context {context:,}"
+        yield Row(what, f"{batch / ours:,.0f}", "-", note)
 
 
 def sampling(vocab_size: int, batch: int, device: str, clock: Clock) -> list[Row]:

@@ -20,6 +20,21 @@
 
 #include "types.h"
 
+// gcc's loads of tiles (12's, at least) do not say that they read memory, so that it may leave out the stores to what they
+// load, or put them behind. These say it, of all that lies behind the address, and hold up nothing else, as a barrier would.
+#if defined(__AMX_TILE__) && defined(_tile_loadd_internal)
+#undef _tile_loadd_internal
+#undef _tile_stream_loadd_internal
+#define _tile_loadd_internal(tile, from, stride) MINIVLLM_LOAD_TILE("tileloadd", tile, from, stride)
+#define _tile_stream_loadd_internal(tile, from, stride) MINIVLLM_LOAD_TILE("tileloaddt1", tile, from, stride)
+#define MINIVLLM_LOAD_TILE(instruction, tile, from, stride)                                                         \
+    do {                                                                                                            \
+        const void* const place = (from);                                                                           \
+        asm volatile(instruction "\t(%0,%1,1), %%tmm" #tile ::"r"(place), "r"((long)(stride)),                      \
+                     "m"(*static_cast<const char(*)[]>(place)));                                                    \
+    } while (0)
+#endif
+
 #ifndef MINIVLLM_ISA
 #error "kernel files are compiled by CMake with MINIVLLM_ISA set; bindings must not include isa.h"
 #endif

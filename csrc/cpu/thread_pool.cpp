@@ -80,7 +80,8 @@ private:
 
 class Pool {
 public:
-    Pool(int num_threads, const std::vector<int>& processors) : num_threads_(num_threads) {
+    Pool(int num_threads, const std::vector<int>& processors)
+        : num_threads_(num_threads), may_move_(processors.empty()) {
         for (int i = 1; i < num_threads; ++i) {
             workers_.emplace_back([this] { work(); });
             if (!processors.empty()) bind(workers_.back(), processors[size_t(i) % processors.size()]);
@@ -98,6 +99,7 @@ public:
     // The caller takes index 0, and then whatever no worker has begun: it waits for work, never for a thread to wake.
     void run(int count, void (*fn)(void*, int), void* ctx) {
         std::lock_guard<std::mutex> turn(turn_);
+        keep_off_callers_processor();
         fn_ = fn;
         ctx_ = ctx;
         done_.set(0);
@@ -124,6 +126,22 @@ private:
 #endif
     }
 
+    // Workers run on any processor but the one that the caller is on. Left alone, the system wakes a worker beside its
+    // waker and may take 30 ms to see that another processor idles (benchmarks/LOG.md): as long as a third of a prompt.
+    void keep_off_callers_processor() {
+#if defined(__linux__)
+        if (!may_move_) return;
+        const int here = sched_getcpu();
+        if (here < 0 || here == kept_off_) return;
+        kept_off_ = here;
+        cpu_set_t others;
+        if (sched_getaffinity(0, sizeof others, &others) != 0) return;
+        CPU_CLR(here, &others);
+        if (size_t(CPU_COUNT(&others)) < workers_.size()) return;  // there is no room: the system shares it out
+        for (std::thread& t : workers_) pthread_setaffinity_np(t.native_handle(), sizeof others, &others);
+#endif
+    }
+
     void work() {
         inside_kernel = true;
         for (uint64_t seen = 0;;) {
@@ -147,8 +165,10 @@ private:
     }
 
     const int num_threads_;
+    const bool may_move_;  // the operator bound no worker
     std::vector<std::thread> workers_;
     std::mutex turn_;
+    int kept_off_ = -1;  // the processor of the last caller
     Gate epoch_, done_;  // a job's number; how many of its indices workers have finished
     std::atomic<uint64_t> unclaimed_{0};  // of the job: how many indices, and in the lower half the next one
     std::atomic<bool> stopping_{false};

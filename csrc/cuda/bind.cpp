@@ -19,7 +19,7 @@ T* ptr(uint64_t address) {
 }
 
 void decode_attention_call(uint64_t out, uint64_t q, uint64_t cache, std::array<uint64_t, 2> tables,
-                           std::array<uint64_t, 2> parts, uint64_t sinks, std::array<int, 7> sizes, bool is_bf16, int kv,
+                           std::array<uint64_t, 2> parts, uint64_t sinks, std::array<int, 8> sizes, bool is_bf16, int kv,
                            std::array<int64_t, 4> strides, std::array<int64_t, 3> cache_strides,
                            std::array<float, 3> factors, uint64_t stream) {
     DecodeAttention p = {};
@@ -27,7 +27,8 @@ void decode_attention_call(uint64_t out, uint64_t q, uint64_t cache, std::array<
     p.block_table = ptr<int32_t>(tables[0]), p.seq_lens = ptr<int32_t>(tables[1]);
     p.part_sums = ptr<float>(parts[0]), p.part_tops = ptr<float>(parts[1]), p.sinks = ptr<float>(sinks);
     p.num_reqs = sizes[0], p.num_heads = sizes[1], p.num_kv_heads = sizes[2], p.head_dim = sizes[3];
-    p.block_size = sizes[4], p.max_segments = sizes[5], p.window = sizes[6], p.is_bf16 = is_bf16;
+    p.block_size = sizes[4], p.max_segments = sizes[5], p.window = sizes[6], p.num_parts = sizes[7];
+    p.is_bf16 = is_bf16;
     p.q_token_stride = strides[0], p.q_head_stride = strides[1], p.out_token_stride = strides[2];
     p.table_stride = strides[3];
     p.block_bytes = cache_strides[0], p.half_bytes = cache_strides[1], p.head_bytes = cache_strides[2];

@@ -1,9 +1,10 @@
 // Decode attention over the paged cache: one query row a request, split along its keys (split-KV as in FlashDecoding,
 // Dao et al. 2023) at fixed borders, every 1,024 absolute positions; a second kernel merges the segments, ascending.
 //
-// A thread block takes one segment of one request and one KV head, for all query heads that share it (at most 16: the
-// rows of a tensor core's tile, most of them empty: reading the cache is the limit, multiplying is not). Its four
-// warps take every fourth tile of 16 keys each, and carry a running (maximum, sum of weights, sum of values) over
+// A thread block takes segments of one request and one KV head, for all query heads that share it (at most 16: the
+// rows of a tensor core's tile, most of them empty: reading the cache is the limit, multiplying is not). There are
+// num_parts of them a request and KV head, and part i takes segments i, i + num_parts, …, each from nothing: which block
+// a segment falls to changes no bit. One that finds no segment ends before it touches shared memory. Its four warps take every fourth tile of 16 keys each, and carry a running (maximum, sum of weights, sum of values) over
 // them, ascending; the four are added up in the order of the warps. So a row's bits depend on its own query, keys and
 // values only. Each warp keeps a ring of tiles under way to shared memory and waits for nobody else in its loop.
 //
@@ -31,6 +32,7 @@ constexpr int kTile = 16;       // keys
 constexpr int kWarps = 4;
 constexpr int kThreads = 32 * kWarps;
 constexpr int kRingBytes = 24 << 10;  // of a warp, about: two thread blocks fit into an H100's multiprocessor
+constexpr int kMostLooped = 128;  // head size
 constexpr int kMostShared = 163 << 10;  // bytes a thread block may have, on Ampere; Hopper has 227 KiB
 constexpr float kLog2e = 1.4426950408889634f;
 
@@ -133,16 +135,14 @@ MINIVLLM_DEVICE void load_queries(uint32_t (&queries)[kHeadDim / 16][4], const D
     }
 }
 
-// Grid: (num_kv_heads, max_segments, num_reqs) of kThreads.
+// One segment of a request, if it sees positions of it; to `out` if it sees no other, else to its place in the parts.
+// `shared` is nobody's when all threads have come here, and may be in use when one returns.
 template <bool kIsBf16, KvType kKv, int kHeadDim, int kRows>
-MINIVLLM_KERNEL(kThreads, 1) decode_segment(const DecodeAttention p) {
+MINIVLLM_DEVICE void attend_segment(const DecodeAttention& p, char* const shared, int req, int kv_head, int segment) {
     using T = Tiling<kIsBf16, kKv, kHeadDim, kRows>;
-    MINIVLLM_SHARED(shared);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const int kv_head = blockIdx.x, segment = blockIdx.y, req = blockIdx.z;
-    const int group = p.num_heads / p.num_kv_heads;
-
-    const int seq_len = p.seq_lens[req], first = first_seen(seq_len, p.window), border = segment * kSegment;
+    const int group = p.num_heads / p.num_kv_heads, border = segment * kSegment;
+    const int seq_len = p.seq_lens[req], first = first_seen(seq_len, p.window);
     const int begin = first > border ? first : border;
     const int end = seq_len < border + kSegment ? seq_len : border + kSegment;
     if (begin >= end) return;
@@ -341,19 +341,52 @@ MINIVLLM_KERNEL(kThreads, 1) decode_segment(const DecodeAttention p) {
     }
 }
 
+// Grid: (num_kv_heads, num_reqs, num_parts) of kThreads. Parts change last: the first of each request, which have most to
+// do and always something, are started before those that may be empty. A head size of 256 has no register left to loop
+// with: its num_parts is max_segments.
+template <bool kIsBf16, KvType kKv, int kHeadDim, int kRows>
+MINIVLLM_KERNEL(kThreads, 1) decode_part(const DecodeAttention p) {
+    MINIVLLM_SHARED(shared);
+    const int kv_head = blockIdx.x, req = blockIdx.y, part = blockIdx.z;
+    if constexpr (kHeadDim > kMostLooped) {
+        attend_segment<kIsBf16, kKv, kHeadDim, kRows>(p, shared, req, kv_head, part);
+    } else {
+        int segment = first_seen(p.seq_lens[req], p.window) / kSegment + part;
+        while (segment * kSegment < p.seq_lens[req]) {
+            attend_segment<kIsBf16, kKv, kHeadDim, kRows>(p, shared, req, kv_head, segment);
+            segment += p.num_parts;
+            barrier();  // the next one's copies fall where sums may still be read
+        }
+    }
+}
+
+constexpr int kMergedAtOnce = 8;
+
 // Grid: (num_heads, num_reqs) of head_dim threads.
 MINIVLLM_KERNEL(256, 1) merge_segments(const DecodeAttention p) {
     const int head = blockIdx.x, req = blockIdx.y, d = threadIdx.x;
     const int seq_len = p.seq_lens[req], first = first_seen(seq_len, p.window);
     if (seq_len == 0 || !is_split(first, seq_len)) return;
+    const int first_segment = first / kSegment, end_segment = (seq_len - 1) / kSegment + 1;
     float top = -INFINITY, total = 0.0f, sum = 0.0f;
-    for (int segment = first / kSegment; segment <= (seq_len - 1) / kSegment; ++segment) {
-        const int64_t part = (int64_t(req) * p.max_segments + segment) * p.num_heads + head;
-        const float part_top = p.part_tops[2 * part], most = fmaxf(top, part_top);
-        const float old = weight_of(top, most), its = weight_of(part_top, most);
-        sum = sum * old + p.part_sums[part * p.head_dim + d] * its;
-        total = total * old + p.part_tops[2 * part + 1] * its;
-        top = most;
+    for (int start = first_segment; start < end_segment; start += kMergedAtOnce) {
+        float part_tops[kMergedAtOnce], part_totals[kMergedAtOnce], part_sums[kMergedAtOnce];
+#pragma unroll
+        for (int i = 0; i < kMergedAtOnce; ++i) {  // all loads under way before the first sum
+            const int segment = start + i < end_segment ? start + i : end_segment - 1;
+            const int64_t part = (int64_t(req) * p.max_segments + segment) * p.num_heads + head;
+            part_tops[i] = p.part_tops[2 * part], part_totals[i] = p.part_tops[2 * part + 1];
+            part_sums[i] = p.part_sums[part * p.head_dim + d];
+        }
+#pragma unroll
+        for (int i = 0; i < kMergedAtOnce; ++i) {
+            if (start + i >= end_segment) break;
+            const float most = fmaxf(top, part_tops[i]);
+            const float old = weight_of(top, most), its = weight_of(part_tops[i], most);
+            sum = sum * old + part_sums[i] * its;
+            total = total * old + part_totals[i] * its;
+            top = most;
+        }
     }
     store(p, req, head, d, sum, top, total);
 }

@@ -11,11 +11,12 @@ namespace minivllm::cuda {
 template <class Visit>
 bool visit_decode_kernel(const DecodeAttention& p, KvType kv, Visit&& visit) {
     const int group = p.num_heads / p.num_kv_heads;
+    if (p.num_parts < (p.head_dim > kMostLooped ? p.max_segments : 1)) return false;
     const auto take = [&](auto is_bf16, auto kv_type, auto head_dim, auto rows) {
         constexpr bool kIsBf16 = decltype(is_bf16)::value;
         constexpr KvType kKv = decltype(kv_type)::value;
         constexpr int kHeadDim = decltype(head_dim)::value, kRows = decltype(rows)::value;
-        visit(&decode_segment<kIsBf16, kKv, kHeadDim, kRows>, Tiling<kIsBf16, kKv, kHeadDim, kRows>::kSharedBytes);
+        visit(&decode_part<kIsBf16, kKv, kHeadDim, kRows>, Tiling<kIsBf16, kKv, kHeadDim, kRows>::kSharedBytes);
         return true;
     };
     const auto with_rows = [&](auto is_bf16, auto kv_type, auto head_dim) {

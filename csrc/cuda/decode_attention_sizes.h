@@ -19,6 +19,7 @@ struct DecodeAttention {
     const float* sinks;          // [num_heads], or null
     int num_reqs, num_heads, num_kv_heads, head_dim, block_size;
     int max_segments;            // no request is longer
+    int num_parts;               // thread blocks of a request and KV head, which share its segments, see decode_part
     int window;                  // a row sees at most so many positions, its own included; 0: all
     bool is_bf16;                // q and out, else float16
     int64_t q_token_stride, q_head_stride, out_token_stride, table_stride;

@@ -39,6 +39,7 @@ class AttentionSpec:
     device: str
     kv_cache_dtype: str = "auto"  # what the cache stores, as the backend names it; auto: the same
     batch_invariant: bool = False  # a row's bits may not depend on the others; on a CPU they never do
+    cuda_decode: bool = True  # decode by a CUDA C++ kernel where there is one that serves the rest
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class StepInputs:
     slot_mapping: torch.Tensor  # [num_tokens] int64: block_id * block_size + offset
     max_query_len: int | None = None  # bounds that the host knows, so that nobody need ask the device
     max_seq_len: int | None = None
-    room: torch.Tensor | None = None  # [3 * most requests + 1] int32, the backend's: what it finds out stays there
+    room: Any = None  # the backend's `new_room`: what it finds out of a step lies there, in the same place each time
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,11 @@ class AttentionBackend(ABC):
         return self.layout.layout_id
 
     @property
+    def numerics_id(self) -> str:
+        """Of the bits of an answer, as far as the backend has a choice: equal ids, equal bits on one device."""
+        return self.layout_id
+
+    @property
     def has_scales(self) -> bool:
         """Whether the cache's type counts in a k_scale and a v_scale of the layer's, which a checkpoint may hold."""
         return self.layout.dtype == "fp8_e4m3"
@@ -120,6 +126,10 @@ class AttentionBackend(ABC):
     @abstractmethod
     def build_metadata(self, step: StepInputs) -> Any:
         """Whatever `forward` wants to know of the step, made once for all layers of a KV cache group."""
+
+    def new_room(self, num_reqs: int) -> Any:
+        """Where to put what `build_metadata` finds out of up to so many requests; None: it finds out nothing."""
+        return None
 
     def sizes_of(self, metadata: Any) -> tuple[int, ...]:
         """How much metadata says beside the step's tokens and requests: what a recorded step is replayed with."""

@@ -14,3 +14,7 @@ class DeviceConfig:
     batch_invariant: bool = False
     """On a GPU: a row's bits never depend on what else is in the batch, on how a prompt was chunked or on what was
     cached. Slower; docs/gpu.md says by how much, once it is measured. On a CPU this is always so."""
+    cuda_decode_attention: bool = True
+    """On a GPU: decode attention by the CUDA C++ kernel, where minivllm was built with it and it serves the model's
+    heads and the cache's type; else, and with --no-cuda-decode-attention, by Triton's. With --batch-invariant it is
+    Triton's anyway, whose decode has the bits of its prefill."""

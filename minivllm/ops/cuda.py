@@ -1,8 +1,7 @@
 """The ops' door to the CUDA C++ kernels of csrc/cuda, which an installation may lack: Triton's serve everything.
 
-Nothing but tests and benchmarks calls them yet. A backend may where `benchmarks/gpu` found one faster than Triton's on
-a card, with a line in benchmarks/LOG.md each: by compute capability, head size and cache type. Decode attention is on
-an H200, where its bound is the requests' length; docs/gpu.md says what is missing for captured steps.
+A backend calls one where `benchmarks/gpu` found it faster than Triton's on a card, with a line in benchmarks/LOG.md
+each: `attention/backends/triton.py` calls decode attention. Blocks are copied by tests alone yet.
 
 The only module that imports `minivllm._cuda`, and only when it is asked for: no CPU pays for it. Functions launch on
 the current stream and return before the work is done; every launch that fails raises RuntimeError.
@@ -23,6 +22,8 @@ SEGMENT = 1024  # absolute positions, as in csrc/cuda/decode_attention.h
 _HEAD_DIMS = {"float16": (64, 128, 256), "bfloat16": (64, 128, 256), "fp8_e4m3": (128, 256), "int8": (128, 256)}
 _KV_CODES = {"fp8_e4m3": 1, "int8": 2}  # csrc/cuda/decode_attention_sizes.h
 _BLOCK_TILE = 16  # keys a warp takes at once, all of one block
+_MOST_LOOPED = 128  # head_dim, up to which a thread block may take several segments
+_FEW_PARTS, _MOST_BLOCKS = 2, 4096
 _NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
@@ -54,6 +55,20 @@ def decode_why_not(dtype: torch.dtype, layout: RowLayout, group: int) -> str | N
     return None
 
 
+def choose_num_parts(num_tiles: int, max_segments: int, head_dim: int, window: int = 0) -> int:
+    """How many thread blocks share the segments of a request and KV head; num_tiles: requests times KV heads.
+
+    A captured decode is launched for --max-model-len, and a block that finds no segment has still waited for a place: a
+    Hopper card has some 264 of them, by shared memory, which are full of blocks that read. 4,096 empty ones should take
+    some 15 µs (none of it measured). No fewer than 2 a tile, so that the blocks of a large batch stay small beside the
+    whole. No choice changes a bit.
+    """
+    seen = max_segments if window <= 0 else min(max_segments, (window - 2) // SEGMENT + 2)
+    if head_dim > _MOST_LOOPED:
+        return max_segments
+    return max(1, min(seen, max(_FEW_PARTS, _MOST_BLOCKS // max(1, num_tiles))))
+
+
 def scratch_numel(num_reqs: int, max_seq_len: int, num_heads: int, head_dim: int) -> int:
     """Numbers of the float32 scratch for requests up to max_seq_len."""
     max_segments = -(-max_seq_len // SEGMENT)
@@ -69,14 +84,16 @@ def decode_attention(
     layout: RowLayout,
     options: Options,
     max_seq_len: int,
+    num_parts: int | None = None,
     scratch: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`reference` of `ops/paged_attention.py` for one query row a request: row i is request i's last position.
 
-    q: [num_reqs, num_heads, head_dim], any strides of whole 16 bytes; max_seq_len: none is longer; scratch: float32,
-    `scratch_numel` of it. A row whose seq_len is 0 stays as it is. Ids and lengths are not checked. A row's bits
-    depend on its own query, keys and values alone, but they are not those of the Triton kernels.
+    q: [num_reqs, num_heads, head_dim], any strides of whole 16 bytes; max_seq_len: none is longer; num_parts: by
+    `choose_num_parts` if not given; scratch: float32, `scratch_numel` of it. A row whose seq_len is 0 stays as it is.
+    Ids and lengths are not checked. A row's bits depend on its own query, keys and values alone, but they are not those
+    of the Triton kernels.
     """
     num_reqs, num_heads, head_dim = q.shape
     if options.alibi_slopes is not None:
@@ -96,14 +113,17 @@ def decode_attention(
         scratch = torch.empty(needed, dtype=torch.float32, device=q.device)
     if scratch.numel() < needed:
         raise ValueError(f"scratch holds {scratch.numel()} numbers; {needed} are needed")
+    max_segments, window = -(-max_seq_len // SEGMENT), options.sliding_window or 0
+    if num_parts is None:
+        num_parts = choose_num_parts(num_reqs * layout.num_kv_heads, max_segments, head_dim, window)
     sums = scratch.data_ptr()
     tops = sums + needed // (head_dim + 2) * head_dim * 4
     is_fp8 = layout.dtype == "fp8_e4m3"
     extension()[0].decode_attention(
         out.data_ptr(), q.data_ptr(), kv_cache.data_ptr(), (block_table.data_ptr(), seq_lens.data_ptr()), (sums, tops),
         0 if options.sinks is None else options.sinks.data_ptr(),
-        (num_reqs, num_heads, layout.num_kv_heads, head_dim, layout.block_size, -(-max_seq_len // SEGMENT),
-         options.sliding_window or 0),
+        (num_reqs, num_heads, layout.num_kv_heads, head_dim, layout.block_size, max_segments, window,
+         num_parts),
         q.dtype == torch.bfloat16, _KV_CODES.get(layout.dtype, 0),
         (*q.stride()[:2], out.stride(0), block_table.stride(0)), kv_cache.stride()[:3],
         (options.scale * (options.k_scale if is_fp8 else 1.0), options.softcap, options.v_scale if is_fp8 else 1.0),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from minivllm.ops import gpu
 from minivllm.ops.op import Impl, Op, OpSpec
 
 KEYS_AT_ONCE = 16  # rows: a key has 8 bytes, and there is one of each logit
@@ -46,5 +47,9 @@ def cpu_why_not(spec: OpSpec) -> str | None:
     return None if torch.device(spec.device).type == "cpu" else f"waits for {spec.device}"
 
 
-IMPLEMENTATIONS = [Impl(cpu, cpu_why_not), Impl(reference)]
+IMPLEMENTATIONS = [
+    Impl("triton.likeliest_tokens:likeliest_tokens", gpu.float32_why_not),
+    Impl(cpu, cpu_why_not),
+    Impl(reference),
+]
 likeliest_tokens = Op("likeliest_tokens", IMPLEMENTATIONS)

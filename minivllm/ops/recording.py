@@ -1,14 +1,13 @@
 """The native calls of a stretch of code, written down with their arguments (csrc/tape.h) to be made again as one.
 
 Arguments are addresses: a recording keeps alive every tensor that torch made, or made a view of, while it was taken,
-and whoever replays it sees to it that all other memory lies where it lay. What nobody looks at any more is given to the
-next tensor of its size, so that a step keeps about a layer's memory, and it stays in the caches. Memory that an op
-keeps between calls and may replace is kept alive by taking a view of it in each call. When a replay is right is for
-`worker/graphs.py` to know.
+and whoever replays it sees to it that all other memory lies where it lay: an op keeps none of its own that it may
+replace. What nobody looks at any more is given to the next tensor of its size, so that a step keeps about a layer's
+memory, and it stays in the caches. When a replay is right is for `worker/graphs.py` to know.
 
 Code whose tensors have a row for each of so many things (tokens, requests) is recorded for all numbers of them
 (`record_for_sizes`): what it makes of fewer rows is the beginning of the same memory, so that nothing differs between
-two sizes but integers that are multiples of them. It is recorded at two, without making the calls, and compared.
+two sizes but integers that are multiples of them. It is recorded at three, without making the calls, and compared.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ class Recording:
 
     @property
     def nbytes(self) -> int:
-        """Of the memory that was made for it. What an op keeps as well would be there without it."""
+        """Of the memory that was made for it. What it was only shown would be there without it."""
         return sum(place.memory.nbytes for known in self._ours.values() for place in known)
 
     def replay(self, sizes: Sequence[int] = ()) -> None:
@@ -176,25 +175,28 @@ def record_for_sizes(
 ) -> SizedRecording | str:
     """The native calls of `step(sizes)`, for all sizes up to `most`; or why there is no such recording.
 
-    `step` is called twice, and its native calls are not made: what it is given may hold anything. Each of its outputs
-    has as many rows as one of the sizes says. after: of the same sizes, and replayed before it.
+    `step` is called three times, and its native calls are not made: what it is given may hold anything. Each of its
+    outputs has as many rows as one of the sizes says. after: of the same sizes, and replayed before it.
     """
     try:
-        fewer = _fewer(most)
-        with recording(is_dry=True, after=None if after is None else after.recording) as largest:
-            outputs = step(most)
-        if largest.unusable is not None:
-            return largest.unusable
-        with recording(is_dry=True, like=largest) as smaller:
-            other_outputs = step(fewer)
-        if smaller.unusable is not None:
-            return smaller.unusable
-        largest.tape.follow_sizes(smaller.tape, most, fewer)
-        size_of_output = [_size_of(*pair, most, fewer) for pair in zip(outputs, other_outputs, strict=True)]
+        sizes = [most, _fewer(most), _about_as_many(most)]
+        taken: list[Recording] = []
+        outputs: list[Outputs] = []
+        for each in sizes:
+            like, before = (taken[0], None) if taken else (None, after and after.recording)
+            with recording(is_dry=True, like=like, after=before) as one:
+                outputs.append(step(each))
+            if one.unusable is not None:
+                return one.unusable
+            taken.append(one)
+        largest, *others = taken
+        largest.tape.follow_sizes([other.tape for other in others], most, sizes[1:])
+        size_of_output = [_size_of(places, sizes) for places in zip(*outputs, strict=True)]
     except (IndexError, RuntimeError, ValueError) as error:  # what was not computed may be no number of a row
         return str(error)
-    largest.keep_what(smaller)
-    return SizedRecording(largest, most, outputs, size_of_output)
+    for other in others:
+        largest.keep_what(other)
+    return SizedRecording(largest, most, outputs[0], size_of_output)
 
 
 def _fewer(most: Sizes) -> Sizes:
@@ -210,12 +212,18 @@ def _fewer(most: Sizes) -> Sizes:
     return tuple(fewer)
 
 
-def _size_of(output: torch.Tensor, other: torch.Tensor, most: Sizes, fewer: Sizes) -> int:
-    """Which size an output's number of rows is, from those of two."""
-    pairs = list(zip(most, fewer))
-    if output.data_ptr() != other.data_ptr() or (len(output), len(other)) not in pairs:
-        raise ValueError(f"an output is {list(output.shape)} at one size, {list(other.shape)} at another")
-    return pairs.index((len(output), len(other)))
+def _about_as_many(most: Sizes) -> Sizes:
+    """Sizes near each other, the later the larger: what is one of them at the most and at the least only by chance, as
+    the larger of two is, is not that one here."""
+    return tuple(min(size, min(most) // 2 + i) for i, size in enumerate(most))
+
+
+def _size_of(output: tuple[torch.Tensor, ...], sizes: list[Sizes]) -> int:
+    """Which size the number of rows of an output is, by what it is at each of some sizes."""
+    rows, known = tuple(map(len, output)), list(zip(*sizes))
+    if len({each.data_ptr() for each in output}) > 1 or rows not in known:
+        raise ValueError(f"an output is {' and '.join(str(list(each.shape)) for each in output)} at several sizes")
+    return known.index(rows)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,9 @@ A step that is the last one a token further, as most are, only moves the numbers
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,8 +67,9 @@ class InputBuffers:
         num_groups: int = 1,
         staging: Staging | None = None,
         captures: CaptureShapes | None = None,
+        new_room: Callable[[int], Any] = lambda num_reqs: None,
     ) -> None:
-        """captures: the shapes that decodes are padded to, if they are captured."""
+        """captures: the shapes that decodes are padded to, if they are captured; new_room: the attention backend's."""
         staging = staging or Staging()
         most = max_num_reqs if captures is None else captures.padded(max_num_reqs)
         if not staging.copies:
@@ -83,7 +86,7 @@ class InputBuffers:
             DeviceBlockTable(most, max_blocks, staging) if staging.copies else HostBlockTable(most, max_blocks)
             for _ in range(num_groups)
         ]
-        self._rooms = [torch.zeros(0 if staging.copies else 3 * most + 1, dtype=torch.int32) for _ in range(num_groups)]
+        self._rooms = [None if staging.copies else new_room(most) for _ in range(num_groups)]
         self._begins = np.zeros(most, np.int64)
         self._ends = np.zeros(most, np.int64)
         self._counting = np.arange(max_num_tokens + 1)
@@ -235,7 +238,7 @@ class InputBuffers:
                 seq_lens=self._seq_lens.device[:num_rows],
                 block_table=block_table.view(num_rows),
                 slot_mapping=slot_mapping.device[:num_tokens],
-                room=None if self._staging.copies else room,
+                room=room,
                 **bounds,
             )
             for block_table, slot_mapping, room in zip(self._block_table, self._slot_mapping, self._rooms)

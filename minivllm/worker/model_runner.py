@@ -106,6 +106,7 @@ class ModelRunner:
             num_groups=num_groups,
             staging=self._staging,
             captures=self.capture_shapes,
+            new_room=backend.new_room,
         )
         self._draw_buffers = DrawBuffers(self.buffers.most_reqs)
         self._sampling: DeviceSampling | None = None

@@ -102,10 +102,14 @@ class Worker:
             else:
                 loader.load_weights(plan, dtype, platform, show_progress=config.load.use_tqdm_on_load)
 
-        load()
-        if not platform.is_host:
+        if platform.is_host:
+            load()
+        else:
+            # What came beside the weights stays: the device's own memory for the first kernels of all.
+            beside = max(0, platform.kept_bytes_of(load) - _weight_bytes(model))
             on_progress("measuring the largest step")
             measured = self._measure_step(model, backend, max_num_batched_tokens, max_num_seqs, size)
+            measured = replace(measured, step_bytes=measured.step_bytes + beside)
             size, (max_num_batched_tokens, max_num_seqs) = self._size_cache_and_step(
                 model, backend, max_model_len, free_bytes, measured
             )
@@ -132,7 +136,7 @@ class Worker:
             max_num_batched_tokens=max_num_batched_tokens,
             dtype=name_of(dtype),
             numerics_id="-".join(
-                filter(None, [platform.numerics_id, backend.layout_id, config.model.quantization])
+                filter(None, [platform.numerics_id, backend.numerics_id, config.model.quantization])
             ),
             kv_cache_groups=tuple(size.spec.groups),
             plans_in_flight=self._plans_in_flight,
@@ -144,13 +148,18 @@ class Worker:
             self._profiler.before_step()
         if self.memory_taker is not None and plan.total_num_scheduled_tokens > len(plan.num_scheduled_tokens):
             self.memory_taker.hold(True)  # a prompt's step allocates
-        self._initialized().execute_model(plan)
+        try:
+            self._initialized().execute_model(plan)
+        except BaseException:
+            self._let_memory_be_taken()  # there may be no sampling
+            raise
 
     def sample_tokens(self, grammar: GrammarOutput | None) -> ModelRunnerOutput:
         """Sample from the last `execute_model`; `grammar` says where not freely."""
-        result = self._initialized().sample_tokens(grammar)
-        self._end_step()
-        return result
+        try:
+            return self._initialized().sample_tokens(grammar)
+        finally:
+            self._end_step()
 
     def start_profile(self, prefix: str, delay: int | None, most: int | None) -> bool:
         """Record the steps to come; see WorkerProfiler."""
@@ -190,16 +199,20 @@ class Worker:
 
     def start_sampling(self, grammar: GrammarOutput | None) -> Handle:
         """As `sample_tokens`; the handle's `result()` waits."""
-        handle = self._initialized().start_sampling(grammar)
-        self._end_step()
-        return handle
+        try:
+            return self._initialized().start_sampling(grammar)
+        finally:
+            self._end_step()
 
     def _end_step(self) -> None:
         """All of the step has been given to the device, if it is not done: a recording that ends now waits for that."""
-        if self.memory_taker is not None:
-            self.memory_taker.hold(False)
+        self._let_memory_be_taken()
         if self._profiler is not None:
             self._profiler.after_step()
+
+    def _let_memory_be_taken(self) -> None:
+        if self.memory_taker is not None:
+            self.memory_taker.hold(False)
 
     def shutdown(self) -> None:
         """Let go of the model and the cache. May be called again."""
@@ -256,6 +269,7 @@ class Worker:
                 device=self.platform.device,
                 kv_cache_dtype=self.config.cache.kv_cache_dtype,
                 batch_invariant=self.config.device.batch_invariant,
+                cuda_decode=self.config.device.cuda_decode_attention,
             )
         )
 
@@ -338,8 +352,9 @@ class Worker:
         def step() -> None:
             largest_step.run(model, backend, most_tokens, num_seqs)
 
-        step()  # kernels are compiled and libraries make their workspaces: that stays, and is not the step's
-        step_bytes = self.platform.peak_bytes_of(step)
+        # The first brings what stays: kernels, the memory that the driver sets aside for them, workspaces of libraries.
+        step_bytes = self.platform.kept_bytes_of(step)
+        step_bytes += self.platform.peak_bytes_of(step)
         step_bytes += backend.scratch_bytes(min(num_seqs, num_tokens), size.max_model_len)
         step_bytes += DeviceSampling.num_bytes(self.config.hf_config.vocab_size)
         runners: list[ModelRunner] = []
@@ -414,7 +429,7 @@ class Worker:
         )
         if measured is None:
             measured = memory.Measured(memory.step_bytes(config.hf_config, *limits, dtype_bytes))
-        weight_bytes = sum(weight.num_bytes for weight in model.weights())
+        weight_bytes = _weight_bytes(model)
         cache = config.cache
         if self.platform.is_host:
             budget = memory.Budget(
@@ -447,6 +462,10 @@ class Worker:
         return kv_layout.group_layers(
             model.sliding_windows, max_model_len=max_model_len, step_tokens=step_tokens, block_size=block_size
         )
+
+
+def _weight_bytes(model: DecoderForCausalLM) -> int:
+    return sum(weight.num_bytes for weight in model.weights())
 
 
 def resolve_dtype(asked: str, checkpoint: str | None) -> torch.dtype:

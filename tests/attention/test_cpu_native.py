@@ -90,7 +90,8 @@ def test_a_type_it_does_not_know_is_named():
 
 
 def test_what_is_shared_is_said_where_a_recorded_step_reads_it():
-    backend, room = CpuNativeBackend(spec()), torch.full((3 * 8 + 1,), 77, dtype=torch.int32)
+    backend = CpuNativeBackend(spec())
+    room = backend.new_room(8)
     places = set()
     for tables in ([[5, 6, 7], [5, 6, 8]], [[5, 6], [9, 6], [5, 4], [9, 3], [9, 3]]):
         step = replace(a_step(tables, [300] * len(tables)), room=room)

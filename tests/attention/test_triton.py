@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 
@@ -11,9 +12,11 @@ import torch
 import tests.gpu.interpreter  # noqa: F401  before the kernels
 from minivllm.attention.backend import AttentionSpec, StepInputs
 from minivllm.attention.backends.triton import TritonBackend
+from minivllm.ops import cuda
 from minivllm.ops.paged_attention import Options, reference
 from minivllm.ops.rotary import HeadNorms, Turn
 from minivllm.ops.triton.rotary import rotary
+from tests.cuda.emulated import compiler, emulate
 from tests.gpu.case import ints, max_diff, randn
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -54,6 +57,68 @@ def test_chunks_then_decodes_see_what_was_written(kv_cache_dtype, batch_invarian
             layout=backend.layout, options=options,
         )  # fmt: skip
         assert max_diff(got, expected) < 1e-5
+
+
+class AsOnACard(TritonBackend):
+    """Chooses as for a card, and computes here."""
+
+    def _why_not_cuda(self) -> str | None:
+        here, self.spec = self.spec, dataclasses.replace(self.spec, device="cuda")
+        try:
+            return super()._why_not_cuda()
+        finally:
+            self.spec = here
+
+
+@pytest.mark.skipif(compiler() is None, reason="NOT RUN: there is no C++ compiler")
+@pytest.mark.parametrize("kv_cache_dtype, head_dim", [("auto", 64), ("int8", 128)])
+def test_decodes_and_only_decodes_are_the_cuda_kernels_where_it_is_built(
+    kv_cache_dtype, head_dim, monkeypatch: pytest.MonkeyPatch
+):
+    emulate(monkeypatch)
+    backend = AsOnACard(spec(kv_cache_dtype=kv_cache_dtype, head_dim=head_dim, dtype=torch.float16))
+    assert backend.numerics_id == backend.layout_id + "-cuda_decode"
+    bounds, decode = [], cuda.decode_attention
+
+    def counted(*args, **options):
+        bounds.append(options["max_seq_len"])
+        return decode(*args, **options)
+
+    monkeypatch.setattr(cuda, "decode_attention", counted)
+    cache, options = backend.new_kv_cache(32).fill_(0xFF), Options(head_dim**-0.5)
+    for i, (seq_lens, query_lens) in enumerate([([20, 3], [20, 3]), ([21, 9], [1, 6]), ([22, 10], [1, 1])]):
+        step = step_of(seq_lens, query_lens, max_query_len=max(query_lens), max_seq_len=5000)
+        qkv = randn("cpu", sum(query_lens), 8, head_dim, seed=i, dtype=torch.float16)
+        got = backend.forward(
+            *qkv.split([4, 2, 2], dim=1), cache, backend.build_metadata(step), options=options
+        )
+        expected = reference(
+            qkv[:, :4], cache, step.block_table, step.seq_lens, step.query_start_loc,
+            layout=backend.layout, options=options,
+        )  # fmt: skip
+        assert max_diff(got, expected) < 5e-3
+    assert bounds == [5000]
+    alibi = dataclasses.replace(options, alibi_slopes=torch.ones(4))
+    backend.forward(*qkv.split([4, 2, 2], dim=1), cache, backend.build_metadata(step), options=alibi)
+    assert bounds == [5000]
+
+
+def test_why_decodes_are_tritons_is_known(monkeypatch: pytest.MonkeyPatch):
+    emulate(monkeypatch)
+
+    def reason(**changes) -> str | None:
+        backend = AsOnACard(spec(**{"head_dim": 64, "dtype": torch.bfloat16, **changes}))
+        assert backend.numerics_id.endswith("cuda_decode") == (backend._why_not_cuda() is None)
+        return backend._why_not_cuda()
+
+    assert reason() is None
+    assert "batch invariant" in reason(batch_invariant=True)
+    assert "cuda_decode_attention is off" in reason(cuda_decode=False)
+    assert "no torch.float32 kernel" in reason(dtype=torch.float32)
+    assert "head_dim 32" in reason(head_dim=32)
+    monkeypatch.setattr(cuda, "extension", lambda: (None, "built without CUDA kernels"))
+    assert "built without" in reason()
+    assert TritonBackend(spec(head_dim=64))._why_not_cuda() == "needs CUDA, got cpu"
 
 
 @pytest.mark.parametrize("has_norms", [False, True])

@@ -11,12 +11,13 @@ extern "C" int emulated_decode(void* out, const void* q, const char* cache, cons
     p.out = out, p.q = q, p.cache = cache, p.block_table = table, p.seq_lens = seq_lens;
     p.part_sums = part_sums, p.part_tops = part_tops, p.sinks = sinks;
     p.num_reqs = int(sizes[0]), p.num_heads = int(sizes[1]), p.num_kv_heads = int(sizes[2]), p.head_dim = int(sizes[3]);
-    p.block_size = int(sizes[4]), p.max_segments = int(sizes[5]), p.window = int(sizes[6]), p.is_bf16 = sizes[7] != 0;
-    p.q_token_stride = sizes[8], p.q_head_stride = sizes[9], p.out_token_stride = sizes[10], p.table_stride = sizes[11];
-    p.block_bytes = sizes[12], p.half_bytes = sizes[13], p.head_bytes = sizes[14];
+    p.block_size = int(sizes[4]), p.max_segments = int(sizes[5]), p.window = int(sizes[6]), p.num_parts = int(sizes[7]);
+    p.is_bf16 = sizes[8] != 0;
+    p.q_token_stride = sizes[9], p.q_head_stride = sizes[10], p.out_token_stride = sizes[11], p.table_stride = sizes[12];
+    p.block_bytes = sizes[13], p.half_bytes = sizes[14], p.head_bytes = sizes[15];
     p.scale = factors[0], p.softcap = factors[1], p.value_scale = factors[2];
     const bool is_served = visit_decode_kernel(p, KvType(kv), [&](auto kernel, int shared_bytes) {
-        run_grid(kernel, {p.num_kv_heads, p.max_segments, p.num_reqs}, kThreads, shared_bytes, p);
+        run_grid(kernel, {p.num_kv_heads, p.num_reqs, p.num_parts}, kThreads, shared_bytes, p);
     });
     if (is_served && p.max_segments > 1) run_grid(&merge_segments, {p.num_heads, p.num_reqs, 1}, p.head_dim, 0, p);
     return is_served;

@@ -8,8 +8,12 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
 import torch
+
+from minivllm.ops import cuda
 
 ROOT = Path(__file__).resolve().parents[2]
 KV_CODES = {"fp8_e4m3": 1, "int8": 2}  # csrc/cuda/decode_attention.h; else as the queries
@@ -36,3 +40,28 @@ def library() -> ctypes.CDLL:
 
 def pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+class EmulatedExtension:
+    """`minivllm._cuda` with the kernels on fibers: csrc/cuda/bind.cpp in Python."""
+
+    @staticmethod
+    def decode_attention(
+        out, q, cache, tables, parts, sinks, sizes, is_bf16, kv, strides, cache_strides, factors, stream
+    ):
+        numbers = (ctypes.c_int64 * 16)(*sizes, is_bf16, *strides, *cache_strides)
+        addresses = map(ctypes.c_void_p, (out, q, cache, *tables, *parts, sinks))
+        assert library().emulated_decode(*addresses, numbers, (ctypes.c_float * 3)(*factors), kv)
+
+    @staticmethod
+    def copy_blocks(sources, targets, num_layers, pairs, num_pairs, block_bytes, stream):
+        sources, targets, pairs = map(ctypes.c_void_p, (sources, targets, pairs))
+        library().emulated_copy_blocks(
+            sources, targets, num_layers, pairs, num_pairs, ctypes.c_int64(block_bytes)
+        )
+
+
+def emulate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have `minivllm.ops.cuda` call it, on tensors of a CPU."""
+    monkeypatch.setattr(cuda, "extension", lambda: (EmulatedExtension, None))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ from minivllm.ops import cuda, kv_write
 from minivllm.ops.cuda import block_ranges
 from minivllm.ops.kv_layout import RowLayout
 from minivllm.ops.paged_attention import Options, _attend
-from tests.cuda.emulated import KV_CODES, compiler, library, pointer
+from tests.cuda.emulated import KV_CODES, EmulatedExtension, compiler, emulate, library, pointer
 from tests.gpu.case import max_diff
 from tests.gpu.cases.cuda import CASES
 
@@ -58,17 +57,17 @@ class Problem:
         wide = torch.randn(len(seq_lens), self.num_heads + 3, head_dim, generator=generator).to(dtype)
         self.q = wide[:, : self.num_heads]  # rows that lie apart
 
-    def run(self, max_segments: int | None = None) -> torch.Tensor:
+    def run(self, max_segments: int | None = None, num_parts: int | None = None) -> torch.Tensor:
         layout, options, q = self.layout, self.options, self.q
         max_segments = max_segments or -(-int(self.seq_lens.max()) // SEGMENT)
         out = torch.full(q.shape, torch.nan, dtype=q.dtype)
         parts = torch.full((len(q) * max_segments * self.num_heads, layout.head_dim + 2), torch.nan).flatten()
         sums, tops = parts.split([parts.numel() // (layout.head_dim + 2) * n for n in (layout.head_dim, 2)])
         is_fp8 = layout.dtype == "fp8_e4m3"
-        sizes = (ctypes.c_int64 * 15)(
+        sizes = (ctypes.c_int64 * 16)(
             len(q), self.num_heads, layout.num_kv_heads, layout.head_dim, layout.block_size, max_segments,
-            options.sliding_window or 0, q.dtype == torch.bfloat16, *q.stride()[:2], out.stride(0),
-            self.table.stride(0), *self.cache.stride()[:3],
+            options.sliding_window or 0, num_parts or max_segments, q.dtype == torch.bfloat16, *q.stride()[:2],
+            out.stride(0), self.table.stride(0), *self.cache.stride()[:3],
         )  # fmt: skip
         factors = (ctypes.c_float * 3)(
             options.scale * (options.k_scale if is_fp8 else 1),
@@ -98,31 +97,14 @@ class Problem:
         assert difference < TOLERANCE[self.q.dtype] + 8e-3 * (self.layout.dtype in KV_CODES), difference
 
 
-class EmulatedExtension:
-    """`minivllm._cuda` with the kernels on fibers: csrc/cuda/bind.cpp in Python."""
-
-    @staticmethod
-    def decode_attention(
-        out, q, cache, tables, parts, sinks, sizes, is_bf16, kv, strides, cache_strides, factors, stream
-    ):
-        numbers = (ctypes.c_int64 * 15)(*sizes, is_bf16, *strides, *cache_strides)
-        addresses = map(ctypes.c_void_p, (out, q, cache, *tables, *parts, sinks))
-        assert library().emulated_decode(*addresses, numbers, (ctypes.c_float * 3)(*factors), kv)
-
-    @staticmethod
-    def copy_blocks(sources, targets, num_layers, pairs, num_pairs, block_bytes, stream):
-        sources, targets, pairs = map(ctypes.c_void_p, (sources, targets, pairs))
-        library().emulated_copy_blocks(
-            sources, targets, num_layers, pairs, num_pairs, ctypes.c_int64(block_bytes)
-        )
-
-
-@pytest.mark.parametrize("name", ["f16_head_dim-64_group-4", "fp8_e4m3_head_dim-128_group-4", "all"])
+@pytest.mark.parametrize(
+    "name",
+    ["decode_f16_head_dim-64_group-4", "decode_fp8_e4m3_head_dim-128_group-4", "decode_all", "captured_int8"],
+)
 def test_the_cards_own_cases_are_right_of_the_emulated_kernels(name: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(cuda, "extension", lambda: (EmulatedExtension, None))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    emulate(monkeypatch)
     assert cuda.decode_why_not(torch.float16, RowLayout("float16", 2, 64, 64), 4) is None
-    check = CASES[f"cuda_decode_{name}"]("cpu", False)
+    check = CASES[f"cuda_{name}"]("cpu", False)
     assert max_diff(check.run(), check.expected()) <= check.tolerance
 
 
@@ -193,6 +175,44 @@ def test_a_row_has_the_same_bits_alone_and_in_a_batch_padded_for_longer_requests
     for name in ("seq_lens", "table", "q"):
         setattr(alone, name, getattr(together, name)[1:2])
     assert torch.equal(alone.run(max_segments=1), together.run(max_segments=4)[1:2])
+
+
+@pytest.mark.parametrize(
+    "dtype, kv, head_dim, group, options",
+    [
+        (torch.bfloat16, None, 64, 2, {}),
+        (torch.float16, None, 128, 12, {"sliding_window": 2100, "sinks": torch.linspace(-2, 3, 24)}),
+        (torch.bfloat16, "int8", 128, 2, {}),
+    ],
+)
+def test_a_row_has_the_same_bits_whichever_thread_blocks_take_its_segments(
+    dtype, kv, head_dim, group, options
+):
+    problem = Problem([4500, 1, 1025, 900, 3072], dtype, kv, head_dim, group, block_size=64, **options)
+    each_its_own = problem.run()
+    assert (each_its_own.double() - problem.expected()).abs().max() < TOLERANCE[dtype] + 8e-3 * (
+        kv is not None
+    )
+    for num_parts in (1, 2, 3, 4):
+        assert torch.equal(problem.run(num_parts=num_parts), each_its_own)
+    assert torch.equal(problem.run(max_segments=40, num_parts=3), each_its_own)
+
+
+def test_more_segments_than_are_loaded_at_once_are_merged():
+    problem = Problem([17 * SEGMENT + 5], head_dim=64, group=1, block_size=64)
+    assert torch.equal(problem.run(num_parts=2), problem.run())
+    problem.check()
+
+
+def test_the_blocks_of_a_launch_are_few_where_most_could_be_empty_and_enough_for_what_a_window_sees():
+    assert cuda.choose_num_parts(8, 32, 128) == 32
+    assert cuda.choose_num_parts(64 * 8, 32, 128) == 8
+    assert cuda.choose_num_parts(512 * 8, 32, 128) == 2
+    assert cuda.choose_num_parts(512 * 8, 1, 128) == 1
+    assert cuda.choose_num_parts(512 * 8, 32, 256) == 32  # its kernel does not loop
+    for window in (1, 2, 1024, 1025, 1026, 2050):
+        most = max((n - 1) // SEGMENT - max(0, n - window) // SEGMENT + 1 for n in range(1, 5000))
+        assert cuda.choose_num_parts(8, 32, 128, window) == most
 
 
 def test_a_row_of_no_request_stays_as_it_is():

@@ -170,6 +170,30 @@ def graphs_against_eager(device: Device) -> Finding:
     return Finding(_num_different(captured, eager), 0.0)
 
 
+def cuda_decode_against_triton(device: Device) -> Finding:
+    """Logprobs of greedy tokens by captured decodes in CUDA C++, and how far those by Triton's are: by the mean, over
+    the tokens both have. Infinite if the first were not what they are said to be."""
+    from minivllm.ops import cuda
+
+    with tempfile.TemporaryDirectory() as directory:
+        path = _model(directory, "float16", head_dim=64, max_position_embeddings=8192)
+        prompts = [*_prompts(), [i * 31 % 490 for i in range(1100)]]
+        params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, logprobs=3)
+        answers = []
+        for is_cuda in (True, False):
+            loop = device.loop(path, cuda_decode_attention=is_cuda, max_model_len=4096)
+            if device.name == "cuda" and is_cuda != loop.ready.numerics_id.endswith("cuda_decode"):
+                return Finding(float("inf"), 0.0) if cuda.extension()[1] is None else Finding(0.0, 0.0)
+            answers.append(loop.run(prompts, params))
+    off: list[float] = []
+    for ours, its in zip(*answers, strict=True):
+        for token, expected, found, values in zip(ours.tokens, its.tokens, ours.logprobs, its.logprobs):
+            off += [abs(found[i] - values[i]) for i in found.keys() & values.keys()]
+            if token != expected:
+                break
+    return Finding(statistics.fmean(off), 5e-3)
+
+
 def sampling_as_on_the_host(device: Device) -> Finding:
     """Requests of every kind, of all logprobs modes: rows whose tokens, ranks or reasons to fail are not the host's, or
     whose logprobs are not within 1e-4."""
@@ -297,6 +321,7 @@ CHECKS: dict[str, Callable[[Device], Finding]] = {
     },
     "engine_schedule_independence": schedule_independence,
     "engine_graphs_against_eager": graphs_against_eager,
+    "engine_cuda_decode_against_triton": cuda_decode_against_triton,
     "engine_sampling_as_on_the_host": sampling_as_on_the_host,
     **{f"engine_{name}": partial(eight_bits, name=name) for name in EIGHT_BITS},
     "engine_no_wait_in_a_step": no_wait_in_a_step,

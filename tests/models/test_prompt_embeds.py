@@ -10,6 +10,8 @@ from make_random_model import make_model
 from transformers import AutoModelForCausalLM
 
 from minivllm.messages.engine import EngineCoreRequest, PromptEmbeds
+from minivllm.ops import native
+from minivllm.ops.recording import SizedRecording
 from minivllm.sampling_params import SamplingParams
 from tests.models.loop import Answer, Loop
 from tests.models.test_parity import CASES, TIE, TOLERANCE
@@ -78,6 +80,36 @@ def test_the_vectors_of_tokens_give_the_answer_of_the_tokens_bit_for_bit(tmp_pat
     other = vectors[0].clone()
     other[40, 3] += 1
     assert run(loop, other)[0].num_cached_tokens == 32
+
+
+@pytest.mark.skipif(native.unavailable is not None, reason="only native calls are recorded")
+def test_steps_with_vectors_between_replayed_ones_change_no_bit_of_either(tmp_path: Path, monkeypatch):
+    model = make_model(tmp_path, seed=3, arch="qwen3", dtype="bfloat16")
+    loop, eager = Loop(model, max_num_batched_tokens=32), Loop(model, max_num_batched_tokens=32, enforce_eager=True)
+    table = loop.worker.runner.model.embed_tokens(torch.arange(512))
+    steps: list[str] = []
+    replay, forward = SizedRecording.replay, type(loop.worker.runner.model).forward
+    monkeypatch.setattr(SizedRecording, "replay", lambda self, sizes: steps.append("replayed") or replay(self, sizes))
+    monkeypatch.setattr(
+        type(loop.worker.runner.model), "forward", lambda self, *args: steps.append("eager") or forward(self, *args)
+    )
+    answers = []
+    for each in (loop, eager):
+        steps.clear()
+        found = {"tokens": Answer(), "vectors": Answer()}
+        asked = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logprobs=2)
+        each.scheduler.add_request(EngineCoreRequest("tokens", [5, 6, 7], asked, 0))
+        for _ in range(4):
+            each._step(found)
+        embeds = make_embeds(table[100:150])
+        each.scheduler.add_request(EngineCoreRequest("vectors", [0] * 50, asked, 0, prompt_embeds=embeds))
+        while each.scheduler.has_requests():
+            each._step(found)
+        answers.append(found)
+        if each is loop:
+            taken = "".join(step[0] for step in steps)
+    assert answers[0] == answers[1]
+    assert "ree" + "r" * 5 in taken, taken  # fifty vectors beside a decode are two steps of 32
 
 
 def test_a_prompt_of_vectors_has_no_tokens_to_repeat(tmp_path: Path):

@@ -20,6 +20,10 @@ needs_kernels = pytest.mark.skipif(
     native.lib is None or native.lib.isa() == "none", reason="no native kernels here"
 )
 
+needs_two_processors = pytest.mark.skipif(
+    not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2, reason="needs two processors"
+)
+
 
 def import_native(**variables):
     """A fresh interpreter that imports the ops and prints the instruction set and thread count."""
@@ -105,6 +109,31 @@ def test_the_threads_can_change_while_kernels_run():
     stop.set()
     worker.join()
     assert wrong == []
+
+
+@needs_kernels
+@needs_two_processors
+def test_a_worker_stays_off_the_processor_that_its_caller_is_on():
+    """Alone in a process of its own, whose one other thread is the worker."""
+    code = """
+import os, torch
+from minivllm import envs
+from minivllm.ops import activation, native
+first, second = sorted(os.sched_getaffinity(0))[:2]
+known = set(os.listdir("/proc/self/task"))
+native.lib.set_num_threads(2)
+x = torch.randn(64, 512)
+activation.cpu(x)
+(worker,) = set(os.listdir("/proc/self/task")) - known
+def moved_to(processor):
+    os.sched_setaffinity(0, {processor})
+    os.sched_setaffinity(0, {first, second})  # it stays where it is, unless somebody else needs the place just now
+    activation.cpu(x)
+    return os.sched_getaffinity(int(worker)) == {first, second} - {processor}
+for processor in (first, second, first):
+    assert any(moved_to(processor) for _ in range(100)), processor
+"""
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
 @needs_kernels

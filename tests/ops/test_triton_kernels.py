@@ -11,6 +11,7 @@ from minivllm.ops import (
     bitmask,
     embedding,
     kv_write,
+    likeliest_tokens,
     linear,
     linear_int8,
     moe,
@@ -70,8 +71,9 @@ OPS = {
     penalties.apply_penalties: "triton.penalties", penalties.count_tokens: "triton.penalties",
     sampling.gumbel_argmax: "triton.sampling", sampling.top_k_top_p_min_p: "triton.sampling",
     token_logprobs.token_logprobs: "triton.token_logprobs",
+    likeliest_tokens.likeliest_tokens: "triton.likeliest_tokens",
 }  # fmt: skip
-ON_LOGITS = {bitmask, penalties, sampling, token_logprobs}
+ON_LOGITS = {bitmask, likeliest_tokens, penalties, sampling, token_logprobs}
 
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)

@@ -81,6 +81,7 @@ def test_the_flags_are_ours_and_a_block_of_16_is_the_workers_to_check_on_a_card(
         return EngineArgs(model=str(tiny_model), **options).create_engine_config()
 
     assert parsed(device="cuda", block_size=16, batch_invariant=True).device == DeviceConfig("cuda", True)
+    assert not parsed(cuda_decode_attention=False).device.cuda_decode_attention
     with pytest.raises(ConfigError, match="device='tpu'"):
         parsed(device="tpu")
     with pytest.raises(ConfigError, match="block_size=16 must be a multiple of 32"):

@@ -25,7 +25,7 @@ def test_it_measures_nothing_without_a_card_and_says_so():
     done = subprocess.run([sys.executable, "-m", "benchmarks.gpu"], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("NOTHING WAS MEASURED: torch")
-    assert "in this order: attention, decode-8B, start-8B" in done.stderr
+    assert "in this order: attention, captured, cuda-decode, decode-8B, start-8B" in done.stderr
 
 
 def test_steps_of_a_model_are_measured_as_a_server_makes_them(monkeypatch: pytest.MonkeyPatch):
@@ -75,8 +75,35 @@ def test_the_price_of_batch_invariance_is_of_the_same_steps(monkeypatch: pytest.
     assert all("× the" in row.note for row in rows)
 
 
+def test_the_gain_of_decoding_in_cuda_is_of_the_same_steps(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(registry, "_BACKENDS", ["tests.worker.fake_device:FakeDeviceBackend"])
+    made = []
+
+    def make(*, cuda_decode: bool) -> models.Model:
+        made.append(models.Model(
+            TINY, platform=FakeDevice(), device="cpu", max_model_len=256, cuda_decode=cuda_decode,
+            num_gpu_blocks_override=40,
+        ))  # fmt: skip
+        made[-1].asked = made[-1].worker.config.device.cuda_decode_attention
+        return made[-1]
+
+    rows = list(models.gain_of_cuda_decode("tiny", make, sizes=((1, 100), (4, 50)), steps=3))
+    assert [model.asked for model in made] == [False, True]
+    assert [row.what for row in rows] == [
+        f"tiny decode in CUDA C++, batch {batch}, context {context}" for batch, context in ((1, 100), (4, 50))
+    ]
+    assert all("by Triton" in row.note for row in rows)
+
+
 def test_kernels_of_other_models_are_measured(monkeypatch: pytest.MonkeyPatch):
-    sizes = {"HIDDEN": 64, "INNER": 96, "VOCAB": 100, "EXPERTS": 8, "EXPERTS_OF_TOKEN": 2, "EXPERT_HIDDEN": 32}
+    sizes = {
+        "HIDDEN": 64,
+        "INNER": 96,
+        "VOCAB": 100,
+        "EXPERTS": 8,
+        "EXPERTS_OF_TOKEN": 2,
+        "EXPERT_HIDDEN": 32,
+    }
     for name, size in {**sizes, "EXPERT_INNER": 16}.items():
         monkeypatch.setattr(kernels, name, size)
     clock = Clock("cpu")

@@ -132,6 +132,20 @@ def test_sizes_are_told_apart_and_multiplied():
         assert all((output[len(own) :] == 77).all() for output, own in zip(taken.outputs, ours))  # and no row more
 
 
+@pytest.mark.parametrize(
+    ("rows", "found"),
+    [(max, "40 at one size, 1 at another, 11 at"), (lambda a, b: a if a in (1, MOST) else 3, "1 at another, 3 at")],
+)
+def test_a_number_of_rows_that_is_a_size_only_by_chance_is_not_recorded(rows: Callable[..., int], found: str):
+    x = torch.zeros(MOST, 64)
+
+    def step(sizes: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
+        two_norms(x[: rows(*sizes)])
+        return tuple(two_norms(x[:size]) for size in sizes)
+
+    assert found in record_for_sizes(step, (MOST, MOST // 2))
+
+
 def test_sizes_that_could_be_taken_for_each_other_are_refused():
     assert "cannot be told apart" in record_for_sizes(lambda sizes: (), (2, 2, 2))
 
@@ -167,7 +181,7 @@ def test_a_tape_is_replayed_with_as_many_sizes_as_it_has_and_none_above_the_most
         taken.replay((MOST + 1,))
 
 
-def test_what_an_op_keeps_stays_alive_and_counts_for_no_recording():
+def test_memory_that_a_recording_is_shown_stays_alive_and_counts_for_no_recording():
     scratch, x = torch.empty(1000, 64), values(1)
     with recording() as taken:
         place = scratch[:3]

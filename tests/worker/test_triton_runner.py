@@ -12,8 +12,10 @@ from make_random_model import make_model
 import tests.gpu.interpreter  # noqa: F401  before the kernels
 from minivllm.attention import registry
 from minivllm.attention.backends.triton import TritonBackend
+from minivllm.ops import cuda
 from minivllm.ops.op import Op, OpSpec
 from minivllm.sampling_params import SamplingParams
+from tests.cuda.emulated import compiler, emulate
 from tests.models.loop import Loop
 from tests.worker.fake_device import FakeDevice
 
@@ -34,6 +36,11 @@ class InterpretedBackend(TritonBackend):
     @classmethod
     def why_not(cls, spec: Any) -> str | None:
         return None  # the device is a CPU, and the kernels are interpreted
+
+
+class EmulatedBackend(InterpretedBackend):
+    def _why_not_cuda(self) -> str | None:
+        return None if self.spec.cuda_decode else "it is off"
 
 
 def triton_or_reference(op: Op, spec: OpSpec) -> Any:
@@ -60,3 +67,30 @@ def test_its_tokens_are_the_cpus(
     assert [answer.tokens for answer in loop.run(PROMPTS, PARAMS)] == expected
     assert platform.graphs.num_replays > 2
     assert set(platform.graphs.num_rows) == {1, 3}
+
+
+@pytest.mark.skipif(compiler() is None, reason="NOT RUN: there is no C++ compiler")
+def test_its_captured_decodes_are_the_cuda_kernels_unless_they_are_turned_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    model = make_model(tmp_path, arch="qwen3", dtype="float16", head_dim=64, seed=3, num_layers=1)
+    monkeypatch.setattr(registry, "_BACKENDS", ["tests.worker.test_triton_runner:EmulatedBackend"])
+    monkeypatch.setattr(Op, "select", triton_or_reference)
+    emulate(monkeypatch)
+    bounds, decode = [], cuda.decode_attention
+
+    def counted(*args: Any, **options: Any) -> Any:
+        bounds.append(options["max_seq_len"])
+        return decode(*args, **options)
+
+    monkeypatch.setattr(cuda, "decode_attention", counted)
+    sizes = {"block_size": 16, "max_num_batched_tokens": 24, "max_num_seqs": 3, "max_model_len": 1100}
+    sizes |= {"cudagraph_capture_sizes": [3], "num_gpu_blocks_override": 128}
+    answers = []
+    for is_cuda in (True, False):
+        loop = Loop(model, platform=FakeDevice(), plans_in_flight=2, cuda_decode_attention=is_cuda, **sizes)
+        assert loop.ready.numerics_id.endswith("cuda_decode") == is_cuda
+        answers.append([answer.tokens for answer in loop.run(PROMPTS, PARAMS[0])])
+        assert bool(bounds) == is_cuda and set(bounds) <= {1024, 1100}
+        bounds.clear()
+    assert answers[0] == answers[1]

@@ -179,6 +179,24 @@ def test_asleep_the_memory_of_the_cache_and_at_level_2_of_the_weights_is_given_b
     assert worker.platform.process_memory_bytes() - rss[2] > 0.9 * weight_bytes
 
 
+@pytest.mark.skipif(NOT_NATIVE is not None, reason="only native calls are recorded")
+@pytest.mark.parametrize("level", [1, 2])
+def test_asleep_the_memory_that_steps_compute_in_is_given_back_too(tmp_path: Path, level: int):
+    model = make_model(tmp_path, arch="llama", dtype="float32", intermediate_size=8192, num_layers=1)
+    loop = Loop(model, max_num_batched_tokens=1024, enable_prefix_caching=False)
+    prompt, params = [7 + i % 490 for i in range(1024)], SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
+    rss = loop.worker.platform.process_memory_bytes
+    expected = loop.run([prompt], params)
+    step_bytes, awake = loop.worker.runner._recorded.recording.nbytes, rss()
+    assert step_bytes > 32 << 20  # more than what else may move
+    loop.worker.sleep(level)
+    asleep = rss()
+    assert awake - asleep > 0.9 * step_bytes
+    loop.worker.wake_up()
+    assert loop.run([prompt], params) == expected
+    assert rss() - asleep > 0.9 * step_bytes
+
+
 def test_weights_that_cannot_be_read_again_leave_a_worker_that_may_try_again(bf16_model: Path, tmp_path: Path):
     shutil.copytree(bf16_model, tmp_path, dirs_exist_ok=True)
     params = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
@@ -301,7 +319,8 @@ def test_a_request_whose_logits_are_not_finite_fails_and_the_others_go_on(tiny_m
     healthy = Loop(tiny_model).run(PROMPTS, params)
     loop = Loop(tiny_model)
     poisoned = PoisonedModel if kept else ChoosingPoisonedModel
-    loop.worker.runner.model = poisoned(loop.worker.runner.model, row=-1, step=3)
+    # The first decode that is computed: behind the prompts' step, and three times for a recording.
+    loop.worker.runner.model = poisoned(loop.worker.runner.model, row=-1, step=4)
     answers = loop.run(PROMPTS, params)
     (failed,) = [i for i, answer in enumerate(answers) if answer.finish_reason == "error"]
     assert answers[failed].error == NONFINITE
@@ -383,6 +402,21 @@ def test_no_memory_is_taken_ahead_while_a_prompt_is_computed(tiny_model: Path):
     loop.worker.memory_taker = taker
     loop.run([PROMPTS[0]], SamplingParams(max_tokens=3, temperature=0))
     assert taker.held[:2] == [True, False] and not any(taker.held[2:])
+
+
+@pytest.mark.parametrize("part", ["forward", "compute_logits"])
+def test_memory_is_taken_again_behind_a_prompt_whose_step_fails(tiny_model: Path, monkeypatch, part: str):
+    loop, taker = Loop(tiny_model, enforce_eager=True), FakeTaker()
+    loop.worker.memory_taker = taker
+
+    def fails(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(loop.worker.runner.model, part, fails)
+    monkeypatch.setattr(loop.worker.runner.model, "likeliest", fails)
+    with pytest.raises(ZeroDivisionError):
+        loop.run([PROMPTS[0]], SamplingParams(max_tokens=3, temperature=0))
+    assert taker.held == [True, False]
 
 
 class FakeTaker:

@@ -58,6 +58,11 @@ class CpuNativeBackend(AttentionBackend):
         shared = shared_prefixes(step, self.spec.block_size)
         return Metadata(step, shared if shared is None or step.room is None else _put(shared, step.room))
 
+    def new_room(self, num_reqs: int) -> SharedPrefixes:
+        num_groups, num_members = self.most_sizes(num_reqs)
+        sizes = (num_members, num_groups + 1, num_groups)
+        return SharedPrefixes(*(torch.zeros(size, dtype=torch.int32) for size in sizes))
+
     def sizes_of(self, metadata: Metadata) -> tuple[int, int]:
         """Groups, and members of all of them."""
         shared = metadata.shared
@@ -78,14 +83,12 @@ class CpuNativeBackend(AttentionBackend):
         )  # fmt: skip
 
 
-def _places(room: torch.Tensor, num_groups: int, num_members: int) -> SharedPrefixes:
-    """Where so many are put: members first, each behind what there may be at most of those before."""
-    most = (len(room) - 1) // 3
-    members, starts, lens = room[:most], room[most : 2 * most + 1], room[2 * most + 1 :]
-    return SharedPrefixes(members[:num_members], starts[: num_groups + 1], lens[:num_groups])
+def _places(room: SharedPrefixes, num_groups: int, num_members: int) -> SharedPrefixes:
+    """Where so many are put."""
+    return SharedPrefixes(room.members[:num_members], room.group_starts[: num_groups + 1], room.lens[:num_groups])
 
 
-def _put(shared: SharedPrefixes, room: torch.Tensor) -> SharedPrefixes:
+def _put(shared: SharedPrefixes, room: SharedPrefixes) -> SharedPrefixes:
     """The same, where a recorded step reads it."""
     places = _places(room, len(shared.lens), len(shared.members))
     for place, value in zip(vars(places).values(), vars(shared).values()):

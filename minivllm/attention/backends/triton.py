@@ -1,4 +1,4 @@
-"""Paged attention by the Triton kernels, over a cache in rows (`RowLayout`).
+"""Paged attention by the Triton kernels, over a cache in rows (`RowLayout`); decodes by CUDA C++ where it serves them.
 
 Knows a batch by what the host knows of it: nothing here waits for the device. `--batch-invariant` is `AttentionSpec`'s.
 """
@@ -10,10 +10,13 @@ from dataclasses import dataclass
 import torch
 
 from minivllm.attention.backend import AttentionBackend, AttentionSpec, StepInputs, why_not_any
-from minivllm.ops import gpu
+from minivllm.logger import init_logger
+from minivllm.ops import cuda, gpu
 from minivllm.ops.kv_layout import RowLayout
 from minivllm.ops.op import OpSpec
 from minivllm.ops.paged_attention import Options
+
+logger = init_logger(__name__)
 
 _BLOCK_STEP = 16  # tokens; so that rows, and int8's scales behind them, start at multiples of 16 bytes
 _MOST_HEAD_DIM = 256
@@ -41,6 +44,9 @@ class TritonBackend(AttentionBackend):
 
         self._write, self._turn_and_write, self._paged_attention = kv_write, rotary_kv_write, paged_attention
         self._shape_class, self._scratch_shape = BatchShape, scratch_shape
+        reason = self._why_not_cuda()
+        self._decodes_by_cuda = reason is None
+        logger.info("decode attention: %s", "CUDA C++" if reason is None else f"Triton ({reason})")
 
     @classmethod
     def why_not(cls, spec: AttentionSpec) -> str | None:
@@ -56,6 +62,21 @@ class TritonBackend(AttentionBackend):
             return "a KV cache in fp8 needs compute capability 8.9; try --kv-cache-dtype int8"
         return None
 
+    @property
+    def numerics_id(self) -> str:
+        return f"{self.layout_id}-cuda_decode" if self._decodes_by_cuda else self.layout_id
+
+    def _why_not_cuda(self) -> str | None:
+        """None, or the reason decodes are Triton's."""
+        spec = self.spec
+        if spec.device != "cuda":
+            return f"needs CUDA, got {spec.device}"
+        if spec.batch_invariant:
+            return "batch invariant: prefill has its bits"
+        if not spec.cuda_decode:
+            return "cuda_decode_attention is off"
+        return cuda.decode_why_not(spec.dtype, self.layout, spec.num_heads // spec.num_kv_heads)
+
     def new_kv_cache(self, num_blocks: int) -> torch.Tensor:
         return torch.empty(self.layout.shape(num_blocks), dtype=torch.uint8, device=self.spec.device)
 
@@ -70,7 +91,13 @@ class TritonBackend(AttentionBackend):
 
     def _attend(self, q: torch.Tensor, kv_cache: torch.Tensor, metadata: Metadata, options: Options) -> torch.Tensor:
         step, shape = metadata.step, self._shape_class(metadata.max_query_len, metadata.max_seq_len)
-        # Its scratch is allocated anew each time: what is captured in a graph must be the graph's own.
+        # Scratch is allocated anew each time: what is captured in a graph must be the graph's own.
+        has_a_row_each = metadata.max_query_len == 1 and len(q) == len(step.seq_lens)
+        if self._decodes_by_cuda and has_a_row_each and options.alibi_slopes is None:
+            return cuda.decode_attention(
+                q, kv_cache, step.block_table, step.seq_lens,
+                layout=self.layout, options=options, max_seq_len=metadata.max_seq_len,
+            )  # fmt: skip
         return self._paged_attention(
             q, kv_cache, step.block_table, step.seq_lens, step.query_start_loc,
             layout=self.layout, options=options, shape=shape, batch_invariant=self.spec.batch_invariant,

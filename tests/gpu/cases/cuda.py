@@ -61,6 +61,43 @@ def decode(
     return Check(run, expected, TOLERANCE[torch_dtype] + 8e-3 * (kv_dtype is not None))
 
 
+def captured(device: str, large: bool, *, kv_dtype: str) -> Check:
+    """A decode captured in a graph for far longer requests than come, some rows of none; the bits of one launched for
+    its lengths, with a thread block for each segment. (A CPU captures nothing: there it is launched as it would be.)"""
+    kv_heads, head_dim, block_size, bound = 8 if large else 2, 128, 64, 32768
+    lengths = (512, 1, 8192, 3000, 1025, 1024, 7000, 64) * 8 if large else (70, 1, 1100)
+    layout, options = RowLayout(kv_dtype, kv_heads, head_dim, block_size), Options(scale=head_dim**-0.5)
+    cache, table = filled_cache([(n, 1) for n in lengths], layout, torch.bfloat16, options, device)
+    q = randn(device, len(lengths) + 2, 4 * kv_heads, head_dim, dtype=torch.bfloat16)
+    table = torch.cat([table, torch.full_like(table[:2], -1)])  # where nobody may look
+    seq_lens = torch.ones(len(q), dtype=torch.int32, device=device)
+
+    def launch(out: torch.Tensor, longest: int, num_parts: int | None = None) -> torch.Tensor:
+        return cuda.decode_attention(
+            q, cache, table, seq_lens, layout=layout, options=options, max_seq_len=longest, num_parts=num_parts, out=out
+        )  # fmt: skip
+
+    def run() -> torch.Tensor:
+        out, work = torch.zeros_like(q), lambda: launch(out, bound)
+        seq_lens[: len(lengths)] = ints(device, *(n // 3 for n in lengths))  # no more than a table knows
+        seq_lens[len(lengths) :] = 0
+        if device == "cuda":
+            work()  # no module may be loaded in a capture
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                work()
+            work = graph.replay
+        out.zero_()
+        seq_lens[: len(lengths)] = ints(device, *lengths)
+        work()
+        return out
+
+    def expected() -> torch.Tensor:
+        return launch(torch.zeros_like(q), max(lengths), -(-max(lengths) // cuda.SEGMENT))
+
+    return Check(run, expected, 0.0)
+
+
 def copies(device: str, large: bool, *, to_host: bool) -> Check:
     """Blocks of two layers to pinned memory and back, or within the device."""
     shape = (2, 300 if large else 7, 65536 if large else 48)
@@ -111,6 +148,8 @@ def _cases() -> dict[str, Case]:
     for option in ("window", "window_1100", "softcap", "sinks", "all"):
         add(decode, option=option)
     add(decode, block_size=16)
+    for kv_dtype in ("bfloat16", "fp8_e4m3", "int8"):
+        add(captured, kv_dtype=kv_dtype)
     for to_host in (False, True):
         add(copies, to_host=to_host)
     return found

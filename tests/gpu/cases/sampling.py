@@ -7,8 +7,9 @@ from functools import partial
 import numpy as np
 import torch
 
-from minivllm.ops import bitmask, penalties, sampling
+from minivllm.ops import bitmask, likeliest_tokens, penalties, sampling
 from minivllm.ops.triton import bitmask as triton_bitmask
+from minivllm.ops.triton import likeliest_tokens as triton_likeliest_tokens
 from minivllm.ops.triton import penalties as triton_penalties
 from minivllm.ops.triton import sampling as triton_sampling
 from minivllm.ops.triton import token_logprobs as triton_token_logprobs
@@ -84,6 +85,18 @@ def token_logprobs(device: str, large: bool, *, vocab_size: int) -> Check:
     return Check(lambda: triton_token_logprobs.token_logprobs(logits, tokens), expected, 2e-6)
 
 
+def likeliest(device: str, large: bool, *, vocab_size: int) -> Check:
+    logits = logits_of(device, large, vocab_size, 9)[3:]  # ties, and a row of nothing but -inf
+    logits[1, ::2] = -0.0
+
+    def found(find) -> tuple[torch.Tensor, ...]:
+        return tuple(find(logits, num_tokens) for num_tokens in (1, 5, 20))
+
+    return Check(
+        lambda: found(triton_likeliest_tokens.likeliest_tokens), lambda: found(likeliest_tokens.reference), 0.0
+    )
+
+
 def masking(device: str, large: bool) -> Check:
     logits = randn(device, 5, 151936 if large else 5003)
     rng = np.random.default_rng(0)
@@ -130,6 +143,7 @@ def _cases() -> dict[str, Case]:
     for vocab_size in (130, 9001):
         found[f"gumbel_argmax_{vocab_size}"] = partial(gumbel, vocab_size=vocab_size)
         found[f"truncation_{vocab_size}"] = partial(truncation, vocab_size=min(vocab_size, 3001))
+        found[f"likeliest_tokens_{vocab_size}"] = partial(likeliest, vocab_size=vocab_size)
         found[f"token_logprobs_{vocab_size}"] = partial(token_logprobs, vocab_size=vocab_size)
     return found
 
