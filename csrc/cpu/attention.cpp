@@ -14,6 +14,10 @@
 namespace minivllm::MINIVLLM_ISA {
 namespace {
 
+#if !defined(__AMX_BF16__)
+struct WidenedTiles {};
+#endif
+
 // Query rows of one request, or of the members of a group over what they share, against one KV head; or a request's one
 // row against several.
 struct Unit {
@@ -244,9 +248,10 @@ Path path_of(const Attention& a, const Unit& unit) {
             unit.ending};
 }
 
-// next: what this thread will probably run next, or null.
+// next: what this thread will probably run next, or null. widened: this thread's.
 template <class Math>
-void run_unit(const Attention& a, const Work& work, const Unit& unit, const Unit* next) {
+void run_unit(const Attention& a, const Work& work, const Unit& unit, const Unit* next,
+              [[maybe_unused]] WidenedTiles& widened) {
     Rows rows;
     if (unit.num_members > 0) shared_rows(a, work, unit, rows);
     else own_rows(a, work, unit, rows);
@@ -256,8 +261,10 @@ void run_unit(const Attention& a, const Work& work, const Unit& unit, const Unit
     constexpr bool is_amx = std::is_same_v<Math, AmxMath>;
     [[maybe_unused]] const std::conditional_t<is_amx, FlushSubnormals, int> flush{};  // whichever walk a row takes
     if (is_amx && rows.count > AmxMath::kBlock && !unit.resumes &&
-        unit.ending != Ending::part && unit.num_parts == 0)
-        return WideWalk(a, rows).run(path, expected);
+        unit.ending != Ending::part && unit.num_parts == 0) {
+        widened.begin(a, unit.request, unit.kv_head);
+        return WideWalk(a, rows, widened).run(path, expected);
+    }
 #endif
     Walk<Math> walk(a, rows);
     if (unit.num_parts > 0) walk.join(unit.num_parts, a.num_heads * carried_floats(a.layout.head_dim));
@@ -266,11 +273,11 @@ void run_unit(const Attention& a, const Work& work, const Unit& unit, const Unit
 
 // A thread's units: its share in order, then the last ones of other shares.
 template <class Math>
-void run_shares(const Attention& a, const Work& work, const Units& units, int thread) {
+void run_shares(const Attention& a, const Work& work, const Units& units, int thread, WidenedTiles& widened) {
     for (int i = 0; i < work.num_shares; ++i) {
         Share& share = units.shares[(thread + i) % work.num_shares];
         for (Share::Taken t; (t = share.take(i == 0)).unit >= 0;)
-            run_unit<Math>(a, work, units.list[t.unit], t.next < 0 ? nullptr : units.list + t.next);
+            run_unit<Math>(a, work, units.list[t.unit], t.next < 0 ? nullptr : units.list + t.next, widened);
     }
 }
 
@@ -280,16 +287,21 @@ void run_with(const Attention& a) {
     struct Context { const Attention& a; const Work& work; std::atomic<int64_t> next_prompt; } context{a, work, {0}};
     run_on_threads(int(lesser(work.num_shares, work.shared.num)), [](void* p, int thread) {
         const Context& c = *static_cast<Context*>(p);
-        run_shares<Math>(c.a, c.work, c.work.shared, thread);
+        WidenedTiles widened;
+        run_shares<Math>(c.a, c.work, c.work.shared, thread, widened);
     }, &context);
     run_on_threads(int(lesser(work.num_shares, work.prompts.num + work.decodes.num)), [](void* p, int thread) {
         Context& c = *static_cast<Context*>(p);
         const Units& prompts = c.work.prompts;  // first, as their walks are the longest
+        WidenedTiles widened;
         for (int64_t i; (i = c.next_prompt.fetch_add(1, std::memory_order_relaxed)) < prompts.num;)
-            run_unit<Math>(c.a, c.work, prompts.list[i], nullptr);
-        run_shares<Math>(c.a, c.work, c.work.decodes, thread);
+            run_unit<Math>(c.a, c.work, prompts.list[i], nullptr, widened);
+        run_shares<Math>(c.a, c.work, c.work.decodes, thread, widened);
     }, &context);
-    parallel_tasks(work.joins.num, [&](int64_t i) { run_unit<Math>(a, work, work.joins.list[i], nullptr); });
+    parallel_tasks(work.joins.num, [&](int64_t i) {
+        WidenedTiles widened;
+        run_unit<Math>(a, work, work.joins.list[i], nullptr, widened);
+    });
 }
 
 void run(const Attention& a) {

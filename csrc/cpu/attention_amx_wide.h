@@ -9,6 +9,7 @@
 #pragma once
 
 #include "attention_amx.h"
+#include "attention_widened.h"
 
 namespace minivllm::MINIVLLM_ISA {
 namespace {
@@ -29,13 +30,14 @@ MINIVLLM_INLINE Vec max_of_each(const Vec (&rows)[16]) {
 
 class WideWalk {
 public:
-    WideWalk(const Attention& a, const Rows& rows) : a_(a), rows_(rows), head_dim_(a.layout.head_dim) {
+    // widened: this thread's, where the cache holds codes.
+    WideWalk(const Attention& a, const Rows& rows, WidenedTiles& widened)
+        : a_(a), rows_(rows), head_dim_(a.layout.head_dim), widened_(widened) {
         num_k_ = int((head_dim_ + 31) / 32);
         const int64_t padded = (rows.count + kBlock - 1) / kBlock * kBlock;
-        const int64_t segment_bytes = a.layout.type == KvType::bf16 ? 0 : kSegment * head_dim_ * 2;
         const int64_t row_bytes = head_dim_ * 8 + num_k_ * 64 + (kLanes + 1) * 4 + 8;
-        const size_t bytes = size_t(padded * row_bytes + (kBlock * (2 * kScoreStride + kLanes + 2) + 2 * kStep) * 4 +
-                                    kStretch * (head_dim_ + kBlock) * 2 + 2 * segment_bytes) + AmxTiles::bytes(a) + 4096;
+        const size_t bytes = size_t(padded * row_bytes + kBlock * (2 * kScoreStride + kLanes + 2) * 4 +
+                                    kStretch * (head_dim_ + kBlock) * 2) + AmxTiles::bytes(a) + 4096;
         char* p = static_cast<char*>(thread_scratch(1, bytes));
         auto take = [&p](int64_t n) { char* taken = p; p += (n + 63) / 64 * 64; return taken; };
         for (float*& scores : scores_) scores = reinterpret_cast<float*>(take(kBlock * kScoreStride * 4));
@@ -46,17 +48,13 @@ public:
         seg_out_ = reinterpret_cast<float*>(take(padded * head_dim_ * 4));
         bias_ = reinterpret_cast<float*>(take(kBlock * 4));
         kept_ = reinterpret_cast<float*>(take(kBlock * 4));
-        k_scales_ = reinterpret_cast<float*>(take(kStep * 4));
-        v_scales_ = reinterpret_cast<float*>(take(kStep * 4));
         q_ = reinterpret_cast<bf16*>(take(padded * num_k_ * 64));
         cut_ = reinterpret_cast<bf16*>(take(kStretch * head_dim_ * 2));
         out_ = reinterpret_cast<float*>(take(padded * head_dim_ * 4));
         max_ = reinterpret_cast<float*>(take(padded * 4));
         sum_ = reinterpret_cast<float*>(take(padded * 4));
-        keys_.own = reinterpret_cast<bf16*>(take(segment_bytes));
-        values_.own = reinterpret_cast<bf16*>(take(segment_bytes));
-        values_.offset = a.layout.half_bytes();
         tiles_ = AmxTiles(a, take(int64_t(AmxTiles::bytes(a))));
+        for (float& one : ones_) one = 1;
     }
 
     // next: where this thread will probably go on, or null.
@@ -101,14 +99,6 @@ private:
         int64_t stretch, segment;      // positions: where they begin
         int64_t begin, end;            // the step's first, and what the block sees of the segment
         int first_tile, end_tile;      // of the step
-    };
-
-    // The tiles of a segment as bf16.
-    struct Side {
-        bf16* own = nullptr;   // [kSegment / kTile] tiles, for codes
-        int64_t offset = 0;    // from a key tile
-        int64_t segment = -1;
-        uint32_t widened = 0;
     };
 
     // ---- which steps there are ----
@@ -169,15 +159,13 @@ private:
     }
     const char* key_tile(int64_t position) const { return key_tiles_[position / kTile]; }
 
-    const bf16* tile_of(Side& side, int64_t segment, int64_t p) const {
-        const char* tile = key_tile(p) + side.offset;
-        if (!tiles_.are_bytes()) return reinterpret_cast<const bf16*>(tile);
-        if (side.segment != segment) side.segment = segment, side.widened = 0;
-        const int64_t i = (p - segment) / kTile;
-        bf16* own = side.own + i * kTile * head_dim_;
-        if ((side.widened >> i & 1) == 0) tiles_.widen(own, tile);
-        side.widened |= 1u << i;
-        return own;
+    const bf16* keys_at(int64_t p) const {
+        if (tiles_.are_bytes()) return widened_.keys(tiles_, p / kTile, key_tile(p));
+        return reinterpret_cast<const bf16*>(key_tile(p));
+    }
+    const bf16* values_at(int64_t p) const {
+        if (tiles_.are_bytes()) return widened_.values(tiles_, p / kTile, key_tile(p));
+        return reinterpret_cast<const bf16*>(key_tile(p) + a_.layout.half_bytes());
     }
 
     // Into the second cache, what blocks will need of the next stretch, each its share; and of what a walk begins with,
@@ -197,15 +185,21 @@ private:
     void fetch_step(Ahead<_MM_HINT_T1>& ahead, const Path& path, int64_t p, int64_t part, int64_t num_parts,
                     int64_t turns) const {
         const KvLayout& layout = a_.layout;
-        const int64_t from = layout.tile_bytes() * part / num_parts / 64 * 64;
-        const int64_t bytes = layout.tile_bytes() * (part + 1) / num_parts - from;
+        const bool is_widened = tiles_.are_bytes() && &path == &path_ && p < path.end &&
+                                widened_.found_keys(p / kTile) != nullptr && widened_.found_values(p / kTile) != nullptr;
+        const int64_t tile_bytes = is_widened ? kTile * head_dim_ * 2 : layout.tile_bytes();
+        const int64_t from = tile_bytes * part / num_parts / 64 * 64;
+        const int64_t bytes = tile_bytes * (part + 1) / num_parts - from;
         const char* places[2 * kStepTiles];
         int n = 0;
         for (const int64_t end = lesser(p + kStep, path.end); p < end; p += kTile) {
             const int64_t block = path.blocks[p / layout.block_size];
-            places[n] = a_.kv_cache + layout.key_tile(block, path.kv_head, p % layout.block_size) + from;
-            places[n + 1] = places[n] + layout.half_bytes();
-            n += 2;
+            const char* key = a_.kv_cache + layout.key_tile(block, path.kv_head, p % layout.block_size);
+            const char* value = key + layout.half_bytes();
+            if (is_widened) key = widened_.found_keys(p / kTile), value = widened_.found_values(p / kTile);
+            if (key == nullptr || value == nullptr) break;
+            places[n++] = key + from;
+            places[n++] = value + from;
         }
         ahead.start(places, n, bytes, turns);
     }
@@ -254,7 +248,7 @@ private:
         if (item.is_first && rows_.begin[item.block] >= item.segment) read_queries(item);
         const bf16* q = q_ + item.block * num_k_ * 32;
         for (int t = item.first_tile; t < item.end_tile; ++t) {
-            const bf16 *key = tile_of(keys_, item.segment, item.begin + t * kTile), *right = key + 16 * head_dim_;
+            const bf16 *key = keys_at(item.begin + t * kTile), *right = key + 16 * head_dim_;
             _tile_zero(0);
             _tile_zero(1);
             _tile_zero(2);
@@ -294,7 +288,7 @@ private:
         bool is_cut = false;
         for (int t = first; t < last; ++t) {
             const int64_t p = item.stretch + t * kTile;
-            values[t] = tile_of(values_, item.segment, p);
+            values[t] = values_at(p);
             if (sees_part(item, p) && !tiles_.is_finite(values[t])) {
                 bf16* own = cut_ + t * kTile * head_dim_;
                 is_cut |= tiles_.keep_visible(own, values[t], rows_.begin[item.block] - p,
@@ -376,7 +370,10 @@ private:
         scores_now_ = scores_[now.parity];
         weights_now_ = weights_ + tile_of_stretch(now, 0) * kBlock * kTile;
         item_ = &now;
-        factor_ = a_.scale * a_.k_scale * kLog2e;
+        factor_ = score_factor(a_);
+        factors_ = has_scales(a_) ? widened_.factors(now.begin / kTile) : nullptr;
+        v_scales_ = has_scales(a_) ? widened_.v_scales(now.begin / kTile) : nullptr;
+        is_simple_ = factors_ == nullptr && now.end_tile - now.first_tile == kStepTiles;
         if (!is_plain(a_)) finish_scores(now);
         const bool may_rise = now.is_first || !now.is_whole || !has_small_maxima(now);
         if (may_rise) find_maxima(now);
@@ -422,7 +419,7 @@ private:
         }
         uint32_t pending = 0;  // rows whose output a new maximum changes
         for (int half = 0; half < 2 && item.block + 16 * half < item.block_end; ++half) {
-            const Vec step_max = max_of_half(item, half) * set1(factor_), max = load(maxima + 16 * half);
+            const Vec step_max = max_of_half(item, half), max = load(maxima + 16 * half);
             const uint32_t seen = seen_ >> (16 * half) & 0xffff;
             const uint32_t rises = lanes_less(max + set1(kRise), step_max) & seen;
             const Vec new_max{_mm512_mask_mov_ps(max.v, __mmask16(rises), step_max.v)};
@@ -447,26 +444,38 @@ private:
         Vec largest[16];
         const float* row = scores_now_ + half * 16 * kScoreStride;
         for (int i = 0; i < 16; ++i, row += kScoreStride) {
-            Vec m = load(row + item.first_tile * kTile);
-            for (int c = 2 * item.first_tile + 1; c < 2 * item.end_tile; ++c) m = max(load(row + c * kLanes), m);
+            Vec m = set1(kMasked);
+            if (factors_ == nullptr)
+                for (int c = 2 * item.first_tile; c < 2 * item.end_tile; ++c) m = max(load(row + c * kLanes), m);
+            else
+                m = max_of_products(item, lesser(item.block + half * 16 + i, item.block_end - 1), row);
             largest[i] = m;
         }
-        return max_of_each(largest);
+        return max_of_each(largest) * set1(factors_ == nullptr ? factor_ : 1);
+    }
+
+    Vec max_of_products(const Item& item, int64_t r, const float* row) const {
+        const int from = seen_from(item, r), to = seen_to(item, r);
+        Vec m = set1(kMasked);
+        for (int c = 2 * item.first_tile; c < 2 * item.end_tile; ++c) {
+            const Vec score = load(row + c * kLanes) * load(factors_ + c * kLanes);
+            const bool is_cut = from > c * kLanes || to < (c + 1) * kLanes;
+            m = max(is_cut ? where_seen(score, c, from, to, set1(kMasked)) : score, m);
+        }
+        return m;
     }
 
     void finish_scores(const Item& item) {
-        factor_ = 1;
-        if (a_.layout.type == KvType::int8) {
-            const char* tiles[kStepTiles];
-            for (int t = item.first_tile; t < item.end_tile; ++t) tiles[t] = key_tile(item.begin + t * kTile);
-            load_scales(a_, tiles, item.first_tile, item.end_tile, k_scales_, v_scales_);
-        }
         for (int64_t r = item.block; r < item.block_end; ++r) {
             float* row = scores_now_ + (r - item.block) * kScoreStride;
-            for (int c = 2 * item.first_tile; c < 2 * item.end_tile; ++c)
-                store(row + c * kLanes, finished_score(a_, load(row + c * kLanes), c, rows_.head[r],
-                                                       item.begin - rows_.position[r], k_scales_));
+            for (int c = 2 * item.first_tile; c < 2 * item.end_tile; ++c) {
+                const Vec factor = factors_ == nullptr ? set1(factor_) : load(factors_ + c * kLanes);
+                store(row + c * kLanes, finished_score(a_, load(row + c * kLanes), factor, c, rows_.head[r],
+                                                       item.begin - rows_.position[r]));
+            }
         }
+        factor_ = 1;
+        if (factors_ != nullptr) factors_ = ones_;
     }
 
     int seen_from(const Item& item, int64_t r) const { return int(greater(rows_.begin[r] - item.begin, 0)); }
@@ -478,6 +487,7 @@ private:
             const int from = seen_from(item, r), to = seen_to(item, r);
             float* row = scores_now_ + (r - item.block) * kScoreStride;
             seen_ |= uint32_t(from < to) << (r - item.block);
+            if (factors_ != nullptr) continue;  // what they say of a key that a row does not see may be anything
             for (int c = 2 * item.first_tile; c < 2 * item.end_tile; ++c)
                 if (from > c * kLanes || to < (c + 1) * kLanes)
                     store(row + c * kLanes, where_seen(load(row + c * kLanes), c, from, to, set1(kMasked)));
@@ -486,30 +496,38 @@ private:
 
     // A row's scores to weights, rounded.
     MINIVLLM_INLINE void weigh(int i) {
-        if (item_->end_tile - item_->first_tile == kStepTiles && a_.layout.type != KvType::int8)
-            weigh_tiles<true>(i, 0, kStepTiles);
-        else
-            weigh_part(i);
+        if (is_simple_) weigh_tiles<false, false>(i, 0, kStepTiles);
+        else weigh_otherwise(i);
     }
-    __attribute__((noinline)) void weigh_part(int i) { weigh_tiles<false>(i, item_->first_tile, item_->end_tile); }
+    __attribute__((noinline)) void weigh_otherwise(int i) {
+        const int first = item_->first_tile, end = item_->end_tile;
+        if (factors_ == nullptr) weigh_tiles<false, false>(i, first, end);
+        else if (item_->is_whole && end - first == kStepTiles) weigh_tiles<true, false>(i, 0, kStepTiles);
+        else weigh_tiles<true, true>(i, first, end);
+    }
 
-    template <bool is_simple>
+    // is_cut: the row may not see all of the tiles, which has_scales alone has to know.
+    template <bool has_scales, bool is_cut>
     MINIVLLM_INLINE void weigh_tiles(int i, int first, int end) {
         const float* row = scores_now_ + i * kScoreStride;
-        const Vec bias = set1(bias_[i]), factor = set1(factor_);
+        const Vec bias = set1(bias_[i]);
+        const int from = is_cut ? seen_from(*item_, item_->block + i) : 0;
+        const int to = is_cut ? seen_to(*item_, item_->block + i) : 0;
         Vec total[2] = {zero(), zero()};
         for (int t = first; t < end; ++t) {
-            Vec left = amx_weight(fma(load(row + t * kTile), factor, bias));
-            Vec right = amx_weight(fma(load(row + t * kTile + kLanes), factor, bias));
-            total[0] = total[0] + left;
-            total[1] = total[1] + right;
-            if (!is_simple && a_.layout.type == KvType::int8) {
-                const int64_t r = item_->block + i;
-                const int from = seen_from(*item_, r), to = seen_to(*item_, r);
-                left = scaled_weight(left, 2 * t, from, to, v_scales_);
-                right = scaled_weight(right, 2 * t + 1, from, to, v_scales_);
+            const bool is_tile_cut = is_cut && (from > t * kTile || to < t * kTile + kTile);
+            Vec x[2];
+            for (int half = 0; half < 2; ++half) {
+                const int c = 2 * t + half;
+                const Vec factor = has_scales ? load(factors_ + c * kLanes) : set1(factor_);
+                x[half] = fma(load(row + c * kLanes), factor, bias);
+                if (is_tile_cut) x[half] = where_seen(x[half], c, from, to, set1(kMasked));
+                x[half] = amx_weight(x[half]);
+                total[half] = total[half] + x[half];
+                if (is_tile_cut) x[half] = scaled_weight(x[half], c, from, to, v_scales_);
+                else if (has_scales) x[half] = x[half] * load(v_scales_ + c * kLanes);
             }
-            round_weights(weights_now_ + i * kTile, kBlock * kTile, t, left, right);
+            round_weights(weights_now_ + i * kTile, kBlock * kTile, t, x[0], x[1]);
         }
         store(totals_ + i * kLanes, total[0] + total[1]);
     }
@@ -565,13 +583,14 @@ private:
     const Path* next_path_ = nullptr;
     Ahead<_MM_HINT_T1> ahead_, early_;
     AmxTiles tiles_;
-    Side keys_, values_;
+    WidenedTiles& widened_;
     const char** key_tiles_ = nullptr;  // of the path, a tile of positions each
     float *seg_out_ = nullptr, *seg_sum_ = nullptr, *seg_max_ = nullptr;  // of a segment
     float* scores_[2] = {};     // of a step, [kBlock, kStep], rows kScoreStride apart
     bf16* weights_ = nullptr;   // of a block in a stretch, [kStretch / kTile][kBlock][kTile]
     float* totals_ = nullptr;   // of a step's weights, [kBlock, kLanes]
-    float *bias_ = nullptr, *kept_ = nullptr, *k_scales_ = nullptr, *v_scales_ = nullptr;
+    float *bias_ = nullptr, *kept_ = nullptr;
+    alignas(64) float ones_[kStep];
     bf16 *q_ = nullptr, *cut_ = nullptr;
     float *out_ = nullptr, *max_ = nullptr, *sum_ = nullptr;  // of the segments merged so far, a row each
 
@@ -579,7 +598,9 @@ private:
     const Item* item_ = nullptr;
     float* scores_now_ = nullptr;
     bf16* weights_now_ = nullptr;
+    bool is_simple_ = false;  // whole tiles of keys without scales
     float factor_ = 1;
+    const float *factors_ = nullptr, *v_scales_ = nullptr;  // of keys that have scales, [kStep]; else null
     uint32_t seen_ = 0;  // rows that see something
     int row_ = 0, end_row_ = 0;
     bool is_odd_turn_ = false;

@@ -93,17 +93,19 @@ struct CarriedRow {
           seg_max(max + 2) {}
 };
 
-// Whether the scores of a step need no more than a factor.
-MINIVLLM_INLINE bool is_plain(const Attention& a) {
-    return a.softcap == 0 && a.alibi == nullptr && a.layout.type != KvType::int8;
-}
+// Whether keys and values count in scales of their own, a token each.
+MINIVLLM_INLINE bool has_scales(const Attention& a) { return a.layout.type == KvType::int8; }
 
-// Scores times log2 e, with all that is not a mere factor. c: which vector of the step; distance: from the row's
-// position to the step's first.
-MINIVLLM_INLINE Vec finished_score(const Attention& a, Vec x, int c, int64_t head, int64_t distance,
-                                   const float* k_scales) {
-    Vec score = x * set1(a.scale * a.k_scale);
-    if (a.layout.type == KvType::int8) score = score * load(k_scales + c * kLanes);
+// Whether the scores of a step need no more than a factor, of their key's where that has a scale.
+MINIVLLM_INLINE bool is_plain(const Attention& a) { return a.softcap == 0 && a.alibi == nullptr; }
+
+// What a product of query and key is multiplied by: to be a score times log2 e where scores are plain, else a score.
+MINIVLLM_INLINE float score_factor(const Attention& a) { return a.scale * a.k_scale * (is_plain(a) ? kLog2e : 1); }
+
+// Scores times log2 e, of those that are not plain. c: which vector of the step; distance: from the row's position to
+// the step's first.
+MINIVLLM_INLINE Vec finished_score(const Attention& a, Vec x, Vec factor, int c, int64_t head, int64_t distance) {
+    Vec score = x * factor;
     if (a.softcap != 0) score = set1(a.softcap) * tanh(score / set1(a.softcap));
     if (a.alibi != nullptr)
         score = fma(set1(a.alibi[head]), lane_numbers() + set1(float(distance + c * kLanes)), score);
@@ -121,14 +123,13 @@ MINIVLLM_INLINE Vec scaled_weight(Vec x, int c, int from, int to, const float* v
     return where_seen(x * load(v_scales + c * kLanes), c, from, to, x);
 }
 
-// The scales of a step's int8 tiles, [kStep].
-MINIVLLM_INLINE void load_scales(const Attention& a, const char* const* key_tiles, int first, int end, float* k_scales,
-                                 float* v_scales) {
-    const int64_t data = a.layout.data_bytes(), half = a.layout.half_bytes();
-    for (int t = first; t < end; ++t) {
-        std::memcpy(k_scales + t * kTile, key_tiles[t] + data, kTile * 4);
-        std::memcpy(v_scales + t * kTile, key_tiles[t] + half + data, kTile * 4);
-    }
+// Of a tile with scales, [kTile]: what its keys' products are multiplied by, and what its values' codes count in.
+MINIVLLM_INLINE void load_scales(const Attention& a, const char* key_tile, float* factors, float* v_scales) {
+    const char* k_scales = key_tile + a.layout.data_bytes();
+    const Vec factor = set1(score_factor(a));
+    for (int i = 0; i < kTile; i += kLanes)
+        store(factors + i, load(reinterpret_cast<const float*>(k_scales) + i) * factor);
+    std::memcpy(v_scales, k_scales + a.layout.half_bytes(), kTile * 4);
 }
 
 // What a row has over whole segments takes in one more.
@@ -174,7 +175,7 @@ struct State {
     float *seg_out, *seg_max, *seg_sum;  // [rows, head_dim], [rows], [rows, kLanes]: the segment's running state
     float *out, *max, *sum;              // the segments merged so far
     float *scores;                       // [Math::kBlock, kStep]: of a block's rows
-    float *k_scales, *v_scales;          // [kStep]: of int8
+    float *factors, *v_scales;           // [kStep]: see load_scales
 };
 
 // Math gives the arithmetic of one step:
@@ -214,7 +215,7 @@ public:
         float* p = reinterpret_cast<float*>(memory);
         auto take = [&p](int64_t n) { float* taken = p; p += n; return taken; };
         s_.seg_out = take(padded * head_dim_), s_.out = take(padded * head_dim_), s_.scores = take(kBlock * kStep);
-        s_.k_scales = take(kStep), s_.v_scales = take(kStep), s_.seg_sum = take(padded * kLanes);
+        s_.factors = take(kStep), s_.v_scales = take(kStep), s_.seg_sum = take(padded * kLanes);
         for (float** each : {&s_.seg_max, &s_.max, &s_.sum}) *each = take(padded);
         math_ = Math(a, rows, s_, reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(p) + 63) / 64 * 64));
     }
@@ -268,8 +269,8 @@ private:
         if (rows_.begin[0] > begin) step.first_tile = int((rows_.begin[0] - begin) / kTile);
         for (int t = step.first_tile; t < step.end_tile; ++t) step.key[t] = key_tile(path_, begin + t * kTile);
         find_next(step);
-        if (a_.layout.type == KvType::int8)
-            load_scales(a_, step.key, step.first_tile, step.end_tile, s_.k_scales, s_.v_scales);
+        for (int t = step.first_tile; t < step.end_tile && has_scales(a_); ++t)
+            load_scales(a_, step.key[t], s_.factors + t * kTile, s_.v_scales + t * kTile);
         math_.begin_step(step);
         for (int64_t block = 0; block < rows_.count; block += kBlock) {
             const int64_t block_end = lesser(block + kBlock, rows_.count);
@@ -299,31 +300,47 @@ private:
         const int from = int(greater(rows_.begin[r] - begin, 0));
         const int to = int(lesser(rows_.end[r] - begin, kStep));
         if (from >= to) return math_.no_weights(row_of_block);
+        if (has_scales(a_)) weigh_step<true>(r, row_of_block, begin, from, to);
+        else weigh_step<false>(r, row_of_block, begin, from, to);
+    }
+
+    template <bool has_scales>
+    MINIVLLM_INLINE void weigh_step(int64_t r, int64_t row_of_block, int64_t begin, int from, int to) {
+        auto seen = [&](Vec x, int c) { return where_seen(x, c, from, to, set1(kMasked)); };
         const float* scores = s_.scores + row_of_block * kStep;
-        Vec x[kStepVecs];
-        for (int c = 0; c < kStepVecs; ++c) x[c] = load(scores + c * kLanes);
-        float scale = a_.scale * a_.k_scale * kLog2e;
-        if (!is_plain(a_)) {
-            for (int c = 0; c < kStepVecs; ++c)
-                x[c] = finished_score(a_, x[c], c, rows_.head[r], begin - rows_.position[r], s_.k_scales);
-            scale = 1;
+        const bool is_cut = from > 0 || to < kStep;
+        Vec x[kStepVecs], factor[kStepVecs];
+        for (int c = 0; c < kStepVecs; ++c) {
+            x[c] = load(scores + c * kLanes);
+            factor[c] = has_scales ? load(s_.factors + c * kLanes) : set1(score_factor(a_));
         }
-        if (from > 0 || to < kStep)
-            for (int c = 0; c < kStepVecs; ++c) x[c] = where_seen(x[c], c, from, to, set1(kMasked));
-        Vec largest[4] = {x[0], x[1], x[2], x[3]};
-        for (int c = 4; c < kStepVecs; ++c) largest[c % 4] = max(x[c], largest[c % 4]);
-        const float step_max = reduce_max(max(max(largest[0], largest[1]), max(largest[2], largest[3]))) * scale;
+        if (!is_plain(a_))
+            for (int c = 0; c < kStepVecs; ++c) {
+                x[c] = finished_score(a_, x[c], factor[c], c, rows_.head[r], begin - rows_.position[r]);
+                factor[c] = set1(1.0f);
+            }
+        Vec score[kStepVecs];
+        for (int c = 0; c < kStepVecs; ++c) score[c] = has_scales ? x[c] * factor[c] : x[c];
+        if (is_cut)
+            for (int c = 0; c < kStepVecs; ++c) score[c] = seen(score[c], c);
+        Vec largest[4] = {score[0], score[1], score[2], score[3]};
+        for (int c = 4; c < kStepVecs; ++c) largest[c % 4] = max(score[c], largest[c % 4]);
+        float step_max = reduce_max(max(max(largest[0], largest[1]), max(largest[2], largest[3])));
+        if (!has_scales && is_plain(a_)) step_max *= score_factor(a_);
         math_.look_ahead();
         math_.look_ahead();
         if (step_max > s_.seg_max[r] + kRise) raise(r, step_max);
         const Vec bias = set1(-s_.seg_max[r]);
+        for (int c = 0; c < kStepVecs; ++c) x[c] = fma(x[c], factor[c], bias);
+        if (is_cut)
+            for (int c = 0; c < kStepVecs; ++c) x[c] = seen(x[c], c);
         Vec total[2] = {zero(), zero()};
         for (int c = 0; c < kStepVecs; ++c) {
-            x[c] = math_.weight(fma(x[c], set1(scale), bias));
+            x[c] = math_.weight(x[c]);
             total[c % 2] = total[c % 2] + x[c];
         }
         math_.look_ahead();
-        if (a_.layout.type == KvType::int8)
+        if (has_scales)
             for (int c = 0; c < kStepVecs; ++c)
                 if (c * kLanes < to && (c + 1) * kLanes > from) x[c] = scaled_weight(x[c], c, from, to, s_.v_scales);
         math_.set_weights(row_of_block, x);

@@ -17,6 +17,27 @@ MINIVLLM_INLINE void store_integers(int8_t* p, Vec x) {
 MINIVLLM_INLINE void store_integers(int16_t* p, Vec x) {
     _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(x.v)));
 }
+MINIVLLM_INLINE __m512i rounded_product(const bf16* p, Vec factor) { return _mm512_cvtps_epi32((load(p) * factor).v); }
+// 64 of them, each the product of x and the factor, which is in ±127.
+MINIVLLM_INLINE void store_64_products(int8_t* p, const bf16* x, Vec factor) {
+    const __m512i a = _mm512_packs_epi32(rounded_product(x, factor), rounded_product(x + 16, factor));
+    const __m512i b = _mm512_packs_epi32(rounded_product(x + 32, factor), rounded_product(x + 48, factor));
+    const __m512i fours = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    _mm512_storeu_si512(p, _mm512_permutexvar_epi32(fours, _mm512_packs_epi16(a, b)));
+}
+// The largest magnitude of n numbers; infinite, or no number, if one of them is: without its sign, a bfloat16's bits have
+// the order of what they stand for.
+MINIVLLM_INLINE float largest_magnitude(const bf16* x, int64_t n) {
+    const __m512i magnitude = _mm512_set1_epi16(0x7fff);
+    __m512i most = _mm512_setzero_si512();
+    int64_t i = 0;
+    for (; i + 32 <= n; i += 32)
+        most = _mm512_max_epu16(most, _mm512_and_si512(_mm512_loadu_si512(x + i), magnitude));
+    const __m512i rest = _mm512_maskz_loadu_epi16((1u << (n - i)) - 1, x + i);
+    most = _mm512_max_epu16(most, _mm512_and_si512(rest, magnitude));
+    const __m256i half = _mm256_max_epu16(_mm512_castsi512_si256(most), _mm512_extracti64x4_epi64(most, 1));
+    return to_float(bf16{uint16_t(_mm512_reduce_max_epu32(_mm512_cvtepu16_epi32(half)))});
+}
 MINIVLLM_INLINE Vec load_integers(const int32_t* p) { return {_mm512_cvtepi32_ps(_mm512_loadu_si512(p))}; }
 
 // The sums of pairs: for 16 features of four k each, two of a feature side by side.

@@ -8,7 +8,8 @@
 //   - No static objects with constructors: they would run on every processor.
 //
 // Arithmetic is exactly what is written: one operation, one rounding; fma where it says fma. Partial loads give
-// zeros beyond n, so a tail computes lane by lane what a full vector does. Conversions round to nearest even.
+// zeros beyond n, so a tail computes lane by lane what a full vector does. Conversions round to nearest even;
+// those to bfloat16 make subnormals zero on AMX, whose products take them for that.
 #pragma once
 
 #include <immintrin.h>
@@ -18,6 +19,21 @@
 #include <type_traits>
 
 #include "types.h"
+
+// gcc's loads of tiles (12's, at least) do not say that they read memory, so that it may leave out the stores to what they
+// load, or put them behind. These say it, of all that lies behind the address, and hold up nothing else, as a barrier would.
+#if defined(__AMX_TILE__) && defined(_tile_loadd_internal)
+#undef _tile_loadd_internal
+#undef _tile_stream_loadd_internal
+#define _tile_loadd_internal(tile, from, stride) MINIVLLM_LOAD_TILE("tileloadd", tile, from, stride)
+#define _tile_stream_loadd_internal(tile, from, stride) MINIVLLM_LOAD_TILE("tileloaddt1", tile, from, stride)
+#define MINIVLLM_LOAD_TILE(instruction, tile, from, stride)                                                         \
+    do {                                                                                                            \
+        const void* const place = (from);                                                                           \
+        asm volatile(instruction "\t(%0,%1,1), %%tmm" #tile ::"r"(place), "r"((long)(stride)),                      \
+                     "m"(*static_cast<const char(*)[]>(place)));                                                    \
+    } while (0)
+#endif
 
 #ifndef MINIVLLM_ISA
 #error "kernel files are compiled by CMake with MINIVLLM_ISA set; bindings must not include isa.h"
@@ -74,6 +90,9 @@ MINIVLLM_INLINE __mmask16 first(int n) { return __mmask16((1u << n) - 1); }
 MINIVLLM_INLINE Vec widen_bf16(__m256i h) {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))};
 }
+#if defined(__AVX512BF16__)
+MINIVLLM_INLINE __m256i narrow_bf16(Vec a) { return (__m256i)_mm512_cvtneps_pbh(a.v); }  // subnormals become zero
+#else
 MINIVLLM_INLINE __m256i narrow_bf16(Vec a) {
     const __m512i x = _mm512_castps_si512(a.v);
     const __m512i high = _mm512_srli_epi32(x, 16);
@@ -83,6 +102,7 @@ MINIVLLM_INLINE __m256i narrow_bf16(Vec a) {
     const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
     return _mm512_cvtepi32_epi16(_mm512_mask_or_epi32(rounded, nan, high, _mm512_set1_epi32(0x40)));
 }
+#endif
 MINIVLLM_INLINE Vec widen_f16(__m256i h) { return {_mm512_cvtph_ps(h)}; }
 MINIVLLM_INLINE __m256i narrow_f16(Vec a) {
     return _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);

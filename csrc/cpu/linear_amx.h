@@ -312,15 +312,7 @@ private:
 // ---- from a row's sums to the output ----
 
 // Two vectors of features as bfloat16, side by side.
-template <class Sums>
-MINIVLLM_INLINE __m512i narrow_both(Vec left, Vec right) {
-    return _mm512_inserti64x4(_mm512_castsi256_si512(narrow_bf16(left)), narrow_bf16(right), 1);
-}
-// Sums from AMX in bfloat16 have no subnormals; one that a bias makes counts as zero like those.
-template <>
-MINIVLLM_INLINE __m512i narrow_both<FloatSums>(Vec left, Vec right) {
-    return (__m512i)_mm512_cvtne2ps_pbh(right.v, left.v);
-}
+MINIVLLM_INLINE __m512i narrow_both(Vec left, Vec right) { return (__m512i)_mm512_cvtne2ps_pbh(right.v, left.v); }
 MINIVLLM_INLINE Vec left_of(__m512i both) { return widen_bf16(_mm512_castsi512_si256(both)); }
 MINIVLLM_INLINE Vec right_of(__m512i both) { return widen_bf16(_mm512_extracti64x4_epi64(both, 1)); }
 
@@ -343,7 +335,7 @@ struct PlainRow {
             store_whole(end, out, _mm512_castps_si512(left.v));
             store_whole(end, out + kLanes, _mm512_castps_si512(right.v));
         } else {
-            const __m512i both = narrow_both<Sums>(left, right);
+            const __m512i both = narrow_both(left, right);
             if constexpr (kEpilogue == Epilogue::store) {
                 store_whole(end, out, both);
             } else if constexpr (kEpilogue == Epilogue::add_residual) {

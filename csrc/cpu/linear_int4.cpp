@@ -155,7 +155,6 @@ MINIVLLM_INLINE void unpack(int8_t* to, const Panel4& panel, int64_t first, int6
             for (int q = 0; q < 8; ++q)
                 multipliers.unpack(to + q * 4 * kLanes, to + (q + 8) * 4 * kLanes, codes + q * 4 * kLanes);
         }
-    asm volatile("" ::: "memory");  // gcc 12 does not know that loads of tiles read memory
 }
 
 #if defined(__AMX_INT8__)

@@ -31,8 +31,12 @@ struct RowScale {
     float scale, reciprocal;
 };
 
+// The largest magnitude of n numbers; not finite if one of them is not.
 template <class X>
-RowScale scale_of(const X* x, int64_t n, float most = 127.0f) {
+float largest_of(const X* x, int64_t n) {
+#if defined(__AVX512F__)
+    if constexpr (std::is_same_v<X, bf16>) return largest_magnitude(x, n);
+#endif
     Vec amax = zero();
     uint32_t finite = (1u << kLanes) - 1;
     auto take = [&](Vec v) {
@@ -43,8 +47,13 @@ RowScale scale_of(const X* x, int64_t n, float most = 127.0f) {
     int64_t i = 0;
     for (; i + kLanes <= n; i += kLanes) take(load(x + i));
     if (i < n) take(load_partial(x + i, int(n - i)));
-    if (finite != (1u << kLanes) - 1) return {__builtin_nanf(""), 0.0f};
-    const float largest = reduce_max(amax);
+    return finite == (1u << kLanes) - 1 ? reduce_max(amax) : __builtin_inff();
+}
+
+template <class X>
+RowScale scale_of(const X* x, int64_t n, float most = 127.0f) {
+    const float largest = largest_of(x, n);
+    if (!(largest < __builtin_inff())) return {__builtin_nanf(""), 0.0f};
     if (largest < kLeastAmax) return {0.0f, 0.0f};
     return {largest / most, most / largest};
 }
@@ -54,7 +63,12 @@ template <class T, class X>
 void quantise(T* to, const X* x, int64_t n, int64_t padded, float reciprocal) {
     const Vec factor = set1(reciprocal);
     const bool is_zero = reciprocal == 0.0f;  // and 0 × infinity is no number
-    for (int64_t i = 0; i < padded; i += kLanes) {
+    int64_t i = 0;
+#if defined(__AVX512F__)
+    if constexpr (std::is_same_v<T, int8_t> && std::is_same_v<X, bf16>)
+        for (; !is_zero && i + 64 <= n; i += 64) store_64_products(to + i, x + i, factor);
+#endif
+    for (; i < padded; i += kLanes) {
         const int64_t left = n - i;
         const Vec v = is_zero || left <= 0 ? zero() : left >= kLanes ? load(x + i) : load_partial(x + i, int(left));
         store_integers(to + i, v * factor);

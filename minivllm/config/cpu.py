@@ -17,8 +17,9 @@ class CpuConfig:
     """Threads of the kernels; default: the processors this process may use, or fewer where a control group grants less
     time. Fewer help when something else runs on the machine."""
     cpu_bind: str = "none"
-    """Where they run: none, wherever the system likes, but off the processor that the engine's own thread is on; auto, each on a processor of its own of those this process may
-    use; or processors such as 0-3,8, to which the engine is confined."""
+    """Where they run: none, wherever the system likes, but off the processor that the engine's own thread is on; auto,
+    each on a processor of its own of those this process may use; or processors such as 0-3,8, to which the engine is
+    confined."""
 
 
 def read_cpu_bind(text: str) -> list[int] | None:

@@ -6,7 +6,7 @@ import torch
 
 from minivllm.ops import gpu, native
 from minivllm.ops.checks import require
-from minivllm.ops.op import Impl, Op, OpSpec
+from minivllm.ops.op import Impl, Op
 
 
 def reference(logits: torch.Tensor, rows: torch.Tensor, bitmask: torch.Tensor) -> None:
@@ -39,14 +39,8 @@ def check_fit(logits: torch.Tensor, rows: torch.Tensor, bitmask: torch.Tensor) -
         raise ValueError(f"bits {list(bitmask.shape)} do not fit {len(rows)} rows of {logits.shape[1]} logits")
 
 
-def cpu_why_not(spec: OpSpec) -> str | None:
-    if spec.dtype != torch.float32:
-        return f"logits are {spec.dtype}, not torch.float32"
-    return native.why_not(spec)
-
-
 IMPLEMENTATIONS = [
-    Impl(cpu, cpu_why_not),
+    Impl(cpu, native.float32_why_not),
     Impl("triton.bitmask:apply_bitmask", gpu.float32_why_not),
     Impl(reference),
 ]

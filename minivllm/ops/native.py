@@ -30,6 +30,13 @@ def why_not(spec: OpSpec) -> str | None:
     return None
 
 
+def float32_why_not(spec: OpSpec) -> str | None:
+    """The same for what works on logits."""
+    if spec.dtype != torch.float32:
+        return f"logits are {spec.dtype}, not torch.float32"
+    return why_not(spec)
+
+
 def dtype_code(tensor: torch.Tensor) -> int:
     """The extension's code for a tensor's dtype.
 

@@ -11,7 +11,7 @@ import torch
 
 from minivllm.ops import gpu, native
 from minivllm.ops.checks import require
-from minivllm.ops.op import Impl, Op, OpSpec
+from minivllm.ops.op import Impl, Op
 
 SAMPLE = 0  # the counter's last word says what the noise is for; 0: the token at a position
 
@@ -221,23 +221,17 @@ def nonfinite_rows_cpu(logits: torch.Tensor) -> list[int]:
     return broken.nonzero().squeeze(1).tolist()
 
 
-def cpu_why_not(spec: OpSpec) -> str | None:
-    if spec.dtype != torch.float32:
-        return f"logits are {spec.dtype}, not torch.float32"
-    return native.why_not(spec)
-
-
 GUMBEL_ARGMAX_IMPLEMENTATIONS = [
-    Impl(gumbel_argmax_cpu, cpu_why_not),
+    Impl(gumbel_argmax_cpu, native.float32_why_not),
     Impl("triton.sampling:gumbel_argmax", gpu.float32_why_not),
     Impl(gumbel_argmax_reference),
 ]
 TOP_K_TOP_P_MIN_P_IMPLEMENTATIONS = [
-    Impl(top_k_top_p_min_p_cpu, cpu_why_not),
+    Impl(top_k_top_p_min_p_cpu, native.float32_why_not),
     Impl("triton.sampling:top_k_top_p_min_p", gpu.float32_why_not),
     Impl(top_k_top_p_min_p_reference),
 ]
-NONFINITE_ROWS_IMPLEMENTATIONS = [Impl(nonfinite_rows_cpu, cpu_why_not), Impl(nonfinite_rows_reference)]
+NONFINITE_ROWS_IMPLEMENTATIONS = [Impl(nonfinite_rows_cpu, native.float32_why_not), Impl(nonfinite_rows_reference)]
 gumbel_argmax = Op("gumbel_argmax", GUMBEL_ARGMAX_IMPLEMENTATIONS)
 top_k_top_p_min_p = Op("top_k_top_p_min_p", TOP_K_TOP_P_MIN_P_IMPLEMENTATIONS)
 nonfinite_rows = Op("nonfinite_rows", NONFINITE_ROWS_IMPLEMENTATIONS)

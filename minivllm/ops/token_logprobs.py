@@ -10,7 +10,7 @@ import torch
 
 from minivllm.ops import gpu, native
 from minivllm.ops.checks import require
-from minivllm.ops.op import Impl, Op, OpSpec
+from minivllm.ops.op import Impl, Op
 
 
 def reference(logits: torch.Tensor, token_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -40,14 +40,8 @@ def cpu(logits: torch.Tensor, token_ids: torch.Tensor) -> tuple[torch.Tensor, to
     return values, ranks
 
 
-def cpu_why_not(spec: OpSpec) -> str | None:
-    if spec.dtype != torch.float32:
-        return f"logits are {spec.dtype}, not torch.float32"
-    return native.why_not(spec)
-
-
 IMPLEMENTATIONS = [
-    Impl(cpu, cpu_why_not),
+    Impl(cpu, native.float32_why_not),
     Impl("triton.token_logprobs:token_logprobs", gpu.float32_why_not),
     Impl(reference),
 ]

@@ -102,10 +102,14 @@ class Worker:
             else:
                 loader.load_weights(plan, dtype, platform, show_progress=config.load.use_tqdm_on_load)
 
-        load()
-        if not platform.is_host:
+        if platform.is_host:
+            load()
+        else:
+            # What came beside the weights stays: the device's own memory for the first kernels of all.
+            beside = max(0, platform.kept_bytes_of(load) - _weight_bytes(model))
             on_progress("measuring the largest step")
             measured = self._measure_step(model, backend, max_num_batched_tokens, max_num_seqs, size)
+            measured = replace(measured, step_bytes=measured.step_bytes + beside)
             size, (max_num_batched_tokens, max_num_seqs) = self._size_cache_and_step(
                 model, backend, max_model_len, free_bytes, measured
             )
@@ -425,7 +429,7 @@ class Worker:
         )
         if measured is None:
             measured = memory.Measured(memory.step_bytes(config.hf_config, *limits, dtype_bytes))
-        weight_bytes = sum(weight.num_bytes for weight in model.weights())
+        weight_bytes = _weight_bytes(model)
         cache = config.cache
         if self.platform.is_host:
             budget = memory.Budget(
@@ -458,6 +462,10 @@ class Worker:
         return kv_layout.group_layers(
             model.sliding_windows, max_model_len=max_model_len, step_tokens=step_tokens, block_size=block_size
         )
+
+
+def _weight_bytes(model: DecoderForCausalLM) -> int:
+    return sum(weight.num_bytes for weight in model.weights())
 
 
 def resolve_dtype(asked: str, checkpoint: str | None) -> torch.dtype:

@@ -27,12 +27,23 @@ def test_the_kernel_agrees_with_the_reference(name, dtype, num_tokens, width, as
     assert_close(kernel(gate_up), reference(gate_up), TOLERANCE[dtype])
 
 
-def test_extreme_gates_give_zero_or_the_gate_itself():
-    gates = torch.tensor([-float("inf"), -1e30, -200.0, -88.0, 0.0, 88.0, 200.0, 1e30, float("nan")])
-    got = activation.cpu(torch.cat([gates, torch.ones(9)]).unsqueeze(0))[0]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_extreme_gates_give_zero_or_the_gate_itself(dtype):
+    gates = torch.tensor([-float("inf"), -1e30, -200.0, -88.0, 0.0, 88.0, 200.0, 1e30, float("inf"), float("nan")])
+    gates = gates.to(dtype)
+    got = activation.cpu(torch.cat([gates, torch.ones(10).to(dtype)]).unsqueeze(0))[0]
     assert got[1:3].tolist() == [0.0, 0.0] and abs(got[3]) < 1e-35
-    assert got[4:8].tolist() == [0.0, 88.0, 200.0, torch.tensor(1e30).item()]
-    assert got[0].isnan() and got[8].isnan()  # -inf * 0 is NaN in the reference too
+    assert got[4:9].tolist() == gates[4:9].tolist()
+    assert got[0].isnan() and got[9].isnan()  # -inf * 0 is NaN in the reference too
+
+
+def test_silu_of_each_bfloat16_is_that_of_a_wide_computation_rounded():
+    gates = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.bfloat16)
+    gates = gates[gates.isfinite()]
+    wide = gates.double() * torch.sigmoid(gates.double())
+    got = activation.cpu(torch.cat([gates, torch.ones_like(gates)]).unsqueeze(0))[0]
+    same = (got == wide.bfloat16()) | (wide.abs() < 1e-35)
+    assert int((~same).sum()) <= 2 and torch.allclose(got.double(), wide, rtol=2**-7, atol=1e-35)
 
 
 def test_gelu_is_that_of_a_wide_computation_near_zero_and_far_out():

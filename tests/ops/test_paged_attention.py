@@ -429,6 +429,17 @@ def test_a_prompt_has_the_same_bits_in_chunks_whole_and_token_by_token_in_a_quan
 
 
 @needs_kernels
+@pytest.mark.parametrize("kv_dtype", QUANTIZED)
+def test_a_long_prompt_of_which_not_all_is_kept_widened_has_the_bits_of_decoding(kv_dtype, assert_same_bits):
+    """On AMX a thread keeps 16,384 positions of a head; here several walks pass over more."""
+    seq = sequence(17_500, heads=4, kv_heads=1, head_dim=16, dtype=torch.bfloat16)
+    (chunk,) = attend([(seq, range(17_300, 17_500))], kv_dtype=kv_dtype)
+    for position in [17_300, 17_420, 17_499]:
+        (alone,) = attend([(seq, range(position, position + 1))], kv_dtype=kv_dtype)
+        assert_same_bits(alone, chunk[position - 17_300 : position - 17_299])
+
+
+@needs_kernels
 @pytest.mark.parametrize("kv_dtype", [None, *QUANTIZED])
 def test_what_unused_slots_hold_changes_no_bit(isa, crowd, kv_dtype, assert_same_bits):
     expected = torch.cat(attend(crowd, kv_dtype=kv_dtype, unused=0))
