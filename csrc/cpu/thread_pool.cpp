@@ -24,6 +24,7 @@ namespace {
 // About 30 µs: longer than the gap between two kernels of a layer, shorter than anyone would notice as load.
 constexpr int kSpins = 700;
 constexpr int kAwakeSpins = 24000;  // about 1 ms
+constexpr unsigned kCallsToALook = 1024;  // some steps; a look takes 0.2 µs
 
 std::atomic<bool> is_awake{false};
 
@@ -132,13 +133,17 @@ private:
 #if defined(__linux__)
         if (!may_move_) return;
         const int here = sched_getcpu();
-        if (here < 0 || here == kept_off_) return;
+        // Now and then though the caller has not moved: which processors there are may change (cpusets, taskset).
+        if (here < 0 || (here == kept_off_ && ++num_calls_ % kCallsToALook != 0)) return;
         kept_off_ = here;
-        cpu_set_t others;
-        if (sched_getaffinity(0, sizeof others, &others) != 0) return;
-        CPU_CLR(here, &others);
-        if (size_t(CPU_COUNT(&others)) < workers_.size()) return;  // there is no room: the system shares it out
-        for (std::thread& t : workers_) pthread_setaffinity_np(t.native_handle(), sizeof others, &others);
+        cpu_set_t processors;
+        if (sched_getaffinity(0, sizeof processors, &processors) != 0) return;
+        if (CPU_COUNT(&processors) < 2) return;  // it may be the caller alone that is bound
+        // Without room for all, the system shares it out; what was forbidden in better times no longer is.
+        if (size_t(CPU_COUNT(&processors)) > workers_.size()) CPU_CLR(here, &processors);
+        if (CPU_EQUAL(&processors, &given_)) return;
+        given_ = processors;
+        for (std::thread& t : workers_) pthread_setaffinity_np(t.native_handle(), sizeof processors, &processors);
 #endif
     }
 
@@ -169,6 +174,10 @@ private:
     std::vector<std::thread> workers_;
     std::mutex turn_;
     int kept_off_ = -1;  // the processor of the last caller
+    unsigned num_calls_ = 0;  // from there
+#if defined(__linux__)
+    cpu_set_t given_{};  // the workers
+#endif
     Gate epoch_, done_;  // a job's number; how many of its indices workers have finished
     std::atomic<uint64_t> unclaimed_{0};  // of the job: how many indices, and in the lower half the next one
     std::atomic<bool> stopping_{false};

@@ -13,7 +13,7 @@ namespace minivllm {
 
 int num_threads();            // the calling thread included; by default the CPUs this process may use
 // Throws std::invalid_argument when n < 1. Thread i is bound to processors[i % size], but for the calling one (i = 0),
-// which is the system's; with none given, workers run anywhere but on the processor that the last caller was on.
+// which is the system's; with none given, workers run where their caller may, but for the processor that it was last on.
 void set_num_threads(int n, const std::vector<int>& processors = {});
 
 // While on, threads wait for work (and for each other) awake for up to about a millisecond: for a stretch of calls with

@@ -22,6 +22,7 @@ SEGMENT = 1024  # absolute positions, as in csrc/cuda/decode_attention.h
 _HEAD_DIMS = {"float16": (64, 128, 256), "bfloat16": (64, 128, 256), "fp8_e4m3": (128, 256), "int8": (128, 256)}
 _KV_CODES = {"fp8_e4m3": 1, "int8": 2}  # csrc/cuda/decode_attention_sizes.h
 _BLOCK_TILE = 16  # keys a warp takes at once, all of one block
+_LARGE_SHARED_BYTES = 128 << 10  # of a thread block: head_dim 256 in 16 bits; all else fits into any card's 99 KiB
 _MOST_LOOPED = 128  # head_dim, up to which a thread block may take several segments
 _FEW_PARTS, _MOST_BLOCKS = 2, 4096
 _NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
@@ -52,7 +53,14 @@ def decode_why_not(dtype: torch.dtype, layout: RowLayout, group: int) -> str | N
         return f"{group} heads share a KV head, the kernel takes {most}"
     if layout.block_size % _BLOCK_TILE:
         return f"block size {layout.block_size} is not a multiple of {_BLOCK_TILE}"
+    if layout.head_dim == 256 and layout.dtype not in _KV_CODES and shared_bytes_of_card() < _LARGE_SHARED_BYTES:
+        return f"head_dim 256 over {layout.dtype} needs {_LARGE_SHARED_BYTES >> 10} KiB of shared memory"
     return None
+
+
+def shared_bytes_of_card() -> int:
+    """Shared memory that a thread block may have: 99 KiB at compute capability 8.6, 8.9 and 12.0, elsewhere more."""
+    return torch.cuda.get_device_properties().shared_memory_per_block_optin
 
 
 def choose_num_parts(num_tiles: int, max_segments: int, head_dim: int, window: int = 0) -> int:

@@ -64,4 +64,5 @@ class EmulatedExtension:
 def emulate(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have `minivllm.ops.cuda` call it, on tensors of a CPU."""
     monkeypatch.setattr(cuda, "extension", lambda: (EmulatedExtension, None))
+    monkeypatch.setattr(cuda, "shared_bytes_of_card", lambda: 227 << 10)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))

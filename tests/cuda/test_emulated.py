@@ -126,6 +126,16 @@ def test_a_cache_that_no_kernel_reads_is_refused_with_the_reason(monkeypatch: py
     assert None not in reasons and len(set(reasons)) == 6
 
 
+def test_a_card_with_little_shared_memory_decodes_by_triton_what_needs_more(monkeypatch: pytest.MonkeyPatch):
+    emulate(monkeypatch)
+    large = RowLayout("bfloat16", 2, 256, 64)
+    assert cuda.decode_why_not(torch.bfloat16, large, 4) is None
+    monkeypatch.setattr(cuda, "shared_bytes_of_card", lambda: 99 << 10)
+    assert "128 KiB of shared memory" in cuda.decode_why_not(torch.bfloat16, large, 4)
+    for kv, head_dim in (("bfloat16", 128), ("int8", 256), ("fp8_e4m3", 256)):
+        assert cuda.decode_why_not(torch.bfloat16, RowLayout(kv, 2, head_dim, 64), 4) is None
+
+
 @pytest.mark.parametrize("dtype", NAMES)
 @pytest.mark.parametrize("head_dim, group", [(64, 1), (64, 12), (128, 4), (128, 8), (128, 16), (256, 2)])
 def test_decode_gives_the_references_rows(dtype, head_dim, group):
