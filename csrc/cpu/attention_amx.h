@@ -432,14 +432,14 @@ private:
     // Up to 16 rows: tiles 0 to 3 hold sums, 4 queries or weights, 5 to 7 keys or values.
 
     void score_head(const Step& step, int64_t offset, const bf16* q, float* scores, const bf16* after) {
-        int left = (step.end_tile - step.first_tile) * 2 * num_k_;
+        const auto tile = [&](int t) { return reinterpret_cast<const bf16*>(step.key[t] + offset); };
         for (int t = step.first_tile; t < step.end_tile; ++t) {
-            const bf16* tile = reinterpret_cast<const bf16*>(step.key[t] + offset);
             for (int i = 0; i < 2; ++i) {
-                const bf16* keys = tile + i * 16 * head_dim_;
+                const bf16* keys = tile(t) + i * 16 * head_dim_;
+                const bf16* next = i == 0 ? keys + 16 * head_dim_ : t + 1 < step.end_tile ? tile(t + 1) : after;
                 _tile_zero(0);
                 for (int k = 0; k < num_k_; ++k) {
-                    touch(--left > 0 ? keys + (k + 1) * 512 : after);
+                    touch(k + 1 < num_k_ ? keys + (k + 1) * 512 : next);
                     _tile_loadd(4, q + k * tile_, 64);
                     _tile_loadd(5, tiles_.key_rows(keys, k), 64);
                     _tile_dpbf16ps(0, 4, 5);
