@@ -496,8 +496,21 @@ private:
 
     // A row's scores to weights, rounded.
     MINIVLLM_INLINE void weigh(int i) {
-        if (is_simple_) weigh_tiles<false, false>(i, 0, kStepTiles);
+        if (!(__builtin_fabsf(bias_[i]) < kRoundedFrom)) weigh_rounded(i);
+        else if (is_simple_) weigh_tiles<false, false>(i, 0, kStepTiles);
         else weigh_otherwise(i);
+    }
+    __attribute__((noinline)) void weigh_rounded(int i) {
+        const float factor = factor_, *const factors = factors_;
+        float* row = scores_now_ + i * kScoreStride;
+        for (int c = 2 * item_->first_tile; c < 2 * item_->end_tile; ++c) {
+            const Vec each = factors == nullptr ? set1(factor) : load(factors + c * kLanes);
+            store(row + c * kLanes, load(row + c * kLanes) * each);
+        }
+        factor_ = 1;
+        if (factors != nullptr) factors_ = ones_;
+        weigh_otherwise(i);
+        factor_ = factor, factors_ = factors;
     }
     __attribute__((noinline)) void weigh_otherwise(int i) {
         const int first = item_->first_tile, end = item_->end_tile;

@@ -27,6 +27,9 @@ constexpr float kLog2e = 1.44269504f;
 constexpr float kMasked = -1e30f;  // 2^(kMasked - maximum) is zero, and no infinity enters the arithmetic
 // Weights may be up to 2^kRise: then a row's output and sum are hardly ever brought to a new maximum.
 constexpr float kRise = 8;
+// From such a maximum on, by magnitude, products are rounded before it is subtracted, as it was: what fma would keep of
+// their ends is no longer small, and the largest weight, 2^0, would be infinite or zero.
+constexpr float kRoundedFrom = 1 << 28;
 
 MINIVLLM_INLINE int64_t lesser(int64_t a, int64_t b) { return a < b ? a : b; }
 MINIVLLM_INLINE int64_t greater(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -331,6 +334,8 @@ private:
         math_.look_ahead();
         if (step_max > s_.seg_max[r] + kRise) raise(r, step_max);
         const Vec bias = set1(-s_.seg_max[r]);
+        if (!(__builtin_fabsf(s_.seg_max[r]) < kRoundedFrom))
+            for (int c = 0; c < kStepVecs; ++c) x[c] = x[c] * factor[c], factor[c] = set1(1.0f);
         for (int c = 0; c < kStepVecs; ++c) x[c] = fma(x[c], factor[c], bias);
         if (is_cut)
             for (int c = 0; c < kStepVecs; ++c) x[c] = seen(x[c], c);

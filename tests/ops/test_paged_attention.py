@@ -361,6 +361,19 @@ def test_one_row_of_large_or_broken_scores_changes_no_other(isa, dtype, factor, 
 
 
 @needs_kernels
+@pytest.mark.parametrize(("kv_dtype", "k_scale"), [("bfloat16", 1.0), ("fp8_e4m3", 1e9), ("int8", 1.0)])
+def test_scores_of_any_size_give_weights_that_are_numbers(isa, kv_dtype, k_scale, assert_same_bits):
+    """Where what is rounded of the largest score would be an exponent of hundreds."""
+    seq = sequence(300, heads=4, kv_heads=2, head_dim=64, dtype=torch.bfloat16)
+    seq.k *= 1e9
+    (whole,) = attend([prefill(seq)], kv_dtype=kv_dtype, k_scale=k_scale)
+    assert whole.isfinite().all() and whole.abs().max() <= 1.1 * seq.v.abs().max()
+    for position in (5, 127, 299):
+        (alone,) = attend([(seq, range(position, position + 1))], kv_dtype=kv_dtype, k_scale=k_scale)
+        assert_same_bits(alone[0], whole[position])
+
+
+@needs_kernels
 @pytest.mark.parametrize("kv_dtype", [None, "int8"])
 def test_a_long_request_of_one_head_is_split_over_threads_and_changes_no_bit(
     isa, dtype, kv_dtype, assert_same_bits
