@@ -60,7 +60,8 @@ def decode_why_not(dtype: torch.dtype, layout: RowLayout, group: int) -> str | N
 
 def shared_bytes_of_card() -> int:
     """Shared memory that a thread block may have: 99 KiB at compute capability 8.6, 8.9 and 12.0, elsewhere more."""
-    return torch.cuda.get_device_properties().shared_memory_per_block_optin
+    card = torch.cuda.get_device_properties("cuda")
+    return getattr(card, "shared_memory_per_block_optin", 99 << 10)  # an older torch does not say
 
 
 def choose_num_parts(num_tiles: int, max_segments: int, head_dim: int, window: int = 0) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -127,10 +128,11 @@ def test_a_cache_that_no_kernel_reads_is_refused_with_the_reason(monkeypatch: py
 
 
 def test_a_card_with_little_shared_memory_decodes_by_triton_what_needs_more(monkeypatch: pytest.MonkeyPatch):
-    emulate(monkeypatch)
-    large = RowLayout("bfloat16", 2, 256, 64)
+    monkeypatch.setattr(cuda, "extension", lambda: (EmulatedExtension, None))
+    large, card = RowLayout("bfloat16", 2, 256, 64), SimpleNamespace(shared_memory_per_block_optin=227 << 10)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
     assert cuda.decode_why_not(torch.bfloat16, large, 4) is None
-    monkeypatch.setattr(cuda, "shared_bytes_of_card", lambda: 99 << 10)
+    del card.shared_memory_per_block_optin  # as of an older torch
     assert "128 KiB of shared memory" in cuda.decode_why_not(torch.bfloat16, large, 4)
     for kv, head_dim in (("bfloat16", 128), ("int8", 256), ("fp8_e4m3", 256)):
         assert cuda.decode_why_not(torch.bfloat16, RowLayout(kv, 2, head_dim, 64), 4) is None

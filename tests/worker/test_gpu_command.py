@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 import tests.gpu.interpreter  # noqa: F401  before the kernels
-from tests.gpu.__main__ import OUT_OF_TIME, Row, Task, all_cases, all_tasks, run_all
+from tests.gpu.__main__ import OUT_OF_TIME, Row, Task, all_cases, all_checks, all_tasks, run_all
+from tests.gpu.cases import cuda
 from tests.gpu.engine import CHECKS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,6 +38,13 @@ def test_one_case_of_each_kind_comes_first_then_the_engine_and_nothing_is_left_o
         (name, size) for name in all_cases() for size in ("small", "large")
     )
     assert {task.size for task in all_tasks(("",), True, ())} == {"small"}
+
+
+def test_what_is_not_built_is_not_said_to_be_good(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cuda, "why_not", lambda: None)
+    assert all_checks() == list(CHECKS)
+    monkeypatch.setattr(cuda, "why_not", lambda: "built without CUDA kernels")
+    assert set(CHECKS) - set(all_checks()) == {"engine_cuda_decode_against_triton"}
 
 
 def test_what_would_begin_too_late_is_not_run_and_is_no_success(capsys: pytest.CaptureFixture[str]):
