@@ -6,10 +6,20 @@ in that dtype. Gemma keeps a float32 weight, and only the product is rounded.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from minivllm.ops import gpu, native
 from minivllm.ops.op import Impl, Op
+
+
+@dataclass(frozen=True)
+class RowNorm:
+    """A norm that is part of what reads its output."""
+
+    weight: torch.Tensor  # [H], in the rows' dtype or in float32
+    eps: float
 
 
 def reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
