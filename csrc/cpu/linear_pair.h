@@ -1,5 +1,6 @@
-// Two linear layers, of which the second multiplies what the first gives and nobody else reads: some rows go through both,
-// then the next, if what lies between is then still in the cache. A row's arithmetic is that of one after the other.
+// Two linear layers, of which the second multiplies what the first gives and nobody else reads: some rows go through
+// both, then the next, so that what lies between is still in the cache. A row's arithmetic is that of one after the
+// other.
 #pragma once
 
 #include <cstdint>
@@ -13,8 +14,10 @@ namespace minivllm {
 inline LinearCall rows_of(const LinearCall& call, int64_t first, int64_t rows) {
     LinearCall part = call;
     part.m = rows;
-    if (call.x != nullptr) part.x = static_cast<const char*>(call.x) + first * call.x_stride * size_of(call.dtype);
-    if (call.out != nullptr) part.out = static_cast<char*>(call.out) + first * call.out_stride * size_of(call.out_dtype);
+    if (call.x != nullptr)
+        part.x = static_cast<const char*>(call.x) + first * call.x_stride * size_of(call.dtype);
+    if (call.out != nullptr)
+        part.out = static_cast<char*>(call.out) + first * call.out_stride * size_of(call.out_dtype);
     if (call.addend != nullptr) part.addend = call.addend + first * call.addend_stride;
     return part;
 }
@@ -22,8 +25,7 @@ inline LinearCall rows_of(const LinearCall& call, int64_t first, int64_t rows) {
 // first.out and second.x are null. The second's output may be the first's input: a row of it is written when
 // all that reads it is done.
 inline void multiply_pair(const LinearKernels& kernels, const LinearCall& first, const LinearCall& second) {
-    constexpr int64_t kMostRows = 256;               // measured: enough for a thread to read both weights meanwhile
-    constexpr int64_t kMostBytes = 7 * (256 << 10);  // of what lies between, to be still in a core's L2 of 2 MiB
+    constexpr int64_t kMostRows = 256;  // measured: enough for a thread to read both weights meanwhile
     const int64_t m = first.m, width = second.k;
     const auto multiply_rows = [&](int64_t begin, int64_t rows) {
         void* between = thread_scratch(3, size_t(rows * width * size_of(second.dtype)));
@@ -33,9 +35,9 @@ inline void multiply_pair(const LinearKernels& kernels, const LinearCall& first,
         kernels.multiply(to);
         kernels.multiply(from);
     };
-    if (kMostRows * width * size_of(second.dtype) > kMostBytes) return multiply_rows(0, m);
     const int64_t threads = num_threads();
-    const bool is_one_thread = threads > 1 && m >= kMostRows * threads;  // each part is one thread's; else all share each
+    // Each part is one thread's; else all share each.
+    const bool is_one_thread = threads > 1 && m >= kMostRows * threads;
     int64_t parts = (m + kMostRows - 1) / kMostRows;
     if (is_one_thread) parts = (parts + threads - 1) / threads * threads;
     const auto begin_of = [&](int64_t part) { return (m + 31) / 32 * part / parts * 32; };  // whole groups of rows

@@ -258,7 +258,8 @@ struct PanelEnd {
 
 // ---- the loop over blocks of rows ----
 
-// Rows of x as a kernel prepares them: as they lie, or normed. For one thread, while nothing else uses its scratch slot 1.
+// Rows of x as a kernel prepares them: as they lie, or normed. For one thread, while nothing else uses its scratch
+// slot 1.
 template <class X>
 class InputRows {
 public:
@@ -270,7 +271,8 @@ public:
         const X* x = static_cast<const X*>(call_.x) + r * call_.x_stride;
         if (normed_ == nullptr) return x;
         const RowNorm& norm = call_.norm;
-        if (norm.weight_dtype == DType::f32) norm_row(to(), x, static_cast<const float*>(norm.weight), call_.k, norm.eps);
+        if (norm.weight_dtype == DType::f32)
+            norm_row(to(), x, static_cast<const float*>(norm.weight), call_.k, norm.eps);
         else norm_row(to(), x, static_cast<const X*>(norm.weight), call_.k, norm.eps);
         return to();
     }

@@ -111,9 +111,7 @@ class DenseLinear:
         """`likeliest_reference` of self(x, out_dtype=torch.float32): tokens [M] int64, broken rows [M] uint8."""
         return likeliest_reference(self(x, out_dtype=torch.float32))
 
-    def _sums(
-        self, x: torch.Tensor, bias: torch.Tensor | None, addend: torch.Tensor | None
-    ) -> torch.Tensor:
+    def _sums(self, x: torch.Tensor, bias: torch.Tensor | None, addend: torch.Tensor | None) -> torch.Tensor:
         check_input(self, x, bias, addend)
         y = x.float() @ self._weight.float().t()
         if addend is not None:
@@ -132,7 +130,9 @@ class PackedLinear:
 
     fuses_neighbours = True
 
-    def __init__(self, out_features: int, in_features: int, dtype: torch.dtype, *, gated: bool = False) -> None:
+    def __init__(
+        self, out_features: int, in_features: int, dtype: torch.dtype, *, gated: bool = False
+    ) -> None:
         self.out_features, self.in_features, self.dtype, self.gated = out_features, in_features, dtype, gated
         self._format = self._make_format(native.DTYPE_CODES[dtype], out_features, in_features, gated)
         self._packed = native.huge_pages(self._format.nbytes)  # touched by load_rows, not here
@@ -215,12 +215,13 @@ class PackedLinear:
         *,
         addend: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
+        norm: RowNorm | None = None,
     ) -> torch.Tensor:
-        """`ops/activation.py` of self(x, bias, addend=addend), for a gated weight: [M, out_features / 2]."""
+        """`ops/activation.py` of self(x, bias, addend=addend, norm=norm), for a gated weight: [M, out_features / 2]."""
         assert self.gated, "silu_mul needs a weight that is packed for it"
         if out is None:
             out = torch.empty(x.shape[0], self.out_features // 2, dtype=x.dtype)
-        return self._multiply(_SILU_MUL, out, self.out_features // 2, x, bias, addend)
+        return self._multiply(_SILU_MUL, out, self.out_features // 2, x, bias, addend, norm)
 
     def add_gated(
         self,
@@ -232,10 +233,12 @@ class PackedLinear:
         *,
         norm: RowNorm | None = None,
     ) -> None:
-        """`down.add_to(residual, self.silu_mul(x, bias), down_bias)`, some rows after the others; norm: of x, before.
+        """`down.add_to(residual, self.silu_mul(x, bias, norm=norm), down_bias)`, a part of the rows after the other.
 
         residual: [M, down.out_features] in x's dtype, rows contiguous; it may be x itself.
         """
+        if down.in_features * down.dtype.itemsize > _FITTING_BYTES:
+            return down.add_to(residual, self.silu_mul(x, bias, norm=norm), down_bias)
         assert self.gated and not down.gated, "a gated weight, then one that is not"
         check_input(self, x, bias, None)
         if down.in_features != self.out_features // 2 or down.dtype != self.dtype:
@@ -260,9 +263,17 @@ class PackedLinear:
         check_input(self, x, None, None)
         if x.stride(1) != 1:
             x = x.contiguous()
-        tokens, broken = torch.empty(x.shape[0], dtype=torch.int64), torch.empty(x.shape[0], dtype=torch.uint8)
+        tokens, broken = (
+            torch.empty(x.shape[0], dtype=torch.int64),
+            torch.empty(x.shape[0], dtype=torch.uint8),
+        )
         self._format.likeliest(
-            tokens.data_ptr(), broken.data_ptr(), x.data_ptr(), x.stride(0), x.shape[0], self._packed.data_ptr()
+            tokens.data_ptr(),
+            broken.data_ptr(),
+            x.data_ptr(),
+            x.stride(0),
+            x.shape[0],
+            self._packed.data_ptr(),
         )
         return tokens, broken
 
@@ -297,6 +308,9 @@ class PackedLinear:
 
 _STORE, _ADD_RESIDUAL, _SILU_MUL = 0, 1, 2  # as in csrc/cpu/linear.h
 
+# Of a row between the two products of a gated MLP: 256 of them (csrc/cpu/linear_pair.h) stay in a core's L2 of 2 MiB.
+_FITTING_BYTES = 7168
+
 
 def _vector(name: str, vector: torch.Tensor | None, size: int) -> tuple[torch.Tensor | None, int, int]:
     """A bias that the kernel can read, to be kept meanwhile, its address and dtype's code; zeros for none."""
@@ -313,7 +327,11 @@ def _norm_arguments(norm: RowNorm | None, x: torch.Tensor) -> tuple[int, int, fl
     if norm is None:
         return 0, 0, 0.0
     weight = norm.weight
-    if weight.shape != x.shape[1:] or weight.dtype not in (x.dtype, torch.float32) or not weight.is_contiguous():
+    if (
+        weight.shape != x.shape[1:]
+        or weight.dtype not in (x.dtype, torch.float32)
+        or not weight.is_contiguous()
+    ):
         raise ValueError(
             f"the norm's weight is {tuple(weight.shape)} {weight.dtype}; x needs ({x.shape[1]},) {x.dtype} or "
             "float32, contiguous"

@@ -83,7 +83,11 @@ def _run(
     eps: float,
 ) -> torch.Tensor:
     hidden = x.shape[-1]
-    if weight.shape != (hidden,) or weight.dtype not in (x.dtype, torch.float32) or not weight.is_contiguous():
+    if (
+        weight.shape != (hidden,)
+        or weight.dtype not in (x.dtype, torch.float32)
+        or not weight.is_contiguous()
+    ):
         raise ValueError(
             f"weight is {tuple(weight.shape)} {weight.dtype}; x needs ({hidden},) {x.dtype} or float32, contiguous"
         )

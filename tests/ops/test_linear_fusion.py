@@ -40,7 +40,9 @@ def test_a_norm_that_is_part_of_a_product_equals_the_norm_before_it(
         assert_same_bits(layer(x, norm=norm), layer(rms_norm.cpu(x, norm.weight, norm.eps)))
 
 
-@pytest.mark.parametrize("m, inner", [(1, 80), (5, 80), (70, 80), (257, 80), (530, 80), (530, 3600)])  # 3600: all at once
+@pytest.mark.parametrize(
+    "m, inner", [(1, 80), (5, 80), (70, 80), (257, 80), (530, 80), (530, 3600)]
+)  # 3600: too wide
 def test_a_gated_mlp_equals_its_parts(cls, dtype, m, inner, num_threads, assert_same_bits):
     hidden = 96
     gate_up, down = layer_of(cls, 2 * inner, hidden, dtype, gated=True), layer_of(cls, hidden, inner, dtype)
@@ -61,7 +63,9 @@ def test_a_gated_mlp_of_another_input_leaves_it(cls, dtype, assert_same_bits):
     assert_same_bits(residual + 0, down(gate_up.silu_mul(x)) + 0)  # zero + -0
 
 
-def test_a_row_of_a_gated_mlp_has_the_same_bits_alone_and_in_a_batch(cls, dtype, num_threads, assert_same_bits):
+def test_a_row_of_a_gated_mlp_has_the_same_bits_alone_and_in_a_batch(
+    cls, dtype, num_threads, assert_same_bits
+):
     gate_up, down = layer_of(cls, 160, 96, dtype, gated=True), layer_of(cls, 96, 80, dtype)
     norm, x = row_norm(96, dtype), torch.randn(800, 96).to(dtype)
 
@@ -77,7 +81,10 @@ def test_a_row_of_a_gated_mlp_has_the_same_bits_alone_and_in_a_batch(cls, dtype,
 
 
 def test_what_does_not_fit_is_refused():
-    gate_up, down = layer_of(PackedLinear, 64, 48, torch.float32, gated=True), layer_of(PackedLinear, 48, 32, torch.float32)
+    gate_up, down = (
+        layer_of(PackedLinear, 64, 48, torch.float32, gated=True),
+        layer_of(PackedLinear, 48, 32, torch.float32),
+    )
     x = torch.randn(5, 48)
     with pytest.raises(ValueError, match="residual"):
         gate_up.add_gated(torch.zeros(5, 47), x, down)
