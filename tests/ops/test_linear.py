@@ -13,6 +13,7 @@ from minivllm.ops.op import OpSpec
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 SHAPES = [(1, 32), (17, 48), (33, 64), (64, 100), (100, 256), (130, 5), (257, 96)]  # (N, K)
 NUM_ROWS = [0, 1, 2, 3, 7, 16, 17, 33, 65]
+OWN_ISAS = ("avx512_bf16",)
 pytestmark = pytest.mark.usefixtures("isa")
 
 

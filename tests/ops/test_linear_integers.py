@@ -17,6 +17,7 @@ from minivllm.ops.op import Op, OpSpec
 
 SHAPES = [(1, 64), (17, 48), (33, 64), (33, 128), (100, 256), (130, 5), (257, 1100), (96, 1100), (96, 1216)]  # (N, K)
 NUM_ROWS = [1, 2, 5, 16, 17, 33, 70]
+OWN_ISAS = ("avx512_vnni",)
 pytestmark = pytest.mark.usefixtures("isa")
 
 
