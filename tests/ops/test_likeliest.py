@@ -14,7 +14,6 @@ from minivllm.ops.sampling import gumbel_argmax_cpu, gumbel_argmax_reference
 INF, NAN = float("inf"), float("nan")
 VOCABULARIES = [1, 5, 16, 31, 32, 33, 100, 257, 1024, 4099]
 NUM_ROWS = [0, 1, 2, 3, 7, 15, 16, 17, 32, 33, 48, 63, 64, 65, 70]
-OWN_ISAS = ("avx512_bf16",)
 pytestmark = pytest.mark.usefixtures("isa")
 both_weights = pytest.mark.parametrize("cls", [PackedLinear, PackedInt8Linear])
 all_weights = pytest.mark.parametrize("cls", [PackedLinear, PackedInt8Linear, PackedInt4Linear])

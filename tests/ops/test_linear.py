@@ -140,6 +140,14 @@ def test_rows_of_a_wider_input_are_read_where_they_lie(dtype, assert_same_bits):
     assert_same_bits(layer(x[:, 0:128:2]), layer(x[:, 0:128:2].contiguous()))
 
 
+def test_the_likeliest_output_is_the_largest_one(dtype, num_threads):
+    """All there is to it: test_likeliest.py."""
+    for n, k in [(33, 64), (500, 70)]:
+        layer, x = packed(matrix(n, k, dtype)), torch.randn(40, k).to(dtype)
+        for part in (x, x[:1], x[:7]):
+            assert layer.likeliest(part)[0].tolist() == layer(part, out_dtype=torch.float32).argmax(-1).tolist()
+
+
 def test_one_bad_row_does_not_touch_the_others(dtype, assert_same_bits):
     layer, x = packed(matrix(40, 50, dtype)), torch.randn(20, 50).to(dtype)
     good = layer(x)

@@ -128,6 +128,14 @@ def test_rows_come_back_dequantised(kind, dtype, num_threads, assert_same_bits):
         packed(weight, dtype, kind.packed).rows(torch.tensor([131]))
 
 
+def test_the_likeliest_output_is_the_largest_one(kind, dtype, num_threads):
+    """All there is to it: test_likeliest.py."""
+    for n, k in [(33, 64), (500, 70)]:
+        layer, x = packed(matrix(n, k), dtype, kind.packed), matrix(40, k, dtype)
+        for part in (x, x[:1], x[:7]):
+            assert layer.likeliest(part)[0].tolist() == layer(part, out_dtype=torch.float32).argmax(-1).tolist()
+
+
 def test_one_bad_row_does_not_touch_the_others(kind, dtype, assert_same_bits):
     layer, x = packed(matrix(40, 50), dtype, kind.packed), matrix(20, 50, dtype)
     good = layer(x)
