@@ -4,7 +4,7 @@
 #include <limits>
 
 #include "../bindings.h"
-#include "linear_pair.h"
+#include "linear_parts.h"
 #include "row_ids.h"
 #include "thread_pool.h"
 

@@ -68,12 +68,8 @@ class Attention:
             yield Weight(name, (), lambda start, value, name=name: self._set_scale(name, value.item()))
 
     def _set_scale(self, name: str, value: float) -> None:
-        if (
-            not _LEAST_SCALE <= value <= 1 / _LEAST_SCALE
-        ):  # kernels tell positions that are not seen by their scores
+        if not _LEAST_SCALE <= value <= 1 / _LEAST_SCALE:  # kernels tell positions that are not seen by their scores
             bounds = f"from {_LEAST_SCALE:g} to {1 / _LEAST_SCALE:g}"
-            raise ModelFilesError(
-                f"{name} of layer {self.layer_index} is {value:g}; it must be a number {bounds}"
-            )
+            raise ModelFilesError(f"{name} of layer {self.layer_index} is {value:g}; it must be a number {bounds}")
         if self._backend.has_scales:
             self.options = replace(self.options, **{name: value})

@@ -20,9 +20,7 @@ from minivllm.ops.linear_int8 import int8_linear
 from minivllm.ops.op import Op, OpSpec
 
 _FUSED_ACTIVATIONS = ("silu", "swish")
-BATCH_INVARIANT = (
-    "batch_invariant"  # in the place of a quantization: none, and the same sums for any number of rows
-)
+BATCH_INVARIANT = "batch_invariant"  # in the place of a quantization: none, and the same sums for any number of rows
 _FORMATS: dict[str | None, Op] = {
     None: linear,
     "int8": int8_linear,
@@ -79,9 +77,7 @@ class MergedLinear:
             self.packed.load_rows(begin + start, rows)
 
         num_bytes = self.packed.nbytes * num_rows // self.packed.out_features
-        return Weight(
-            f"{name}.weight", (num_rows, self.in_features), load_rows, num_bytes, self.packed.tensors
-        )
+        return Weight(f"{name}.weight", (num_rows, self.in_features), load_rows, num_bytes, self.packed.tensors)
 
 
 class QKVLinear(MergedLinear):

@@ -187,9 +187,7 @@ class DecoderForCausalLM(ABC):
         """What sets this architecture apart."""
 
     @staticmethod
-    def rotaries(
-        config: HFConfig, max_positions: int, device: str
-    ) -> tuple[RotaryEmbedding, RotaryEmbedding]:
+    def rotaries(config: HFConfig, max_positions: int, device: str) -> tuple[RotaryEmbedding, RotaryEmbedding]:
         """What turns the layers without a window, and those with one."""
         rotary = RotaryEmbedding(config, max_positions, device=device)
         return rotary, rotary

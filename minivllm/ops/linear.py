@@ -4,8 +4,8 @@ Owns the packed copy (the only one) and both ways to read it: multiply, and gath
 Knows nothing of checkpoints, sharding or layer names.
 
 One row of x gives the same bits alone and among a thousand: K is summed in a fixed order in float32, never
-split over threads, by one instruction family for every number of rows (AMX for bfloat16 where the machine has
-it, fused multiply-adds otherwise).
+split over threads, by one instruction family for every number of rows (for bfloat16 AMX where the machine has
+it, or products of pairs; fused multiply-adds otherwise).
 """
 
 from __future__ import annotations
@@ -111,7 +111,9 @@ class DenseLinear:
         """`likeliest_reference` of self(x, out_dtype=torch.float32): tokens [M] int64, broken rows [M] uint8."""
         return likeliest_reference(self(x, out_dtype=torch.float32))
 
-    def _sums(self, x: torch.Tensor, bias: torch.Tensor | None, addend: torch.Tensor | None) -> torch.Tensor:
+    def _sums(
+        self, x: torch.Tensor, bias: torch.Tensor | None, addend: torch.Tensor | None
+    ) -> torch.Tensor:
         check_input(self, x, bias, addend)
         y = x.float() @ self._weight.float().t()
         if addend is not None:
@@ -130,9 +132,7 @@ class PackedLinear:
 
     fuses_neighbours = True
 
-    def __init__(
-        self, out_features: int, in_features: int, dtype: torch.dtype, *, gated: bool = False
-    ) -> None:
+    def __init__(self, out_features: int, in_features: int, dtype: torch.dtype, *, gated: bool = False) -> None:
         self.out_features, self.in_features, self.dtype, self.gated = out_features, in_features, dtype, gated
         self._format = self._make_format(native.DTYPE_CODES[dtype], out_features, in_features, gated)
         self._packed = native.huge_pages(self._format.nbytes)  # touched by load_rows, not here
@@ -263,17 +263,9 @@ class PackedLinear:
         check_input(self, x, None, None)
         if x.stride(1) != 1:
             x = x.contiguous()
-        tokens, broken = (
-            torch.empty(x.shape[0], dtype=torch.int64),
-            torch.empty(x.shape[0], dtype=torch.uint8),
-        )
+        tokens, broken = torch.empty(x.shape[0], dtype=torch.int64), torch.empty(x.shape[0], dtype=torch.uint8)
         self._format.likeliest(
-            tokens.data_ptr(),
-            broken.data_ptr(),
-            x.data_ptr(),
-            x.stride(0),
-            x.shape[0],
-            self._packed.data_ptr(),
+            tokens.data_ptr(), broken.data_ptr(), x.data_ptr(), x.stride(0), x.shape[0], self._packed.data_ptr()
         )
         return tokens, broken
 
@@ -308,7 +300,7 @@ class PackedLinear:
 
 _STORE, _ADD_RESIDUAL, _SILU_MUL = 0, 1, 2  # as in csrc/cpu/linear.h
 
-# Of a row between the two products of a gated MLP: 256 of them (csrc/cpu/linear_pair.h) stay in a core's L2 of 2 MiB.
+# Of a row between the two products of a gated MLP: 256 of them (csrc/cpu/linear_parts.h) stay in a core's L2 of 2 MiB.
 _FITTING_BYTES = 7168
 
 
