@@ -22,6 +22,13 @@ struct alignas(8) Leader {
     int32_t index;
 };
 
+// RMSNorm of the rows of x before they are multiplied, with the bits of rms_norm.h.
+struct RowNorm {
+    const void* weight;  // [k], or null: no norm
+    DType weight_dtype;  // x's, or float32
+    float eps;
+};
+
 // y[m][n] = Σ_k x[m][k]·w[n][k] + addend[m][n] + bias[n], then the epilogue. Rows contiguous; strides in elements.
 struct LinearCall {
     DType dtype;  // of x and of the packed weight
@@ -37,6 +44,7 @@ struct LinearCall {
     void* out;  // [m, n]; with silu_mul [m, n / 2]; with lead [m] of Leader
     DType out_dtype;
     int64_t out_stride;
+    RowNorm norm = {nullptr, DType::f32, 0.0f};
 };
 
 // Rows [start, start + rows) of a weight, to be packed.
@@ -58,13 +66,13 @@ struct LinearKernels {
                         int64_t num_ids);
     void (*multiply)(const LinearCall& call);
 };
-MINIVLLM_KERNELS(LinearKernels, linear_kernels)  // weights of x's dtype
+MINIVLLM_PAIR_KERNELS(LinearKernels, linear_kernels)  // weights of x's dtype
 
 // Weights of int8 (one scale an output feature, whole rows of K loaded at a time), and x made int8 row by row. The sums
 // are int32 and exact; float(sum) × (row's scale × feature's scale) is what `LinearCall` calls the sum.
-MINIVLLM_KERNELS(LinearKernels, int8_linear_kernels)
+MINIVLLM_BYTE_KERNELS(LinearKernels, int8_linear_kernels)
 
 // The same, but that a weight is a code of 4 bits times a whole multiplier, one for each 128 of a feature's K.
-MINIVLLM_KERNELS(LinearKernels, int4_linear_kernels)
+MINIVLLM_BYTE_KERNELS(LinearKernels, int4_linear_kernels)
 
 }  // namespace minivllm
