@@ -1,9 +1,13 @@
 #include "linear.h"
 
+#include <array>
 #include <cmath>
 #include <limits>
 
+#include <nanobind/stl/array.h>
+
 #include "../bindings.h"
+#include "rotary.h"
 #include "row_ids.h"
 #include "thread_pool.h"
 
@@ -40,6 +44,29 @@ struct Format {
         kernels.multiply({dtype, m, n, k, ptr<const void>(x), x_stride, ptr<const void>(packed), ptr<const void>(bias),
                           DType(bias_dtype), ptr<const float>(addend), addend_stride, Epilogue(epilogue),
                           ptr<void>(out), DType(out_dtype), out_stride});
+    }
+
+    // rows: m, stride of x, stride of the addend; sizes: heads of queries, of keys, head_dim, blocks, tokens in one,
+    // positions in the table, dimensions that turn.
+    void turn_and_write(const std::array<int64_t, 3>& rows, const std::array<int64_t, 7>& sizes,
+                        const std::array<uintptr_t, 5>& product, const std::array<uintptr_t, 4>& turn,
+                        const std::array<uintptr_t, 2>& place, int bias_dtype, int kv_type, float eps, float k_scale,
+                        float v_scale) const {
+        const auto [m, x_stride, addend_stride] = rows;
+        const auto [q_heads, kv_heads, head_dim, num_blocks, block_size, max_position, rot_dim] = sizes;
+        const auto [q, x, packed, bias, addend] = product;
+        const auto [positions, cos_sin, q_norm, k_norm] = turn;
+        const auto [cache, slots] = place;
+        const KvLayout layout{KvType(kv_type), kv_heads, head_dim, block_size};
+        const KvWrite write{ptr<char>(cache), layout, nullptr, nullptr, ptr<const int64_t>(slots), dtype, m, 0, 0, 0, 0,
+                            k_scale, v_scale};
+        check_positions(ptr<const int64_t>(positions), m, max_position);
+        check(write, num_blocks);
+        const HeadsEnd end{q_heads, ptr<const void>(q_norm), ptr<const void>(k_norm), eps, ptr<const int64_t>(positions),
+                           ptr<const float>(cos_sin), rot_dim, write};
+        kernels.multiply({dtype, m, n, k, ptr<const void>(x), x_stride, ptr<const void>(packed), ptr<const void>(bias),
+                          DType(bias_dtype), ptr<const float>(addend), addend_stride, Epilogue::heads, ptr<void>(q),
+                          dtype, q_heads * head_dim, &end});
     }
 
     void likeliest(uintptr_t token_ids, uintptr_t broken, uintptr_t x, int64_t x_stride, int64_t m,
@@ -82,6 +109,13 @@ void bind_format(nb::module_& m, const char* name) {
                 int64_t addend_stride) {
                  format.multiply(out, out_dtype, out_stride, epilogue, x, x_stride, m, packed, bias, bias_dtype, addend,
                                  addend_stride);
+             }),
+             release_gil)
+        .def("turn_and_write", recordable("turn_and_write",
+             [](const F& format, std::array<int64_t, 3> rows, std::array<int64_t, 7> sizes,
+                std::array<uintptr_t, 5> product, std::array<uintptr_t, 4> turn, std::array<uintptr_t, 2> place,
+                int bias_dtype, int kv_type, float eps, float k_scale, float v_scale) {
+                 format.turn_and_write(rows, sizes, product, turn, place, bias_dtype, kv_type, eps, k_scale, v_scale);
              }),
              release_gil)
         .def("likeliest", recordable("likeliest",

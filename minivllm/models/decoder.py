@@ -71,11 +71,11 @@ class SelfAttention:
         self, residual: torch.Tensor, x: torch.Tensor, positions: torch.Tensor, ctx: ForwardContext
     ) -> None:
         """Add the attention of x, and so of its tokens, to `residual` in place."""
-        q, k, v = self.qkv_proj(x)
         norms = None
         if self.q_norm is not None:
             norms = HeadNorms(self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
-        self.o_proj.add_to(residual, self.attention(q, k, v, ctx, self.rotary.turn(positions, norms)))
+        turn = self.rotary.turn(positions, norms)
+        self.o_proj.add_to(residual, self.attention.of_projection(self.qkv_proj, x, ctx, turn))
 
     def weights(self) -> Iterator[Weight]:
         yield from self.qkv_proj.weights()

@@ -29,10 +29,11 @@ class GemmaAttention(SelfAttention):
     norm_class = GemmaRMSNorm
 
     def __call__(self, x: torch.Tensor, positions: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
+        turn = self.rotary.turn(positions)
+        if self.q_norm is None:
+            return self.o_proj(self.attention.of_projection(self.qkv_proj, x, ctx, turn))
         q, k, v = self.qkv_proj(x)
-        if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        return self.o_proj(self.attention(q, k, v, ctx, self.rotary.turn(positions)))
+        return self.o_proj(self.attention(self.q_norm(q), self.k_norm(k), v, ctx, turn))
 
 
 class GemmaMLP(MLP):

@@ -17,7 +17,9 @@ import torch
 from minivllm.ops import gpu, native
 from minivllm.ops.activation import reference as silu_mul
 from minivllm.ops.checks import require
+from minivllm.ops.kv_write import KvPlace
 from minivllm.ops.op import Impl, Op, OpSpec
+from minivllm.ops.rotary import Turn, native_turn
 from minivllm.ops.sampling import likeliest_reference
 
 
@@ -27,6 +29,7 @@ class DenseLinear:
     `gated`: its first half of rows is a gate's, the second an up projection's, for `silu_mul`.
     """
 
+    turns_heads = False  # whether it has `turn_and_write`, as `PackedLinear` does
     _activate = staticmethod(silu_mul)
 
     def __init__(
@@ -128,6 +131,8 @@ class PackedLinear:
     has no other use.
     """
 
+    turns_heads = True
+
     def __init__(self, out_features: int, in_features: int, dtype: torch.dtype, *, gated: bool = False) -> None:
         self.out_features, self.in_features, self.dtype, self.gated = out_features, in_features, dtype, gated
         self._format = self._make_format(native.DTYPE_CODES[dtype], out_features, in_features, gated)
@@ -216,6 +221,55 @@ class PackedLinear:
             out = torch.empty(x.shape[0], self.out_features // 2, dtype=x.dtype)
         return self._multiply(_SILU_MUL, out, self.out_features // 2, x, bias, addend)
 
+    def turn_and_write(
+        self,
+        x: torch.Tensor,
+        bias: torch.Tensor | None,
+        turn: Turn,
+        place: KvPlace,
+        *,
+        addend: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`ops/rotary_kv_write.py` of self(x, bias, addend=addend), to the bit, where that is the heads of queries, of
+        keys and of values: they are turned and written as they come, and not kept.
+
+        Returns the turned queries, [M, num_heads, head_dim].
+
+        Raises:
+            IndexError: a position or a slot is outside its table; nothing has been changed then.
+            ValueError: a tensor is not laid out as it should be.
+        """
+        assert not self.gated, "a gated weight is packed for silu_mul"
+        check_input(self, x, bias, addend)
+        layout, num_rows, num_blocks = place.layout, x.shape[0], len(place.kv_cache)
+        head_dim, (max_position, rot_dim) = layout.head_dim, turn.cos_sin.shape
+        num_heads = self.out_features // head_dim - 2 * layout.num_kv_heads
+        if num_heads < 1 or self.out_features % head_dim or rot_dim > head_dim:
+            raise ValueError(
+                f"{self.out_features} outputs are no heads of {head_dim} with keys and values of {layout.num_kv_heads}, "
+                f"of which {rot_dim} turn"
+            )
+        q_norm, k_norm, eps = native_turn(turn, x.dtype, head_dim)
+        if turn.positions.shape != (num_rows,):
+            raise ValueError(f"{num_rows} rows have positions of shape {tuple(turn.positions.shape)}")
+        require("kv_cache", place.kv_cache, torch.uint8, layout.shape(num_blocks))
+        require("slot_mapping", place.slot_mapping, torch.int64, (num_rows,))
+        if x.stride(1) != 1:
+            x = x.contiguous()
+        if bias is not None:
+            bias = bias.contiguous()
+        q = torch.empty(num_rows, num_heads, head_dim, dtype=x.dtype)
+        bias_address, bias_code, addend_address, addend_stride = _added(bias, addend)
+        self._format.turn_and_write(
+            (num_rows, x.stride(0), addend_stride),
+            (num_heads, layout.num_kv_heads, head_dim, num_blocks, layout.block_size, max_position, rot_dim),
+            (q.data_ptr(), x.data_ptr(), self._packed.data_ptr(), bias_address, addend_address),
+            (turn.positions.data_ptr(), turn.cos_sin.data_ptr(), q_norm, k_norm),
+            (place.kv_cache.data_ptr(), place.slot_mapping.data_ptr()),
+            bias_code, layout.code, eps, place.k_scale, place.v_scale,
+        )  # fmt: skip
+        return q
+
     def likeliest(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`likeliest_reference` of self(x, out_dtype=torch.float32), which is not kept: tokens [M] int64, broken rows
         [M] uint8. The token of a broken row means nothing."""
@@ -246,13 +300,9 @@ class PackedLinear:
             )
         if x.stride(1) != 1:
             x = x.contiguous()
-        bias_address, bias_code = 0, 0
         if bias is not None:
             bias = bias.contiguous()
-            bias_address, bias_code = bias.data_ptr(), native.dtype_code(bias)
-        addend_address, addend_stride = 0, 0
-        if addend is not None:
-            addend_address, addend_stride = addend.data_ptr(), addend.stride(0)
+        bias_address, bias_code, addend_address, addend_stride = _added(bias, addend)
         self._format.multiply(
             out.data_ptr(), native.dtype_code(out), out.stride(0), epilogue, x.data_ptr(), x.stride(0), x.shape[0],
             self._packed.data_ptr(), bias_address, bias_code, addend_address, addend_stride,
@@ -261,6 +311,13 @@ class PackedLinear:
 
 
 _STORE, _ADD_RESIDUAL, _SILU_MUL = 0, 1, 2  # as in csrc/cpu/linear.h
+
+
+def _added(bias: torch.Tensor | None, addend: torch.Tensor | None) -> tuple[int, int, int, int]:
+    """The bias's address and type, the addend's address and row stride; zeros for what is None."""
+    bias_at = (0, 0) if bias is None else (bias.data_ptr(), native.dtype_code(bias))
+    addend_at = (0, 0) if addend is None else (addend.data_ptr(), addend.stride(0))
+    return *bias_at, *addend_at
 
 
 def check_rows(linear: DenseLinear | PackedLinear, start: int, weight: torch.Tensor) -> None:
