@@ -26,7 +26,7 @@ void finish_head(const LinearCall& call, T* x, int64_t stride, int64_t head, int
         return turn(out, call.out_stride, end.q_norm);
     }
     const bool is_key = head < end.num_q_heads + layout.num_kv_heads;
-    if (is_key) turn(x, stride, end.k_norm);
+    if (is_key) turn(x, stride, end.k_norm);  // all before the first is written: what was just stored loads slowly
     KvWrite write = end.write;
     write.k_token_stride = write.v_token_stride = stride * int64_t(sizeof(T));
     write.k = is_key ? reinterpret_cast<const char*>(x - first_row * stride) : nullptr;
@@ -40,14 +40,8 @@ inline void finish_heads(const LinearCall& call, void* rows, int64_t stride, int
     const int64_t head_dim = call.heads->write.layout.head_dim;
     with_dtype(call.out_dtype, [&](auto tag) {
         using T = typename decltype(tag)::type;
-        const int64_t* slots = call.heads->write.slots;
-        for (int64_t i = 0; i < num_columns; i += head_dim) {
-            T* x = static_cast<T*>(rows) + i;
-            for (int64_t row = 0, last; row < num_rows; row = last) {
-                last = block_end(slots + first_row, row, num_rows);
-                finish_head(call, x + row * stride, stride, (column + i) / head_dim, first_row + row, last - row);
-            }
-        }
+        for (int64_t i = 0; i < num_columns; i += head_dim)
+            finish_head(call, static_cast<T*>(rows) + i, stride, (column + i) / head_dim, first_row, num_rows);
     });
 }
 

@@ -119,15 +119,6 @@ void rotate_heads(T* to, int64_t to_stride, const Heads& heads, int64_t head_dim
     rotate_row(to, to_stride, row, head_dim, half, [cos_sin](int64_t) { return cos_sin; });
 }
 
-constexpr int64_t kMostTogether = 16;  // tokens that are turned, and then written to the cache: they stay in L1
-
-// Where the tokens from `begin` on that are done together end: before the next that may fill half a tile with those behind.
-inline int64_t block_end(const int64_t* slots, int64_t begin, int64_t end) {
-    int64_t i = begin + 1;
-    while (i < end && i < begin + kMostTogether && slots[i] % 16 != 0) ++i;
-    return i;
-}
-
 template <class T>
 void rotate_in_place(const Heads& heads, int64_t head_dim, float eps, int64_t token, const float* cos_sin, int64_t half) {
     rotate_heads(static_cast<T*>(heads.x) + token * heads.token_stride, heads.head_stride, heads, head_dim, eps, token,

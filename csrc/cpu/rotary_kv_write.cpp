@@ -8,6 +8,15 @@
 namespace minivllm::MINIVLLM_ISA {
 namespace {
 
+constexpr int64_t kMostTogether = 16;  // tokens
+
+// Where the tokens from `begin` on that are done together end: before the next that may fill half a tile with those behind.
+int64_t block_end(const int64_t* slots, int64_t begin, int64_t end) {
+    int64_t i = begin + 1;
+    while (i < end && i < begin + kMostTogether && slots[i] % 16 != 0) ++i;
+    return i;
+}
+
 void run(const Heads& q, const Heads& k, const KvWrite& write, float eps, const int64_t* positions,
          const float* cos_sin, int64_t rot_dim) {
     const int64_t head_dim = write.layout.head_dim, row = k.num_heads * head_dim;
