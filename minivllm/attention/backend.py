@@ -66,6 +66,8 @@ class ForwardContext:
 
     metadata: list[Any]  # as the backend's build_metadata made it; one a layer, the same for all of a KV cache group
     kv_caches: list[torch.Tensor]  # one a layer
+    # [W] int64: rows of the step whose hidden states are asked for, the only ones that the model gives; None: all.
+    wanted: torch.Tensor | None = None
 
 
 class Projection(Protocol):

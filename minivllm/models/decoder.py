@@ -6,7 +6,7 @@ Owns the order of the layers; knows nothing of requests, of the cache's layout o
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,8 @@ from minivllm.layers.linear import GatedLinear, QKVLinear, RowLinear
 from minivllm.layers.norm import RMSNorm
 from minivllm.layers.rotary import RotaryEmbedding
 from minivllm.layers.weight import Weight, under
+from minivllm.ops.embedding import embedding
+from minivllm.ops.op import OpSpec
 from minivllm.ops.rotary import HeadNorms
 
 
@@ -59,6 +61,9 @@ class SelfAttention:
         self.q_norm = self.norm_class(head_dim, config.rms_norm_eps, **where) if variant.qk_norm else None
         self.k_norm = self.norm_class(head_dim, config.rms_norm_eps, **where) if variant.qk_norm else None
         self.rotary = rotary
+        self.take_rows: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+        if index == config.num_hidden_layers - 1:  # nobody attends to what comes behind this attention
+            self.take_rows = embedding.select(OpSpec(backend.spec.device, backend.spec.dtype))
         self.attention = Attention(
             index,
             backend,
@@ -69,13 +74,22 @@ class SelfAttention:
 
     def add_to(
         self, residual: torch.Tensor, x: torch.Tensor, positions: torch.Tensor, ctx: ForwardContext
-    ) -> None:
-        """Add the attention of x, and so of its tokens, to `residual` in place."""
+    ) -> torch.Tensor:
+        """`residual` with the attention of x, and so of its tokens, added to it in place; or, in the last layer, the
+        wanted rows of that."""
         norms = None
         if self.q_norm is not None:
             norms = HeadNorms(self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
-        turn = self.rotary.turn(positions, norms)
-        self.o_proj.add_to(residual, self.attention.of_projection(self.qkv_proj, x, ctx, turn))
+        out = self.attention.of_projection(self.qkv_proj, x, ctx, self.rotary.turn(positions, norms))
+        residual, out = self.wanted(residual, ctx), self.wanted(out, ctx)
+        self.o_proj.add_to(residual, out)
+        return residual
+
+    def wanted(self, rows: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
+        """Of a row for each token in the last layer those that somebody reads."""
+        if self.take_rows is None or ctx.wanted is None:
+            return rows
+        return self.take_rows(ctx.wanted, rows)
 
     def weights(self) -> Iterator[Weight]:
         yield from self.qkv_proj.weights()
@@ -123,10 +137,11 @@ class DecoderLayer:
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, **where)
         self.mlp = MLP(config, variant, **where, quantization=quantization)
 
-    def __call__(self, residual: torch.Tensor, positions: torch.Tensor, ctx: ForwardContext) -> None:
-        """residual: [T, hidden_size], changed in place."""
-        self.self_attn.add_to(residual, self.input_layernorm(residual), positions, ctx)
+    def __call__(self, residual: torch.Tensor, positions: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
+        """residual: [T, hidden_size], changed in place and returned; in the last layer its wanted rows."""
+        residual = self.self_attn.add_to(residual, self.input_layernorm(residual), positions, ctx)
         self.mlp.add_to(residual, self.post_attention_layernorm(residual))
+        return residual
 
     def weights(self) -> Iterator[Weight]:
         yield from under("input_layernorm", self.input_layernorm.weights())
@@ -190,10 +205,11 @@ class DecoderForCausalLM(ABC):
         ctx: ForwardContext,
         given: GivenEmbeddings | None = None,
     ) -> torch.Tensor:
-        """input_ids, positions: [T] int64, the step's tokens of all requests. Returns [T, hidden_size]."""
+        """input_ids, positions: [T] int64, the step's tokens of all requests. Returns [T, hidden_size], or the wanted
+        rows of that."""
         residual = self.embed(input_ids, given)
         for layer in self.layers:
-            layer(residual, positions, ctx)
+            residual = layer(residual, positions, ctx)
         return self.norm(residual)
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -29,11 +29,14 @@ class GemmaAttention(SelfAttention):
     norm_class = GemmaRMSNorm
 
     def __call__(self, x: torch.Tensor, positions: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
+        """Of the wanted rows alone in the last layer."""
         turn = self.rotary.turn(positions)
         if self.q_norm is None:
-            return self.o_proj(self.attention.of_projection(self.qkv_proj, x, ctx, turn))
-        q, k, v = self.qkv_proj(x)
-        return self.o_proj(self.attention(self.q_norm(q), self.k_norm(k), v, ctx, turn))
+            out = self.attention.of_projection(self.qkv_proj, x, ctx, turn)
+        else:
+            q, k, v = self.qkv_proj(x)
+            out = self.attention(self.q_norm(q), self.k_norm(k), v, ctx, turn)
+        return self.o_proj(self.wanted(out, ctx))
 
 
 class GemmaMLP(MLP):
@@ -66,15 +69,15 @@ class GemmaLayer:
 
     def __call__(
         self, x: torch.Tensor | None, residual: torch.Tensor, positions: torch.Tensor, ctx: ForwardContext
-    ) -> torch.Tensor:
-        """x: what is still to be added to the residual stream, None in the first layer; returns the next such.
-
-        `residual` is changed in place.
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x: what is still to be added to the residual stream, None in the first layer; returns the next such, and the
+        stream, which is changed in place; in the last layer the wanted rows of both.
         """
         x = self.input_layernorm(residual) if x is None else self.input_layernorm.add(x, residual)
         x = self.post_attention_layernorm(self.self_attn(x, positions, ctx))
+        residual = self.self_attn.wanted(residual, ctx)
         x = self.pre_feedforward_layernorm.add(x, residual)
-        return self.post_feedforward_layernorm(self.mlp(x))
+        return self.post_feedforward_layernorm(self.mlp(x)), residual
 
     def weights(self) -> Iterator[Weight]:
         yield from under("input_layernorm", self.input_layernorm.weights())
@@ -140,7 +143,7 @@ class Gemma2ForCausalLM(DecoderForCausalLM):
     ) -> torch.Tensor:
         x, residual = None, self.embed(input_ids, given)
         for layer in self.layers:
-            x = layer(x, residual, positions, ctx)
+            x, residual = layer(x, residual, positions, ctx)
         return self.norm.add(x, residual)
 
     @property

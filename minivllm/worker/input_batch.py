@@ -45,16 +45,18 @@ class InputBatch:
     positions: torch.Tensor  # [num_tokens, or more] int64
     steps: list[StepInputs]  # one a KV cache group; they differ in where keys and values lie
     is_decode: bool  # one token of each request, and each gets the next
+    wanted: torch.Tensor | None = None  # [W] int64, W > 0: rows of input_ids, see ForwardContext
 
     @property
     def last_rows(self) -> np.ndarray:
         """[num_reqs] int64: of each request's last token in this step."""
         return self.first_rows + (self.ends - self.begins) - 1
 
-    @property
-    def sampled_rows(self) -> torch.Tensor:
-        """[num_sampled] int64: rows of the hidden states that predict a new token. In host memory."""
-        return torch.from_numpy(self.last_rows[self.samples])
+    def sampled(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[num_sampled, hidden_size]: what predicts new tokens, of the hidden states that the model gave, on a host."""
+        if self.wanted is not None and len(self.wanted) < self.num_tokens:
+            return hidden[: len(self.samples)]
+        return hidden[torch.from_numpy(self.last_rows[self.samples])]
 
 
 class InputBuffers:
@@ -82,6 +84,7 @@ class InputBuffers:
         self._slot_mapping = [staging.mirror((max_num_tokens,), np.int64) for _ in range(num_groups)]
         self._query_start_loc = staging.mirror((most + 1,), np.int32)
         self._seq_lens = staging.mirror((most,), np.int32)
+        self._wanted = torch.zeros(max_num_tokens, dtype=torch.int64)
         self._block_table: list[StepBlockTable] = [
             DeviceBlockTable(most, max_blocks, staging) if staging.copies else HostBlockTable(most, max_blocks)
             for _ in range(num_groups)
@@ -95,13 +98,18 @@ class InputBuffers:
         self._version = 0  # of the table, when `_last` was made
         self._num_moves = 0  # how many tokens `_last` can move on before somebody's block is full
 
-    def prepare(self, num_scheduled_tokens: dict[str, int], table: RequestTable) -> InputBatch:
-        """The inputs of a step that computes so many tokens of each request, from where each one stands."""
+    def prepare(
+        self, num_scheduled_tokens: dict[str, int], table: RequestTable, *, wants_all: bool = False
+    ) -> InputBatch:
+        """The inputs of a step that computes so many tokens of each request, from where each one stands.
+
+        wants_all: hidden states are read of more than the tokens that predict a new one.
+        """
         request_ids = list(num_scheduled_tokens)
         if self._is_same(request_ids, num_scheduled_tokens, table) and self.books.move_on():
             self._num_moves -= 1
         else:
-            self._last = self._prepare(request_ids, num_scheduled_tokens, table)
+            self._last = self._prepare(request_ids, num_scheduled_tokens, table, wants_all)
             self._version = table.version
             can_move = self._last.is_decode and not self._staging.copies
             self._num_moves = _num_moves(self._last, table) if can_move else 0
@@ -127,7 +135,9 @@ class InputBuffers:
         )
         return DecodeBooks(step, table.columns)
 
-    def _prepare(self, request_ids: list[str], num_scheduled_tokens: dict[str, int], table: RequestTable) -> InputBatch:
+    def _prepare(
+        self, request_ids: list[str], num_scheduled_tokens: dict[str, int], table: RequestTable, wants_all: bool
+    ) -> InputBatch:
         num_reqs = len(request_ids)
         rows = table.rows(request_ids)
         counts = np.fromiter(num_scheduled_tokens.values(), np.int64, num_reqs)
@@ -155,8 +165,10 @@ class InputBuffers:
             slot_mapping.host[:num_tokens] = blocks.slots(row_of_token, positions)
             block_table.of_step(blocks, rows, num_blocks)
         self._pad(slice(num_tokens, num_tokens_padded), slice(num_reqs, num_rows))
-        bounds = {}
-        if self._staging.copies:
+        wanted, bounds = None, {}
+        if not self._staging.copies:
+            wanted = self._want(self._counting[:num_tokens] if wants_all else stops[samples] - 1)
+        else:
             self._upload(num_tokens_padded, num_rows)
             longest = int(ends.max())
             max_seq_len = self._captures.bound(longest) if is_captured else longest
@@ -173,6 +185,7 @@ class InputBuffers:
             positions=self._positions.device[:num_tokens_padded],
             steps=self._steps(num_tokens_padded, num_rows, **bounds),
             is_decode=is_decode,
+            wanted=wanted,
         )
 
     def padding(self, num_rows: int, max_seq_len: int) -> InputBatch:
@@ -205,7 +218,8 @@ class InputBuffers:
             slot_mapping.host[:num_tokens] = -1
         self._query_start_loc.host[1 : num_reqs + 1] = ends
         self._seq_lens.host[:num_reqs] = lens
-        input_ids, positions, steps = self.of_sizes(num_tokens, num_reqs)
+        wanted = self._want(ends - 1)
+        input_ids, positions, _, steps = self.of_sizes(num_tokens, num_reqs, len(wanted))
         nobody = np.empty(0, np.int64)
         return InputBatch(
             request_ids=[],
@@ -219,16 +233,26 @@ class InputBuffers:
             positions=positions,
             steps=steps,
             is_decode=False,
+            wanted=wanted,
         )
 
-    def of_sizes(self, num_tokens: int, num_reqs: int) -> tuple[torch.Tensor, torch.Tensor, list[StepInputs]]:
-        """Token ids, positions and what attention reads of a step of so many, for a recording: they hold anything."""
+    def of_sizes(
+        self, num_tokens: int, num_reqs: int, num_wanted: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[StepInputs]]:
+        """Token ids, positions, wanted rows and what attention reads of a step of so many, for a recording: they hold
+        anything."""
         ids, positions = self._input_ids.device[:num_tokens], self._positions.device[:num_tokens]
-        return ids, positions, self._steps(num_tokens, num_reqs)
+        return ids, positions, self._wanted[:num_wanted], self._steps(num_tokens, num_reqs)
 
     def ends(self, num_reqs: int) -> np.ndarray:
         """Where `InputBatch.ends` of so many requests lies."""
         return self._ends[:num_reqs]
+
+    def _want(self, rows: np.ndarray) -> torch.Tensor:
+        """These rows, or where there are none the first: no kernel need know of nothing."""
+        wanted = self._wanted[: max(1, len(rows))]
+        wanted.numpy()[:] = rows if len(rows) else 0
+        return wanted
 
     def _steps(self, num_tokens: int, num_rows: int, **bounds: int) -> list[StepInputs]:
         """What attention reads, as views of the buffers; one a KV cache group."""

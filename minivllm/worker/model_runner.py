@@ -145,7 +145,8 @@ class ModelRunner:
 
     def _prepare(self, num_scheduled_tokens: dict[str, int]) -> InputBatch:
         if self._sampling is None:
-            return self.buffers.prepare(num_scheduled_tokens, self.table)
+            wants_all = not self.prompt_logprobs.is_idle
+            return self.buffers.prepare(num_scheduled_tokens, self.table, wants_all=wants_all)
         with torch.inference_mode():
             self._sampling.absorb(self.table)
             self._staging.begin()
@@ -159,7 +160,8 @@ class ModelRunner:
 
         def forward() -> Outputs:
             with native.awake():
-                return (self.model.forward(batch.input_ids, batch.positions, self._context(metadata), given),)
+                ctx = self._context(metadata, batch.wanted)
+                return (self.model.forward(batch.input_ids, batch.positions, ctx, given),)
 
         if self._recorded is None or given is not None:
             (self._hidden,) = forward()
@@ -177,7 +179,7 @@ class ModelRunner:
     def record(self) -> None:
         """Record the model where steps are recorded, as weights and cache are now."""
         if self._records:
-            most = self.buffers.most_tokens, self.buffers.most_reqs
+            most = self.buffers.most_tokens, self.buffers.most_reqs, self.buffers.most_tokens
             of_groups = self.backend.most_sizes(self.buffers.most_reqs) * len(self.table.blocks)
             self._recorded = RecordedStep("the model", self._forward_of, (*most, *of_groups))
 
@@ -192,9 +194,9 @@ class ModelRunner:
             self._hidden = None
 
     def _sizes(self, batch: InputBatch, metadata: list[Any]) -> Sizes:
-        """Of a recorded step: tokens, requests, and what the backend says of each KV cache group."""
+        """Of a recorded step: tokens, requests, wanted rows, and what the backend says of each KV cache group."""
         of_groups = (size for own in metadata for size in self.backend.sizes_of(own))
-        return len(batch.input_ids), len(batch.rows), *of_groups
+        return len(batch.input_ids), len(batch.rows), len(batch.wanted), *of_groups
 
     @torch.inference_mode()
     def _recorded_decode(self, is_likeliest: bool, draws: bool) -> RecordedStep:
@@ -213,14 +215,14 @@ class ModelRunner:
 
     def _forward_of(self, sizes: Sizes) -> Outputs:
         """The model of a step of these sizes, for a recording."""
-        num_tokens, num_reqs, *others = sizes
-        ids, positions, steps = self.buffers.of_sizes(num_tokens, num_reqs)
+        num_tokens, num_reqs, num_wanted, *others = sizes
+        ids, positions, wanted, steps = self.buffers.of_sizes(num_tokens, num_reqs, num_wanted)
         each = len(others) // len(steps)
         metadata = [
             self.backend.metadata_of_sizes(step, tuple(others[i * each : (i + 1) * each]))
             for i, step in enumerate(steps)
         ]
-        return (self.model.forward(ids, positions, self._context(metadata)),)
+        return (self.model.forward(ids, positions, self._context(metadata, wanted)),)
 
     # Decodes -----------------------------------------------------------------
 
@@ -267,7 +269,7 @@ class ModelRunner:
         self, batch: InputBatch, draw: DrawInputs | DeviceDraw | None, *, is_likeliest: bool = False
     ) -> _Decode:
         metadata = self._metadata(batch)
-        ctx = self._context(metadata)
+        ctx = self._context(metadata, batch.wanted)
         if self._graphs is not None:
             key = key_of(batch.input_ids, batch.positions, metadata, is_likeliest, draw)
             return _Decode(batch, ctx, is_likeliest, draw, key)
@@ -316,8 +318,8 @@ class ModelRunner:
         """One a KV cache group."""
         return [self.backend.build_metadata(step) for step in batch.steps]
 
-    def _context(self, metadata: list[Any]) -> ForwardContext:
-        return ForwardContext([metadata[group] for group in self._group_of_layer], self.kv_caches)
+    def _context(self, metadata: list[Any], wanted: torch.Tensor | None) -> ForwardContext:
+        return ForwardContext([metadata[group] for group in self._group_of_layer], self.kv_caches, wanted)
 
     def sample_tokens(self, grammar: GrammarOutput | None = None) -> ModelRunnerOutput:
         """One token for each request whose last known token was in the step, and the logprobs asked for."""
@@ -440,7 +442,7 @@ class ModelRunner:
             _with_prompts(result, self.prompt_logprobs.score(batch, hidden, self.table))
             if not len(rows):
                 return result
-            hidden = hidden[batch.sampled_rows]
+            hidden = batch.sampled(hidden)
             if grammar is None and self._takes_likeliest(rows):
                 drawn = Drawn(*self.model.likeliest(hidden))
                 return self._accept(batch, rows, self.sampler.accept(drawn, None, rows), result)

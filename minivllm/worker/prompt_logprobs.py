@@ -58,6 +58,11 @@ class PromptLogprobs:
     def remove_request(self, row: int) -> None:
         self._asked.pop(row, None)
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether nobody asks."""
+        return not self._asked
+
     def score(self, batch: InputBatch, hidden: torch.Tensor, table: RequestTable) -> list[PromptScores]:
         """What this step's tokens predict of prompts; hidden: [num_tokens, hidden_size]."""
         found: list[PromptScores] = []

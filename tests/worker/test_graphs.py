@@ -169,8 +169,8 @@ def test_a_recording_makes_no_call():
     with recording(is_dry=True) as taken:
         linear.rows(ids)  # would raise
         y = rms_norm(x, WEIGHT, 1e-6)
-        y_before = y.numpy().copy()
-    assert taken.tape.names == ["gather_rows", "rms_norm"] and (y.numpy() == y_before).all()
+        y_before = y.numpy().tobytes()  # anything, a NaN included
+    assert taken.tape.names == ["gather_rows", "rms_norm"] and y.numpy().tobytes() == y_before
 
 
 def test_a_tape_is_replayed_with_as_many_sizes_as_it_has_and_none_above_the_most():
@@ -344,7 +344,7 @@ def test_shared_prefixes_of_decodes_beside_prompts_are_replayed(tmp_path: Path, 
     replay = SizedRecording.replay
     monkeypatch.setattr(SizedRecording, "replay", lambda self, sizes: seen.add(sizes) or replay(self, sizes))
     assert loop.run(prompts, params, stagger=3) == eager.run(prompts, params, stagger=3)
-    assert {groups for _, _, groups, _ in seen} == {0, 1} and {members for *_, members in seen} >= {2, 3, 4, 5, 6}
+    assert {groups for *_, groups, _ in seen} == {0, 1} and {members for *_, members in seen} >= {2, 3, 4, 5, 6}
 
 
 def test_a_model_that_is_replayed_with_wrong_rows_is_found_out_before_the_first_request(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 from minivllm.messages.worker import NewRequestData
 from minivllm.sampling_params import SamplingParams
@@ -31,14 +32,28 @@ def test_a_mixed_step_is_laid_out_request_by_request():
     assert batch.steps[0].seq_lens.tolist() == [5, 40]
     assert batch.steps[0].block_table[:, :2].tolist() == [[9, 0], [7, 3]]
     assert batch.samples.tolist() == [0]  # the prompt's chunk ends before its last token
-    assert batch.sampled_rows.tolist() == [0]
+    assert batch.wanted.tolist() == [0]
+
+
+def test_hidden_states_are_wanted_where_a_token_is_sampled_or_of_all_or_of_one():
+    table = RequestTable(num_rows=4, max_model_len=128, block_size=BLOCK)
+    table.add(new_request("long", list(range(70)), [7, 3, 5]))
+    table.add(new_request("short", [1, 2, 3], [9]))
+    buffers = InputBuffers(64, 4, 4)
+    hidden = torch.arange(43).view(-1, 1)
+    both = {"long": 40, "short": 3}
+    for wants_all, num_wanted in ((False, 1), (True, 43)):
+        batch = buffers.prepare(both, table, wants_all=wants_all)
+        assert len(batch.wanted) == num_wanted and batch.sampled(hidden[batch.wanted]).tolist() == [[42]]
+    none = buffers.prepare({"long": 40}, table)
+    assert none.wanted.tolist() == [0] and len(none.sampled(hidden[none.wanted])) == 0
 
 
 def test_the_chunk_that_holds_the_last_known_token_samples():
     table = RequestTable(num_rows=1, max_model_len=128, block_size=BLOCK)
     table.add(new_request("a", [4, 5, 6, 7], [2], computed=2))
     batch = InputBuffers(8, 1, 4).prepare({"a": 2}, table)
-    assert (batch.samples.tolist(), batch.sampled_rows.tolist()) == ([0], [1])
+    assert (batch.samples.tolist(), batch.wanted.tolist()) == ([0], [1])
 
 
 def test_sampled_tokens_are_the_next_steps_input():
@@ -86,7 +101,7 @@ def test_forgetting_an_unknown_request_is_no_error():
 def fields(batch: InputBatch) -> list:
     """All that a step reads."""
     step = batch.steps[0]
-    arrays = [batch.rows, batch.begins, batch.ends, batch.samples, batch.input_ids, batch.positions, batch.sampled_rows]
+    arrays = [batch.rows, batch.begins, batch.ends, batch.samples, batch.input_ids, batch.positions, batch.wanted]
     arrays += [step.query_start_loc, step.seq_lens, step.block_table, step.slot_mapping]
     return [batch.request_ids, *(array.tolist() for array in arrays)]
 

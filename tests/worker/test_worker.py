@@ -182,7 +182,7 @@ def test_asleep_the_memory_of_the_cache_and_at_level_2_of_the_weights_is_given_b
 @pytest.mark.skipif(NOT_NATIVE is not None, reason="only native calls are recorded")
 @pytest.mark.parametrize("level", [1, 2])
 def test_asleep_the_memory_that_steps_compute_in_is_given_back_too(tmp_path: Path, level: int):
-    model = make_model(tmp_path, arch="llama", dtype="float32", intermediate_size=8192, num_layers=1)
+    model = make_model(tmp_path, arch="llama", dtype="float32", intermediate_size=8192, num_layers=2)
     loop = Loop(model, max_num_batched_tokens=1024, enable_prefix_caching=False)
     prompt, params = [7 + i % 490 for i in range(1024)], SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
     rss = loop.worker.platform.process_memory_bytes
