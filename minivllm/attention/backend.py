@@ -201,7 +201,14 @@ class AttentionBackend(ABC):
         return self._attend(q, kv_cache, metadata, options)
 
     def project_and_forward(
-        self, project: Projection, x: torch.Tensor, turn: Turn, kv_cache: torch.Tensor, metadata: Any, *, options: Options
+        self,
+        project: Projection,
+        x: torch.Tensor,
+        turn: Turn,
+        kv_cache: torch.Tensor,
+        metadata: Any,
+        *,
+        options: Options,
     ) -> torch.Tensor:
         """`turn_and_forward` of q, k, v = project(x): where the projection can, all before attention is one pass."""
         if not project.turns_heads:

@@ -246,8 +246,8 @@ class PackedLinear:
         num_heads = self.out_features // head_dim - 2 * layout.num_kv_heads
         if num_heads < 1 or self.out_features % head_dim or rot_dim > head_dim:
             raise ValueError(
-                f"{self.out_features} outputs are no heads of {head_dim} with keys and values of {layout.num_kv_heads}, "
-                f"of which {rot_dim} turn"
+                f"{self.out_features} outputs are no heads of {head_dim}, keys and values of "
+                f"{layout.num_kv_heads} of them, {rot_dim} dimensions of each turned"
             )
         q_norm, k_norm, eps = native_turn(turn, x.dtype, head_dim)
         if turn.positions.shape != (num_rows,):
