@@ -51,7 +51,9 @@ NB_MODULE(_native, m) {
     using namespace minivllm;
     nb::set_leak_warnings(false);
     m.def("isa", [] { return std::string(isa_name(active_isa())); },
-          "The instruction set in use: 'amx', 'avx512', 'avx2', or 'none' (no kernel can run here).");
+          "The instruction set in use: one of supported_isas(), or 'none' (no kernel can run here).");
+    m.def("default_isa", [] { return std::string(isa_name(default_isa())); },
+          "The one in use unless told otherwise: the last of supported_isas(), or the one before where that is slow.");
     m.def("supported_isas", &supported_isas, "The instruction sets this processor and build have, ascending.");
     m.def("set_isa", [](const std::string& name) { set_active_isa(parse_isa(name)); }, nb::arg("name"),
           "Use this instruction set from now on. Weights packed before keep the one they were packed for.");

@@ -1,6 +1,6 @@
 // Vectors of float32 lanes: 8 with AVX2, 16 with AVX-512, one source for both.
 //
-// A kernel file is compiled once per instruction set with MINIVLLM_ISA = avx2, avx512 or amx, and puts all it
+// A kernel file is compiled once per instruction set with MINIVLLM_ISA = avx2, avx512, … (see dispatch.h), and puts all it
 // defines into `namespace minivllm::MINIVLLM_ISA`. Two rules follow:
 //   - Nothing outside that namespace may be emitted from a kernel file: no std containers, no std::function, no
 //     out-of-line std template. The linker keeps ONE copy of such a function, and may keep the AVX-512 one for
@@ -90,7 +90,7 @@ MINIVLLM_INLINE __mmask16 first(int n) { return __mmask16((1u << n) - 1); }
 MINIVLLM_INLINE Vec widen_bf16(__m256i h) {
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))};
 }
-#if defined(__AVX512BF16__)
+#if defined(__AMX_BF16__)
 MINIVLLM_INLINE __m256i narrow_bf16(Vec a) { return (__m256i)_mm512_cvtneps_pbh(a.v); }  // subnormals become zero
 #else
 MINIVLLM_INLINE __m256i narrow_bf16(Vec a) {

@@ -1,11 +1,14 @@
-// Linear layers over packed weights. bfloat16 goes to AMX where there is AMX; all else is fused multiply-adds in
-// float32: each output is one chain over ascending k, whatever the number of rows.
+// Linear layers over packed weights. bfloat16 goes to AMX where there is AMX, else to products of pairs where there are
+// those; all else is fused multiply-adds in float32: each output is one chain over ascending k, whatever the number of
+// rows.
 #include "linear.h"
 
 #include "isa.h"
 #include "linear_tile.h"
 #if defined(__AMX_BF16__)
 #include "linear_amx.h"
+#elif defined(__AVX512BF16__)
+#include "linear_pairs.h"
 #endif
 
 namespace minivllm::MINIVLLM_ISA {
@@ -87,15 +90,22 @@ struct FmaKernel {
     }
 };
 
+// Of x and the weight in type T.
+template <class T>
+struct KernelOf { using type = FmaKernel<T>; };
+#if defined(__AMX_BF16__)
+template <>
+struct KernelOf<bf16> { using type = AmxKernel; };
+#elif defined(__AVX512BF16__)
+template <>
+struct KernelOf<bf16> { using type = PairKernel; };
+#endif
+
 // Calls fn(Layout{}, Type<W>{}): the layout and element type a weight of this dtype is packed in.
 template <class F>
 MINIVLLM_INLINE void with_layout(DType dtype, const F& fn) {
     with_dtype(dtype, [&](auto tag) {
-#if defined(__AMX_BF16__)
-        if constexpr (std::is_same_v<typename decltype(tag)::type, bf16>) return fn(AmxLayout{}, tag);
-        else
-#endif
-            return fn(FmaLayout{}, tag);
+        return fn(typename KernelOf<typename decltype(tag)::type>::type::Layout{}, tag);
     });
 }
 
@@ -123,12 +133,7 @@ void gather(DType dtype, void* out, const void* packed, int64_t, int64_t k, cons
 
 void multiply(const LinearCall& call) {
     with_dtype(call.dtype, [&](auto tag) {
-        using T = typename decltype(tag)::type;
-#if defined(__AMX_BF16__)
-        if constexpr (std::is_same_v<T, bf16>) return multiply_blocks<AmxKernel>(call);
-        else
-#endif
-            return multiply_blocks<FmaKernel<T>>(call);
+        multiply_blocks<typename KernelOf<typename decltype(tag)::type>::type>(call);
     });
 }
 

@@ -73,13 +73,13 @@ struct LinearKernels {
                         int64_t num_ids);
     void (*multiply)(const LinearCall& call);
 };
-MINIVLLM_KERNELS(LinearKernels, linear_kernels)  // weights of x's dtype
+MINIVLLM_PAIR_KERNELS(LinearKernels, linear_kernels)  // weights of x's dtype
 
 // Weights of int8 (one scale an output feature, whole rows of K loaded at a time), and x made int8 row by row. The sums
 // are int32 and exact; float(sum) × (row's scale × feature's scale) is what `LinearCall` calls the sum.
-MINIVLLM_KERNELS(LinearKernels, int8_linear_kernels)
+MINIVLLM_BYTE_KERNELS(LinearKernels, int8_linear_kernels)
 
 // The same, but that a weight is a code of 4 bits times a whole multiplier, one for each 128 of a feature's K.
-MINIVLLM_KERNELS(LinearKernels, int4_linear_kernels)
+MINIVLLM_BYTE_KERNELS(LinearKernels, int4_linear_kernels)
 
 }  // namespace minivllm

@@ -23,6 +23,7 @@ constexpr int64_t kChunkSteps = 32;    // of K at a time: 64 KiB of a panel
 constexpr int64_t kHeldSteps = 16;     // of them, those that stay in L1: 32 KiB
 constexpr int64_t kWarmSteps = 8;      // between stores of tiles: see AmxPanels::keep_warm
 constexpr int64_t kAheadBytes = 16384;  // how far ahead of a thin product the weight is fetched
+constexpr int64_t kTouchRows = 8;       // up to here it is touched instead
 constexpr int64_t kAheadRows = 8;       // how far ahead the lines of the output are fetched, to be written
 
 // [K/32][2 column groups][16 pairs of k][16 columns][2]: each [16][16][2] is one tile, 1 KiB.
@@ -96,6 +97,7 @@ private:
 // need as well. For thin products into L1, as it is read soon and once; else into L2.
 template <bool kThin>
 struct Ahead {
+    static constexpr bool kIsThin = kThin;
     static constexpr int64_t kPlaces = 4;
 
     const char* next;  // kPlaces parts from here on are being fetched, or were
@@ -118,6 +120,26 @@ struct Ahead {
         if (done < part) return;
         next += kPlaces * part;
         done = 0;
+    }
+    MINIVLLM_INLINE void before_tile(const void*) {}
+};
+
+// The same for a few rows: before each tile of the weight is loaded, a word of each line of the KiB behind it is. The
+// processor's own fetching follows loads best, and tile loads beside it read as fast as plain ones do; alone or beside
+// prefetches they have 90 % of that.
+struct Touch {
+    static constexpr bool kIsThin = true;
+
+    const char* end;  // of what may be read: whole tiles
+
+    MINIVLLM_INLINE void step() {}
+    MINIVLLM_INLINE void before_tile(const void* tile) {
+        const char* kib = static_cast<const char*>(tile) + 1024;
+        if (kib >= end) return;
+        for (int line = 0; line < 16; ++line) {
+            int word;
+            asm volatile("movl %1, %0" : "=r"(word) : "m"(*reinterpret_cast<const int*>(kib + 64 * line)));
+        }
     }
 };
 
@@ -207,11 +229,15 @@ private:
     };
 
     void thin(const Element* panel, const End& end) {
-        const char* from = reinterpret_cast<const char*>(panel);
-        auto ahead = Ahead<true>::thin(from + kAheadBytes, fetch_end_);
         float* sums = sums_ + which_ * kGroupSums;
         which_ ^= 1;
-        add_products<true>(sums, true, 0, 0, steps_, panel, ahead);
+        if (block_.num_rows <= kTouchRows) {
+            Touch touch{fetch_end_};
+            add_products(sums, true, 0, 0, steps_, panel, touch);
+        } else {
+            auto ahead = Ahead<true>::thin(reinterpret_cast<const char*>(panel) + kAheadBytes, fetch_end_);
+            add_products(sums, true, 0, 0, steps_, panel, ahead);
+        }
         late_.finish_all();
         late_ = {end, sums, 0, block_.num_rows, 0, 0};
     }
@@ -225,7 +251,7 @@ private:
             auto ahead = Ahead<false>::thick(next, last < fetch_end_ ? last : fetch_end_, steps * num_groups_);
             for (int64_t g = 0; g < num_groups_; ++g) {
                 float* sums = sums_ + g * kGroupSums;
-                add_products<false>(sums, first == 0, g, first, steps, chunk, ahead);
+                add_products(sums, first == 0, g, first, steps, chunk, ahead);
                 late_.finish_all();
                 if (first + steps < steps_) continue;
                 const int64_t rows = block_.num_rows - g * kRows;
@@ -234,27 +260,30 @@ private:
         }
     }
 
-    // Adds steps [first, first + steps) of K for the rows of group g.
-    template <bool kThin>
+    // Adds steps [first, first + steps) of K for the rows of group g, fetching by Ahead or Touch.
+    template <class Fetch>
     MINIVLLM_INLINE void add_products(float* sums, bool are_zero, int64_t g, int64_t first, int64_t steps,
-                                      const Element* w, Ahead<kThin>& ahead) {
+                                      const Element* w, Fetch& fetch) {
         const Element* x = block_.rows + g * block_.stride + first * 2 * kTile;
-        if (block_.num_rows - g * kRows > 16) add_products<kThin, 4>(sums, are_zero, x, w, steps, ahead);
-        else add_products<kThin, 2>(sums, are_zero, x, w, steps, ahead);
+        if (block_.num_rows - g * kRows > 16) add_products<4>(sums, are_zero, x, w, steps, fetch);
+        else add_products<2>(sums, are_zero, x, w, steps, fetch);
     }
 
     // sums: kTiles tiles in the order of the tile registers.
-    template <bool kThin, int kTiles>
+    template <int kTiles, class Fetch>
     MINIVLLM_INLINE void add_products(float* sums, bool are_zero, const Element* x, const Element* w, int64_t steps,
-                                      Ahead<kThin>& ahead) {
+                                      Fetch& fetch) {
+        constexpr bool kThin = Fetch::kIsThin;
         load_sums<kTiles>(sums, are_zero);
         for (int64_t s = 0; s < steps; ++s, x += 2 * kTile, w += 2 * kTile) {
-            ahead.step();
+            fetch.step();
             // What is read again stays in L1: the rows of a thin product, the first half of a thick one's chunk.
             const bool is_held = !kThin && s < kHeldSteps;
             load_upper(x, kThin);
+            fetch.before_tile(w);
             load_left(w, is_held);
             Product::upper_left();
+            fetch.before_tile(w + kTile);
             load_right(w + kTile, is_held);
             Product::upper_right();
             if constexpr (kTiles == 4) {

@@ -268,20 +268,16 @@ private:
 #else
 
 struct Int4Kernel : Int8Rows {
-    static void run(const LinearCall& call, const ScaledBlock<int16_t>& block, int64_t first_row,
-                    const Panels& panels) {
+    static void run(const LinearCall& call, const ScaledBlock<A>& block, int64_t first_row, const Panels& panels) {
         int8_t* whole = static_cast<int8_t*>(thread_scratch(1, size_t(panel_elements<Layout>(call.k))));
-        alignas(64) int32_t sums[kRows * Layout::kPanel];
         for (int64_t p = panels.first; p < panels.end; ++p) {
             const PanelEnd<kVectors> panel_end(call, p);
+            const float* scales = scales_of_panel(call, p);
             unpack(whole, panel_of(call, p), 0, block.k / 64);
-            for (int64_t row = 0; row < block.num_rows; row += kRows) {
-                const int64_t rows = block.num_rows - row < kRows ? block.num_rows - row : kRows;
-                multiply(sums, block, row, rows, whole);
-                panel_end.finish(
-                    Int8Sums{sums, Layout::kPanel, kLanes, block.scales + row, scales_of_panel(call, p)},
-                    first_row + row, rows);
-            }
+            multiply(block, whole, [&](const int32_t* sums, int64_t row, int64_t rows) {
+                panel_end.finish(Int8Sums{sums, Layout::kPanel, kLanes, block.scales + row, scales}, first_row + row,
+                                 rows);
+            });
         }
     }
 };

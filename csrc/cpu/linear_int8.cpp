@@ -67,19 +67,15 @@ struct Int8Kernel : Int8Rows {
             });
     }
 #else
-    static void run(const LinearCall& call, const ScaledBlock<int16_t>& block, int64_t first_row,
-                    const Panels& panels) {
+    static void run(const LinearCall& call, const ScaledBlock<A>& block, int64_t first_row, const Panels& panels) {
         const int64_t size = panel_elements<Layout>(call.k);
-        alignas(64) int32_t sums[kRows * Layout::kPanel];
         for (int64_t p = panels.first; p < panels.end; ++p) {
             const PanelEnd<kVectors> panel_end(call, p);
             const float* scales = scales_of_panel(call, p);
-            for (int64_t row = 0; row < block.num_rows; row += kRows) {
-                const int64_t rows = block.num_rows - row < kRows ? block.num_rows - row : kRows;
-                multiply(sums, block, row, rows, panels_of(call) + p * size);
+            multiply(block, panels_of(call) + p * size, [&](const int32_t* sums, int64_t row, int64_t rows) {
                 panel_end.finish(Int8Sums{sums, Layout::kPanel, kLanes, block.scales + row, scales}, first_row + row,
                                  rows);
-            }
+            });
         }
     }
 #endif

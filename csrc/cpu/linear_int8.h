@@ -1,6 +1,6 @@
 // Int8 products of rows that are made int8 as they come, shared by linear layers with weights of int8 and of fewer bits.
-// On AMX tiles where there are, else by products of 16-bit pairs. Sums are exact integers, so every instruction set
-// gives the same bits. Included by linear*.cpp only.
+// On AMX tiles where there are, else by products of quads where there are those (AVX512_VNNI's vpdpbusd), else of 16-bit
+// pairs. Sums are exact integers, so every instruction set gives the same bits. Included by linear*.cpp only.
 #pragma once
 
 #include "integers.h"
@@ -143,6 +143,111 @@ struct Int8Rows {
     }
 };
 
+#elif defined(__AVX512VNNI__)
+
+// x as bytes with 128 added, as a product of quads takes one factor without a sign: what 128 times a feature's weights
+// come to is subtracted from its sums. All of it modulo 2^32, so that only the result has to fit.
+struct Int8Rows {
+    using A = uint8_t;
+    using Layout = Int8Layout;
+    static constexpr int64_t kRows = 12;  // × kVectors accumulators, operands and a broadcast fit 32 registers
+
+    static ScaledBlock<uint8_t> prepare(const LinearCall& call, int64_t first, int64_t num_rows) {
+        const int64_t k = round_up(call.k, 64);
+        uint8_t* rows = static_cast<uint8_t*>(thread_scratch(0, size_t(num_rows) * (size_t(k) + sizeof(float))));
+        float* scales = reinterpret_cast<float*>(rows + num_rows * k);
+        quantise_rows(reinterpret_cast<int8_t*>(rows), scales, call, first, num_rows, k,
+                      [k](int64_t r, int64_t) { return r * k; });
+        for (int64_t i = 0; i < num_rows * k; i += 64) {
+            const __m512i q = _mm512_loadu_si512(rows + i);
+            _mm512_storeu_si512(rows + i, _mm512_xor_si512(q, _mm512_set1_epi8(char(0x80))));
+        }
+        return {{rows, num_rows, k, k}, scales};
+    }
+
+    // A block times a panel of int8. finish(sums, row, rows): of some rows, [rows][feature].
+    template <class Finish>
+    static void multiply(const Block<uint8_t>& block, const int8_t* panel, const Finish& finish) {
+        const int64_t chunk = block.num_rows <= kRows ? block.k : kChunk;
+        int32_t* sums = static_cast<int32_t*>(
+            thread_scratch(4, size_t((block.num_rows + 1) * Layout::kPanel) * sizeof(int32_t)));
+        int32_t* excess = sums + block.num_rows * Layout::kPanel;
+        for (int64_t first = 0; first < block.k; first += chunk) {
+            const int64_t end = block.k - first < chunk ? block.k : first + chunk;
+            for (int64_t row = 0; row < block.num_rows; row += kRows) {
+                const int64_t rows = block.num_rows - row < kRows ? block.num_rows - row : kRows;
+                const Tile tile{sums + row * Layout::kPanel, excess, block.rows + row * block.stride, block.stride,
+                                panel, first, end, end == block.k};
+                if (row == 0) add<true>(tile, rows);
+                else add<false>(tile, rows);
+                if (tile.is_last) finish(tile.sums, row, rows);
+            }
+        }
+    }
+
+private:
+    static constexpr int64_t kChunk = 768;        // of K at a time: 24 KiB of a panel stay in L1
+    static constexpr int64_t kAheadBytes = 4096;  // how far ahead the weight is fetched
+
+    struct Tile {
+        int32_t* sums;    // [rows][feature]
+        int32_t* excess;  // [feature]: what 128 times the weights come to
+        const uint8_t* x;
+        int64_t stride;
+        const int8_t* panel;
+        int64_t first, end;  // of K
+        bool is_last;        // of the chunks: the excess is taken off
+    };
+
+    template <bool kIsFirst>
+    static void add(const Tile& tile, int64_t rows) {
+        static constexpr decltype(&add_rows<1, kIsFirst>) kTiles[] = {
+            &add_rows<1, kIsFirst>, &add_rows<2, kIsFirst>, &add_rows<3, kIsFirst>,  &add_rows<4, kIsFirst>,
+            &add_rows<5, kIsFirst>, &add_rows<6, kIsFirst>, &add_rows<7, kIsFirst>,  &add_rows<8, kIsFirst>,
+            &add_rows<9, kIsFirst>, &add_rows<10, kIsFirst>, &add_rows<11, kIsFirst>, &add_rows<12, kIsFirst>};
+        kTiles[rows - 1](tile);
+    }
+
+    // R rows. kIsFirst: of the rows that pass here, these are the first, which fetch the weight and find the excess.
+    template <int R, bool kIsFirst>
+    static void add_rows(const Tile& tile) {
+        __m512i acc[R][kVectors], excess[kVectors];
+        for (int v = 0; v < kVectors; ++v) {
+            const bool is_zero = tile.first == 0;
+            for (int r = 0; r < R; ++r) acc[r][v] = sums_at(tile.sums + r * Layout::kPanel + v * kLanes, is_zero);
+            excess[v] = sums_at(tile.excess + v * kLanes, kIsFirst && is_zero);
+        }
+        const __m512i offset = _mm512_set1_epi8(char(0x80));
+        for (int64_t i = tile.first; i < tile.end; i += 4) {
+            __m512i w[kVectors];
+            for (int v = 0; v < kVectors; ++v) {
+                const int8_t* from = tile.panel + Layout::offset(v * kLanes, i);
+                w[v] = _mm512_loadu_si512(from);
+                if constexpr (kIsFirst) {
+                    _mm_prefetch(reinterpret_cast<const char*>(from) + kAheadBytes, _MM_HINT_T0);
+                    excess[v] = _mm512_dpbusd_epi32(excess[v], offset, w[v]);
+                }
+            }
+            for (int r = 0; r < R; ++r) {
+                int32_t quad;
+                std::memcpy(&quad, tile.x + r * tile.stride + i, 4);
+                const __m512i value = _mm512_set1_epi32(quad);
+                for (int v = 0; v < kVectors; ++v) acc[r][v] = _mm512_dpbusd_epi32(acc[r][v], value, w[v]);
+            }
+        }
+        for (int v = 0; v < kVectors; ++v) {
+            if (kIsFirst) _mm512_storeu_si512(tile.excess + v * kLanes, excess[v]);
+            const __m512i less = tile.is_last ? excess[v] : _mm512_setzero_si512();
+            for (int r = 0; r < R; ++r)
+                _mm512_storeu_si512(tile.sums + r * Layout::kPanel + v * kLanes, _mm512_sub_epi32(acc[r][v], less));
+        }
+    }
+
+    static MINIVLLM_INLINE __m512i sums_at(const int32_t* sums, bool is_zero) {
+        return is_zero ? _mm512_setzero_si512() : _mm512_loadu_si512(sums);
+    }
+};
+
 #else
 
 // x as int16; for a quad of k, the weight's four bytes of kLanes features become two vectors of 16-bit pairs.
@@ -160,10 +265,16 @@ struct Int8Rows {
         return {{rows, num_rows, k, k}, scales};
     }
 
-    // The rows from `row` on, at most kRows of them, times a panel of int8: sums[r][feature].
-    static void multiply(int32_t* sums, const Block<int16_t>& block, int64_t row, int64_t rows, const int8_t* panel) {
+    // A block times a panel of int8. finish(sums, row, rows): of some rows, [rows][feature].
+    template <class Finish>
+    static void multiply(const Block<int16_t>& block, const int8_t* panel, const Finish& finish) {
         static constexpr decltype(&tile<1>) kTiles[] = {&tile<1>, &tile<2>, &tile<3>, &tile<4>};
-        kTiles[rows - 1](sums, block.rows + row * block.stride, block.stride, panel, block.k);
+        alignas(64) int32_t sums[kRows * Layout::kPanel];
+        for (int64_t row = 0; row < block.num_rows; row += kRows) {
+            const int64_t rows = block.num_rows - row < kRows ? block.num_rows - row : kRows;
+            kTiles[rows - 1](sums, block.rows + row * block.stride, block.stride, panel, block.k);
+            finish(sums, row, rows);
+        }
     }
 
 private:

@@ -4,8 +4,8 @@ Owns the packed copy (the only one) and both ways to read it: multiply, and gath
 Knows nothing of checkpoints, sharding or layer names.
 
 One row of x gives the same bits alone and among a thousand: K is summed in a fixed order in float32, never
-split over threads, by one instruction family for every number of rows (AMX for bfloat16 where the machine has
-it, fused multiply-adds otherwise).
+split over threads, by one instruction family for every number of rows (for bfloat16 AMX where the machine has
+it, or products of pairs; fused multiply-adds otherwise).
 """
 
 from __future__ import annotations

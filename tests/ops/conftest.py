@@ -8,12 +8,32 @@ import torch
 from minivllm.ops import native
 
 ISAS = native.lib.supported_isas() if native.lib is not None else []
+OF_PRODUCTS = ("avx512_vnni", "avx512_bf16")  # sets that most ops have no kernels of their own for
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.fixture(params=ISAS or [pytest.param("none", marks=pytest.mark.skip("no native kernels here"))])
+def pytest_generate_tests(metafunc):
+    """`isa` is each set that this machine has; those of products only where the module's OWN_ISAS names them."""
+    if "isa" in metafunc.fixturenames:
+        own = getattr(metafunc.module, "OWN_ISAS", ())
+        isas = [isa for isa in ISAS if isa in own or isa not in OF_PRODUCTS]
+        none = pytest.param("none", marks=pytest.mark.skip("no native kernels here"))
+        metafunc.parametrize("isa", isas or [none], indirect=True)
+
+
+def pytest_collection_modifyitems(items):
+    """The sets of products see one dtype: with the others they do what the set below does."""
+    items[:] = [item for item in items if not _is_seen_elsewhere(getattr(item, "callspec", None))]
+
+
+def _is_seen_elsewhere(callspec) -> bool:
+    params = callspec.params if callspec is not None else {}
+    return params.get("isa") in OF_PRODUCTS and params.get("dtype", torch.bfloat16) is not torch.bfloat16
+
+
+@pytest.fixture
 def isa(request):
-    """Each instruction set this machine has, in use for the length of the test."""
+    """An instruction set, in use for the length of the test."""
     before = native.lib.isa()
     native.lib.set_isa(request.param)
     yield request.param

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +18,8 @@ from minivllm.ops import activation, native
 from minivllm.ops.op import OpSpec
 from minivllm.utils import native as door
 
+ISAS = native.lib.supported_isas() if native.lib is not None else []
+OWN_ISAS = ("avx512_vnni", "avx512_bf16")
 needs_kernels = pytest.mark.skipif(
     native.lib is None or native.lib.isa() == "none", reason="no native kernels here"
 )
@@ -39,7 +43,7 @@ def import_native(**variables):
 
 @needs_kernels
 def test_the_best_instruction_set_is_used_unless_told_otherwise():
-    assert native.lib.isa() == native.lib.supported_isas()[-1] or envs.get("MINIVLLM_CPU_ISA")
+    assert native.lib.isa() == native.lib.default_isa() or envs.get("MINIVLLM_CPU_ISA")
 
 
 @needs_kernels
@@ -49,7 +53,7 @@ def test_the_instruction_set_can_be_lowered_and_raised_again(isa):
 
 @needs_kernels
 def test_an_unknown_instruction_set_is_refused_by_name():
-    with pytest.raises(ValueError, match="unknown instruction set 'sse9'; known: avx2, avx512, amx"):
+    with pytest.raises(ValueError, match="unknown instruction set 'sse9'; known: avx2, avx512, avx512_vnni, avx512_bf16, amx"):
         native.lib.set_isa("sse9")
 
 
@@ -57,6 +61,42 @@ def test_an_unknown_instruction_set_is_refused_by_name():
 def test_the_variable_lowers_the_instruction_set():
     result = import_native(MINIVLLM_CPU_ISA="avx2")
     assert result.stdout.split()[0] == "avx2", result.stderr
+
+
+MASKED = Path(__file__).with_name("masked_cpuid.cpp")
+COMPILER = shutil.which("g++") or shutil.which("clang++")
+AMX_TILE, AVX512_FP16, AVX512_BF16, AVX512_VNNI = "7:0:3:24", "7:0:3:23", "7:1:0:5", "7:0:2:11"
+AVX512F, AVX2, FMA = "7:0:1:16", "7:0:1:5", "1:0:2:12"
+# What a processor lacks, the set it uses by default, and the last it can use.
+LACKS = [
+    ((), "amx", "amx"),
+    ((AMX_TILE,), "avx512_vnni", "avx512_bf16"),  # Intel's with AVX512_FP16 have slow products of pairs
+    ((AMX_TILE, AVX512_FP16), "avx512_bf16", "avx512_bf16"),
+    ((AVX512_BF16,), "avx512_vnni", "avx512_vnni"),
+    ((AVX512_VNNI,), "avx512", "avx512"),
+    ((AVX512F,), "avx2", "avx2"),
+    ((AVX2,), "none", None),
+    ((FMA,), "none", None),
+]
+
+
+def has_all_features() -> bool:
+    cpuinfo = Path("/proc/cpuinfo")
+    return "amx" in ISAS and cpuinfo.exists() and "avx512_fp16" in cpuinfo.read_text()
+
+
+@pytest.mark.skipif(COMPILER is None or not has_all_features(), reason="NOT RUN: needs Linux, C++, AMX, AVX512_FP16")
+def test_a_processor_that_lacks_a_feature_never_uses_a_set_that_needs_it(tmp_path):
+    masks = tmp_path / "masked.so"
+    subprocess.run([COMPILER, "-O1", "-shared", "-fPIC", MASKED, "-o", masks], check=True)
+    code = "from minivllm.utils.native import lib; print(lib.isa(), *lib.supported_isas())"
+    for lacks, used, last in LACKS:
+        env = {**os.environ, "LD_PRELOAD": str(masks), "MASKED_CPUID": ",".join(lacks), "MINIVLLM_CPU_ISA": ""}
+        result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
+        if result.returncode == 77:
+            pytest.skip("NOT RUN: the processor answers `cpuid` itself, always")
+        supported = ISAS[: ISAS.index(last) + 1] if last else []
+        assert result.stdout.split() == [used, *supported], (lacks, result.stderr)
 
 
 @needs_kernels

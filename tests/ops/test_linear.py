@@ -13,6 +13,7 @@ from minivllm.ops.op import OpSpec
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 SHAPES = [(1, 32), (17, 48), (33, 64), (64, 100), (100, 256), (130, 5), (257, 96)]  # (N, K)
 NUM_ROWS = [0, 1, 2, 3, 7, 16, 17, 33, 65]
+OWN_ISAS = ("avx512_bf16",)
 pytestmark = pytest.mark.usefixtures("isa")
 
 
@@ -137,6 +138,14 @@ def test_rows_of_a_wider_input_are_read_where_they_lie(dtype, assert_same_bits):
     layer, x = packed(matrix(48, 64, dtype)), torch.randn(20, 200).to(dtype)
     assert_same_bits(layer(x[:, 8:72]), layer(x[:, 8:72].contiguous()))
     assert_same_bits(layer(x[:, 0:128:2]), layer(x[:, 0:128:2].contiguous()))
+
+
+def test_the_likeliest_output_is_the_largest_one(dtype, num_threads):
+    """All there is to it: test_likeliest.py."""
+    for n, k in [(33, 64), (500, 70)]:
+        layer, x = packed(matrix(n, k, dtype)), torch.randn(40, k).to(dtype)
+        for part in (x, x[:1], x[:7]):
+            assert layer.likeliest(part)[0].tolist() == layer(part, out_dtype=torch.float32).argmax(-1).tolist()
 
 
 def test_one_bad_row_does_not_touch_the_others(dtype, assert_same_bits):

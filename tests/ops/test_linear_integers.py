@@ -17,6 +17,7 @@ from minivllm.ops.op import Op, OpSpec
 
 SHAPES = [(1, 64), (17, 48), (33, 64), (33, 128), (100, 256), (130, 5), (257, 1100), (96, 1100), (96, 1216)]  # (N, K)
 NUM_ROWS = [1, 2, 5, 16, 17, 33, 70]
+OWN_ISAS = ("avx512_vnni",)
 pytestmark = pytest.mark.usefixtures("isa")
 
 
@@ -125,6 +126,14 @@ def test_rows_come_back_dequantised(kind, dtype, num_threads, assert_same_bits):
         assert_same_bits(packed(weight, dtype, cls).rows(ids), expected)
     with pytest.raises(IndexError):
         packed(weight, dtype, kind.packed).rows(torch.tensor([131]))
+
+
+def test_the_likeliest_output_is_the_largest_one(kind, dtype, num_threads):
+    """All there is to it: test_likeliest.py."""
+    for n, k in [(33, 64), (500, 70)]:
+        layer, x = packed(matrix(n, k), dtype, kind.packed), matrix(40, k, dtype)
+        for part in (x, x[:1], x[:7]):
+            assert layer.likeliest(part)[0].tolist() == layer(part, out_dtype=torch.float32).argmax(-1).tolist()
 
 
 def test_one_bad_row_does_not_touch_the_others(kind, dtype, assert_same_bits):
