@@ -95,10 +95,9 @@ private:
 // Fetches what comes next of a weight, some lines at each step, in several places at once: the processor's own fetching
 // follows each of them only some lines ahead, and prefetches that wait for memory hold the few buffers that tile loads
 // need as well. For thin products into L1, as it is read soon and once; else into L2.
-template <bool kThin>
+template <bool kThin, int64_t kPlaces = 4>
 struct Ahead {
     static constexpr bool kIsThin = kThin;
-    static constexpr int64_t kPlaces = 4;
 
     const char* next;  // kPlaces parts from here on are being fetched, or were
     const char* end;
@@ -198,7 +197,8 @@ public:
     // Adds up the next panel, and finishes most of the one before.
     void multiply(const Element* panel, const End& end) {
         if (num_groups_ == 1) thin(panel, end);
-        else thick(panel, end);
+        else if (num_groups_ == 2) thick<8>(panel, end);
+        else thick<4>(panel, end);
     }
 
     // Finishes what is left of the last panel.
@@ -242,13 +242,17 @@ private:
         late_ = {end, sums, 0, block_.num_rows, 0, 0};
     }
 
+    // kPlaces: to fetch from at a time (measured: with two groups eight are better than four, with more they are worse).
+    template <int64_t kPlaces>
     void thick(const Element* panel, const End& end) {
         for (int64_t first = 0; first < steps_; first += kChunkSteps) {
             const int64_t steps = steps_ - first < kChunkSteps ? steps_ - first : kChunkSteps;
             const Element* chunk = panel + first * 2 * kTile;
             const char* next = reinterpret_cast<const char*>(chunk + steps * 2 * kTile);
-            const char* last = next + kChunkSteps * 2048;
-            auto ahead = Ahead<false>::thick(next, last < fetch_end_ ? last : fetch_end_, steps * num_groups_);
+            // The next chunk; a panel's last one is followed by another panel's first.
+            const int64_t left = steps_ - first - steps, coming = left > 0 ? left : steps_;
+            const char* last = next + (coming < kChunkSteps ? coming : kChunkSteps) * 2048;
+            auto ahead = Ahead<false, kPlaces>::thick(next, last < fetch_end_ ? last : fetch_end_, steps * num_groups_);
             for (int64_t g = 0; g < num_groups_; ++g) {
                 float* sums = sums_ + g * kGroupSums;
                 add_products(sums, first == 0, g, first, steps, chunk, ahead);
