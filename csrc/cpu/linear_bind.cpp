@@ -2,12 +2,13 @@
 
 #include <array>
 #include <cmath>
+#include <cstring>
 #include <limits>
 
 #include <nanobind/stl/array.h>
 
 #include "../bindings.h"
-#include "rotary.h"
+#include "rotary_kv_write.h"
 #include "row_ids.h"
 #include "thread_pool.h"
 
@@ -64,9 +65,28 @@ struct Format {
         check(write, num_blocks);
         const HeadsEnd end{q_heads, ptr<const void>(q_norm), ptr<const void>(k_norm), eps, ptr<const int64_t>(positions),
                            ptr<const float>(cos_sin), rot_dim, write};
-        kernels.multiply({dtype, m, n, k, ptr<const void>(x), x_stride, ptr<const void>(packed), ptr<const void>(bias),
-                          DType(bias_dtype), ptr<const float>(addend), addend_stride, Epilogue::heads, ptr<void>(q),
-                          dtype, q_heads * head_dim, &end});
+        LinearCall call{dtype, m, n, k, ptr<const void>(x), x_stride, ptr<const void>(packed), ptr<const void>(bias),
+                        DType(bias_dtype), ptr<const float>(addend), addend_stride, Epilogue::heads, ptr<void>(q),
+                        dtype, q_heads * head_dim, &end};
+        if (m == 1) turn_and_write_behind(call);
+        else kernels.multiply(call);
+    }
+
+    // The same for one row by two kernels, which is as fast or faster (benchmarks/LOG.md): in one, the thread whose heads
+    // are keys and values waits for the cache's lines while it reads no weight.
+    void turn_and_write_behind(LinearCall call) const {
+        const HeadsEnd& end = *call.heads;
+        const int64_t head_dim = end.write.layout.head_dim, kv_heads = end.write.layout.num_kv_heads;
+        const int64_t size = size_of(dtype), q_bytes = end.num_q_heads * head_dim * size;
+        char* heads = static_cast<char*>(thread_scratch(3, size_t(n * size)));
+        char *q = static_cast<char*>(call.out), *k = heads + q_bytes;
+        call.epilogue = Epilogue::store, call.out = heads, call.out_stride = n;
+        kernels.multiply(call);
+        std::memcpy(q, heads, size_t(q_bytes));
+        KvWrite write = end.write;
+        write.v = k + kv_heads * head_dim * size, write.v_head_stride = head_dim * size;
+        rotary_kv_write_kernels().run({q, end.num_q_heads, 0, head_dim, end.q_norm}, {k, kv_heads, 0, head_dim, end.k_norm},
+                                      write, end.eps, end.positions, end.cos_sin, end.rot_dim);
     }
 
     void likeliest(uintptr_t token_ids, uintptr_t broken, uintptr_t x, int64_t x_stride, int64_t m,
