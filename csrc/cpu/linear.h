@@ -24,6 +24,17 @@ struct alignas(8) Leader {
     int32_t index;
 };
 
+struct LinearCall;
+
+// A table of its own: products have instruction sets that rotation and cache write, whose bits these are, do not have.
+struct HeadsKernels {
+    // Rows [first_row, first_row + num_rows) of `num_columns` outputs from number `column` on, whole heads, to where they
+    // belong. They lie in `rows`, `stride` elements apart, and may be changed there.
+    void (*finish)(const LinearCall& call, void* rows, int64_t stride, int64_t column, int64_t num_columns,
+                   int64_t first_row, int64_t num_rows);
+};
+MINIVLLM_KERNELS(HeadsKernels, heads_kernels)
+
 // Of a projection whose outputs are heads of queries, of keys and of values, in this order: queries and keys are normed
 // and turned as in rotary.h, queries go to the output, keys and values to the cache.
 struct HeadsEnd {
@@ -34,6 +45,7 @@ struct HeadsEnd {
     const float* cos_sin;  // [*, rot_dim]
     int64_t rot_dim;
     KvWrite write;  // of m tokens; its k and v are not looked at
+    const HeadsKernels* kernels;
 };
 
 // y[m][n] = Σ_k x[m][k]·w[n][k] + addend[m][n] + bias[n], then the epilogue. Rows contiguous; strides in elements.

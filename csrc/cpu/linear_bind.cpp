@@ -64,7 +64,7 @@ struct Format {
         check_positions(ptr<const int64_t>(positions), m, max_position);
         check(write, num_blocks);
         const HeadsEnd end{q_heads, ptr<const void>(q_norm), ptr<const void>(k_norm), eps, ptr<const int64_t>(positions),
-                           ptr<const float>(cos_sin), rot_dim, write};
+                           ptr<const float>(cos_sin), rot_dim, write, &heads_kernels()};
         LinearCall call{dtype, m, n, k, ptr<const void>(x), x_stride, ptr<const void>(packed), ptr<const void>(bias),
                         DType(bias_dtype), ptr<const float>(addend), addend_stride, Epilogue::heads, ptr<void>(q),
                         dtype, q_heads * head_dim, &end};

@@ -10,7 +10,6 @@
 #include "isa.h"
 #include "leaders.h"
 #include "linear.h"
-#include "linear_heads.h"
 #include "silu.h"
 #include "thread_pool.h"
 
@@ -294,6 +293,8 @@ struct Blocks {
     }
 };
 
+constexpr int64_t greatest_divisor(int64_t a, int64_t b) { return b == 0 ? a : greatest_divisor(b, a % b); }
+
 // The fewest panels that one thread does: such that they are whole heads, where that matters.
 template <class Layout>
 int64_t unit_panels(const LinearCall& call) {
@@ -317,8 +318,8 @@ void run_heads(const LinearCall& call, const Rows& block, int64_t first_row, con
         const int64_t end = p + together < panels.end ? p + together : panels.end, column = p * kPanel;
         part.out = room - column * size;
         Kernel::run(part, block, 0, {p, end, panels.likely_end});
-        finish_heads(call, room, columns, column, (end * kPanel < call.n ? end * kPanel : call.n) - column, first_row,
-                     block.num_rows);
+        const int64_t last = end * kPanel < call.n ? end * kPanel : call.n;
+        call.heads->kernels->finish(call, room, columns, column, last - column, first_row, block.num_rows);
     }
 }
 

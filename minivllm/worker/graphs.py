@@ -46,6 +46,11 @@ class RecordedStep:
         """None: it was refused, and every step is an eager one."""
         return self._recording
 
+    @property
+    def is_trusted(self) -> bool:
+        """Whether it has given an eager step's bits."""
+        return self._is_trusted
+
     def run(self, sizes: Sizes, step: Step) -> Outputs:
         """What `step()` gives, what comes before included. The tensors may be ones that the next call writes to.
 

@@ -52,6 +52,11 @@ class InputBatch:
         """[num_reqs] int64: of each request's last token in this step."""
         return self.first_rows + (self.ends - self.begins) - 1
 
+    @property
+    def gives_only_tokens(self) -> bool:
+        """Whether every request gets a token, and no other hidden state is wanted than those of their last tokens."""
+        return self.wanted is not None and len(self.samples) == len(self.rows) == len(self.wanted)
+
     def sampled(self, hidden: torch.Tensor) -> torch.Tensor:
         """[num_sampled, hidden_size]: what predicts new tokens, of the hidden states that the model gave, on a host."""
         if self.wanted is not None and len(self.wanted) < self.num_tokens:

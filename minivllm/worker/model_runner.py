@@ -227,11 +227,18 @@ class ModelRunner:
     # Decodes -----------------------------------------------------------------
 
     def _is_replayed(self, batch: InputBatch) -> bool:
-        if not batch.is_decode:
-            return False
         if self.capture_shapes is not None:
-            return self.capture_shapes.has(len(batch.rows))
-        return self.is_recorded
+            return batch.is_decode and self.capture_shapes.has(len(batch.rows))
+        if batch.is_decode:
+            return self.is_recorded
+        return batch.gives_only_tokens and self._is_trusted_end(batch.rows)
+
+    def _is_trusted_end(self, rows: np.ndarray) -> bool:
+        """Whether a decode has shown that what follows the model is replayed rightly for these rows of the table: no
+        prompt is computed twice to find out."""
+        is_likeliest = self._takes_likeliest(rows)
+        kind = is_likeliest, not is_likeliest and self.sampler.only_draws(rows)
+        return kind in self._recorded_decodes and self._recorded_decodes[kind].is_trusted
 
     def _run_decode(self, batch: InputBatch) -> None:
         if self._decode is None or self._decode.batch is not batch:
@@ -490,7 +497,8 @@ class ModelRunner:
 
     def _accept_drawn(self, batch: InputBatch, decoded: _Decoded) -> ModelRunnerOutput:
         """As `_accept`, for all requests of a decode step."""
-        if not self.sampler.asks_for_logprobs and self.buffers.books.append_drawn(*decoded.on_host):
+        books = None if self.sampler.asks_for_logprobs else self.buffers.books
+        if books is not None and books.append_drawn(*decoded.on_host):
             return ModelRunnerOutput(batch.request_ids, [[token] for token in decoded.on_host[0].tolist()])
         sampled = self.sampler.accept(decoded.drawn, decoded.logits, batch.rows)
         return self._accept(batch, batch.rows, sampled, ModelRunnerOutput(batch.request_ids))

@@ -384,6 +384,26 @@ def test_a_decode_that_is_replayed_wrongly_is_found_out_when_it_is_first_met(
     assert [each.recording for each in loop.worker.runner._recorded_decodes.values()] == [None]
 
 
+def test_choosing_a_prompts_token_is_replayed_once_a_decode_has_shown_that_it_may_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    model = make_model(tmp_path, arch="llama", num_layers=2, seed=4)
+    loop, eager = Loop(model), Loop(model, enforce_eager=True)
+    replayed: list[bool] = []
+    run_decode = ModelRunner._run_decode
+    monkeypatch.setattr(
+        ModelRunner,
+        "_run_decode",
+        lambda self, batch: run_decode(self, batch) or replayed.append(batch.is_decode),
+    )
+    for temperature in (0, 0.8):
+        params = SamplingParams(temperature=temperature, max_tokens=3, ignore_eos=True)
+        for prompts, num_prompt_steps in (([[3, 4, 5]], 0), ([[6, 7], [8, 9, 10]], 1), ([[3] * 70], 1)):
+            replayed.clear()
+            assert loop.run(prompts, params) == eager.run(prompts, params)
+            assert replayed.count(False) == num_prompt_steps and replayed.count(True) == 2
+
+
 def test_a_recording_keeps_memory_for_the_largest_step_once(tmp_path: Path):
     model = make_model(tmp_path, arch="llama", num_layers=4, seed=4)
     few, many = (Loop(model, max_num_batched_tokens=tokens).worker.runner for tokens in (256, 512))

@@ -1,14 +1,9 @@
-// What becomes of the heads of a projection of queries, keys and values, as soon as some rows of them are there: the bits
-// of rotary_kv_write.cpp, which does the same behind the product. Included by linear_tile.h only.
-#pragma once
-
+// Norms, rotation and cache write of some rows of heads: the bits of rotary_kv_write.cpp, head by head.
 #include "linear.h"
 #include "rotary_heads.h"
 
 namespace minivllm::MINIVLLM_ISA {
 namespace {
-
-constexpr int64_t greatest_divisor(int64_t a, int64_t b) { return b == 0 ? a : greatest_divisor(b, a % b); }
 
 // Rows [first_row, first_row + num_rows) of head number `head` of all that a projection has. x: where they lie, `stride`
 // elements apart; they may be changed there.
@@ -34,8 +29,7 @@ void finish_head(const LinearCall& call, T* x, int64_t stride, int64_t head, int
     kv_write_kernels.head_rows(write, (head - end.num_q_heads) % layout.num_kv_heads, first_row, first_row + num_rows);
 }
 
-// Those of all heads in `num_columns` outputs from number `column` on.
-inline void finish_heads(const LinearCall& call, void* rows, int64_t stride, int64_t column, int64_t num_columns,
+void finish_heads(const LinearCall& call, void* rows, int64_t stride, int64_t column, int64_t num_columns,
                          int64_t first_row, int64_t num_rows) {
     const int64_t head_dim = call.heads->write.layout.head_dim;
     with_dtype(call.out_dtype, [&](auto tag) {
@@ -46,4 +40,7 @@ inline void finish_heads(const LinearCall& call, void* rows, int64_t stride, int
 }
 
 }  // namespace
+
+const HeadsKernels heads_kernels = {&finish_heads};
+
 }  // namespace minivllm::MINIVLLM_ISA
