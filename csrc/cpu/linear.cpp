@@ -64,12 +64,14 @@ struct FmaKernel {
     static constexpr int64_t kRows = kTileRows;
 
     static Block<float> prepare(const LinearCall& call, int64_t first, int64_t num_rows) {
-        const T* x = static_cast<const T*>(call.x) + first * call.x_stride;
-        if constexpr (std::is_same_v<T, float>) return {x, num_rows, call.x_stride, call.k};
+        if constexpr (std::is_same_v<T, float>)
+            if (call.norm.weight == nullptr)
+                return {static_cast<const T*>(call.x) + first * call.x_stride, num_rows, call.x_stride, call.k};
         float* wide = static_cast<float*>(thread_scratch(0, num_rows * call.k * sizeof(float)));
         parallel_for(num_rows, 1 + 16384 / call.k, [&](int64_t begin, int64_t end) {
+            const InputRows<T> rows(call);
             for (int64_t row = begin; row < end; ++row)
-                convert_row(wide + row * call.k, x + row * call.x_stride, call.k, call.k);
+                convert_row(wide + row * call.k, rows.row(first + row), call.k, call.k);
         });
         return {wide, num_rows, call.k, call.k};
     }

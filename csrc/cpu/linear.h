@@ -48,6 +48,13 @@ struct HeadsEnd {
     const HeadsKernels* kernels;
 };
 
+// RMSNorm of the rows of x before they are multiplied, with the bits of rms_norm.h.
+struct RowNorm {
+    const void* weight;  // [k], or null: no norm
+    DType weight_dtype;  // x's, or float32
+    float eps;
+};
+
 // y[m][n] = Σ_k x[m][k]·w[n][k] + addend[m][n] + bias[n], then the epilogue. Rows contiguous; strides in elements.
 struct LinearCall {
     DType dtype;  // of x and of the packed weight
@@ -63,6 +70,7 @@ struct LinearCall {
     void* out;  // [m, n]; with silu_mul [m, n / 2]; with lead [m] of Leader; with heads [m, q heads × head_dim]
     DType out_dtype;
     int64_t out_stride;
+    RowNorm norm = {nullptr, DType::f32, 0.0f};
     const HeadsEnd* heads = nullptr;  // of Epilogue::heads
 };
 

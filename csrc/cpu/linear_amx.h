@@ -445,12 +445,12 @@ struct AmxKernel {
     // x as tiles, [rows/32][K/32][2][16][32]: read in the order they lie, where rows a power of two apart would share
     // a few cache sets. Rows beyond the last are whatever they are: they meet no other row.
     static Block<bf16> prepare(const LinearCall& call, int64_t first, int64_t num_rows) {
-        const bf16* x = static_cast<const bf16*>(call.x) + first * call.x_stride;
         const int64_t k = round_up(call.k, Layout::kStep);
         bf16* tiles = static_cast<bf16*>(thread_scratch(0, round_up(num_rows, kRows) * k * sizeof(bf16)));
         parallel_for(num_rows, 1 + 32768 / k, [&](int64_t begin, int64_t end) {
+            const InputRows<bf16> rows(call);
             for (int64_t row = begin; row < end; ++row) {
-                const bf16* from = x + row * call.x_stride;
+                const bf16* from = rows.row(first + row);
                 bf16* to = tiles + row / kRows * kRows * k + row % kRows * 32;
                 for (int64_t i = 0; i < k; i += 32, to += kRows * 32) {
                     if (call.k - i >= 32) std::memcpy(to, from + i, 64);

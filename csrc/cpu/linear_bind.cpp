@@ -8,6 +8,7 @@
 #include <nanobind/stl/array.h>
 
 #include "../bindings.h"
+#include "linear_parts.h"
 #include "rotary_kv_write.h"
 #include "row_ids.h"
 #include "thread_pool.h"
@@ -41,10 +42,29 @@ struct Format {
 
     void multiply(uintptr_t out, int out_dtype, int64_t out_stride, int epilogue, uintptr_t x, int64_t x_stride,
                   int64_t m, uintptr_t packed, uintptr_t bias, int bias_dtype, uintptr_t addend,
-                  int64_t addend_stride) const {
+                  int64_t addend_stride, uintptr_t norm, int norm_dtype, float norm_eps) const {
         kernels.multiply({dtype, m, n, k, ptr<const void>(x), x_stride, ptr<const void>(packed), ptr<const void>(bias),
                           DType(bias_dtype), ptr<const float>(addend), addend_stride, Epilogue(epilogue),
-                          ptr<void>(out), DType(out_dtype), out_stride});
+                          ptr<void>(out), DType(out_dtype), out_stride,
+                          RowNorm{ptr<const void>(norm), DType(norm_dtype), norm_eps}});
+    }
+
+    // residual += down(silu(gate) * up) of x, this being the weight of gate and up.
+    void multiply_gated(uintptr_t residual, int64_t residual_stride, uintptr_t x, int64_t x_stride, int64_t m,
+                        uintptr_t packed, uintptr_t bias, int bias_dtype, const Format& down, uintptr_t down_packed,
+                        uintptr_t down_bias, int down_bias_dtype, uintptr_t norm, int norm_dtype, float norm_eps) const {
+        LinearCall first{}, second{};
+        first.dtype = dtype, first.m = m, first.n = n, first.k = k;
+        first.x = ptr<const void>(x), first.x_stride = x_stride, first.packed = ptr<const void>(packed);
+        first.bias = ptr<const void>(bias), first.bias_dtype = DType(bias_dtype);
+        first.epilogue = Epilogue::silu_mul;
+        first.norm = {ptr<const void>(norm), DType(norm_dtype), norm_eps};
+        second.dtype = dtype, second.m = m, second.n = down.n, second.k = down.k;
+        second.packed = ptr<const void>(down_packed);
+        second.bias = ptr<const void>(down_bias), second.bias_dtype = DType(down_bias_dtype);
+        second.epilogue = Epilogue::add_residual;
+        second.out = ptr<void>(residual), second.out_dtype = dtype, second.out_stride = residual_stride;
+        multiply_pair(kernels, first, second);
     }
 
     // rows: m, stride of x, stride of the addend; sizes: heads of queries, of keys, head_dim, blocks, tokens in one,
@@ -67,7 +87,8 @@ struct Format {
                            ptr<const float>(cos_sin), rot_dim, write, &heads_kernels()};
         LinearCall call{dtype, m, n, k, ptr<const void>(x), x_stride, ptr<const void>(packed), ptr<const void>(bias),
                         DType(bias_dtype), ptr<const float>(addend), addend_stride, Epilogue::heads, ptr<void>(q),
-                        dtype, q_heads * head_dim, &end};
+                        dtype, q_heads * head_dim};
+        call.heads = &end;
         if (m == 1) turn_and_write_behind(call);
         else kernels.multiply(call);
     }
@@ -126,9 +147,17 @@ void bind_format(nb::module_& m, const char* name) {
         .def("multiply", recordable("multiply",
              [](const F& format, uintptr_t out, int out_dtype, int64_t out_stride, int epilogue, uintptr_t x,
                 int64_t x_stride, int64_t m, uintptr_t packed, uintptr_t bias, int bias_dtype, uintptr_t addend,
-                int64_t addend_stride) {
+                int64_t addend_stride, uintptr_t norm, int norm_dtype, float norm_eps) {
                  format.multiply(out, out_dtype, out_stride, epilogue, x, x_stride, m, packed, bias, bias_dtype, addend,
-                                 addend_stride);
+                                 addend_stride, norm, norm_dtype, norm_eps);
+             }),
+             release_gil)
+        .def("multiply_gated", recordable("multiply_gated",
+             [](const F& format, uintptr_t residual, int64_t residual_stride, uintptr_t x, int64_t x_stride, int64_t m,
+                uintptr_t packed, uintptr_t bias, int bias_dtype, const F& down, uintptr_t down_packed,
+                uintptr_t down_bias, int down_bias_dtype, uintptr_t norm, int norm_dtype, float norm_eps) {
+                 format.multiply_gated(residual, residual_stride, x, x_stride, m, packed, bias, bias_dtype, down,
+                                       down_packed, down_bias, down_bias_dtype, norm, norm_dtype, norm_eps);
              }),
              release_gil)
         .def("turn_and_write", recordable("turn_and_write",

@@ -113,8 +113,9 @@ const float* quantise_rows(A* to, float* scales, const LinearCall& call, int64_t
     with_dtype(call.dtype, [&](auto tag) {
         using X = typename decltype(tag)::type;
         parallel_for(num_rows, 1 + 16384 / padded, [&](int64_t begin, int64_t end) {
+            const InputRows<X> rows(call);
             for (int64_t r = begin; r < end; ++r) {
-                const X* x = static_cast<const X*>(call.x) + (first + r) * call.x_stride;
+                const X* x = rows.row(first + r);
                 const RowScale scale = scale_of(x, call.k);
                 scales[r] = scale.scale;
                 for (int64_t i = 0; i < padded; i += width)

@@ -41,18 +41,20 @@ public:
     using Layout = PairLayout;
     static constexpr int64_t kRows = 6;  // × kVectors accumulators, operands and a broadcast fit 32 registers
 
-    // x as it is, or with a zero behind an odd K.
+    // x as it is; or normed, and with a zero behind an odd K.
     static Block<bf16> prepare(const LinearCall& call, int64_t first, int64_t num_rows) {
-        const bf16* x = static_cast<const bf16*>(call.x) + first * call.x_stride;
-        if (call.k % 2 == 0) return {x, num_rows, call.x_stride, call.k};
-        bf16* even = static_cast<bf16*>(thread_scratch(0, size_t(num_rows * (call.k + 1)) * sizeof(bf16)));
-        parallel_for(num_rows, 1 + 32768 / call.k, [&](int64_t begin, int64_t end) {
+        const int64_t k = round_up(call.k, 2);
+        if (call.k == k && call.norm.weight == nullptr)
+            return {static_cast<const bf16*>(call.x) + first * call.x_stride, num_rows, call.x_stride, k};
+        bf16* even = static_cast<bf16*>(thread_scratch(0, size_t(num_rows * k) * sizeof(bf16)));
+        parallel_for(num_rows, 1 + 32768 / k, [&](int64_t begin, int64_t end) {
+            const InputRows<bf16> rows(call);
             for (int64_t row = begin; row < end; ++row) {
-                std::memcpy(even + row * (call.k + 1), x + row * call.x_stride, size_t(call.k) * sizeof(bf16));
-                even[row * (call.k + 1) + call.k] = bf16{0};
+                even[row * k + k - 1] = bf16{0};
+                std::memcpy(even + row * k, rows.row(first + row), size_t(call.k) * sizeof(bf16));
             }
         });
-        return {even, num_rows, call.k + 1, call.k + 1};
+        return {even, num_rows, k, k};
     }
 
     static void run(const LinearCall& call, const Block<bf16>& block, int64_t first_row, const Panels& panels) {

@@ -10,6 +10,7 @@
 #include "isa.h"
 #include "leaders.h"
 #include "linear.h"
+#include "rms_norm_row.h"
 #include "silu.h"
 #include "thread_pool.h"
 
@@ -257,6 +258,32 @@ struct PanelEnd {
 };
 
 // ---- the loop over blocks of rows ----
+
+// Rows of x as a kernel prepares them: as they lie, or normed. For one thread, while nothing else uses its scratch
+// slot 1.
+template <class X>
+class InputRows {
+public:
+    explicit InputRows(const LinearCall& call)
+        : call_(call), normed_(call.norm.weight == nullptr ? nullptr : thread_scratch(1, size_t(call.k) * sizeof(X))) {}
+
+    // Valid until the next one is asked for.
+    MINIVLLM_INLINE const X* row(int64_t r) const {
+        const X* x = static_cast<const X*>(call_.x) + r * call_.x_stride;
+        if (normed_ == nullptr) return x;
+        const RowNorm& norm = call_.norm;
+        if (norm.weight_dtype == DType::f32)
+            norm_row(to(), x, static_cast<const float*>(norm.weight), call_.k, norm.eps);
+        else norm_row(to(), x, static_cast<const X*>(norm.weight), call_.k, norm.eps);
+        return to();
+    }
+
+private:
+    X* to() const { return static_cast<X*>(normed_); }
+
+    const LinearCall& call_;
+    void* const normed_;
+};
 
 // Rows of x in the type, and with the padding of K, that a kernel reads.
 template <class A>

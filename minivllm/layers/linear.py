@@ -11,6 +11,7 @@ from functools import partial
 import torch
 
 from minivllm.layers.activation import gated_activation
+from minivllm.layers.norm import RMSNorm
 from minivllm.layers.weight import Weight, weight_of
 from minivllm.ops.kv_write import KvPlace
 from minivllm.ops.linear import DenseLinear, invariant_linear, linear
@@ -112,7 +113,7 @@ class QKVLinear(MergedLinear):
     @property
     def turns_heads(self) -> bool:
         """Whether `turn_and_write` is there: norms, rotation and cache write as part of the product."""
-        return self.packed.turns_heads
+        return self.packed.fuses_neighbours
 
     def turn_and_write(self, x: torch.Tensor, turn: Turn, place: KvPlace) -> torch.Tensor:
         """The turned queries, [T, num_heads, head_dim]; keys and values are in their place, and nowhere else."""
@@ -180,3 +181,11 @@ class GatedLinear(MergedLinear):
         if self._is_fused:
             return self.packed.silu_mul(x, self.bias)
         return self._activation(super().__call__(x))
+
+    def add_to(self, residual: torch.Tensor, x: torch.Tensor, norm: RMSNorm, down: RowLinear) -> None:
+        """residual += down(self(norm(x))), in place. x: [T, in_features], which may be `residual` itself."""
+        packed = self.packed
+        if self._is_fused and packed.fuses_neighbours and type(down.packed) is type(packed):
+            packed.add_gated(residual, x, down.packed, self.bias, down.bias, norm=norm.of_rows)
+        else:
+            down.add_to(residual, self(norm(x)))

@@ -9,7 +9,7 @@ import torch
 
 from minivllm.layers.weight import Weight, weight_of
 from minivllm.ops.op import OpSpec
-from minivllm.ops.rms_norm import add_rms_norm, rms_norm
+from minivllm.ops.rms_norm import RowNorm, add_rms_norm, rms_norm
 
 
 class RMSNorm:
@@ -21,6 +21,11 @@ class RMSNorm:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x: [..., size] -> the same shape."""
         return self._norm(x, self.weight, self.eps)
+
+    @property
+    def of_rows(self) -> RowNorm:
+        """The norm as a part of what reads its output."""
+        return RowNorm(self.weight, self.eps)
 
     def weights(self) -> Iterator[Weight]:
         yield weight_of("weight", self.weight)

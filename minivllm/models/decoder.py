@@ -110,9 +110,9 @@ class MLP:
         self.gate_up_proj = GatedLinear(config.hidden_size, inner, config.hidden_act, **where)
         self.down_proj = RowLinear(inner, config.hidden_size, "down_proj", **where)
 
-    def add_to(self, residual: torch.Tensor, x: torch.Tensor) -> None:
-        """Add the MLP of x to `residual` in place."""
-        self.down_proj.add_to(residual, self.gate_up_proj(x))
+    def add_to(self, residual: torch.Tensor, norm: RMSNorm) -> None:
+        """Add the MLP of norm(residual) to `residual` in place."""
+        self.gate_up_proj.add_to(residual, residual, norm, self.down_proj)
 
     def weights(self) -> Iterator[Weight]:
         yield from self.gate_up_proj.weights()
@@ -140,7 +140,7 @@ class DecoderLayer:
     def __call__(self, residual: torch.Tensor, positions: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
         """residual: [T, hidden_size], changed in place and returned; in the last layer its wanted rows."""
         residual = self.self_attn.add_to(residual, self.input_layernorm(residual), positions, ctx)
-        self.mlp.add_to(residual, self.post_attention_layernorm(residual))
+        self.mlp.add_to(residual, self.post_attention_layernorm)
         return residual
 
     def weights(self) -> Iterator[Weight]:

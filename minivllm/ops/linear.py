@@ -19,6 +19,7 @@ from minivllm.ops.activation import reference as silu_mul
 from minivllm.ops.checks import require
 from minivllm.ops.kv_write import KvPlace
 from minivllm.ops.op import Impl, Op, OpSpec
+from minivllm.ops.rms_norm import RowNorm
 from minivllm.ops.rotary import Turn, native_turn
 from minivllm.ops.sampling import likeliest_reference
 
@@ -29,7 +30,7 @@ class DenseLinear:
     `gated`: its first half of rows is a gate's, the second an up projection's, for `silu_mul`.
     """
 
-    turns_heads = False  # whether it has `turn_and_write`, as `PackedLinear` does
+    fuses_neighbours = False  # whether it has what `PackedLinear` has beyond this class
     _activate = staticmethod(silu_mul)
 
     def __init__(
@@ -128,10 +129,10 @@ class PackedLinear:
     """`DenseLinear` in C++, its weight packed for the instruction set in use when it is made.
 
     A gated weight has the rows of gate and up interleaved, so that `silu_mul` is part of the multiplication; it
-    has no other use.
+    has no other use. A norm of x may be part of it too: the bits are those of `ops/rms_norm.py` before it.
     """
 
-    turns_heads = True
+    fuses_neighbours = True
 
     def __init__(self, out_features: int, in_features: int, dtype: torch.dtype, *, gated: bool = False) -> None:
         self.out_features, self.in_features, self.dtype, self.gated = out_features, in_features, dtype, gated
@@ -182,16 +183,18 @@ class PackedLinear:
         *,
         addend: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
+        norm: RowNorm | None = None,
     ) -> torch.Tensor:
         """x @ weight.T + addend + bias, summed in float32 and rounded once to `out_dtype` (default: x's).
 
         x: [M, in_features] in the weight's dtype, any row stride; bias: [out_features]; addend: [M,
-        out_features] float32; out: [M, out_features] to write to, rows contiguous. Returns [M, out_features].
+        out_features] float32; out: [M, out_features] to write to, rows contiguous; norm: of x, before it is
+        multiplied. Returns [M, out_features].
         """
         assert not self.gated, "a gated weight is packed for silu_mul"
         if out is None:
             out = torch.empty(x.shape[0], self.out_features, dtype=out_dtype or x.dtype)
-        return self._multiply(_STORE, out, self.out_features, x, bias, addend)
+        return self._multiply(_STORE, out, self.out_features, x, bias, addend, norm)
 
     def add_to(
         self,
@@ -214,12 +217,46 @@ class PackedLinear:
         *,
         addend: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
+        norm: RowNorm | None = None,
     ) -> torch.Tensor:
-        """`ops/activation.py` of self(x, bias, addend=addend), for a gated weight: [M, out_features / 2]."""
+        """`ops/activation.py` of self(x, bias, addend=addend, norm=norm), for a gated weight: [M, out_features / 2]."""
         assert self.gated, "silu_mul needs a weight that is packed for it"
         if out is None:
             out = torch.empty(x.shape[0], self.out_features // 2, dtype=x.dtype)
-        return self._multiply(_SILU_MUL, out, self.out_features // 2, x, bias, addend)
+        return self._multiply(_SILU_MUL, out, self.out_features // 2, x, bias, addend, norm)
+
+    def add_gated(
+        self,
+        residual: torch.Tensor,
+        x: torch.Tensor,
+        down: PackedLinear,
+        bias: torch.Tensor | None = None,
+        down_bias: torch.Tensor | None = None,
+        *,
+        norm: RowNorm | None = None,
+    ) -> None:
+        """`down.add_to(residual, self.silu_mul(x, bias, norm=norm), down_bias)`, a part of the rows after the other.
+
+        residual: [M, down.out_features] in x's dtype, rows contiguous; it may be x itself.
+        """
+        if down.in_features * down.dtype.itemsize > _FITTING_BYTES:
+            return down.add_to(residual, self.silu_mul(x, bias, norm=norm), down_bias)
+        assert self.gated and not down.gated, "a gated weight, then one that is not"
+        check_input(self, x, bias, None)
+        if down.in_features != self.out_features // 2 or down.dtype != self.dtype:
+            raise ValueError(
+                f"down takes {down.in_features} of {down.dtype}; it is given {self.out_features // 2} of {self.dtype}"
+            )
+        require("residual", residual, x.dtype, (x.shape[0], down.out_features), dense=1)
+        if x.stride(1) != 1:
+            x = x.contiguous()
+        bias, *bias_arguments = _vector("bias", bias, self.out_features)
+        down_bias, *down_bias_arguments = _vector("down's bias", down_bias, down.out_features)
+        self._format.multiply_gated(
+            residual.data_ptr(), residual.stride(0), x.data_ptr(), x.stride(0), x.shape[0],
+            self._packed.data_ptr(), *bias_arguments, down._format, down._packed.data_ptr(), *down_bias_arguments,
+            *_norm_arguments(norm, x),
+        )  # fmt: skip
 
     def turn_and_write(
         self,
@@ -256,10 +293,9 @@ class PackedLinear:
         require("slot_mapping", place.slot_mapping, torch.int64, (num_rows,))
         if x.stride(1) != 1:
             x = x.contiguous()
-        if bias is not None:
-            bias = bias.contiguous()
+        bias, bias_address, bias_code = _vector("bias", bias, self.out_features)
+        addend_address, addend_stride = (0, 0) if addend is None else (addend.data_ptr(), addend.stride(0))
         q = torch.empty(num_rows, num_heads, head_dim, dtype=x.dtype)
-        bias_address, bias_code, addend_address, addend_stride = _added(bias, addend)
         self._format.turn_and_write(
             (num_rows, x.stride(0), addend_stride),
             (num_heads, layout.num_kv_heads, head_dim, num_blocks, layout.block_size, max_position, rot_dim),
@@ -291,6 +327,7 @@ class PackedLinear:
         x: torch.Tensor,
         bias: torch.Tensor | None,
         addend: torch.Tensor | None,
+        norm: RowNorm | None = None,
     ) -> torch.Tensor:
         check_input(self, x, bias, addend)
         if out.shape != (x.shape[0], width) or (width > 1 and out.stride(1) != 1):
@@ -300,24 +337,48 @@ class PackedLinear:
             )
         if x.stride(1) != 1:
             x = x.contiguous()
-        if bias is not None:
-            bias = bias.contiguous()
-        bias_address, bias_code, addend_address, addend_stride = _added(bias, addend)
+        bias, *bias_arguments = _vector("bias", bias, self.out_features)
+        addend_address, addend_stride = 0, 0
+        if addend is not None:
+            addend_address, addend_stride = addend.data_ptr(), addend.stride(0)
         self._format.multiply(
             out.data_ptr(), native.dtype_code(out), out.stride(0), epilogue, x.data_ptr(), x.stride(0), x.shape[0],
-            self._packed.data_ptr(), bias_address, bias_code, addend_address, addend_stride,
+            self._packed.data_ptr(), *bias_arguments, addend_address, addend_stride, *_norm_arguments(norm, x),
         )  # fmt: skip
         return out
 
 
 _STORE, _ADD_RESIDUAL, _SILU_MUL = 0, 1, 2  # as in csrc/cpu/linear.h
 
+# Of a row between the two products of a gated MLP: 256 of them (csrc/cpu/linear_parts.h) stay in a core's L2 of 2 MiB.
+_FITTING_BYTES = 7168
 
-def _added(bias: torch.Tensor | None, addend: torch.Tensor | None) -> tuple[int, int, int, int]:
-    """The bias's address and type, the addend's address and row stride; zeros for what is None."""
-    bias_at = (0, 0) if bias is None else (bias.data_ptr(), native.dtype_code(bias))
-    addend_at = (0, 0) if addend is None else (addend.data_ptr(), addend.stride(0))
-    return *bias_at, *addend_at
+
+def _vector(name: str, vector: torch.Tensor | None, size: int) -> tuple[torch.Tensor | None, int, int]:
+    """A bias that the kernel can read, to be kept meanwhile, its address and dtype's code; zeros for none."""
+    if vector is None:
+        return None, 0, 0
+    if vector.shape != (size,):
+        raise ValueError(f"{name} is {tuple(vector.shape)}; it must be ({size},)")
+    vector = vector.contiguous()
+    return vector, vector.data_ptr(), native.dtype_code(vector)
+
+
+def _norm_arguments(norm: RowNorm | None, x: torch.Tensor) -> tuple[int, int, float]:
+    """The address of a norm's weight, its dtype's code, and epsilon."""
+    if norm is None:
+        return 0, 0, 0.0
+    weight = norm.weight
+    if (
+        weight.shape != x.shape[1:]
+        or weight.dtype not in (x.dtype, torch.float32)
+        or not weight.is_contiguous()
+    ):
+        raise ValueError(
+            f"the norm's weight is {tuple(weight.shape)} {weight.dtype}; x needs ({x.shape[1]},) {x.dtype} or "
+            "float32, contiguous"
+        )
+    return weight.data_ptr(), native.dtype_code(weight), norm.eps
 
 
 def check_rows(linear: DenseLinear | PackedLinear, start: int, weight: torch.Tensor) -> None:

@@ -6,10 +6,20 @@ in that dtype. Gemma keeps a float32 weight, and only the product is rounded.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from minivllm.ops import gpu, native
 from minivllm.ops.op import Impl, Op
+
+
+@dataclass(frozen=True)
+class RowNorm:
+    """A norm that is part of what reads its output."""
+
+    weight: torch.Tensor  # [H], in the rows' dtype or in float32
+    eps: float
 
 
 def reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -73,7 +83,11 @@ def _run(
     eps: float,
 ) -> torch.Tensor:
     hidden = x.shape[-1]
-    if weight.shape != (hidden,) or weight.dtype not in (x.dtype, torch.float32) or not weight.is_contiguous():
+    if (
+        weight.shape != (hidden,)
+        or weight.dtype not in (x.dtype, torch.float32)
+        or not weight.is_contiguous()
+    ):
         raise ValueError(
             f"weight is {tuple(weight.shape)} {weight.dtype}; x needs ({hidden},) {x.dtype} or float32, contiguous"
         )
