@@ -61,6 +61,7 @@ public:
     void run(const Path& path, const Path* next) {
         path_ = path;
         next_path_ = next;
+        stretch_ = path.ending == Ending::shared ? kShortStretch : kStretch;
         find_tiles();
         shape_tiles(16);
         Item now = first_item();
@@ -81,12 +82,13 @@ public:
 private:
     static constexpr int64_t kBlock = 32;
     // Positions. Blocks of the cache lie a power of two apart as a rule, so that a head's share the same sets of the
-    // second cache: two stretches take all of its ways.
-    static constexpr int64_t kStretch = 512;
+    // second cache: two long stretches take all of its ways. Few rows come from memory as fast as they are multiplied, and
+    // what is fetched for them must not drive out what they are at.
+    static constexpr int64_t kStretch = 512, kShortStretch = 128;
     static constexpr int64_t kScoreStride = kStep + kLanes;  // rows a power of two apart would share few of L1's sets
     static constexpr float kLargeWeight = 128, kLargeMaximum = 1 << 20;  // see has_risen, has_small_maxima
     static_assert(kLargeWeight < 1 << int(kRise));
-    static_assert(kSegment % kStretch == 0 && kStretch % kStep == 0);
+    static_assert(kSegment % kStretch == 0 && kStretch % kShortStretch == 0 && kShortStretch % kStep == 0);
 
     // A step of a block.
     struct Item {
@@ -104,7 +106,7 @@ private:
     // ---- which steps there are ----
 
     Item first_item() const {
-        return start_block(Item{}, 0, path_.begin / kStretch * kStretch);
+        return start_block(Item{}, 0, path_.begin / stretch_ * stretch_);
     }
 
     Item item_after(const Item& item) const {
@@ -112,13 +114,13 @@ private:
         next.parity ^= 1;
         next.begin += kStep;
         next.is_next = true;
-        if (next.begin < next.end && next.begin < item.stretch + kStretch) return finish_item(next);
+        if (next.begin < next.end && next.begin < item.stretch + stretch_) return finish_item(next);
         return start_block(next, item.block + kBlock, item.stretch);
     }
 
     // The first step of the first block from `block` on that sees something of the stretch, or of one after it.
     Item start_block(Item item, int64_t block, int64_t stretch) const {
-        for (; stretch < path_.end; stretch += kStretch, block = 0)
+        for (; stretch < path_.end; stretch += stretch_, block = 0)
             for (; block < rows_.count; block += kBlock) {
                 item.block = block;
                 item.block_end = lesser(block + kBlock, rows_.count);
@@ -126,7 +128,7 @@ private:
                 item.segment = stretch / kSegment * kSegment;
                 const int64_t from = greater(rows_.begin[block], stretch);
                 item.end = lesser(rows_.end[item.block_end - 1], item.segment + kSegment);
-                if (from >= lesser(item.end, stretch + kStretch)) continue;
+                if (from >= lesser(item.end, stretch + stretch_)) continue;
                 item.exists = true;
                 item.is_next = false;
                 item.begin = from / kStep * kStep;
@@ -172,13 +174,13 @@ private:
     // the first block one step ahead.
     void look_ahead(const Item& item, int64_t turns) {
         const int64_t block = item.block / kBlock, num_blocks = (rows_.count + kBlock - 1) / kBlock;
-        const int64_t stretch = item.stretch + kStretch, offset = item.begin - item.stretch;
+        const int64_t stretch = item.stretch + stretch_, offset = item.begin - item.stretch;
         ahead_.stop();
         early_.stop();
         if (stretch < path_.end) fetch_step(ahead_, path_, stretch + offset, block, num_blocks, turns);
         else if (next_path_ != nullptr)
-            fetch_step(ahead_, *next_path_, next_path_->begin / kStretch * kStretch + offset, block, num_blocks, turns);
-        if (block == 0 && item.stretch == path_.begin / kStretch * kStretch && offset + kStep < kStretch)
+            fetch_step(ahead_, *next_path_, next_path_->begin / stretch_ * stretch_ + offset, block, num_blocks, turns);
+        if (block == 0 && item.stretch == path_.begin / stretch_ * stretch_ && offset + kStep < stretch_)
             fetch_step(early_, path_, item.begin + kStep, 0, 1, turns);
     }
 
@@ -554,44 +556,47 @@ private:
         const float *sums = seg_sum_, *maxima = seg_max_;
         for (int64_t r = item.block; r < item.block_end; ++r) {
             float *out = out_ + r * head_dim_, *seg_out = seg_out_ + r * head_dim_;
-            if (leaves) leave_segment(r, seg_out, sums + r * kLanes, maxima[r]);
-            if (!stays_open && rows_.begin[r] < segment_end && rows_.end[r] > item.segment) {
-                const float sum = reduce_add(load(sums + r * kLanes));
-                const bool is_only = rows_.begin[r] >= item.segment;
-                const bool ends = path_.ending == Ending::output && rows_.end[r] <= segment_end;
-                if (is_only && ends) {
-                    store_output<bf16>(a_, rows_.token[r], rows_.head[r], seg_out, maxima[r], sum);
-                    continue;
-                }
-                if (is_only) {
-                    std::memcpy(out, seg_out, size_t(head_dim_ * 4));
-                    max_[r] = maxima[r], sum_[r] = sum;
-                } else {
-                    merge_segment(out, max_[r], sum_[r], seg_out, maxima[r], sum, head_dim_);
-                }
-                if (ends) store_output<bf16>(a_, rows_.token[r], rows_.head[r], out, max_[r], sum_[r]);
+            float max = maxima[r], sum = 0;
+            if (stays_open) leave_segment(r, seg_out, sums + r * kLanes, max);
+            if (stays_open || rows_.begin[r] >= segment_end || rows_.end[r] <= item.segment) {
+                if (leaves && CarriedRow::has_merged(path_.end)) leave_merged(r, out, max_[r], sum_[r]);
+                continue;
             }
-            if (leaves) leave_merged(r);
+            sum = reduce_add(load(sums + r * kLanes));
+            const bool ends = path_.ending == Ending::output && rows_.end[r] <= segment_end;
+            if (rows_.begin[r] < item.segment) {
+                merge_segment(out, max_[r], sum_[r], seg_out, max, sum, head_dim_);
+                seg_out = out, max = max_[r], sum = sum_[r];
+            }
+            if (ends) {
+                store_output<bf16>(a_, rows_.token[r], rows_.head[r], seg_out, max, sum);
+            } else if (leaves) {
+                leave_merged(r, seg_out, max, sum);
+            } else if (seg_out != out) {
+                std::memcpy(out, seg_out, size_t(head_dim_ * 4));
+                max_[r] = max, sum_[r] = sum;
+            }
         }
     }
 
-    // What a row needs to go on with its own keys.
+    // What a row needs to go on with its own keys: see CarriedRow.
     void leave_segment(int64_t r, const float* seg_out, const float* seg_sum, float seg_max) const {
         const CarriedRow to(rows_.carried[r], head_dim_);
         std::memcpy(to.seg_out, seg_out, size_t(head_dim_ * 4));
         std::memcpy(to.seg_sum, seg_sum, size_t(kLanes * 4));
         *to.seg_max = seg_max;
     }
-    void leave_merged(int64_t r) const {
+    void leave_merged(int64_t r, const float* out, float max, float sum) const {
         const CarriedRow to(rows_.carried[r], head_dim_);
-        std::memcpy(to.out, out_ + r * head_dim_, size_t(head_dim_ * 4));
-        *to.max = max_[r], *to.sum = sum_[r];
+        std::memcpy(to.out, out, size_t(head_dim_ * 4));
+        *to.max = max, *to.sum = sum;
     }
 
     const Attention& a_;
     const Rows& rows_;
     const int64_t head_dim_;
     int num_k_ = 0;
+    int64_t stretch_ = kStretch;
     Path path_{};
     const Path* next_path_ = nullptr;
     Ahead<_MM_HINT_T1> ahead_, early_;

@@ -86,7 +86,7 @@ struct Path {
 };
 
 // A row's state where a walk ends, of the segments merged so far and of the one it is in: output, segment's output,
-// segment's sums [kLanes], maximum, sum, segment's maximum.
+// segment's sums [kLanes], maximum, sum, segment's maximum. What there is of them depends on the position alone.
 constexpr int64_t carried_floats(int64_t head_dim) { return 2 * head_dim + 32; }
 
 struct CarriedRow {
@@ -94,6 +94,9 @@ struct CarriedRow {
     CarriedRow(float* p, int64_t head_dim)
         : out(p), seg_out(p + head_dim), seg_sum(p + 2 * head_dim), max(seg_sum + kLanes), sum(max + 1),
           seg_max(max + 2) {}
+
+    static bool has_merged(int64_t position) { return position >= kSegment; }
+    static bool has_open(int64_t position) { return position % kSegment != 0; }
 };
 
 // Whether keys and values count in scales of their own, a token each.
@@ -380,24 +383,34 @@ private:
         merge_segment(s_.out + r * head_dim_, s_.max[r], s_.sum[r], out, max, sum, head_dim_);
     }
 
-    // What a row needs to go on, or to be joined.
+    // What a row needs to go on, or to be joined: a part is one segment, merged.
     void leave() {
+        const bool has_merged = path_.ending == Ending::part || CarriedRow::has_merged(path_.end);
+        const bool has_open = path_.ending == Ending::shared && CarriedRow::has_open(path_.end);
         for (int64_t r = 0; r < rows_.count; ++r) {
             const CarriedRow to(rows_.carried[r], head_dim_);
-            std::memcpy(to.out, s_.out + r * head_dim_, size_t(head_dim_ * 4));
-            std::memcpy(to.seg_out, s_.seg_out + r * head_dim_, size_t(head_dim_ * 4));
-            std::memcpy(to.seg_sum, s_.seg_sum + r * kLanes, size_t(kLanes * 4));
-            *to.max = s_.max[r], *to.sum = s_.sum[r], *to.seg_max = s_.seg_max[r];
+            if (has_merged) {
+                std::memcpy(to.out, s_.out + r * head_dim_, size_t(head_dim_ * 4));
+                *to.max = s_.max[r], *to.sum = s_.sum[r];
+            }
+            if (has_open) {
+                std::memcpy(to.seg_out, s_.seg_out + r * head_dim_, size_t(head_dim_ * 4));
+                std::memcpy(to.seg_sum, s_.seg_sum + r * kLanes, size_t(kLanes * 4));
+                *to.seg_max = s_.seg_max[r];
+            }
         }
     }
 
     void resume() {
+        const bool has_merged = CarriedRow::has_merged(path_.begin), has_open = CarriedRow::has_open(path_.begin);
         for (int64_t r = 0; r < rows_.count; ++r) {
             const CarriedRow from(rows_.carried[r], head_dim_);
-            std::memcpy(s_.out + r * head_dim_, from.out, size_t(head_dim_ * 4));
-            std::memcpy(s_.seg_out + r * head_dim_, from.seg_out, size_t(head_dim_ * 4));
-            std::memcpy(s_.seg_sum + r * kLanes, from.seg_sum, size_t(kLanes * 4));
-            s_.max[r] = *from.max, s_.sum[r] = *from.sum, s_.seg_max[r] = *from.seg_max;
+            if (has_merged) copy_row(r, from.out, *from.max, *from.sum);
+            if (has_open) {
+                std::memcpy(s_.seg_out + r * head_dim_, from.seg_out, size_t(head_dim_ * 4));
+                std::memcpy(s_.seg_sum + r * kLanes, from.seg_sum, size_t(kLanes * 4));
+                s_.seg_max[r] = *from.seg_max;
+            }
         }
     }
 

@@ -87,8 +87,8 @@ static Isa detect_best() {
     return Isa::avx512;
 }
 
-// Intel's processors from Sapphire Rapids on, which have AVX512_FP16 as well, take twice as long for vdpbf16ps as for the
-// two fmas that do the same; Cooper Lake and AMD's take half as long as for those.
+// Intel's processors from Sapphire Rapids on, which have AVX512_FP16 as well, take nearly twice as long for vdpbf16ps as
+// for the two fmas that do the same (measured); AMD's are said to take half as long as for those.
 static bool has_slow_pairs() {
     unsigned a, b, c, d;
     const bool is_intel = __get_cpuid(0, &a, &b, &c, &d) && b == signature_INTEL_ebx;

@@ -23,6 +23,8 @@ void check(const KvWrite& write, int64_t num_blocks);
 struct KvWriteKernels {
     void (*run)(const KvWrite&);
     void (*rows)(const KvWrite&, int64_t begin, int64_t end);  // tokens [begin, end), on the calling thread
+    // The same of one head. What k and v point to is its first row; one of them may be null, and is not written.
+    void (*head_rows)(const KvWrite&, int64_t head, int64_t begin, int64_t end);
 };
 MINIVLLM_KERNELS(KvWriteKernels, kv_write_kernels)
 

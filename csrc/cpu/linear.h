@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "dispatch.h"
+#include "kv_write.h"
 #include "types.h"
 
 namespace minivllm {
@@ -14,12 +15,37 @@ enum class Epilogue : int {
     add_residual = 1,  // out += sum
     silu_mul = 2,      // out = silu(gate) * up, of a weight whose first n/2 rows are the gate's, packed interleaved
     lead = 3,          // out, a `Leader` a row, = whichever leads: it or one of the row's sums, which are not kept
+    heads = 4,         // what `HeadsEnd` says, head by head, while they are in the cache
 };
 
 // The largest of a row's outputs so far, and the lowest place that has it; infinite if one is that, or is no number.
 struct alignas(8) Leader {
     float value;
     int32_t index;
+};
+
+struct LinearCall;
+
+// A table of its own: products have instruction sets that rotation and cache write, whose bits these are, do not have.
+struct HeadsKernels {
+    // Rows [first_row, first_row + num_rows) of `num_columns` outputs from number `column` on, whole heads, to where they
+    // belong. They lie in `rows`, `stride` elements apart, and may be changed there.
+    void (*finish)(const LinearCall& call, void* rows, int64_t stride, int64_t column, int64_t num_columns,
+                   int64_t first_row, int64_t num_rows);
+};
+MINIVLLM_KERNELS(HeadsKernels, heads_kernels)
+
+// Of a projection whose outputs are heads of queries, of keys and of values, in this order: queries and keys are normed
+// and turned as in rotary.h, queries go to the output, keys and values to the cache.
+struct HeadsEnd {
+    int64_t num_q_heads;
+    const void *q_norm, *k_norm;  // [head_dim], or null
+    float eps;
+    const int64_t* positions;
+    const float* cos_sin;  // [*, rot_dim]
+    int64_t rot_dim;
+    KvWrite write;  // of m tokens; its k and v are not looked at
+    const HeadsKernels* kernels;
 };
 
 // RMSNorm of the rows of x before they are multiplied, with the bits of rms_norm.h.
@@ -41,10 +67,11 @@ struct LinearCall {
     const float* addend;  // [m, n], or null
     int64_t addend_stride;
     Epilogue epilogue;
-    void* out;  // [m, n]; with silu_mul [m, n / 2]; with lead [m] of Leader
+    void* out;  // [m, n]; with silu_mul [m, n / 2]; with lead [m] of Leader; with heads [m, q heads × head_dim]
     DType out_dtype;
     int64_t out_stride;
     RowNorm norm = {nullptr, DType::f32, 0.0f};
+    const HeadsEnd* heads = nullptr;  // of Epilogue::heads
 };
 
 // Rows [start, start + rows) of a weight, to be packed.

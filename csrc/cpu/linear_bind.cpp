@@ -1,10 +1,15 @@
 #include "linear.h"
 
+#include <array>
 #include <cmath>
+#include <cstring>
 #include <limits>
+
+#include <nanobind/stl/array.h>
 
 #include "../bindings.h"
 #include "linear_parts.h"
+#include "rotary_kv_write.h"
 #include "row_ids.h"
 #include "thread_pool.h"
 
@@ -62,6 +67,49 @@ struct Format {
         multiply_pair(kernels, first, second);
     }
 
+    // rows: m, stride of x, stride of the addend; sizes: heads of queries, of keys, head_dim, blocks, tokens in one,
+    // positions in the table, dimensions that turn.
+    void turn_and_write(const std::array<int64_t, 3>& rows, const std::array<int64_t, 7>& sizes,
+                        const std::array<uintptr_t, 5>& product, const std::array<uintptr_t, 4>& turn,
+                        const std::array<uintptr_t, 2>& place, int bias_dtype, int kv_type, float eps, float k_scale,
+                        float v_scale) const {
+        const auto [m, x_stride, addend_stride] = rows;
+        const auto [q_heads, kv_heads, head_dim, num_blocks, block_size, max_position, rot_dim] = sizes;
+        const auto [q, x, packed, bias, addend] = product;
+        const auto [positions, cos_sin, q_norm, k_norm] = turn;
+        const auto [cache, slots] = place;
+        const KvLayout layout{KvType(kv_type), kv_heads, head_dim, block_size};
+        const KvWrite write{ptr<char>(cache), layout, nullptr, nullptr, ptr<const int64_t>(slots), dtype, m, 0, 0, 0, 0,
+                            k_scale, v_scale};
+        check_positions(ptr<const int64_t>(positions), m, max_position);
+        check(write, num_blocks);
+        const HeadsEnd end{q_heads, ptr<const void>(q_norm), ptr<const void>(k_norm), eps, ptr<const int64_t>(positions),
+                           ptr<const float>(cos_sin), rot_dim, write, &heads_kernels()};
+        LinearCall call{dtype, m, n, k, ptr<const void>(x), x_stride, ptr<const void>(packed), ptr<const void>(bias),
+                        DType(bias_dtype), ptr<const float>(addend), addend_stride, Epilogue::heads, ptr<void>(q),
+                        dtype, q_heads * head_dim};
+        call.heads = &end;
+        if (m == 1) turn_and_write_behind(call);
+        else kernels.multiply(call);
+    }
+
+    // The same for one row by two kernels, which is as fast or faster (benchmarks/LOG.md): in one, the thread whose heads
+    // are keys and values waits for the cache's lines while it reads no weight.
+    void turn_and_write_behind(LinearCall call) const {
+        const HeadsEnd& end = *call.heads;
+        const int64_t head_dim = end.write.layout.head_dim, kv_heads = end.write.layout.num_kv_heads;
+        const int64_t size = size_of(dtype), q_bytes = end.num_q_heads * head_dim * size;
+        char* heads = static_cast<char*>(thread_scratch(3, size_t(n * size)));
+        char *q = static_cast<char*>(call.out), *k = heads + q_bytes;
+        call.epilogue = Epilogue::store, call.out = heads, call.out_stride = n;
+        kernels.multiply(call);
+        std::memcpy(q, heads, size_t(q_bytes));
+        KvWrite write = end.write;
+        write.v = k + kv_heads * head_dim * size, write.v_head_stride = head_dim * size;
+        rotary_kv_write_kernels().run({q, end.num_q_heads, 0, head_dim, end.q_norm}, {k, kv_heads, 0, head_dim, end.k_norm},
+                                      write, end.eps, end.positions, end.cos_sin, end.rot_dim);
+    }
+
     void likeliest(uintptr_t token_ids, uintptr_t broken, uintptr_t x, int64_t x_stride, int64_t m,
                    uintptr_t packed) const {
         Leader* leaders = static_cast<Leader*>(thread_scratch(3, size_t(m) * sizeof(Leader)));
@@ -110,6 +158,13 @@ void bind_format(nb::module_& m, const char* name) {
                 uintptr_t down_bias, int down_bias_dtype, uintptr_t norm, int norm_dtype, float norm_eps) {
                  format.multiply_gated(residual, residual_stride, x, x_stride, m, packed, bias, bias_dtype, down,
                                        down_packed, down_bias, down_bias_dtype, norm, norm_dtype, norm_eps);
+             }),
+             release_gil)
+        .def("turn_and_write", recordable("turn_and_write",
+             [](const F& format, std::array<int64_t, 3> rows, std::array<int64_t, 7> sizes,
+                std::array<uintptr_t, 5> product, std::array<uintptr_t, 4> turn, std::array<uintptr_t, 2> place,
+                int bias_dtype, int kv_type, float eps, float k_scale, float v_scale) {
+                 format.turn_and_write(rows, sizes, product, turn, place, bias_dtype, kv_type, eps, k_scale, v_scale);
              }),
              release_gil)
         .def("likeliest", recordable("likeliest",

@@ -25,6 +25,7 @@ constexpr int64_t kOwnRows = 256;                 // enough for a thread to read
 constexpr int64_t kMultipliesPerThread = 1 << 16;  // below this, waking another thread costs more than it saves
 constexpr int64_t kLargeOutputBytes = 8 << 20;     // more than stays in the cores' own caches
 constexpr int64_t kPanelsPerCopy = 16;             // from here on a thread prepares x for itself: nobody waits for it
+constexpr int64_t kHeadsBytes = 64 << 10;          // of heads that are finished together, or one that is larger
 constexpr int64_t kPiecesPerThread = 8;            // a thread that is held up leaves its later pieces to the others
 
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
@@ -319,9 +320,40 @@ struct Blocks {
     }
 };
 
+constexpr int64_t greatest_divisor(int64_t a, int64_t b) { return b == 0 ? a : greatest_divisor(b, a % b); }
+
+// The fewest panels that one thread does: such that they are whole heads, where that matters.
+template <class Layout>
+int64_t unit_panels(const LinearCall& call) {
+    if (call.epilogue != Epilogue::heads) return 1;
+    return call.heads->write.layout.head_dim / greatest_divisor(call.heads->write.layout.head_dim, Layout::kPanel);
+}
+
+// Kernel::run of panels that are whole heads, as many as stay in the cache, and then what is to become of these.
+template <class Kernel, class Rows>
+void run_heads(const LinearCall& call, const Rows& block, int64_t first_row, const Panels& panels) {
+    constexpr int64_t kPanel = Kernel::Layout::kPanel;
+    const int64_t size = size_of(call.out_dtype), unit = unit_panels<typename Kernel::Layout>(call);
+    const int64_t fitting = kHeadsBytes / (block.num_rows * unit * kPanel * size);
+    const int64_t together = fitting > 1 ? fitting * unit : unit;
+    const int64_t columns = (together < panels.end - panels.first ? together : panels.end - panels.first) * kPanel;
+    LinearCall part = call;  // of this block's rows alone
+    part.m = block.num_rows, part.epilogue = Epilogue::store, part.out_stride = columns;
+    if (call.addend != nullptr) part.addend = call.addend + first_row * call.addend_stride;
+    char* room = static_cast<char*>(thread_scratch(2, size_t(block.num_rows * columns * size)));
+    for (int64_t p = panels.first; p < panels.end; p += together) {
+        const int64_t end = p + together < panels.end ? p + together : panels.end, column = p * kPanel;
+        part.out = room - column * size;
+        Kernel::run(part, block, 0, {p, end, panels.likely_end});
+        const int64_t last = end * kPanel < call.n ? end * kPanel : call.n;
+        call.heads->kernels->finish(call, room, columns, column, last - column, first_row, block.num_rows);
+    }
+}
+
 // Kernel::run, but that a thread finds leaders for itself and then lets the others know.
 template <class Kernel, class Rows>
 void run_panels(const LinearCall& call, const Rows& block, int64_t first_row, const Panels& panels) {
+    if (call.epilogue == Epilogue::heads) return run_heads<Kernel>(call, block, first_row, panels);
     if (call.epilogue != Epilogue::lead) return Kernel::run(call, block, first_row, panels);
     const OwnLeaders own(static_cast<Leader*>(call.out) + first_row, block.num_rows);
     LinearCall own_call = call;
@@ -339,6 +371,7 @@ void multiply_blocks(const LinearCall& call) {
     const int64_t padded = round_up(call.k, Layout::kStep);
     const Blocks blocks = Blocks::of<Kernel>(call, padded);
     const int64_t num_panels = Features{call.n, call.epilogue == Epilogue::silu_mul}.template num_panels<Layout>();
+    const int64_t unit = unit_panels<Layout>(call), num_units = (num_panels + unit - 1) / unit;
     if (blocks.is_one_thread) {
         parallel_tasks(blocks.count, [&](int64_t b) {
             const int64_t first = blocks.first_row(b), rows = blocks.first_row(b + 1) - first;
@@ -349,12 +382,13 @@ void multiply_blocks(const LinearCall& call) {
     }
     for (int64_t b = 0; b < blocks.count; ++b) {
         const int64_t first = blocks.first_row(b), rows = blocks.first_row(b + 1) - first;
-        const int64_t least = 1 + kMultipliesPerThread / (rows * padded * Layout::kPanel);
-        const int64_t piece = num_panels / (num_threads() * kPiecesPerThread);
+        const int64_t least = 1 + kMultipliesPerThread / (rows * padded * Layout::kPanel * unit);
+        const int64_t piece = num_units / (num_threads() * kPiecesPerThread);
         const auto share_out = [&](const auto& prepare) {
-            parallel_shares(num_panels, piece > least ? piece : least, prepare,
+            parallel_shares(num_units, piece > least ? piece : least, prepare,
                             [&](const auto& block, int64_t begin, int64_t end, int64_t share_end) {
-                                run_panels<Kernel>(call, block, first, {begin, end, share_end});
+                                const auto panel = [&](int64_t u) { return u * unit < num_panels ? u * unit : num_panels; };
+                                run_panels<Kernel>(call, block, first, {panel(begin), panel(end), panel(share_end)});
                                 _mm_sfence();
                             });
         };

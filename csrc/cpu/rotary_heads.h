@@ -58,17 +58,25 @@ void scales_of(float* scales, const T* x, int64_t stride, int64_t num, float eps
     store(scales, set1(1.0f) / sqrt(load(scales) / set1(float(kVecs * kLanes)) + set1(eps)));
 }
 
+// Heads that lie `stride` elements apart.
+template <class T>
+struct HeadRow {
+    const T* x;
+    int64_t stride, num;
+    const T* norm_weight;  // or null
+    float eps;
+};
+
 // norm_row (unless there is no weight) and rotate, operation by operation, of whole heads that stay in registers.
-template <class T, int kVecs>
-void turn_heads(T* to, int64_t to_stride, const Heads& heads, float eps, int64_t token, const float* cos_sin) {
+template <class T, int kVecs, class Angles>
+void turn_heads(T* to, int64_t to_stride, const HeadRow<T>& heads, const Angles& angles_of) {
     constexpr int kHalf = kVecs / 2;
-    const T* x = static_cast<const T*>(heads.x) + token * heads.token_stride;
-    const T* weight = static_cast<const T*>(heads.norm_weight);
+    const T *x = heads.x, *weight = heads.norm_weight;
     alignas(64) float scales[kLanes] = {};
-    for (int64_t head = 0; head < heads.num_heads; ++head, x += heads.head_stride, to += to_stride) {
+    for (int64_t head = 0; head < heads.num; ++head, x += heads.stride, to += to_stride) {
         if (weight != nullptr && head % kLanes == 0) {
-            const int64_t left = heads.num_heads - head;
-            scales_of<T, kVecs>(scales, x, heads.head_stride, left < kLanes ? left : kLanes, eps);
+            const int64_t left = heads.num - head;
+            scales_of<T, kVecs>(scales, x, heads.stride, left < kLanes ? left : kLanes, heads.eps);
         }
         Vec v[kVecs];
         for (int i = 0; i < kVecs; ++i) v[i] = load(x + i * kLanes);
@@ -77,6 +85,7 @@ void turn_heads(T* to, int64_t to_stride, const Heads& heads, float eps, int64_t
             for (int i = 0; i < kVecs; ++i)
                 v[i] = stored<T>(stored<T>(v[i] * scale) * load(weight + i * kLanes));
         }
+        const float* cos_sin = angles_of(head);
         for (int i = 0; i < kHalf; ++i) {
             const Vec c = load(cos_sin + i * kLanes), s = load(cos_sin + (kHalf + i) * kLanes);
             put(to + i * kLanes, v[i] * c - v[kHalf + i] * s);
@@ -85,21 +94,29 @@ void turn_heads(T* to, int64_t to_stride, const Heads& heads, float eps, int64_t
     }
 }
 
-// A token's heads, to `to` and as far apart as to_stride says, in elements: the heads themselves, or other memory.
-// half: of the dimensions that turn, of which cos_sin has the cosines, then the sines.
+// Heads, to `to` and as far apart as to_stride says, in elements: the heads themselves, or other memory.
+// angles_of(i): the i-th one's cosines, then its sines, of each of the `half` pairs of dimensions that turn.
+template <class T, class Angles>
+void rotate_row(T* to, int64_t to_stride, const HeadRow<T>& heads, int64_t head_dim, int64_t half,
+                const Angles& angles_of) {
+    if (head_dim == 2 * half && head_dim == 8 * kLanes) return turn_heads<T, 8>(to, to_stride, heads, angles_of);
+    if (head_dim == 2 * half && head_dim == 4 * kLanes) return turn_heads<T, 4>(to, to_stride, heads, angles_of);
+    const T* x = heads.x;
+    for (int64_t head = 0; head < heads.num; ++head, x += heads.stride, to += to_stride) {
+        if (heads.norm_weight != nullptr) norm_row(to, x, heads.norm_weight, head_dim, heads.eps);
+        else if (to != x) std::memcpy(to, x, size_t(head_dim) * sizeof(T));
+        const float* cos_sin = angles_of(head);
+        rotate(to, to + half, cos_sin, cos_sin + half, half);
+    }
+}
+
+// All heads of a token.
 template <class T>
 void rotate_heads(T* to, int64_t to_stride, const Heads& heads, int64_t head_dim, float eps, int64_t token,
                   const float* cos_sin, int64_t half) {
-    if (head_dim == 2 * half && head_dim == 8 * kLanes)
-        return turn_heads<T, 8>(to, to_stride, heads, eps, token, cos_sin);
-    if (head_dim == 2 * half && head_dim == 4 * kLanes)
-        return turn_heads<T, 4>(to, to_stride, heads, eps, token, cos_sin);
-    const T* x = static_cast<const T*>(heads.x) + token * heads.token_stride;
-    for (int64_t head = 0; head < heads.num_heads; ++head, x += heads.head_stride, to += to_stride) {
-        if (heads.norm_weight != nullptr) norm_row(to, x, static_cast<const T*>(heads.norm_weight), head_dim, eps);
-        else if (to != x) std::memcpy(to, x, size_t(head_dim) * sizeof(T));
-        rotate(to, to + half, cos_sin, cos_sin + half, half);
-    }
+    const HeadRow<T> row{static_cast<const T*>(heads.x) + token * heads.token_stride, heads.head_stride,
+                         heads.num_heads, static_cast<const T*>(heads.norm_weight), eps};
+    rotate_row(to, to_stride, row, head_dim, half, [cos_sin](int64_t) { return cos_sin; });
 }
 
 template <class T>

@@ -8,11 +8,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from minivllm.ops.kv_layout import KvLayout
+from minivllm.ops.kv_write import KvPlace
 from minivllm.ops.paged_attention import Options
 from minivllm.ops.rotary import Turn
 
@@ -67,6 +68,17 @@ class ForwardContext:
     kv_caches: list[torch.Tensor]  # one a layer
     # [W] int64: rows of the step whose hidden states are asked for, the only ones that the model gives; None: all.
     wanted: torch.Tensor | None = None
+
+
+class Projection(Protocol):
+    """What makes queries, keys and values of a layer's input: `layers.linear.QKVLinear`."""
+
+    @property
+    def turns_heads(self) -> bool: ...
+
+    def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
+
+    def turn_and_write(self, x: torch.Tensor, turn: Turn, place: KvPlace) -> torch.Tensor: ...
 
 
 def why_not_any(spec: AttentionSpec) -> str | None:
@@ -187,6 +199,22 @@ class AttentionBackend(ABC):
             layout=self.layout, k_scale=options.k_scale, v_scale=options.v_scale,
         )  # fmt: skip
         return self._attend(q, kv_cache, metadata, options)
+
+    def project_and_forward(
+        self,
+        project: Projection,
+        x: torch.Tensor,
+        turn: Turn,
+        kv_cache: torch.Tensor,
+        metadata: Any,
+        *,
+        options: Options,
+    ) -> torch.Tensor:
+        """`turn_and_forward` of q, k, v = project(x): where the projection can, all before attention is one pass."""
+        if not project.turns_heads:
+            return self.turn_and_forward(turn, *project(x), kv_cache, metadata, options=options)
+        place = KvPlace(kv_cache, metadata.step.slot_mapping, self.layout, options.k_scale, options.v_scale)
+        return self._attend(project.turn_and_write(x, turn, place), kv_cache, metadata, options)
 
     @abstractmethod
     def _attend(self, q: torch.Tensor, kv_cache: torch.Tensor, metadata: Any, options: Options) -> torch.Tensor:

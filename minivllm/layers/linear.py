@@ -13,11 +13,13 @@ import torch
 from minivllm.layers.activation import gated_activation
 from minivllm.layers.norm import RMSNorm
 from minivllm.layers.weight import Weight, weight_of
+from minivllm.ops.kv_write import KvPlace
 from minivllm.ops.linear import DenseLinear, invariant_linear, linear
 from minivllm.ops.linear_fp8 import fp8_linear
 from minivllm.ops.linear_int4 import int4_linear
 from minivllm.ops.linear_int8 import int8_linear
 from minivllm.ops.op import Op, OpSpec
+from minivllm.ops.rotary import Turn
 
 _FUSED_ACTIVATIONS = ("silu", "swish")
 BATCH_INVARIANT = "batch_invariant"  # in the place of a quantization: none, and the same sums for any number of rows
@@ -107,6 +109,15 @@ class QKVLinear(MergedLinear):
         heads = super().__call__(x).view(-1, self.num_heads + 2 * self.num_kv_heads, self.head_dim)
         q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
         return q, k, v
+
+    @property
+    def turns_heads(self) -> bool:
+        """Whether `turn_and_write` is there: norms, rotation and cache write as part of the product."""
+        return self.packed.fuses_neighbours
+
+    def turn_and_write(self, x: torch.Tensor, turn: Turn, place: KvPlace) -> torch.Tensor:
+        """The turned queries, [T, num_heads, head_dim]; keys and values are in their place, and nowhere else."""
+        return self.packed.turn_and_write(x, self.bias, turn, place)
 
 
 class RowLinear(MergedLinear):

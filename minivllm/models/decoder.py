@@ -77,11 +77,10 @@ class SelfAttention:
     ) -> torch.Tensor:
         """`residual` with the attention of x, and so of its tokens, added to it in place; or, in the last layer, the
         wanted rows of that."""
-        q, k, v = self.qkv_proj(x)
         norms = None
         if self.q_norm is not None:
             norms = HeadNorms(self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
-        out = self.attention(q, k, v, ctx, self.rotary.turn(positions, norms))
+        out = self.attention.of_projection(self.qkv_proj, x, ctx, self.rotary.turn(positions, norms))
         residual, out = self.wanted(residual, ctx), self.wanted(out, ctx)
         self.o_proj.add_to(residual, out)
         return residual

@@ -30,10 +30,13 @@ class GemmaAttention(SelfAttention):
 
     def __call__(self, x: torch.Tensor, positions: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
         """Of the wanted rows alone in the last layer."""
-        q, k, v = self.qkv_proj(x)
-        if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        return self.o_proj(self.wanted(self.attention(q, k, v, ctx, self.rotary.turn(positions)), ctx))
+        turn = self.rotary.turn(positions)
+        if self.q_norm is None:
+            out = self.attention.of_projection(self.qkv_proj, x, ctx, turn)
+        else:
+            q, k, v = self.qkv_proj(x)
+            out = self.attention(self.q_norm(q), self.k_norm(k), v, ctx, turn)
+        return self.o_proj(self.wanted(out, ctx))
 
 
 class GemmaMLP(MLP):

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from minivllm.ops import gpu, native
 from minivllm.ops.checks import require
 from minivllm.ops.kv_layout import KvLayout, native_why_not
 from minivllm.ops.op import Impl, Op
+
+
+class KvPlace(NamedTuple):
+    """Where a layer's new keys and values go, and how: as in `reference`."""
+
+    kv_cache: torch.Tensor
+    slot_mapping: torch.Tensor
+    layout: KvLayout
+    k_scale: float = 1.0
+    v_scale: float = 1.0
 
 
 def reference(

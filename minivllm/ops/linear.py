@@ -17,8 +17,10 @@ import torch
 from minivllm.ops import gpu, native
 from minivllm.ops.activation import reference as silu_mul
 from minivllm.ops.checks import require
+from minivllm.ops.kv_write import KvPlace
 from minivllm.ops.op import Impl, Op, OpSpec
 from minivllm.ops.rms_norm import RowNorm
+from minivllm.ops.rotary import Turn, native_turn
 from minivllm.ops.sampling import likeliest_reference
 
 
@@ -255,6 +257,54 @@ class PackedLinear:
             self._packed.data_ptr(), *bias_arguments, down._format, down._packed.data_ptr(), *down_bias_arguments,
             *_norm_arguments(norm, x),
         )  # fmt: skip
+
+    def turn_and_write(
+        self,
+        x: torch.Tensor,
+        bias: torch.Tensor | None,
+        turn: Turn,
+        place: KvPlace,
+        *,
+        addend: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`ops/rotary_kv_write.py` of self(x, bias, addend=addend), to the bit, where that is the heads of queries, of
+        keys and of values: they are turned and written as they come, and not kept.
+
+        Returns the turned queries, [M, num_heads, head_dim].
+
+        Raises:
+            IndexError: a position or a slot is outside its table; nothing has been changed then.
+            ValueError: a tensor is not laid out as it should be.
+        """
+        assert not self.gated, "a gated weight is packed for silu_mul"
+        check_input(self, x, bias, addend)
+        layout, num_rows, num_blocks = place.layout, x.shape[0], len(place.kv_cache)
+        head_dim, (max_position, rot_dim) = layout.head_dim, turn.cos_sin.shape
+        num_heads = self.out_features // head_dim - 2 * layout.num_kv_heads
+        if num_heads < 1 or self.out_features % head_dim or rot_dim > head_dim:
+            raise ValueError(
+                f"{self.out_features} outputs are no heads of {head_dim}, keys and values of "
+                f"{layout.num_kv_heads} of them, {rot_dim} dimensions of each turned"
+            )
+        q_norm, k_norm, eps = native_turn(turn, x.dtype, head_dim)
+        if turn.positions.shape != (num_rows,):
+            raise ValueError(f"{num_rows} rows have positions of shape {tuple(turn.positions.shape)}")
+        require("kv_cache", place.kv_cache, torch.uint8, layout.shape(num_blocks))
+        require("slot_mapping", place.slot_mapping, torch.int64, (num_rows,))
+        if x.stride(1) != 1:
+            x = x.contiguous()
+        bias, bias_address, bias_code = _vector("bias", bias, self.out_features)
+        addend_address, addend_stride = (0, 0) if addend is None else (addend.data_ptr(), addend.stride(0))
+        q = torch.empty(num_rows, num_heads, head_dim, dtype=x.dtype)
+        self._format.turn_and_write(
+            (num_rows, x.stride(0), addend_stride),
+            (num_heads, layout.num_kv_heads, head_dim, num_blocks, layout.block_size, max_position, rot_dim),
+            (q.data_ptr(), x.data_ptr(), self._packed.data_ptr(), bias_address, addend_address),
+            (turn.positions.data_ptr(), turn.cos_sin.data_ptr(), q_norm, k_norm),
+            (place.kv_cache.data_ptr(), place.slot_mapping.data_ptr()),
+            bias_code, layout.code, eps, place.k_scale, place.v_scale,
+        )  # fmt: skip
+        return q
 
     def likeliest(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`likeliest_reference` of self(x, out_dtype=torch.float32), which is not kept: tokens [M] int64, broken rows

@@ -89,14 +89,20 @@ def native_arguments(
                 f"{name} is {tuple(x.shape)} {x.dtype} of strides {x.stride()}; it must be "
                 f"[{num_tokens}, heads, at least {rot_dim}] {q.dtype} with the last dimension contiguous"
             )
+    return native_turn(Turn(positions, cos_sin, norms), q.dtype, q.shape[2])
+
+
+def native_turn(turn: Turn, dtype: torch.dtype, head_dim: int) -> tuple[int, int, float]:
+    """The same, where queries and keys are not there yet: of a turn of heads of this type and size."""
+    positions, cos_sin, norms = turn
     if positions.dtype != torch.int64 or not positions.is_contiguous():
         raise ValueError(f"positions are {positions.dtype}; they must be contiguous int64")
     if cos_sin.dtype != torch.float32 or not cos_sin.is_contiguous():
         raise ValueError(f"cos_sin is {cos_sin.dtype}; it must be contiguous float32")
     if norms is None:
         return 0, 0, 0.0
-    require("q_weight", norms.q_weight, q.dtype, q.shape[2:])
-    require("k_weight", norms.k_weight, q.dtype, q.shape[2:])
+    require("q_weight", norms.q_weight, dtype, (head_dim,))
+    require("k_weight", norms.k_weight, dtype, (head_dim,))
     return norms.q_weight.data_ptr(), norms.k_weight.data_ptr(), norms.eps
 
 

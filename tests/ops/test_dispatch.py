@@ -53,7 +53,8 @@ def test_the_instruction_set_can_be_lowered_and_raised_again(isa):
 
 @needs_kernels
 def test_an_unknown_instruction_set_is_refused_by_name():
-    with pytest.raises(ValueError, match="unknown instruction set 'sse9'; known: avx2, avx512, avx512_vnni, avx512_bf16, amx"):
+    known = ", ".join(["avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx"])
+    with pytest.raises(ValueError, match=f"unknown instruction set 'sse9'; known: {known}"):
         native.lib.set_isa("sse9")
 
 
