@@ -55,7 +55,7 @@ def test_a_late_worker_never_mixes_two_jobs():
     assert all((sign == 1).all() for sign in signs)  # turned an even number of times
 
 
-GAPS, BRIEF_S, GAP_S = 200, 12e-6, 60e-6  # of a gap: a thread waits awake for 30 µs by itself, inside for a millisecond
+GAPS, BRIEF_S, GAP_S = 200, 24e-6, 60e-6  # of a gap; threads wait awake for 30 µs by themselves, inside for 1 ms
 TRIES = 10  # where the starter is held up in too many gaps, nothing is seen
 
 
