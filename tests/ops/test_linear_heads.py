@@ -13,6 +13,7 @@ from minivllm.ops.linear_int8 import PackedInt8Linear
 
 NUM_BLOCKS, BLOCK_SIZE, MAX_POSITION, HIDDEN = 26, 64, 2048, 72
 WEIGHTS = [PackedLinear, PackedInt8Linear, PackedInt4Linear]
+OWN_ISAS = ("avx512_vnni", "avx512_bf16")
 pytestmark = pytest.mark.usefixtures("isa")
 
 
