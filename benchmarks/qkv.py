@@ -4,7 +4,7 @@
 
 Sizes are those of the Qwen3-0.6B shape in bfloat16. Weights are read cold, 80 MB of them in turn. Up to 64 rows are
 one token each of as many requests, so that a key has 64 lines of its own and a value 8; more rows are one prompt's.
-Both ways in turns, the bits compared first: µs a layer, best (median). Each takes the memory of its output anew, which a
+Both ways in turns, the bits compared first: µs a layer, best (median). Each takes its output's memory anew, as a
 recorded step does not.
 """
 
