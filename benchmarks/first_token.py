@@ -125,7 +125,7 @@ def ask(port: int, model: str, prompt: list[int], num_out: int) -> tuple[int, in
     """When it connected, when the request was sent, and when the first event came; returns after the last."""
     body = {"model": model, "prompt": prompt, "max_tokens": num_out, "temperature": 0.0, "ignore_eos": True}
     content = json.dumps(body | {"stream": True}).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nConnection: close\r\n"
+    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nConnection: close\r\n"
     request = f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content
     began = now()
     with socket.create_connection((peers.HOST, port)) as connection:

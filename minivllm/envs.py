@@ -9,7 +9,7 @@ import os
 
 VARIABLES = {
     "MINIVLLM_CPU_ISA": (
-        "most the CPU kernels may use: avx2, avx512, avx512_vnni, avx512_bf16 or amx (default: what the machine has)"
+        "most the CPU kernels may use: avx2, avx512, avx512_vnni, avx512_bf16 or amx (default: the fastest it has)"
     ),
     "MINIVLLM_API_KEY": "bearer key of the API server, beside those of --api-key",
     "MINIVLLM_LOGGING_CONFIG_PATH": "what --log-config-file says when it is not given",

@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from importlib import import_module
+from operator import attrgetter
 from pathlib import Path
 
 import psutil
@@ -19,6 +21,7 @@ sys.path.append(str(BENCHMARKS))
 
 floors = pytest.importorskip("floors")
 import compare  # noqa: E402
+import first_token  # noqa: E402
 from peers import Peer  # noqa: E402
 from processes import Guard, Processes  # noqa: E402
 from results import Results, as_table  # noqa: E402
@@ -152,14 +155,19 @@ def test_one_token_reads_each_weight_once_in_the_bytes_of_its_format():
     assert read == pytest.approx({"bf16": 1.192e9, "int8": 0.596e9, "int4": 0.379e9}, rel=0.002)
 
 
-@pytest.mark.parametrize(
-    "script",
-    ["compare", "native_kernels", "attention", "gemm", "roofline", "floors", "startup", "offline", "load"],
-)
+SCRIPTS = "compare native_kernels attention gemm qkv roofline floors startup offline load first_token"
+
+
+@pytest.mark.parametrize("script", SCRIPTS.split())
 def test_a_script_says_what_it_is_for(script: str):
     command = [sys.executable, f"{script}.py", "--help"]
     done = subprocess.run(command, cwd=BENCHMARKS, capture_output=True, text=True, env=os.environ)
     assert done.returncode == 0 and len(done.stdout) > 200, done.stderr
+
+
+def test_all_that_a_first_token_is_timed_by_is_there():
+    for _, module, function, _ in first_token.MARKS:
+        assert callable(attrgetter(function)(import_module(module)))
 
 
 def test_a_comparison_is_refused_where_a_source_tree_without_kernels_would_be_measured(

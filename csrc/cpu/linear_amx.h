@@ -188,7 +188,7 @@ public:
     static constexpr int64_t kTile = 1024 / sizeof(Element), kStep = 64 / sizeof(Element);
     static constexpr int64_t kRows = kGroupRows;
 
-    // `fetch_end`: of what this thread is likely to read of the weight, here or next.
+    // `fetch_end`: of what this thread is likely to read of the weight, here or next; nothing behind it is loaded for nothing.
     AmxPanels(const Block<Element>& block, const Element* fetch_end)
         : block_(block), fetch_end_(reinterpret_cast<const char*>(fetch_end)), steps_(block.k / kStep),
           num_groups_((block.num_rows + kRows - 1) / kRows),

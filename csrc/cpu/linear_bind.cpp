@@ -70,12 +70,12 @@ struct Format {
     // rows: m, stride of x, stride of the addend; sizes: heads of queries, of keys, head_dim, blocks, tokens in one,
     // positions in the table, dimensions that turn.
     void turn_and_write(const std::array<int64_t, 3>& rows, const std::array<int64_t, 7>& sizes,
-                        const std::array<uintptr_t, 5>& product, const std::array<uintptr_t, 4>& turn,
-                        const std::array<uintptr_t, 2>& place, int bias_dtype, int kv_type, float eps, float k_scale,
-                        float v_scale) const {
+                        const std::array<uintptr_t, 6>& product, const std::array<uintptr_t, 4>& turn,
+                        const std::array<uintptr_t, 2>& place, int bias_dtype, int norm_dtype, float norm_eps, int kv_type,
+                        float eps, float k_scale, float v_scale) const {
         const auto [m, x_stride, addend_stride] = rows;
         const auto [q_heads, kv_heads, head_dim, num_blocks, block_size, max_position, rot_dim] = sizes;
-        const auto [q, x, packed, bias, addend] = product;
+        const auto [q, x, packed, bias, addend, norm] = product;
         const auto [positions, cos_sin, q_norm, k_norm] = turn;
         const auto [cache, slots] = place;
         const KvLayout layout{KvType(kv_type), kv_heads, head_dim, block_size};
@@ -89,6 +89,7 @@ struct Format {
                         DType(bias_dtype), ptr<const float>(addend), addend_stride, Epilogue::heads, ptr<void>(q),
                         dtype, q_heads * head_dim};
         call.heads = &end;
+        call.norm = {ptr<const void>(norm), DType(norm_dtype), norm_eps};
         if (m == 1) turn_and_write_behind(call);
         else kernels.multiply(call);
     }
@@ -162,9 +163,10 @@ void bind_format(nb::module_& m, const char* name) {
              release_gil)
         .def("turn_and_write", recordable("turn_and_write",
              [](const F& format, std::array<int64_t, 3> rows, std::array<int64_t, 7> sizes,
-                std::array<uintptr_t, 5> product, std::array<uintptr_t, 4> turn, std::array<uintptr_t, 2> place,
-                int bias_dtype, int kv_type, float eps, float k_scale, float v_scale) {
-                 format.turn_and_write(rows, sizes, product, turn, place, bias_dtype, kv_type, eps, k_scale, v_scale);
+                std::array<uintptr_t, 6> product, std::array<uintptr_t, 4> turn, std::array<uintptr_t, 2> place,
+                int bias_dtype, int norm_dtype, float norm_eps, int kv_type, float eps, float k_scale, float v_scale) {
+                 format.turn_and_write(rows, sizes, product, turn, place, bias_dtype, norm_dtype, norm_eps, kv_type, eps,
+                                       k_scale, v_scale);
              }),
              release_gil)
         .def("likeliest", recordable("likeliest",

@@ -30,7 +30,7 @@ void finish_head(const LinearCall& call, T* x, int64_t stride, int64_t head, int
 }
 
 void finish_heads(const LinearCall& call, void* rows, int64_t stride, int64_t column, int64_t num_columns,
-                         int64_t first_row, int64_t num_rows) {
+                  int64_t first_row, int64_t num_rows) {
     const int64_t head_dim = call.heads->write.layout.head_dim;
     with_dtype(call.out_dtype, [&](auto tag) {
         using T = typename decltype(tag)::type;

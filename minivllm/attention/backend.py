@@ -15,6 +15,7 @@ import torch
 from minivllm.ops.kv_layout import KvLayout
 from minivllm.ops.kv_write import KvPlace
 from minivllm.ops.paged_attention import Options
+from minivllm.ops.rms_norm import RowNorm
 from minivllm.ops.rotary import Turn
 
 # What the cache stores, as ops/kv_layout.py names it: by the model's type, or by what --kv-cache-dtype may name.
@@ -70,15 +71,26 @@ class ForwardContext:
     wanted: torch.Tensor | None = None
 
 
+class Norm(Protocol):
+    """What a layer's input passes on its way to a projection: `layers.norm.RMSNorm`."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
+
+    @property
+    def of_rows(self) -> RowNorm: ...
+
+
 class Projection(Protocol):
     """What makes queries, keys and values of a layer's input: `layers.linear.QKVLinear`."""
 
     @property
     def turns_heads(self) -> bool: ...
 
-    def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
+    def __call__(
+        self, x: torch.Tensor, norm: Norm | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
 
-    def turn_and_write(self, x: torch.Tensor, turn: Turn, place: KvPlace) -> torch.Tensor: ...
+    def turn_and_write(self, x: torch.Tensor, norm: Norm | None, turn: Turn, place: KvPlace) -> torch.Tensor: ...
 
 
 def why_not_any(spec: AttentionSpec) -> str | None:
@@ -204,17 +216,18 @@ class AttentionBackend(ABC):
         self,
         project: Projection,
         x: torch.Tensor,
+        norm: Norm | None,
         turn: Turn,
         kv_cache: torch.Tensor,
         metadata: Any,
         *,
         options: Options,
     ) -> torch.Tensor:
-        """`turn_and_forward` of q, k, v = project(x): where the projection can, all before attention is one pass."""
+        """`turn_and_forward` of q, k, v = project(x, norm): all before attention in one pass, if the projection can."""
         if not project.turns_heads:
-            return self.turn_and_forward(turn, *project(x), kv_cache, metadata, options=options)
+            return self.turn_and_forward(turn, *project(x, norm), kv_cache, metadata, options=options)
         place = KvPlace(kv_cache, metadata.step.slot_mapping, self.layout, options.k_scale, options.v_scale)
-        return self._attend(project.turn_and_write(x, turn, place), kv_cache, metadata, options)
+        return self._attend(project.turn_and_write(x, norm, turn, place), kv_cache, metadata, options)
 
     @abstractmethod
     def _attend(self, q: torch.Tensor, kv_cache: torch.Tensor, metadata: Any, options: Options) -> torch.Tensor:

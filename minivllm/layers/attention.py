@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from minivllm.attention.backend import AttentionBackend, ForwardContext, Projection
+from minivllm.attention.backend import AttentionBackend, ForwardContext, Norm, Projection
 from minivllm.exceptions import ModelFilesError
 from minivllm.layers.weight import Weight
 from minivllm.ops.checks import require
@@ -63,11 +63,11 @@ class Attention:
         return out.view(q.shape[0], -1)
 
     def of_projection(
-        self, project: Projection, x: torch.Tensor, ctx: ForwardContext, turn: Turn
+        self, project: Projection, x: torch.Tensor, norm: Norm | None, ctx: ForwardContext, turn: Turn
     ) -> torch.Tensor:
-        """self(*project(x), ctx, turn), with as much of it as can be in one pass."""
+        """self(*project(x, norm), ctx, turn), with as much of it as can be in one pass."""
         where = ctx.kv_caches[self.layer_index], ctx.metadata[self.layer_index]
-        out = self._backend.project_and_forward(project, x, turn, *where, options=self.options)
+        out = self._backend.project_and_forward(project, x, norm, turn, *where, options=self.options)
         return out.view(x.shape[0], -1)
 
     def scales(self) -> Iterator[Weight]:

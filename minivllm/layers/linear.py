@@ -104,20 +104,25 @@ class QKVLinear(MergedLinear):
             hidden_size, projections, bias=bias, dtype=dtype, device=device, quantization=quantization
         )
 
-    def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """x: [T, hidden_size] -> q [T, num_heads, head_dim], k and v [T, num_kv_heads, head_dim]; views of one."""
-        heads = super().__call__(x).view(-1, self.num_heads + 2 * self.num_kv_heads, self.head_dim)
+    def __call__(
+        self, x: torch.Tensor, norm: RMSNorm | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of norm(x), if there is a norm. x: [T, hidden_size] -> q [T, num_heads, head_dim], k and v
+        [T, num_kv_heads, head_dim]; views of one."""
+        out = super().__call__(x if norm is None else norm(x))
+        heads = out.view(-1, self.num_heads + 2 * self.num_kv_heads, self.head_dim)
         q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
         return q, k, v
 
     @property
     def turns_heads(self) -> bool:
-        """Whether `turn_and_write` is there: norms, rotation and cache write as part of the product."""
+        """Whether `turn_and_write` is there: norms, rotation and cache write as parts of the product."""
         return self.packed.fuses_neighbours
 
-    def turn_and_write(self, x: torch.Tensor, turn: Turn, place: KvPlace) -> torch.Tensor:
+    def turn_and_write(self, x: torch.Tensor, norm: RMSNorm | None, turn: Turn, place: KvPlace) -> torch.Tensor:
         """The turned queries, [T, num_heads, head_dim]; keys and values are in their place, and nowhere else."""
-        return self.packed.turn_and_write(x, self.bias, turn, place)
+        of_rows = None if norm is None else norm.of_rows
+        return self.packed.turn_and_write(x, self.bias, turn, place, norm=of_rows)
 
 
 class RowLinear(MergedLinear):

@@ -73,14 +73,14 @@ class SelfAttention:
         )
 
     def add_to(
-        self, residual: torch.Tensor, x: torch.Tensor, positions: torch.Tensor, ctx: ForwardContext
+        self, residual: torch.Tensor, norm: RMSNorm, positions: torch.Tensor, ctx: ForwardContext
     ) -> torch.Tensor:
-        """`residual` with the attention of x, and so of its tokens, added to it in place; or, in the last layer, the
-        wanted rows of that."""
+        """`residual` with the attention of norm(residual) added to it in place; in the last layer, the wanted rows of
+        that."""
         norms = None
         if self.q_norm is not None:
             norms = HeadNorms(self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
-        out = self.attention.of_projection(self.qkv_proj, x, ctx, self.rotary.turn(positions, norms))
+        out = self.attention.of_projection(self.qkv_proj, residual, norm, ctx, self.rotary.turn(positions, norms))
         residual, out = self.wanted(residual, ctx), self.wanted(out, ctx)
         self.o_proj.add_to(residual, out)
         return residual
@@ -139,7 +139,7 @@ class DecoderLayer:
 
     def __call__(self, residual: torch.Tensor, positions: torch.Tensor, ctx: ForwardContext) -> torch.Tensor:
         """residual: [T, hidden_size], changed in place and returned; in the last layer its wanted rows."""
-        residual = self.self_attn.add_to(residual, self.input_layernorm(residual), positions, ctx)
+        residual = self.self_attn.add_to(residual, self.input_layernorm, positions, ctx)
         self.mlp.add_to(residual, self.post_attention_layernorm)
         return residual
 

@@ -32,7 +32,7 @@ class GemmaAttention(SelfAttention):
         """Of the wanted rows alone in the last layer."""
         turn = self.rotary.turn(positions)
         if self.q_norm is None:
-            out = self.attention.of_projection(self.qkv_proj, x, ctx, turn)
+            out = self.attention.of_projection(self.qkv_proj, x, None, ctx, turn)
         else:
             q, k, v = self.qkv_proj(x)
             out = self.attention(self.q_norm(q), self.k_norm(k), v, ctx, turn)

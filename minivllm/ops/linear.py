@@ -266,9 +266,10 @@ class PackedLinear:
         place: KvPlace,
         *,
         addend: torch.Tensor | None = None,
+        norm: RowNorm | None = None,
     ) -> torch.Tensor:
-        """`ops/rotary_kv_write.py` of self(x, bias, addend=addend), to the bit, where that is the heads of queries, of
-        keys and of values: they are turned and written as they come, and not kept.
+        """`ops/rotary_kv_write.py` of self(x, bias, addend=addend, norm=norm), to the bit, where that is the heads of
+        queries, of keys and of values: they are turned and written as they come, and not kept.
 
         Returns the turned queries, [M, num_heads, head_dim].
 
@@ -295,14 +296,15 @@ class PackedLinear:
             x = x.contiguous()
         bias, bias_address, bias_code = _vector("bias", bias, self.out_features)
         addend_address, addend_stride = (0, 0) if addend is None else (addend.data_ptr(), addend.stride(0))
+        norm_address, *norm_arguments = _norm_arguments(norm, x)
         q = torch.empty(num_rows, num_heads, head_dim, dtype=x.dtype)
         self._format.turn_and_write(
             (num_rows, x.stride(0), addend_stride),
             (num_heads, layout.num_kv_heads, head_dim, num_blocks, layout.block_size, max_position, rot_dim),
-            (q.data_ptr(), x.data_ptr(), self._packed.data_ptr(), bias_address, addend_address),
+            (q.data_ptr(), x.data_ptr(), self._packed.data_ptr(), bias_address, addend_address, norm_address),
             (turn.positions.data_ptr(), turn.cos_sin.data_ptr(), q_norm, k_norm),
             (place.kv_cache.data_ptr(), place.slot_mapping.data_ptr()),
-            bias_code, layout.code, eps, place.k_scale, place.v_scale,
+            bias_code, *norm_arguments, layout.code, eps, place.k_scale, place.v_scale,
         )  # fmt: skip
         return q
 

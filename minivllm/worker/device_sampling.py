@@ -148,7 +148,7 @@ class DeviceSampling:
     # A step ------------------------------------------------------------------
 
     def rows_on_device(self, batch: InputBatch) -> torch.Tensor:
-        """`batch.sampled_rows`, on the device."""
+        """[num_sampled] int64, on the device: which rows of the hidden states predict new tokens."""
         return self._upload(self._rows, batch.last_rows[batch.samples])
 
     def inputs(self, rows: np.ndarray, num_tokens: np.ndarray, num_rows: int) -> DeviceDraw:

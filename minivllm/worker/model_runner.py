@@ -119,7 +119,8 @@ class ModelRunner:
         self.prompt_vectors = PromptVectors(backend.spec.dtype, self._staging)
         self._graphs: CapturedGraphs | None = None
         self._recorded: RecordedStep | None = None  # the model of any step
-        # The model and what follows it in a decode: whether the likeliest are chosen, and whether tokens are drawn.
+        # The model and what follows it where each request gets a token: by whether the likeliest are chosen, and
+        # whether tokens are drawn.
         self._recorded_decodes: dict[tuple[bool, bool], RecordedStep] = {}
         if self.capture_shapes is not None:
             self._graphs = CapturedGraphs(platform.graphs, self.capture_shapes.sizes[-1], self.most_captures)
@@ -200,7 +201,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def _recorded_decode(self, is_likeliest: bool, draws: bool) -> RecordedStep:
-        """The recorded model, and behind it the end of decodes of this kind."""
+        """The recorded model, and behind it the end of steps of this kind, decodes or others that give each a token."""
         kind = is_likeliest, draws
         if kind not in self._recorded_decodes:
             model = self._recorded.recording
@@ -496,7 +497,7 @@ class ModelRunner:
         return result
 
     def _accept_drawn(self, batch: InputBatch, decoded: _Decoded) -> ModelRunnerOutput:
-        """As `_accept`, for all requests of a decode step."""
+        """As `_accept`, for all requests of a step that was replayed with its end."""
         books = None if self.sampler.asks_for_logprobs else self.buffers.books
         if books is not None and books.append_drawn(*decoded.on_host):
             return ModelRunnerOutput(batch.request_ids, [[token] for token in decoded.on_host[0].tolist()])

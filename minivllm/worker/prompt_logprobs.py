@@ -64,7 +64,8 @@ class PromptLogprobs:
         return not self._asked
 
     def score(self, batch: InputBatch, hidden: torch.Tensor, table: RequestTable) -> list[PromptScores]:
-        """What this step's tokens predict of prompts; hidden: [num_tokens, hidden_size]."""
+        """What this step's tokens predict of prompts; hidden: [num_tokens, hidden_size]; while
+        `is_idle` it may be less."""
         found: list[PromptScores] = []
         if not self._asked:
             return found

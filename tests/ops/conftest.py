@@ -22,7 +22,8 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_collection_modifyitems(items):
-    """The sets of products see one dtype: with the others they do what the set below does."""
+    """The sets of products see one dtype: with the others `avx512_bf16` does what the set below does, and the products
+    of `avx512_vnni` are of integers, whatever they were made of."""
     items[:] = [item for item in items if not _is_seen_elsewhere(getattr(item, "callspec", None))]
 
 

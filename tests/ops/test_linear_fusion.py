@@ -11,6 +11,7 @@ from minivllm.ops.linear_int4 import PackedInt4Linear
 from minivllm.ops.linear_int8 import PackedInt8Linear
 from minivllm.ops.rms_norm import RowNorm
 
+OWN_ISAS = ("avx512_vnni", "avx512_bf16")
 pytestmark = pytest.mark.usefixtures("isa")
 
 

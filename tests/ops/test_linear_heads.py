@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from minivllm.ops import kv_write, rotary, rotary_kv_write
+from minivllm.ops import kv_write, rms_norm, rotary, rotary_kv_write
 from minivllm.ops.kv_layout import KV_TYPES, KvLayout
 from minivllm.ops.linear import PackedLinear
 from minivllm.ops.linear_int4 import PackedInt4Linear
@@ -13,6 +13,7 @@ from minivllm.ops.linear_int8 import PackedInt8Linear
 
 NUM_BLOCKS, BLOCK_SIZE, MAX_POSITION, HIDDEN = 26, 64, 2048, 72
 WEIGHTS = [PackedLinear, PackedInt8Linear, PackedInt4Linear]
+OWN_ISAS = ("avx512_vnni", "avx512_bf16")
 pytestmark = pytest.mark.usefixtures("isa")
 
 
@@ -41,21 +42,22 @@ class Step:
     def place(self):
         return kv_write.KvPlace(self.cache.clone(), self.slots, self.layout, 0.5, 2.0)
 
-    def behind(self, bias=None, addend=None, norms=None):
+    def behind(self, bias=None, addend=None, norms=None, norm=None):
         """Queries and cache when norms, rotation and write follow the product."""
         place = self.place()
-        heads = self.packed(self.x, bias, addend=addend).view(len(self.x), sum(self.split), self.layout.head_dim)
+        x = self.x if norm is None else rms_norm.cpu(self.x, norm.weight, norm.eps)
+        heads = self.packed(x, bias, addend=addend).view(len(self.x), sum(self.split), self.layout.head_dim)
         q, k, v = heads.split(self.split, dim=1)
         scales = {"k_scale": place.k_scale, "v_scale": place.v_scale}
         rest = (self.cos_sin, norms, place.kv_cache, self.slots)
         rotary_kv_write.cpu(self.positions, q, k, v, *rest, layout=self.layout, **scales)
         return q.contiguous(), place.kv_cache
 
-    def within(self, bias=None, addend=None, norms=None):
+    def within(self, bias=None, addend=None, norms=None, norm=None):
         """The same when they are part of it."""
         place = self.place()
         turn = rotary.Turn(self.positions, self.cos_sin, norms)
-        return self.packed.turn_and_write(self.x, bias, turn, place, addend=addend), place.kv_cache
+        return self.packed.turn_and_write(self.x, bias, turn, place, addend=addend, norm=norm), place.kv_cache
 
 
 @pytest.fixture
@@ -76,6 +78,14 @@ def test_it_is_the_product_and_then_the_rotation_and_the_write(cls, head_dim, nu
         assert_alike(step, norms=step.norms)
         bias, addend = torch.randn(step.packed.out_features), torch.randn(num_rows, step.packed.out_features)
         assert_alike(step, bias=bias.to(dtype), addend=addend)
+
+
+@pytest.mark.parametrize("cls", WEIGHTS)
+def test_the_norm_before_the_product_may_be_part_of_it(cls, dtype, assert_alike):
+    for num_rows, weight_dtype in ((1, dtype), (17, torch.float32), (150, dtype)):
+        weight = (1 + torch.randn(HIDDEN) / 10).to(weight_dtype)
+        step = Step(num_rows, 64, dtype, cls)
+        assert_alike(step, norms=step.norms, norm=rms_norm.RowNorm(weight, 1e-6))
 
 
 @pytest.mark.parametrize("kind", KV_TYPES)
