@@ -7,6 +7,7 @@
 #endif
 
 #include <algorithm>
+#include <chrono>
 #include <condition_variable>
 #include <cstdlib>
 #include <fstream>
@@ -21,9 +22,11 @@
 namespace minivllm {
 namespace {
 
-// About 30 µs: longer than the gap between two kernels of a layer, shorter than anyone would notice as load.
-constexpr int kSpins = 700;
-constexpr int kAwakeSpins = 24000;  // about 1 ms
+using Clock = std::chrono::steady_clock;
+
+// Longer than the gap between two kernels of a layer, shorter than anyone would notice as load.
+constexpr std::chrono::microseconds kSpin{30}, kAwakeSpin{1000};
+constexpr int kPausesToALook = 16;  // at the clock; a pause takes 10 to 60 ns, by processor
 constexpr unsigned kCallsToALook = 1024;  // some steps; a look takes 0.2 µs
 
 std::atomic<bool> is_awake{false};
@@ -52,10 +55,13 @@ public:
     // Returns the first value seen for which done(value).
     template <class Done>
     uint64_t wait(Done done) {
-        for (int i = 0; i < kSpins || (i < kAwakeSpins && is_awake.load(std::memory_order_relaxed)); ++i) {
-            if (uint64_t v = get(); done(v)) return v;
-            relax();
-        }
+        const Clock::time_point begin = Clock::now();
+        do {
+            for (int i = 0; i < kPausesToALook; ++i) {
+                if (uint64_t v = get(); done(v)) return v;
+                relax();
+            }
+        } while (Clock::now() - begin < (is_awake.load(std::memory_order_relaxed) ? kAwakeSpin : kSpin));
         std::unique_lock<std::mutex> lock(mutex_);
         sleepers_.fetch_add(1, std::memory_order_seq_cst);
         uint64_t v;
