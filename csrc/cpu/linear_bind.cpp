@@ -64,7 +64,7 @@ struct Format {
         second.bias = ptr<const void>(down_bias), second.bias_dtype = DType(down_bias_dtype);
         second.epilogue = Epilogue::add_residual;
         second.out = ptr<void>(residual), second.out_dtype = dtype, second.out_stride = residual_stride;
-        multiply_pair(kernels, first, second);
+        multiply_pair(kernels, first, down.kernels, second);
     }
 
     // rows: m, stride of x, stride of the addend; sizes: heads of queries, of keys, head_dim, blocks, tokens in one,

@@ -24,7 +24,8 @@ inline LinearCall rows_of(const LinearCall& call, int64_t first, int64_t rows) {
 
 // first.out and second.x are null. The second's output may be the first's input: a row of it is written when
 // all that reads it is done.
-inline void multiply_pair(const LinearKernels& kernels, const LinearCall& first, const LinearCall& second) {
+inline void multiply_pair(const LinearKernels& kernels, const LinearCall& first, const LinearKernels& second_kernels,
+                          const LinearCall& second) {
     constexpr int64_t kMostRows = 256;  // measured: enough for a thread to read both weights meanwhile
     const int64_t m = first.m, width = second.k;
     const auto multiply_rows = [&](int64_t begin, int64_t rows) {
@@ -33,7 +34,7 @@ inline void multiply_pair(const LinearKernels& kernels, const LinearCall& first,
         to.out = between, to.out_dtype = second.dtype, to.out_stride = width;
         from.x = between, from.x_stride = width;
         kernels.multiply(to);
-        kernels.multiply(from);
+        second_kernels.multiply(from);
     };
     const int64_t threads = num_threads();
     // Each part is one thread's; else all share each.

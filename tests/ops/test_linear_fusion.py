@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from minivllm.ops import rms_norm
+from minivllm.ops import native, rms_norm
 from minivllm.ops.linear import PackedLinear
 from minivllm.ops.linear_int4 import PackedInt4Linear
 from minivllm.ops.linear_int8 import PackedInt8Linear
@@ -62,6 +62,17 @@ def test_a_gated_mlp_of_another_input_leaves_it(cls, dtype, assert_same_bits):
     gate_up.add_gated(residual, x, down)
     assert_same_bits(x, before)
     assert_same_bits(residual + 0, down(gate_up.silu_mul(x)) + 0)  # zero + -0
+
+
+def test_each_weight_of_a_gated_mlp_is_read_as_it_was_packed(cls, dtype, isa, assert_same_bits):
+    gate_up = layer_of(cls, 64, 48, dtype, gated=True)
+    native.lib.set_isa("avx2")
+    down = layer_of(cls, 48, 32, dtype)
+    residual = torch.randn(20, 48).to(dtype)
+    expected = residual.clone()
+    down.add_to(expected, gate_up.silu_mul(residual))
+    gate_up.add_gated(residual, residual, down)
+    assert_same_bits(residual, expected)
 
 
 def test_a_row_of_a_gated_mlp_has_the_same_bits_alone_and_in_a_batch(
