@@ -13,8 +13,11 @@ import torch
 
 from minivllm.config.cache import KV_TILE
 from minivllm.config.cpu import CpuConfig, read_cpu_bind
+from minivllm.logger import init_logger
 from minivllm.platforms.platform import Platform
 from minivllm.utils import native
+
+logger = init_logger(__name__)
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
@@ -63,6 +66,7 @@ class CpuPlatform(Platform):
             # Threads that are started from here on are confined too; the kernels' get one processor each.
             os.sched_setaffinity(0, processors)
         if native.unavailable is not None:
+            logger.warning("%s; PyTorch serves in its place, many times slower", native.unavailable)
             torch.set_num_threads(cpu.cpu_threads or torch.get_num_threads())
             return
         # The kernels have a thread pool of their own; a second one would fight it for the cores.

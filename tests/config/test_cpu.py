@@ -7,9 +7,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from minivllm.config.cpu import read_cpu_bind
+from minivllm.config.cpu import CpuConfig, read_cpu_bind
 from minivllm.exceptions import ConfigError
+from minivllm.platforms.cpu import CpuPlatform
 from minivllm.utils import native
 
 needs_linux = pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="nothing is bound here")
@@ -61,3 +63,11 @@ assert sum(bound) >= 3, bound
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr
+
+
+def test_without_kernels_the_log_says_why_and_that_it_is_slow(monkeypatch: pytest.MonkeyPatch, caplog):
+    monkeypatch.setattr(native, "unavailable", "no native kernel for this processor: x86-64 with AVX2 is needed")
+    monkeypatch.setattr(torch, "set_num_threads", lambda num_threads: None)
+    with caplog.at_level("WARNING", "minivllm"):
+        CpuPlatform().prepare(CpuConfig())
+    assert "x86-64 with AVX2 is needed; PyTorch serves in its place, many times slower" in caplog.text
