@@ -120,7 +120,8 @@ class MLP:
 
 
 class DecoderLayer:
-    """x + attention(norm(x)), then x + mlp(norm(x)); each addition is part of the projection before it."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); a norm is part of the projection behind it, where that can be, and
+    each addition of the one before it."""
 
     def __init__(
         self,

@@ -367,20 +367,8 @@ def _vector(name: str, vector: torch.Tensor | None, size: int) -> tuple[torch.Te
 
 
 def _norm_arguments(norm: RowNorm | None, x: torch.Tensor) -> tuple[int, int, float]:
-    """The address of a norm's weight, its dtype's code, and epsilon."""
-    if norm is None:
-        return 0, 0, 0.0
-    weight = norm.weight
-    if (
-        weight.shape != x.shape[1:]
-        or weight.dtype not in (x.dtype, torch.float32)
-        or not weight.is_contiguous()
-    ):
-        raise ValueError(
-            f"the norm's weight is {tuple(weight.shape)} {weight.dtype}; x needs ({x.shape[1]},) {x.dtype} or "
-            "float32, contiguous"
-        )
-    return weight.data_ptr(), native.dtype_code(weight), norm.eps
+    """`norm.arguments`; zeros for none."""
+    return (0, 0, 0.0) if norm is None else norm.arguments(x)
 
 
 def check_rows(linear: DenseLinear | PackedLinear, start: int, weight: torch.Tensor) -> None:

@@ -21,6 +21,20 @@ class RowNorm:
     weight: torch.Tensor  # [H], in the rows' dtype or in float32
     eps: float
 
+    def arguments(self, x: torch.Tensor) -> tuple[int, int, float]:
+        """For a kernel that norms x: [..., H]: the weight's address, its dtype's code, and epsilon.
+
+        Raises:
+            ValueError: the weight is not one of x, or not contiguous.
+        """
+        weight, hidden = self.weight, x.shape[-1]
+        if weight.shape != (hidden,) or weight.dtype not in (x.dtype, torch.float32) or not weight.is_contiguous():
+            raise ValueError(
+                f"the norm's weight is {tuple(weight.shape)} {weight.dtype}; x needs ({hidden},) {x.dtype} or float32, "
+                "contiguous"
+            )
+        return weight.data_ptr(), native.dtype_code(weight), self.eps
+
 
 def reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x / sqrt(mean(x²) + eps) * weight over the last dimension, computed in float32.
@@ -82,20 +96,12 @@ def _run(
     inner: int,
     eps: float,
 ) -> torch.Tensor:
-    hidden = x.shape[-1]
-    if (
-        weight.shape != (hidden,)
-        or weight.dtype not in (x.dtype, torch.float32)
-        or not weight.is_contiguous()
-    ):
-        raise ValueError(
-            f"weight is {tuple(weight.shape)} {weight.dtype}; x needs ({hidden},) {x.dtype} or float32, contiguous"
-        )
+    address, code, eps = RowNorm(weight, eps).arguments(x)
     out = torch.empty(x.shape, dtype=x.dtype)
     if out.numel():
         native.lib.rms_norm(
             native.dtype_code(x), out.data_ptr(), x.data_ptr(), *x_strides, residual, *residual_strides,
-            weight.data_ptr(), native.dtype_code(weight), outer, inner, hidden, eps,
+            address, code, outer, inner, x.shape[-1], eps,
         )  # fmt: skip
     return out
 

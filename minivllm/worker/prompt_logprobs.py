@@ -64,8 +64,8 @@ class PromptLogprobs:
         return not self._asked
 
     def score(self, batch: InputBatch, hidden: torch.Tensor, table: RequestTable) -> list[PromptScores]:
-        """What this step's tokens predict of prompts; hidden: [num_tokens, hidden_size]; while
-        `is_idle` it may be less."""
+        """What this step's tokens predict of prompts; hidden: [num_tokens, hidden_size], or fewer while
+        `is_idle`."""
         found: list[PromptScores] = []
         if not self._asked:
             return found

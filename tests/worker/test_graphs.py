@@ -402,6 +402,11 @@ def test_choosing_a_prompts_token_is_replayed_once_a_decode_has_shown_that_it_ma
             replayed.clear()
             assert loop.run(prompts, params) == eager.run(prompts, params)
             assert replayed.count(False) == num_prompt_steps and replayed.count(True) == 2
+    for step in loop.worker.runner._recorded_decodes.values():
+        step._is_trusted = False  # as if no decode had given the eager bits yet
+    replayed.clear()
+    assert loop.run([[4, 5]], SamplingParams(max_tokens=1)) == eager.run([[4, 5]], SamplingParams(max_tokens=1))
+    assert not replayed
 
 
 def test_a_recording_keeps_memory_for_the_largest_step_once(tmp_path: Path):
