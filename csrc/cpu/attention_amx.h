@@ -383,15 +383,6 @@ private:
 
     // ---- fetching ahead ----
 
-    // Of bf16, the KiB behind the one that is multiplied is loaded, a word of each line: the processor's own fetching
-    // follows loads best. Tile loads alone, or beside prefetches, read at 85 % of the rate that they have with it.
-    static MINIVLLM_INLINE void touch(const bf16* kib) {
-        for (int line = 0; line < 16; ++line) {
-            int word;
-            asm volatile("movl %1, %0" : "=r"(word) : "m"(*reinterpret_cast<const int*>(kib + 32 * line)));
-        }
-    }
-
     // What is read after a head's keys, and after its values.
     const bf16* after_keys(const Step& step, int head) const {
         const bool is_last = head + 1 == num_heads_;
@@ -439,7 +430,7 @@ private:
                 const bf16* next = i == 0 ? keys + 16 * head_dim_ : t + 1 < step.end_tile ? tile(t + 1) : after;
                 _tile_zero(0);
                 for (int k = 0; k < num_k_; ++k) {
-                    touch(k + 1 < num_k_ ? keys + (k + 1) * 512 : next);
+                    touch_kib(k + 1 < num_k_ ? keys + (k + 1) * 512 : next);
                     _tile_loadd(4, q + k * tile_, 64);
                     _tile_loadd(5, tiles_.key_rows(keys, k), 64);
                     _tile_dpbf16ps(0, 4, 5);
@@ -476,17 +467,17 @@ private:
             const bf16* next = t + 1 < end ? values_of_[t + 1] + g * 512 : after;
             _tile_loadd(4, weights + t * tile_, 64);
             _tile_stored(4, warm_, 64);
-            touch(n == 4 ? values + 512 : next);
+            touch_kib(n == 4 ? values + 512 : next);
             _tile_loadd(5, values, 64);
             _tile_dpbf16ps(0, 4, 5);
             if (n == 4) {
-                touch(values + 1024);
+                touch_kib(values + 1024);
                 _tile_loadd(6, values + 512, 64);
                 _tile_dpbf16ps(1, 4, 6);
-                touch(values + 1536);
+                touch_kib(values + 1536);
                 _tile_loadd(7, values + 1024, 64);
                 _tile_dpbf16ps(2, 4, 7);
-                touch(next);
+                touch_kib(next);
                 _tile_loadd(5, values + 1536, 64);
                 _tile_dpbf16ps(3, 4, 5);
             }

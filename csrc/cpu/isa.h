@@ -218,6 +218,15 @@ MINIVLLM_INLINE Vec power_of_two(Vec n) {
 
 // ---- shared by both widths ----
 
+// Loads a word of each line of a KiB that tile loads will read next: the processor's own fetching follows loads best, and
+// tile loads read at 85 to 90 % of that rate alone or beside prefetches. All of it must be there to be read.
+MINIVLLM_INLINE void touch_kib(const void* kib) {
+    for (int line = 0; line < 16; ++line) {
+        int word;
+        asm volatile("movl %1, %0" : "=r"(word) : "m"(static_cast<const int*>(kib)[16 * line]));
+    }
+}
+
 // x rounded to T and back: what the value is once stored.
 template <class T>
 MINIVLLM_INLINE Vec rounded(Vec x) {
