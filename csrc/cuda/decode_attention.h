@@ -24,6 +24,7 @@
 
 #include "decode_attention_sizes.h"
 #include "device.h"
+#include "fp8.h"
 
 namespace minivllm::cuda {
 
@@ -65,17 +66,6 @@ MINIVLLM_DEVICE void store(const DecodeAttention& p, int req, int head, int d, f
     const uint32_t bits = p.is_bf16 ? pack<true>(result, 0.0f) : pack<false>(result, 0.0f);
     static_cast<uint16_t*>(p.out)[req * p.out_token_stride + int64_t(head) * p.head_dim + d] = uint16_t(bits);
 }
-
-#ifndef MINIVLLM_CONVERTS_FP8
-MINIVLLM_DEVICE uint32_t halves_of_fp8(uint32_t codes) {
-    const uint32_t spread = pick_bytes(codes, 0, 0x1404);  // each code in the upper byte of its half
-    const uint32_t bits = (spread & 0x7f007f00u) >> 1 | (spread & 0x80008000u);
-    uint32_t halves = multiply_halves(bits, 0x5c005c00u);  // by 256: the exponents' biases are 8 apart
-    if ((spread & 0x7f00u) == 0x7f00u) halves |= 0x7fffu;  // e4m3 has one NaN and no infinity
-    if ((spread & 0x7f000000u) == 0x7f000000u) halves |= 0x7fff0000u;
-    return halves;
-}
-#endif
 
 // Two codes in the low half of `codes` as float16.
 template <KvType kKv>

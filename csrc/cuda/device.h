@@ -59,6 +59,41 @@ __device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[
                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// The same for 8-bit numbers, 16 × 32 and 32 × 8, four in a word: of whole numbers by whole numbers, exactly.
+__device__ __forceinline__ void multiply_add_int8(int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+                 "{%0,%1,%2,%3};\n"
+                 : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// 16 bytes that are read once, past the first-level cache, and that no kernel under way writes.
+__device__ __forceinline__ uint4 load_streamed(const void* from) {
+    uint4 words;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];\n"
+                 : "=r"(words.x), "=r"(words.y), "=r"(words.z), "=r"(words.w)
+                 : "l"(from));
+    return words;
+}
+
+// 2 bytes past the first-level cache, which may hold a neighbour's from before another multiprocessor wrote them.
+__device__ __forceinline__ uint16_t load_shared_line(const uint16_t* from) { return __ldcg(from); }
+
+// Until the kernels launched before are done, and what they wrote is to be seen: nothing of it may be touched earlier.
+// Where a launch does not ask to begin early, this has nothing to wait for.
+__device__ __forceinline__ void wait_for_earlier_kernels() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;\n" ::: "memory");
+#endif
+}
+
+// The next kernel's blocks may take the places that this one's leave, if it was launched to begin early.
+__device__ __forceinline__ void let_next_kernel_begin() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;\n" ::: "memory");
+#endif
+}
+
 // The bytes of (low, high) that the four nibbles of `selector` name, lowest first.
 __device__ __forceinline__ uint32_t pick_bytes(uint32_t low, uint32_t high, uint32_t selector) {
     return __byte_perm(low, high, selector);

@@ -7,11 +7,15 @@
 #include <vector>
 
 #include "decode_attention_sizes.h"
+#include "few_rows_sizes.h"
 
 namespace minivllm::cuda {
 
 // Raises std::invalid_argument where there is no kernel for the sizes, std::runtime_error where the launch fails.
 void decode_attention(const DecodeAttention& p, KvType kv, cudaStream_t stream);
+
+// The same for a product of few rows. Needs compute capability 9.0.
+void few_rows(const FewRows& p, WeightType type, cudaStream_t stream);
 
 // Copies blocks within one cache and another or the same: to[pairs[2 i + 1]] = from[pairs[2 i]], in each of the layers.
 // Addresses of the layers' caches, and `pairs` ([num_pairs, 2] int64), are in device memory; pinned host memory will do

@@ -15,21 +15,26 @@ from minivllm.layers.norm import RMSNorm
 from minivllm.layers.weight import Weight, weight_of
 from minivllm.ops.kv_write import KvPlace
 from minivllm.ops.linear import DenseLinear, invariant_linear, linear
-from minivllm.ops.linear_fp8 import fp8_linear
+from minivllm.ops.linear_fp8 import fp8_linear, invariant_fp8_linear
 from minivllm.ops.linear_int4 import int4_linear
-from minivllm.ops.linear_int8 import int8_linear
+from minivllm.ops.linear_int8 import int8_linear, invariant_int8_linear
 from minivllm.ops.op import Op, OpSpec
 from minivllm.ops.rotary import Turn
 
 _FUSED_ACTIVATIONS = ("silu", "swish")
-BATCH_INVARIANT = "batch_invariant"  # in the place of a quantization: none, and the same sums for any number of rows
-_FORMATS: dict[str | None, Op] = {
-    None: linear,
-    "int8": int8_linear,
-    "int4": int4_linear,
-    "fp8": fp8_linear,
-    BATCH_INVARIANT: invariant_linear,
+_FORMATS: dict[str | None, Op] = {None: linear, "int8": int8_linear, "int4": int4_linear, "fp8": fp8_linear}
+# In the place of a quantization: the same, and a row's bits whatever the number of rows.
+_BATCH_INVARIANT: dict[str | None, str] = {None: "batch_invariant", "int8": "invariant_int8", "fp8": "invariant_fp8"}
+_FORMATS |= {
+    "batch_invariant": invariant_linear,
+    "invariant_int8": invariant_int8_linear,
+    "invariant_fp8": invariant_fp8_linear,
 }
+
+
+def batch_invariant(quantization: str | None) -> str:
+    """What to name in the place of a quantization for rows whose bits depend on no others."""
+    return _BATCH_INVARIANT.get(quantization, quantization)
 
 
 def linear_class(

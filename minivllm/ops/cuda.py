@@ -1,7 +1,8 @@
 """The ops' door to the CUDA C++ kernels of csrc/cuda, which an installation may lack: Triton's serve everything.
 
 A backend calls one where `benchmarks/gpu` found it faster than Triton's on a card, with a line in benchmarks/LOG.md
-each: `attention/backends/triton.py` calls decode attention. Blocks are copied by tests alone yet.
+each: `attention/backends/triton.py` calls decode attention, `ops/linear_few_rows.py` products of few rows. Blocks are
+copied by tests alone yet.
 
 The only module that imports `minivllm._cuda`, and only when it is asked for: no CPU pays for it. Functions launch on
 the current stream and return before the work is done; every launch that fails raises RuntimeError.
@@ -16,6 +17,7 @@ import torch
 
 from minivllm.ops.checks import require
 from minivllm.ops.kv_layout import RowLayout
+from minivllm.ops.op import OpSpec
 from minivllm.ops.paged_attention import Options
 
 SEGMENT = 1024  # absolute positions, as in csrc/cuda/decode_attention.h
@@ -25,6 +27,9 @@ _BLOCK_TILE = 16  # keys a warp takes at once, all of one block
 _LARGE_SHARED_BYTES = 128 << 10  # of a thread block: head_dim 256 in 16 bits; all else fits into any card's 99 KiB
 _MOST_LOOPED = 128  # head_dim, up to which a thread block may take several segments
 _FEW_PARTS, _MOST_BLOCKS = 2, 4096
+MOST_FEW_ROWS = 16  # as in csrc/cuda/few_rows_sizes.h
+_WEIGHT_CODES = {torch.bfloat16: 0, torch.float16: 1, torch.int8: 2, torch.float8_e4m3fn: 3}
+_CHUNK_BYTES = 16
 _NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
@@ -137,6 +142,60 @@ def decode_attention(
         (*q.stride()[:2], out.stride(0), block_table.stride(0)), kv_cache.stride()[:3],
         (options.scale * (options.k_scale if is_fp8 else 1.0), options.softcap, options.v_scale if is_fp8 else 1.0),
         torch.cuda.current_stream(q.device).cuda_stream,
+    )  # fmt: skip
+    return out
+
+
+def few_rows_why_not(spec: OpSpec) -> str | None:
+    """Why `few_rows` cannot serve linear layers of this spec, whose weights are of its dtype or 8-bit numbers."""
+    if spec.device != "cuda":
+        return f"needs CUDA, got {spec.device}"
+    if (missing := extension()[1]) is not None:
+        return missing
+    if spec.dtype not in _NAMES:
+        return f"no {spec.dtype} kernel"
+    if spec.sizes.get("in_features", 0) % _CHUNK_BYTES:
+        return f"{spec.sizes['in_features']} input features are not a multiple of {_CHUNK_BYTES}"
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0):
+        return "measured on compute capability 9.0 alone"
+    return None
+
+
+def few_rows_fits(
+    out: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None, addend: torch.Tensor | None
+) -> bool:
+    """Whether `few_rows` takes these, x and bias of one 16-bit dtype: else another kernel must."""
+    is_aligned = x.stride(1) == 1 and x.data_ptr() % _CHUNK_BYTES == 0 and x.stride(0) * x.itemsize % _CHUNK_BYTES == 0
+    is_dense = out.stride(1) == 1 and (addend is None or addend.stride(1) == 1)
+    is_known = out.dtype in (x.dtype, torch.float32) and (bias is None or bias.dtype == x.dtype)
+    return 0 < len(x) <= MOST_FEW_ROWS and is_aligned and is_dense and is_known
+
+
+def few_rows(
+    epilogue: int,
+    out: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    addend: torch.Tensor | None = None,
+    x_scales: torch.Tensor | None = None,
+    weight_scales: torch.Tensor | None = None,
+    *,
+    is_bf16: bool,
+) -> torch.Tensor:
+    """`DenseLinear`'s calls for up to `MOST_FEW_ROWS` rows, what `few_rows_fits`: a row's bits depend on no other.
+
+    epilogue: 0 stores, 1 adds to `out`, 2 is silu_mul; out: [M, N]; x: [M, K]; weight: [N, K], or [2N, K] for silu_mul;
+    is_bf16: the type of bias and activations, else float16. The weight may be read before what was launched just before
+    is done: that must not have written it.
+    """
+    p = [each.data_ptr() if each is not None else 0 for each in (out, x, weight, bias, addend, x_scales, weight_scales)]
+    size = x.itemsize
+    extension()[0].few_rows(
+        p, (len(x), out.shape[1], x.shape[1] * size),
+        (x.stride(0) * size, weight.stride(0) * size, out.stride(0), 0 if addend is None else addend.stride(0)),
+        _WEIGHT_CODES[weight.dtype], epilogue, is_bf16, out.dtype == torch.float32,
+        torch.cuda.current_stream(x.device).cuda_stream,
     )  # fmt: skip
     return out
 

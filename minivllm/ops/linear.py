@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from minivllm.ops import gpu, native
+from minivllm.ops import cuda, gpu, native
 from minivllm.ops.activation import reference as silu_mul
 from minivllm.ops.checks import require
 from minivllm.ops.kv_write import KvPlace
@@ -405,6 +405,7 @@ def cuda_why_not(spec: OpSpec) -> str | None:
 
 IMPLEMENTATIONS = [
     Impl(PackedLinear, why_not=native.why_not),
+    Impl("linear_few_rows:FewRowsLinear", why_not=cuda.few_rows_why_not),
     Impl("linear_cuda:CublasLinear", why_not=cuda_why_not),
     Impl(DenseLinear),
 ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from minivllm.ops import gpu
+from minivllm.ops import cuda, gpu
 from minivllm.ops.linear_int8 import DenseScaledLinear, scale_rows
 from minivllm.ops.op import Impl, Op, OpSpec
 
@@ -33,5 +33,12 @@ def why_not(spec: OpSpec) -> str | None:
     return None if gpu.has_fp8(spec.device) else "float8 needs compute capability 8.9"
 
 
-IMPLEMENTATIONS = [Impl("triton.linear:TritonFp8Linear", why_not)]
+def few_rows_why_not(spec: OpSpec) -> str | None:
+    return why_not(spec) or cuda.few_rows_why_not(spec)
+
+
+INVARIANT_IMPLEMENTATIONS = [Impl("triton.linear:TritonFp8Linear", why_not)]
+invariant_fp8_linear = Op("invariant_fp8_linear", INVARIANT_IMPLEMENTATIONS)
+
+IMPLEMENTATIONS = [Impl("linear_few_rows:FewRowsFp8Linear", few_rows_why_not), *INVARIANT_IMPLEMENTATIONS]
 fp8_linear = Op("fp8_linear", IMPLEMENTATIONS)

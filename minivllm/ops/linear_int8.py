@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from minivllm.ops import gpu, native
+from minivllm.ops import cuda, gpu, native
 from minivllm.ops.linear import DenseLinear, PackedLinear, check_input, check_rows
 from minivllm.ops.op import Impl, Op, OpSpec
 
@@ -113,9 +113,21 @@ def reference_why_not(spec: OpSpec) -> str | None:
     return None if spec.device == "cpu" else f"not on {spec.device}: it multiplies in float64"
 
 
-IMPLEMENTATIONS = [
+def few_rows_why_not(spec: OpSpec) -> str | None:
+    return triton_why_not(spec) or cuda.few_rows_why_not(spec)
+
+
+INVARIANT_IMPLEMENTATIONS = [
     Impl(PackedInt8Linear, why_not=native_why_not),
     Impl("triton.linear:TritonInt8Linear", why_not=triton_why_not),
     Impl(DenseInt8Linear, why_not=reference_why_not),
+]
+invariant_int8_linear = Op("invariant_int8_linear", INVARIANT_IMPLEMENTATIONS)
+
+# Sums are exact, but what follows them may be rounded elsewhere by another kernel.
+IMPLEMENTATIONS = [
+    Impl(PackedInt8Linear, why_not=native_why_not),
+    Impl("linear_few_rows:FewRowsInt8Linear", why_not=few_rows_why_not),
+    *INVARIANT_IMPLEMENTATIONS[1:],
 ]
 int8_linear = Op("int8_linear", IMPLEMENTATIONS)

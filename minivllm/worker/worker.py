@@ -21,7 +21,7 @@ from minivllm.config.engine import EngineConfig
 from minivllm.config.profiler import read_profiler_config
 from minivllm.config.scheduler import step_limits
 from minivllm.exceptions import ConfigError
-from minivllm.layers.linear import BATCH_INVARIANT
+from minivllm.layers.linear import batch_invariant
 from minivllm.logger import init_logger
 from minivllm.logits_processors import load_logits_processors
 from minivllm.messages.engine import SLEEPING_PARTS
@@ -286,9 +286,9 @@ class Worker:
     def _build_model(self, backend: AttentionBackend, max_model_len: int) -> DecoderForCausalLM:
         """The model without its weights: pages that nobody has touched."""
         model_class = load_class(self.config.model_class)
-        quantization = self.config.model.quantization  # sums of int8 and int4 are exact, so batch invariant
-        if quantization is None and self.config.device.batch_invariant:
-            quantization = BATCH_INVARIANT
+        quantization = self.config.model.quantization
+        if self.config.device.batch_invariant:
+            quantization = batch_invariant(quantization)
         try:
             return model_class(self.config.hf_config, backend, max_model_len, quantization)
         except NoImplementation as error:

@@ -185,6 +185,44 @@ void multiply_add(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2])
     std::copy(result, result + 4, c);
 }
 
+// Lane 4 g + t holds, of a 16 × 32 a, the words (row, column) a0 (g, 4t), a1 (g + 8, 4t), a2 (g, 4t + 16),
+// a3 (g + 8, 4t + 16); of a 32 × 8 b, the words down column g that begin at rows 4t and 4t + 16; of c as above.
+inline void multiply_add_int8(int32_t (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    uint32_t sent[8] = {a[0], a[1], a[2], a[3], b[0], b[1], 0, 0};
+    std::memcpy(fibers[current]->sent, sent, sizeof(sent));
+    warp_barrier();
+    const auto lane = [](int g, int t) { return fibers[current / 32 * 32 + 4 * g + t]->sent; };
+    const int g = current % 32 / 4, t = current % 4;
+    int32_t result[4];
+    for (int i = 0; i < 4; ++i) {
+        const int row = g + i / 2 * 8, column = 2 * t + i % 2;
+        result[i] = c[i];
+        for (int k = 0; k < 32; ++k) {
+            const uint32_t left = lane(row % 8, k % 16 / 4)[row / 8 + k / 16 * 2] >> 8 * (k % 4);
+            const uint32_t right = lane(column, k % 16 / 4)[4 + k / 16] >> 8 * (k % 4);
+            result[i] += int32_t(int8_t(left)) * int32_t(int8_t(right));
+        }
+    }
+    warp_barrier();
+    std::copy(result, result + 4, c);
+}
+
+inline uint4 load_streamed(const void* from) {
+    if (reinterpret_cast<uintptr_t>(from) % 16) {
+        std::fprintf(stderr, "a load of 16 bytes is not aligned\n");
+        std::abort();
+    }
+    uint4 words;
+    std::memcpy(&words, from, 16);
+    return words;
+}
+
+inline uint16_t load_shared_line(const uint16_t* from) { return *from; }
+
+// A launch is done before the next one begins.
+inline void wait_for_earlier_kernels() {}
+inline void let_next_kernel_begin() {}
+
 // Running kernels -------------------------------------------------------------
 
 inline Dim grid_place, thread_place;
@@ -200,10 +238,12 @@ inline void fiber_main() {
 inline void run_block(int num_threads, int shared_bytes, const std::function<void()>& kernel) {
     body = kernel;
     shared_memory.assign(shared_bytes + 16, char(0xff));  // NaN, wherever it is read before it is written
-    fibers.clear();
-    for (int i = 0; i < num_threads; ++i) {
-        fibers.push_back(std::make_unique<Fiber>());
-        Fiber& fiber = *fibers.back();
+    if (int(fibers.size()) != num_threads) fibers.clear();
+    while (int(fibers.size()) < num_threads) fibers.push_back(std::make_unique<Fiber>());
+    for (const auto& each : fibers) {  // whose stacks serve one block after another
+        Fiber& fiber = *each;
+        fiber.open.clear(), fiber.groups.clear();
+        fiber.done = false, fiber.waits = fiber.warp_waits = 0;
         getcontext(&fiber.context);
         fiber.context.uc_stack.ss_sp = fiber.stack.data();
         fiber.context.uc_stack.ss_size = fiber.stack.size();

@@ -1,5 +1,6 @@
 // The CUDA kernels on a CPU, by ctypes: see emulate.h and test_emulated.py.
 #include "decode_attention_launch.h"
+#include "few_rows_launch.h"
 #include "kv_copy.h"
 
 using namespace minivllm::cuda;
@@ -26,4 +27,20 @@ extern "C" int emulated_decode(void* out, const void* q, const char* cache, cons
 extern "C" void emulated_copy_blocks(const uint64_t* from, const uint64_t* to, int num_layers, const int64_t* pairs,
                                      int num_pairs, int64_t block_bytes) {
     run_grid(&copy_blocks_kernel, {num_pairs, num_layers, 1}, kCopyThreads, 0, from, to, pairs, block_bytes);
+}
+
+// addresses and sizes: as few_rows_call of csrc/cuda/bind.cpp takes them.
+extern "C" int emulated_few_rows(const uint64_t* addresses, const int64_t* sizes, int type, int epilogue, int is_bf16,
+                                 int is_wide) {
+    FewRows p = {};
+    p.out = reinterpret_cast<void*>(addresses[0]), p.x = reinterpret_cast<const char*>(addresses[1]);
+    p.weight = reinterpret_cast<const char*>(addresses[2]), p.bias = reinterpret_cast<const void*>(addresses[3]);
+    p.addend = reinterpret_cast<const float*>(addresses[4]), p.x_scales = reinterpret_cast<const float*>(addresses[5]);
+    p.weight_scales = reinterpret_cast<const float*>(addresses[6]);
+    p.num_rows = int(sizes[0]), p.out_features = int(sizes[1]), p.row_bytes = int(sizes[2]);
+    p.x_stride = sizes[3], p.weight_stride = sizes[4], p.out_stride = sizes[5], p.addend_stride = sizes[6];
+    p.epilogue = Epilogue(epilogue), p.is_bf16 = is_bf16 != 0, p.is_wide = is_wide != 0;
+    return visit_few_rows_kernel(p, WeightType(type), [&](auto kernel, int blocks, int threads, int shared_bytes) {
+        run_grid(kernel, {blocks, 1, 1}, threads, shared_bytes, p);
+    });
 }

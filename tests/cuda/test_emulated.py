@@ -109,6 +109,13 @@ def test_the_cards_own_cases_are_right_of_the_emulated_kernels(name: str, monkey
     assert max_diff(check.run(), check.expected()) <= check.tolerance
 
 
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("cuda_few_rows")])
+def test_a_product_of_few_rows_is_right_whatever_follows_it(name: str, monkeypatch: pytest.MonkeyPatch):
+    emulate(monkeypatch)
+    check = CASES[name]("cpu", False)
+    assert max_diff(check.run(), check.expected()) <= check.tolerance
+
+
 def test_a_cache_that_no_kernel_reads_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "minivllm._cuda", None)  # as where it was not built
     monkeypatch.delattr(minivllm, "_cuda", raising=False)

@@ -135,6 +135,7 @@ def _walk(
     kv, scales, table: at the request's row and the KV head. Only positions [first_read, end_read) are read. Not
     IS_MASKED promises that every row sees every position.
     """
+    IS_PLAIN: tl.constexpr = not (HAS_SOFTCAP or HAS_ALIBI or IS_INT8)
     dims = tl.arange(0, BLOCK_DIM)
     # Block ids are fetched a tile ahead, so that a load of keys in the pipeline has not to wait for one of ids.
     next_block = _load_blocks(table, first, first_read, end_read, BLOCK_SIZE, TILE)
@@ -162,7 +163,9 @@ def _walk(
 
         if IS_INT8:
             keys, values = keys.to(tl.float32), values.to(tl.float32)
-        scores = tl.dot(q, tl.trans(keys.to(DOT_DTYPE)), input_precision="ieee") * scale
+        scores = tl.dot(q, tl.trans(keys.to(DOT_DTYPE)), input_precision="ieee")
+        if not IS_PLAIN:
+            scores = scores * scale
         if IS_INT8:
             scale_places = scales + block * scale_block_stride + offsets
             key_scales = tl.load(scale_places, mask=is_read, other=0.0)
@@ -172,16 +175,24 @@ def _walk(
             scores = softcap * _tanh(scores / softcap)
         if HAS_ALIBI:
             scores += slopes[:, None] * (positions[None, :] - row_positions[:, None]).to(tl.float32)
-        scores = scores * _LOG2E
+        if not IS_PLAIN:
+            scores = scores * _LOG2E
         if IS_MASKED:
             is_seen = positions[None, :] <= row_positions[:, None]
             if WINDOW > 0:
                 is_seen = is_seen & (positions[None, :] > row_positions[:, None] - WINDOW)
             scores = tl.where(is_seen, scores, _NEGATIVE_INFINITY)
 
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        safe_top = tl.where(new_top == _NEGATIVE_INFINITY, 0.0, new_top)
-        weights = tl.exp2(scores - safe_top[:, None])
+        if IS_PLAIN:
+            # Scaled as the maximum is taken off, which is one instruction: softmax is as long as a product.
+            to_log2 = scale * _LOG2E
+            new_top = tl.maximum(top, tl.max(scores, 1) * to_log2)
+            safe_top = tl.where(new_top == _NEGATIVE_INFINITY, 0.0, new_top)
+            weights = tl.exp2(scores * to_log2 - safe_top[:, None])
+        else:
+            new_top = tl.maximum(top, tl.max(scores, 1))
+            safe_top = tl.where(new_top == _NEGATIVE_INFINITY, 0.0, new_top)
+            weights = tl.exp2(scores - safe_top[:, None])
         shrink = tl.exp2(top - safe_top)
         total = total * shrink + tl.sum(weights, 1)
         if IS_INT8:

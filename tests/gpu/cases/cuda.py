@@ -9,9 +9,14 @@ import torch
 
 from minivllm.ops import cuda
 from minivllm.ops.kv_layout import RowLayout
+from minivllm.ops.linear import DenseLinear
+from minivllm.ops.linear_few_rows import FewRowsFp8Linear, FewRowsInt8Linear, FewRowsLinear
+from minivllm.ops.linear_fp8 import DenseFp8Linear
+from minivllm.ops.linear_int8 import DenseInt8Linear
 from minivllm.ops.paged_attention import Options, _attend
 from tests.gpu.case import DTYPES, Case, Check, ints, randn
 from tests.gpu.cases.attention import BATCHES, LARGE, NAMES, TOLERANCE, filled_cache, some_options
+from tests.gpu.cases.linear import multiplying
 
 
 def why_not() -> str | None:
@@ -130,6 +135,71 @@ def copies(device: str, large: bool, *, to_host: bool) -> Check:
     return Check(run, expected, 0.0)
 
 
+FEW_ROWS = {
+    "gemm": (FewRowsLinear, DenseLinear),
+    "int8": (FewRowsInt8Linear, DenseInt8Linear),
+    "fp8": (FewRowsFp8Linear, DenseFp8Linear),
+}
+
+
+def few_rows(device: str, large: bool, *, kind: str, dtype: str, rows: int, epilogue: str, shape: str = "odd") -> Check:
+    """Against the reference, which quantises in the same way; `wide` has float32 results."""
+    sizes = {"odd": (203 if epilogue != "silu" else 206, 176), "wide": (8200, 64), "deep": (24, 8208)}
+    shapes = {"odd": (3072, 2048), "wide": (16384, 1024), "deep": (2048, 8192)} if large else sizes
+    out_features, in_features = shapes[shape]
+    return multiplying(
+        device, False, kind=kind, dtype=dtype, rows=rows, shape=(out_features, in_features), epilogue=epilogue,
+        pairs=FEW_ROWS,
+    )  # fmt: skip
+
+
+def few_rows_together(device: str, large: bool, *, kind: str) -> Check:
+    """A row alone has the bits it has among others, up to the most that there may be; launched behind one another."""
+    shape = (6144, 4096) if large else (200, 160)
+    linear = FEW_ROWS[kind][0](*shape, torch.bfloat16, device=device)
+    linear.load_rows(0, randn("cpu", *shape))
+    x = randn(device, 16, shape[1], dtype=torch.bfloat16)
+    return Check(
+        lambda: torch.cat([linear(x[i : i + 1]) for i in range(16)]),
+        lambda: torch.cat([linear(x)[:4], linear(x[4:12]), linear(x[12:])]),
+        0.0,
+    )
+
+
+def few_rows_chained(device: str, large: bool) -> Check:
+    """Products that begin while the one before them ends, captured and not, each of what that one makes."""
+    size = 4096 if large else 64
+    gate_up = FewRowsLinear(2 * size, size, torch.bfloat16, gated=True, device=device)
+    down = FewRowsLinear(size, size, torch.bfloat16, device=device)
+    gate_up.load_rows(0, randn(device, 2 * size, size, seed=1) * size**-0.5)
+    down.load_rows(0, randn(device, size, size, seed=2) * size**-0.5)
+    start = randn(device, 4, size, dtype=torch.bfloat16)
+
+    def steps(residual: torch.Tensor, wait: Callable[[], None]) -> torch.Tensor:
+        for _ in range(8 if large else 2):
+            down.add_to(residual, gate_up.silu_mul(residual))
+            wait()
+        return residual
+
+    def run() -> torch.Tensor:
+        residual = start.clone()
+        work = partial(steps, residual, lambda: None)
+        if device == "cuda":
+            graph = torch.cuda.CUDAGraph()
+            work()  # no module may be loaded in a capture
+            torch.cuda.synchronize()
+            with torch.cuda.graph(graph):
+                work()
+            work = graph.replay
+        residual.copy_(start)
+        work()
+        return residual
+
+    return Check(
+        run, lambda: steps(start.clone(), torch.cuda.synchronize if device == "cuda" else lambda: None), 0.0
+    )
+
+
 def _cases() -> dict[str, Case]:
     found: dict[str, Case] = {}
 
@@ -152,6 +222,15 @@ def _cases() -> dict[str, Case]:
         add(captured, kv_dtype=kv_dtype)
     for to_host in (False, True):
         add(copies, to_host=to_host)
+    for kind in FEW_ROWS:
+        for epilogue, rows in {"plain": 1, "bias": 3, "wide": 8, "addend": 9, "residual": 2, "silu": 16}.items():
+            add(few_rows, kind=kind, dtype="bf16", rows=rows, epilogue=epilogue)
+        add(few_rows, kind=kind, dtype="f16", rows=4, epilogue="silu")
+        for shape in ("wide", "deep"):
+            add(few_rows, kind=kind, dtype="bf16", rows=11, epilogue="residual", shape=shape)
+            add(few_rows, kind=kind, dtype="bf16", rows=1, epilogue="bias", shape=shape)
+        add(few_rows_together, kind=kind)
+    add(few_rows_chained)
     return found
 
 

@@ -24,9 +24,10 @@ _FP8_ON_A_CARD = 4e-3  # Hopper's tensor cores keep about 14 bits of a tile's su
 
 
 def multiplying(
-    device: str, large: bool, *, kind: str, dtype: str, rows: int, shape: tuple[int, int], epilogue: str
-) -> Check:
-    kernel_class, reference_class = PAIRS[kind]
+    device: str, large: bool, *, kind: str, dtype: str, rows: int, shape: tuple[int, int], epilogue: str,
+    pairs: dict[str, tuple[type, type]] = PAIRS,
+) -> Check:  # fmt: skip
+    kernel_class, reference_class = pairs[kind]
     torch_dtype, (out_features, in_features) = DTYPES[dtype], (4096, 4096) if large else shape
     rows = 8 * rows if large else rows
     gated = epilogue == "silu"
