@@ -15,14 +15,21 @@ bool visit_few_rows_kernel(const FewRows& p, WeightType type, Visit&& visit) {
     if (p.num_rows < 1 || p.num_rows > kMostRows || p.row_bytes % 16 != 0) return false;
     const bool is_8_bit = type == WeightType::int8 || type == WeightType::fp8;
     if (is_8_bit != (p.x_scales != nullptr && p.weight_scales != nullptr)) return false;
-    const auto with = [&](auto weight_type, auto tiles, auto is_gated, auto rows, auto depth) {
+    if (p.norm_weight != nullptr && (type != WeightType::bf16 || p.epilogue == Epilogue::add_residual)) return false;
+    const auto with_norm = [&](auto weight_type, auto tiles, auto is_gated, auto has_norm, auto rows, auto depth) {
         constexpr WeightType kType = decltype(weight_type)::value;
         constexpr int kTiles = decltype(tiles)::value, kRows = decltype(rows)::value, kDepth = decltype(depth)::value;
         constexpr bool kIsGated = decltype(is_gated)::value;
         constexpr int kFewWarps = 8;
-        visit(&few_rows_product<kType, kTiles, kIsGated, kRows, kFewWarps, kDepth, 1>,
+        visit(&few_rows_product<kType, kTiles, kIsGated, decltype(has_norm)::value, kRows, kFewWarps, kDepth, 1>,
               (p.out_features + 8 * kTiles - 1) / (8 * kTiles), 32 * kFewWarps,
               few_rows_shared_bytes<kTiles, kIsGated, kRows, kFewWarps>());
+    };
+    const auto with = [&](auto weight_type, auto tiles, auto is_gated, auto rows, auto depth) {
+        constexpr WeightType kType = decltype(weight_type)::value;
+        if constexpr (kType == WeightType::bf16)
+            if (p.norm_weight != nullptr) return with_norm(weight_type, tiles, is_gated, std::true_type{}, rows, depth);
+        with_norm(weight_type, tiles, is_gated, std::false_type{}, rows, depth);
     };
     const auto with_rows = [&](auto weight_type, auto rows) {
         using One = std::integral_constant<int, 1>;

@@ -30,8 +30,9 @@ from minivllm.messages.worker import GrammarOutput, ModelRunnerOutput, Scheduler
 from minivllm.models import loader
 from minivllm.models.decoder import DecoderForCausalLM
 from minivllm.models.registry import load_class
+from minivllm.ops import cuda
 from minivllm.ops.native import MemoryTaker
-from minivllm.ops.op import NoImplementation
+from minivllm.ops.op import NoImplementation, OpSpec
 from minivllm.platforms.platform import Platform, detect
 from minivllm.sample.custom import CustomProcessors
 from minivllm.sample.sampler import Sampler
@@ -136,7 +137,10 @@ class Worker:
             max_num_batched_tokens=max_num_batched_tokens,
             dtype=name_of(dtype),
             numerics_id="-".join(
-                filter(None, [platform.numerics_id, backend.numerics_id, config.model.quantization])
+                filter(
+                    None,
+                    [platform.numerics_id, self._products_id(dtype), backend.numerics_id, config.model.quantization],
+                )
             ),
             kv_cache_groups=tuple(size.spec.groups),
             plans_in_flight=self._plans_in_flight,
@@ -293,6 +297,11 @@ class Worker:
             return model_class(self.config.hf_config, backend, max_model_len, quantization)
         except NoImplementation as error:
             raise ConfigError(f"this model cannot run on {self.platform.name}: {error}") from error
+
+    def _products_id(self, dtype: torch.dtype) -> str:
+        """What linear layers have that another installation on such a device may lack."""
+        has_few_rows = cuda.few_rows_why_not(OpSpec(self.platform.device, dtype)) is None
+        return "few_rows" if has_few_rows and not self.config.device.batch_invariant else ""
 
     def _check_files(self, model: DecoderForCausalLM) -> loader.LoadPlan | None:
         """What will be read from where; None for made-up weights."""

@@ -54,9 +54,10 @@ class EmulatedExtension:
         assert library().emulated_decode(*addresses, numbers, (ctypes.c_float * 3)(*factors), kv)
 
     @staticmethod
-    def few_rows(addresses, sizes, strides, weight_type, epilogue, is_bf16, is_wide, stream):
-        addresses, numbers = (ctypes.c_uint64 * 7)(*addresses), (ctypes.c_int64 * 7)(*sizes, *strides)
-        assert library().emulated_few_rows(addresses, numbers, weight_type, epilogue, is_bf16, is_wide)
+    def few_rows(addresses, sizes, strides, weight_type, epilogue, is_bf16, is_wide, norm_eps, stream):
+        addresses, numbers = (ctypes.c_uint64 * 8)(*addresses), (ctypes.c_int64 * 7)(*sizes, *strides)
+        norm_eps = ctypes.c_float(norm_eps)
+        assert library().emulated_few_rows(addresses, numbers, weight_type, epilogue, is_bf16, is_wide, norm_eps)
 
     @staticmethod
     def copy_blocks(sources, targets, num_layers, pairs, num_pairs, block_bytes, stream):
