@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from benchmarks.gpu.models import Row
 
 PARTS = (
-    "attention", "captured", "cuda-decode", "decode-8B", "start-8B", "decode-1B", "kernels", "sampling",
-    "batch-invariant", "transformers",
+    "attention", "captured", "cuda-decode", "decode-8B", "start-8B", "decode-1B", "few-rows", "kernels",
+    "sampling", "batch-invariant", "transformers",
 )  # fmt: skip
 _START_S = 100  # at most, from a command to its first token
 _GRACE_S = 60  # what a row may last beyond --seconds before it is taken to hang
@@ -67,10 +67,13 @@ def main() -> int:
     for part in (part for part in PARTS if part in args.only):
         if not is_time_left():
             print(f"\n{part}: not run: {args.seconds:.0f} seconds are over")
-        elif part in ("attention", "captured", "kernels"):
+        elif part in ("attention", "captured", "few-rows", "kernels"):
             print(f"\n{'kernel':<76} {'us':>9} {'rate':>14} {'of ceiling':>10}")
-            of_part = {"attention": kernels.attention_kernels, "captured": kernels.captured_kernels}
-            for kernel in of_part.get(part, kernels.other_kernels)():
+            of_part = {
+                "attention": kernels.attention_kernels, "captured": kernels.captured_kernels,
+                "few-rows": kernels.few_rows_kernels, "kernels": kernels.other_kernels,
+            }  # fmt: skip
+            for kernel in of_part[part]():
                 if not is_time_left():
                     print(f"{kernel.name:<76} not run: out of time")
                     continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from benchmarks.gpu.clock import Ceilings, Clock
 from minivllm.ops import cuda
 from minivllm.ops.kv_layout import RowLayout
+from minivllm.ops.linear import DenseLinear
 from minivllm.ops.op import OpSpec
 from minivllm.ops.paged_attention import Options
 
@@ -136,6 +138,52 @@ def _captured(work: Callable[[], object]) -> Callable[[], object]:
     with torch.cuda.graph(graph):
         work()
     return graph.replay
+
+
+WEIGHTS = {  # out_features, in_features, is_gated, of an 8B and of a 1B shape
+    "8B qkv": (6144, 4096, False), "8B o": (4096, 4096, False), "8B gate and up": (28672, 4096, True),
+    "8B down": (4096, 14336, False), "8B head": (128256, 4096, False), "1B qkv": (3072, 2048, False),
+    "1B o": (2048, 2048, False), "1B gate and up": (16384, 2048, True), "1B down": (2048, 8192, False),
+    "1B head": (128256, 2048, False),
+}  # fmt: skip
+
+
+def few_rows_kernels(
+    device: str = "cuda", *, weights: dict[str, tuple[int, int, bool]] = WEIGHTS, counts: tuple[int, ...] = (1, 8, 16),
+    least_bytes: int = 1 << 28,
+) -> Iterator[Kernel]:  # fmt: skip
+    """Products of few rows as a captured step launches them, one behind another, of so many weights that no cache holds
+    them; with what follows them (residual, SiLU), beside cuBLAS with the same."""
+    from minivllm.ops.linear_cuda import CublasLinear
+    from minivllm.ops.linear_few_rows import FewRowsFp8Linear, FewRowsInt8Linear, FewRowsLinear
+
+    classes = {"cuBLAS": CublasLinear, "CUDA C++": FewRowsLinear, "int8": FewRowsInt8Linear, "fp8": FewRowsFp8Linear}
+    for what, (out_features, in_features, is_gated) in weights.items():
+        for label, make in classes.items():
+            size = out_features * in_features * (1 if label in ("int8", "fp8") else 2)
+            linears = []
+            for _ in range(max(2, -(-least_bytes // size))):
+                linears.append(make(out_features, in_features, torch.bfloat16, gated=is_gated, device=device))
+                linears[-1].load_rows(0, torch.randn(out_features, in_features, device=device))
+            for rows in counts:
+                x = torch.randn(rows, in_features, device=device).bfloat16()
+                residual = torch.zeros(rows, out_features, device=device).bfloat16()
+                work = partial(_multiply_all, linears, x, residual, what.split()[-1])
+                yield Kernel(
+                    f"linear of few rows ({label}), {what}, {rows} rows",
+                    _captured(work) if device == "cuda" else work, sum(linear.nbytes for linear in linears),
+                )  # fmt: skip
+
+
+def _multiply_all(linears: list[DenseLinear], x: torch.Tensor, residual: torch.Tensor, what: str) -> None:
+    """By each, with what follows the projection `what` in a model."""
+    for linear in linears:
+        if linear.gated:
+            linear.silu_mul(x)
+        elif what in ("o", "down"):
+            linear.add_to(residual, x)
+        else:
+            linear(x, out_dtype=torch.float32 if what == "head" else None)
 
 
 def other_kernels() -> Iterator[Kernel]:

@@ -339,6 +339,7 @@ MINIVLLM_DEVICE void attend_segment(const DecodeAttention& p, char* const shared
 template <bool kIsBf16, KvType kKv, int kHeadDim, int kRows>
 MINIVLLM_KERNEL(kThreads, 1) decode_part(const DecodeAttention p) {
     MINIVLLM_SHARED(shared);
+    let_next_kernel_begin();
     const int kv_head = blockIdx.x, req = blockIdx.y, part = blockIdx.z;
     if constexpr (kHeadDim > kMostLooped) {
         attend_segment<kIsBf16, kKv, kHeadDim, kRows>(p, shared, req, kv_head, part);
@@ -356,6 +357,7 @@ constexpr int kMergedAtOnce = 8;
 
 // Grid: (num_heads, num_reqs) of head_dim threads.
 MINIVLLM_KERNEL(256, 1) merge_segments(const DecodeAttention p) {
+    let_next_kernel_begin();
     const int head = blockIdx.x, req = blockIdx.y, d = threadIdx.x;
     const int seq_len = p.seq_lens[req], first = first_seen(seq_len, p.window);
     if (seq_len == 0 || !is_split(first, seq_len)) return;

@@ -153,6 +153,13 @@ MINIVLLM_KERNEL(32 * kWarps, kBlocks) few_rows_product(const FewRows p) {
     const int num_steps = (p.row_bytes + 127) / 128;
 #pragma unroll
     for (int slot = 0; slot < kDepth; ++slot) fetch_weights(slot, warp + slot * kWarps);
+    if (threadIdx.x < 8 * kAll) {  // a row each
+        const int at = 128 * kDepth * kWarps, left = p.row_bytes - at;
+        const int feature = first_feature + threadIdx.x % (8 * kTiles);
+        const int there = feature < p.out_features ? feature : p.out_features - 1;
+        const char* const row = p.weight + (int64_t(threadIdx.x / (8 * kTiles)) * p.out_features + there) * p.weight_stride;
+        if (p.prefetch_bytes > 0 && left > 0) prefetch(row + at, left < p.prefetch_bytes ? left : p.prefetch_bytes);
+    }
     wait_for_earlier_kernels();
 #pragma unroll
     for (int slot = 0; slot < kDepth; ++slot) fetch_rows(slot, warp + slot * kWarps);

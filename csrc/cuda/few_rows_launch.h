@@ -7,8 +7,6 @@
 
 namespace minivllm::cuda {
 
-constexpr int kWideFrom = 8192;  // features, from which a thread block makes 16 instead of 8
-
 // Calls visit(kernel, thread blocks, threads, shared memory in bytes) for the kernel that serves `p`; false if none does.
 template <class Visit>
 bool visit_few_rows_kernel(const FewRows& p, WeightType type, Visit&& visit) {
@@ -34,9 +32,17 @@ bool visit_few_rows_kernel(const FewRows& p, WeightType type, Visit&& visit) {
     const auto with_rows = [&](auto weight_type, auto rows) {
         using One = std::integral_constant<int, 1>;
         using Two = std::integral_constant<int, 2>;
-        if (p.epilogue == Epilogue::silu_mul) with(weight_type, One{}, std::true_type{}, rows, Two{});
-        else if (p.out_features >= kWideFrom) with(weight_type, Two{}, std::false_type{}, rows, Two{});
-        else with(weight_type, One{}, std::false_type{}, rows, Two{});
+        using Four = std::integral_constant<int, 4>;
+        constexpr WeightType kType = decltype(weight_type)::value;
+        constexpr bool kIs8Bit = kType == WeightType::int8 || kType == WeightType::fp8;
+        if (p.epilogue == Epilogue::silu_mul)
+            with(weight_type, One{}, std::true_type{}, rows, std::conditional_t<kIs8Bit, One, Two>{});
+        else if constexpr (kIs8Bit)
+            with(weight_type, Two{}, std::false_type{}, rows, One{});
+        else if constexpr (decltype(rows)::value == 8)
+            with(weight_type, One{}, std::false_type{}, rows, Four{});
+        else
+            with(weight_type, Two{}, std::false_type{}, rows, Two{});
     };
     const auto with_type = [&](auto weight_type) {
         if (p.num_rows <= 8) with_rows(weight_type, std::integral_constant<int, 8>{});

@@ -23,6 +23,7 @@ struct FewRows {
     float norm_eps;
     int num_rows, out_features;
     int row_bytes;              // of x and of the weight, a multiple of 16
+    int prefetch_bytes;         // of each of the weight's rows behind its first steps, a multiple of 16
     Epilogue epilogue;
     bool is_bf16;               // bias, and out if not is_wide; else float16
     bool is_wide;               // out is float32

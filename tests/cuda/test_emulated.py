@@ -14,9 +14,14 @@ import torch
 
 import minivllm
 import tests.gpu.interpreter  # noqa: F401  before the kernels that the cases import
+from benchmarks.gpu import kernels
 from minivllm.ops import cuda, kv_write
 from minivllm.ops.cuda import block_ranges
 from minivllm.ops.kv_layout import RowLayout
+from minivllm.ops.linear import linear
+from minivllm.ops.linear_few_rows import FewRowsLinear
+from minivllm.ops.linear_int8 import int8_linear, invariant_int8_linear
+from minivllm.ops.op import OpSpec
 from minivllm.ops.paged_attention import Options, _attend
 from tests.cuda.emulated import KV_CODES, EmulatedExtension, compiler, emulate, library, pointer
 from tests.gpu.case import max_diff
@@ -114,6 +119,45 @@ def test_a_product_of_few_rows_is_right_whatever_follows_it(name: str, monkeypat
     emulate(monkeypatch)
     check = CASES[name]("cpu", False)
     assert max_diff(check.run(), check.expected()) <= check.tolerance
+
+
+def test_the_benchmark_multiplies_few_rows_with_what_follows_them(monkeypatch: pytest.MonkeyPatch):
+    emulate(monkeypatch)
+    weights = {"tiny qkv": (16, 32, False), "tiny down": (16, 32, False), "tiny gate and up": (32, 16, True)}
+    made = list(kernels.few_rows_kernels("cpu", weights=weights, counts=(1, 3), least_bytes=1))
+    assert len(made) == 3 * 4 * 2
+    for kernel in made:
+        kernel.work()
+        assert kernel.num_bytes > 0
+
+
+def test_linear_layers_take_the_kernel_where_it_is_built_and_measured(monkeypatch: pytest.MonkeyPatch):
+    spec = OpSpec("cuda", torch.bfloat16, {"in_features": 64})
+    assert cuda.few_rows_why_not(OpSpec("cpu", torch.bfloat16)) == "needs CUDA, got cpu"
+    monkeypatch.setattr(cuda, "extension", lambda: (None, "built without CUDA kernels"))
+    assert linear.select(spec).__name__ == "CublasLinear"
+    emulate(monkeypatch)
+    assert linear.select(spec).__name__ == "FewRowsLinear"
+    assert int8_linear.select(spec).__name__ == "FewRowsInt8Linear"
+    assert invariant_int8_linear.select(spec).__name__ == "TritonInt8Linear"  # what batch_invariant() names
+    assert linear.select(OpSpec("cuda", torch.bfloat16, {"in_features": 20})).__name__ == "CublasLinear"
+    assert linear.select(OpSpec("cuda", torch.float32)).__name__ == "CublasLinear"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: (8, 0))
+    assert linear.select(spec).__name__ == "CublasLinear"
+
+
+def test_more_rows_or_rows_that_are_not_aligned_are_another_kernels(monkeypatch: pytest.MonkeyPatch):
+    emulate(monkeypatch)
+    x = torch.zeros(20, 64, dtype=torch.bfloat16)
+    assert cuda.few_rows_fits(x[:16, :32], x[:16, :32], None, None)
+    assert not cuda.few_rows_fits(x[:17], x[:17], None, None) and not cuda.few_rows_fits(x[:0], x[:0], None, None)
+    assert not cuda.few_rows_fits(x[:4, :32], x[:4, 1:33], None, None)
+    assert not cuda.few_rows_fits(x[:4, ::2], x[:4], None, None)
+    assert not cuda.few_rows_fits(x[:4].half(), x[:4], None, None)
+    few = FewRowsLinear(24, 64, torch.bfloat16, device="cpu")
+    few.load_rows(0, torch.ones(24, 64))
+    assert few(x).shape == (20, 24)  # by cuBLAS's class, whose own tests are elsewhere
 
 
 def test_a_cache_that_no_kernel_reads_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch):
