@@ -32,5 +32,7 @@ extern "C" void emulated_copy_blocks(const uint64_t* from, const uint64_t* to, i
 extern "C" void emulated_truncate(float* logits, const int32_t* top_k, const float* top_p, const float* min_p,
                                   int64_t row_stride, int vocab_size, int num_rows) {
     const Truncation t{logits, top_k, top_p, min_p, row_stride, vocab_size};
-    run_grid(&truncate_rows<kTruncationThreads, 1>, {num_rows, 1, 1}, kTruncationThreads, sizeof(TruncationShared), t);
+    // Fewer threads than a card's block has, for speed; no result depends on how many.
+    constexpr int kThreads = 128;
+    run_grid(&truncate_rows<kThreads, 1>, {num_rows, 1, 1}, kThreads, sizeof(TruncationShared), t);
 }
