@@ -8,6 +8,7 @@
 
 #include "decode_attention_sizes.h"
 #include "few_rows_sizes.h"
+#include "truncation_sizes.h"
 
 namespace minivllm::cuda {
 
@@ -16,6 +17,9 @@ void decode_attention(const DecodeAttention& p, KvType kv, cudaStream_t stream);
 
 // The same for a product of few rows. Needs compute capability 9.0.
 void few_rows(const FewRows& p, WeightType type, cudaStream_t stream);
+
+// Masks what top-k, top-p and min-p exclude, in place. Raises std::invalid_argument for rows of too many logits.
+void truncate(const Truncation& t, int num_rows, cudaStream_t stream);
 
 // Copies blocks within one cache and another or the same: to[pairs[2 i + 1]] = from[pairs[2 i]], in each of the layers.
 // Addresses of the layers' caches, and `pairs` ([num_pairs, 2] int64), are in device memory; pinned host memory will do

@@ -2,6 +2,7 @@
 #include "decode_attention_launch.h"
 #include "few_rows_launch.h"
 #include "kv_copy.h"
+#include "truncation.h"
 
 using namespace minivllm::cuda;
 
@@ -44,4 +45,12 @@ extern "C" int emulated_few_rows(const uint64_t* addresses, const int64_t* sizes
     return visit_few_rows_kernel(p, WeightType(type), [&](auto kernel, int blocks, int threads, int shared_bytes) {
         run_grid(kernel, {blocks, 1, 1}, threads, shared_bytes, p);
     });
+}
+
+extern "C" void emulated_truncate(float* logits, const int32_t* top_k, const float* top_p, const float* min_p,
+                                  int64_t row_stride, int vocab_size, int num_rows) {
+    const Truncation t{logits, top_k, top_p, min_p, row_stride, vocab_size};
+    // Fewer threads than a card's block has, for speed; no result depends on how many.
+    constexpr int kThreads = 128;
+    run_grid(&truncate_rows<kThreads, 1>, {num_rows, 1, 1}, kThreads, sizeof(TruncationShared), t);
 }
