@@ -36,15 +36,13 @@ void decode_attention_call(uint64_t out, uint64_t q, uint64_t cache, std::array<
     decode_attention(p, KvType(kv), ptr<CUstream_st>(stream));
 }
 
-// addresses: out, x, weight, bias, addend, scales of x, of the weight, a norm's weight;
-// sizes: num_rows, out_features, row_bytes.
-void few_rows_call(std::array<uint64_t, 8> addresses, std::array<int, 3> sizes, std::array<int64_t, 4> strides, int type,
-                   int epilogue, bool is_bf16, bool is_wide, float norm_eps, uint64_t stream) {
+// addresses: out, x, weight, bias, addend, scales of x, of the weight; sizes: num_rows, out_features, row_bytes.
+void few_rows_call(std::array<uint64_t, 7> addresses, std::array<int, 3> sizes, std::array<int64_t, 4> strides, int type,
+                   int epilogue, bool is_bf16, bool is_wide, uint64_t stream) {
     FewRows p = {};
     p.out = ptr<void>(addresses[0]), p.x = ptr<char>(addresses[1]), p.weight = ptr<char>(addresses[2]);
     p.bias = ptr<void>(addresses[3]), p.addend = ptr<float>(addresses[4]);
     p.x_scales = ptr<float>(addresses[5]), p.weight_scales = ptr<float>(addresses[6]);
-    p.norm_weight = ptr<void>(addresses[7]), p.norm_eps = norm_eps;
     p.num_rows = sizes[0], p.out_features = sizes[1], p.row_bytes = sizes[2];
     p.x_stride = strides[0], p.weight_stride = strides[1], p.out_stride = strides[2], p.addend_stride = strides[3];
     p.epilogue = Epilogue(epilogue), p.is_bf16 = is_bf16, p.is_wide = is_wide;

@@ -83,13 +83,6 @@ __device__ __forceinline__ uint4 load_streamed(const void* from) {
     return words;
 }
 
-// Asks for bytes to come to the second-level cache: a multiple of 16, as the address.
-__device__ __forceinline__ void prefetch(const void* from, int num_bytes) {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;\n" ::"l"(from), "r"(num_bytes) : "memory");
-#endif
-}
-
 // 2 bytes past the first-level cache, which may hold a neighbour's from before another multiprocessor wrote them.
 __device__ __forceinline__ uint16_t load_shared_line(const uint16_t* from) { return __ldcg(from); }
 

@@ -10,12 +10,9 @@
 // g = lane / 4 and t = lane % 4 it holds those at 64 j + 16 t of row g, which are the words of two products. They come
 // from memory to the registers that multiply them, through no shared memory.
 //
-// A norm of x is part of it: its weight is multiplied to x on the way, and what it divides by, to the sums.
-//
 // The weight's first steps are asked for before the kernels launched before are done (programmatic dependent launch).
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 #include <type_traits>
 
@@ -55,21 +52,10 @@ MINIVLLM_DEVICE uint16_t bits_of(float x, bool is_bf16) {
 
 MINIVLLM_DEVICE float rounded(float x, bool is_bf16) { return number_of(bits_of(x, is_bf16), is_bf16); }
 
-// Eight numbers times as many of a norm's weight, rounded; their squares are added to `squares`. (bfloat16: the product
-// of numbers that are not normed yet could be too large for float16.)
-MINIVLLM_DEVICE uint4 normed(uint4 x, uint4 weight, float& squares) {
-    const auto pair = [&](uint32_t its, uint32_t by) {
-        const float low = unpack<true>(its), high = unpack<true>(its >> 16);
-        squares += low * low + high * high;
-        return pack<true>(low * unpack<true>(by), high * unpack<true>(by >> 16));
-    };
-    return {pair(x.x, weight.x), pair(x.y, weight.y), pair(x.z, weight.z), pair(x.w, weight.w)};
-}
-
 // A sum, scaled, with addend and bias. feature: a row of the weight.
 template <WeightType kType>
-MINIVLLM_DEVICE float dressed(const FewRows& p, SumOf<kType> sum, float norm, int row, int feature) {
-    float y = float(sum) * norm;
+MINIVLLM_DEVICE float dressed(const FewRows& p, SumOf<kType> sum, int row, int feature) {
+    float y = float(sum);
     if constexpr (kType == WeightType::int8 || kType == WeightType::fp8)
         y *= p.x_scales[row] * p.weight_scales[feature];
     if (p.addend != nullptr) y += p.addend[row * p.addend_stride + feature];
@@ -90,11 +76,11 @@ MINIVLLM_DEVICE void finish(const FewRows& p, float y, int row, int feature) {
 
 template <int kTiles, bool kIsGated, int kRows, int kWarps>
 constexpr int few_rows_shared_bytes() {
-    return kWarps * ((kIsGated ? 2 : 1) * 8 * kTiles + 1) * kRows * 4;
+    return kWarps * (kIsGated ? 2 : 1) * 8 * kTiles * kRows * 4;
 }
 
 // Grid: out_features / (8 * kTiles), rounded up, of 32 * kWarps. kRows: 8 or 16, no fewer than num_rows.
-template <WeightType kType, int kTiles, bool kIsGated, bool kHasNorm, int kRows, int kWarps, int kDepth, int kBlocks>
+template <WeightType kType, int kTiles, bool kIsGated, int kRows, int kWarps, int kDepth, int kBlocks>
 MINIVLLM_KERNEL(32 * kWarps, kBlocks) few_rows_product(const FewRows p) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
     return;  // not launched there, see ops/cuda.py
@@ -115,7 +101,7 @@ MINIVLLM_KERNEL(32 * kWarps, kBlocks) few_rows_product(const FewRows p) {
     }
     const char* const x_rows = p.x + g * p.x_stride;
 
-    uint4 weights[kDepth][kAll][2], rows[kDepth][kHalves][2], norms[kDepth][2];
+    uint4 weights[kDepth][kAll][2], rows[kDepth][kHalves][2];
     const uint4 zeros = {0, 0, 0, 0};
     const auto fetch_weights = [&](int slot, int step) {
 #pragma unroll
@@ -132,11 +118,6 @@ MINIVLLM_KERNEL(32 * kWarps, kBlocks) few_rows_product(const FewRows p) {
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
             const int at = 128 * step + 64 * j + 16 * t;
-            if (kHasNorm) {
-                norms[slot][j] = zeros;
-                if (at < p.row_bytes)
-                    norms[slot][j] = *reinterpret_cast<const uint4*>(static_cast<const char*>(p.norm_weight) + at);
-            }
 #pragma unroll
             for (int half = 0; half < kHalves; ++half) {
                 rows[slot][half][j] = zeros;
@@ -149,17 +130,9 @@ MINIVLLM_KERNEL(32 * kWarps, kBlocks) few_rows_product(const FewRows p) {
     Sum sums[kAll][4];
 #pragma unroll
     for (int i = 0; i < kAll; ++i) sums[i][0] = sums[i][1] = sums[i][2] = sums[i][3] = 0;
-    float squares[kHalves] = {};
     const int num_steps = (p.row_bytes + 127) / 128;
 #pragma unroll
     for (int slot = 0; slot < kDepth; ++slot) fetch_weights(slot, warp + slot * kWarps);
-    if (threadIdx.x < 8 * kAll) {  // a row each
-        const int at = 128 * kDepth * kWarps, left = p.row_bytes - at;
-        const int feature = first_feature + threadIdx.x % (8 * kTiles);
-        const int there = feature < p.out_features ? feature : p.out_features - 1;
-        const char* const row = p.weight + (int64_t(threadIdx.x / (8 * kTiles)) * p.out_features + there) * p.weight_stride;
-        if (p.prefetch_bytes > 0 && left > 0) prefetch(row + at, left < p.prefetch_bytes ? left : p.prefetch_bytes);
-    }
     wait_for_earlier_kernels();
 #pragma unroll
     for (int slot = 0; slot < kDepth; ++slot) fetch_rows(slot, warp + slot * kWarps);
@@ -168,11 +141,7 @@ MINIVLLM_KERNEL(32 * kWarps, kBlocks) few_rows_product(const FewRows p) {
         for (int slot = 0; slot < kDepth; ++slot) {  // those beyond the end are zeros
 #pragma unroll
             for (int j = 0; j < 2; ++j) {
-                uint4 top = rows[slot][0][j], bottom = kHalves == 2 ? rows[slot][kHalves - 1][j] : zeros;
-                if constexpr (kHasNorm) {
-                    top = normed(top, norms[slot][j], squares[0]);
-                    if (kHalves == 2) bottom = normed(bottom, norms[slot][j], squares[kHalves - 1]);
-                }
+                const uint4 top = rows[slot][0][j], bottom = kHalves == 2 ? rows[slot][kHalves - 1][j] : zeros;
 #pragma unroll
                 for (int i = 0; i < kAll; ++i) multiply_chunks<kType>(sums[i], top, bottom, weights[slot][i][j]);
             }
@@ -187,13 +156,6 @@ MINIVLLM_KERNEL(32 * kWarps, kBlocks) few_rows_product(const FewRows p) {
 #pragma unroll
         for (int c = 0; c < 2 * kHalves; ++c)
             parts[(warp * kAll * 8 + 8 * i + 2 * t + c % 2) * kRows + g + c / 2 * 8] = sums[i][c];
-    float* const part_squares = reinterpret_cast<float*>(parts + kWarps * kAll * 8 * kRows);  // [kWarps, kRows]
-    if (kHasNorm)
-        for (int half = 0; half < kHalves; ++half) {
-            squares[half] += shuffle_xor(squares[half], 1);
-            squares[half] += shuffle_xor(squares[half], 2);
-            if (t == 0) part_squares[warp * kRows + g + 8 * half] = squares[half];
-        }
     barrier();
     for (int at = threadIdx.x; at < 8 * kTiles * p.num_rows; at += 32 * kWarps) {
         const int column = at % (8 * kTiles), row = at / (8 * kTiles), feature = first_feature + column;
@@ -206,17 +168,11 @@ MINIVLLM_KERNEL(32 * kWarps, kBlocks) few_rows_product(const FewRows p) {
 #pragma unroll
             for (int w = 1; w < kWarps; ++w) all[matrix] += part[w * kAll * 8 * kRows];
         }
-        float norm = 1.0f;
-        if constexpr (kHasNorm) {
-            float square = 0.0f;
-            for (int w = 0; w < kWarps; ++w) square += part_squares[w * kRows + row];
-            norm = 1.0f / sqrtf(square / float(p.row_bytes / 2) + p.norm_eps);
-        }
-        float y = dressed<kType>(p, all[0], norm, row, feature);
+        float y = dressed<kType>(p, all[0], row, feature);
         if constexpr (kIsGated) {
             const float gate = rounded(y, p.is_bf16);
             const float active = rounded(gate / (1.0f + exp_2(-1.4426950408889634f * gate)), p.is_bf16);
-            y = active * rounded(dressed<kType>(p, all[1], norm, row, p.out_features + feature), p.is_bf16);
+            y = active * rounded(dressed<kType>(p, all[1], row, p.out_features + feature), p.is_bf16);
         }
         finish(p, y, row, feature);
     }

@@ -19,11 +19,8 @@ struct FewRows {
     const float* addend;        // [num_rows, the weight's rows], or null
     const float* x_scales;      // of each row, for 8-bit weights
     const float* weight_scales; // of each of the weight's rows, for 8-bit weights
-    const void* norm_weight;    // [in_features] of x's type: x is normed by its root mean square first; null: it is not
-    float norm_eps;
     int num_rows, out_features;
     int row_bytes;              // of x and of the weight, a multiple of 16
-    int prefetch_bytes;         // of each of the weight's rows behind its first steps, a multiple of 16
     Epilogue epilogue;
     bool is_bf16;               // bias, and out if not is_wide; else float16
     bool is_wide;               // out is float32

@@ -19,7 +19,6 @@ from minivllm.ops.linear_fp8 import fp8_linear, invariant_fp8_linear
 from minivllm.ops.linear_int4 import int4_linear
 from minivllm.ops.linear_int8 import int8_linear, invariant_int8_linear
 from minivllm.ops.op import Op, OpSpec
-from minivllm.ops.rms_norm import RowNorm
 from minivllm.ops.rotary import Turn
 
 _FUSED_ACTIVATIONS = ("silu", "swish")
@@ -72,13 +71,6 @@ class MergedLinear:
         """x: [T, in_features] -> [T, sum(out_features)]."""
         return self.packed(x, self.bias)
 
-    def _normed(self, x: torch.Tensor, norm: RMSNorm | None) -> tuple[torch.Tensor, dict[str, RowNorm]]:
-        """norm(x), or x and the norm as what the product takes besides."""
-        if norm is None:
-            return x, {}
-        of_rows = norm.of_rows
-        return (x, {"norm": of_rows}) if self.packed.takes_norm(x, of_rows) else (norm(x), {})
-
     def weights(self) -> Iterator[Weight]:
         begin = 0
         for name, num_rows in self.out_features.items():
@@ -122,8 +114,7 @@ class QKVLinear(MergedLinear):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Of norm(x), if there is a norm. x: [T, hidden_size] -> q [T, num_heads, head_dim], k and v
         [T, num_kv_heads, head_dim]; views of one."""
-        x, of_rows = self._normed(x, norm)
-        out = self.packed(x, self.bias, **of_rows)
+        out = super().__call__(x if norm is None else norm(x))
         heads = out.view(-1, self.num_heads + 2 * self.num_kv_heads, self.head_dim)
         q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
         return q, k, v
@@ -195,12 +186,11 @@ class GatedLinear(MergedLinear):
             quantization=quantization,
         )
 
-    def __call__(self, x: torch.Tensor, norm: RMSNorm | None = None) -> torch.Tensor:
-        """Of norm(x), if there is a norm. x: [T, in_features] -> [T, inner]."""
-        x, of_rows = self._normed(x, norm)
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [T, in_features] -> [T, inner]."""
         if self._is_fused:
-            return self.packed.silu_mul(x, self.bias, **of_rows)
-        return self._activation(self.packed(x, self.bias, **of_rows))
+            return self.packed.silu_mul(x, self.bias)
+        return self._activation(super().__call__(x))
 
     def add_to(self, residual: torch.Tensor, x: torch.Tensor, norm: RMSNorm, down: RowLinear) -> None:
         """residual += down(self(norm(x))), in place. x: [T, in_features], which may be `residual` itself."""
@@ -208,4 +198,4 @@ class GatedLinear(MergedLinear):
         if self._is_fused and packed.fuses_neighbours and type(down.packed) is type(packed):
             packed.add_gated(residual, x, down.packed, self.bias, down.bias, norm=norm.of_rows)
         else:
-            down.add_to(residual, self(x, norm))
+            down.add_to(residual, self(norm(x)))

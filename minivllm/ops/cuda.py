@@ -20,7 +20,6 @@ from minivllm.ops.checks import require
 from minivllm.ops.kv_layout import RowLayout
 from minivllm.ops.op import OpSpec
 from minivllm.ops.paged_attention import Options
-from minivllm.ops.rms_norm import RowNorm
 
 SEGMENT = 1024  # absolute positions, as in csrc/cuda/decode_attention.h
 _HEAD_DIMS = {"float16": (64, 128, 256), "bfloat16": (64, 128, 256), "fp8_e4m3": (128, 256), "int8": (128, 256)}
@@ -185,21 +184,20 @@ def few_rows(
     weight_scales: torch.Tensor | None = None,
     *,
     is_bf16: bool,
-    norm: RowNorm | None = None,
 ) -> torch.Tensor:
     """`DenseLinear`'s calls for up to `MOST_FEW_ROWS` rows, what `few_rows_fits`: a row's bits depend on no other.
 
     epilogue: 0 stores, 1 adds to `out`, 2 is silu_mul; out: [M, N]; x: [M, K]; weight: [N, K], or [2N, K] for silu_mul;
-    is_bf16: the type of bias and activations, else float16; norm: of x, where all is bfloat16 and the epilogue not 1.
-    The weight may be read before what was launched just before is done: that must not have written it.
+    is_bf16: the type of bias and activations, else float16. The weight may be read before what was launched just before
+    is done: that must not have written it.
     """
-    tensors = (out, x, weight, bias, addend, x_scales, weight_scales, None if norm is None else norm.weight)
+    tensors = (out, x, weight, bias, addend, x_scales, weight_scales)
     size = x.itemsize
     extension()[0].few_rows(
         [0 if each is None else each.data_ptr() for each in tensors], (len(x), out.shape[1], x.shape[1] * size),
         (x.stride(0) * size, weight.stride(0) * size, out.stride(0), 0 if addend is None else addend.stride(0)),
         _WEIGHT_CODES[weight.dtype], epilogue, is_bf16, out.dtype == torch.float32,
-        0.0 if norm is None else norm.eps, torch.cuda.current_stream(x.device).cuda_stream,
+        torch.cuda.current_stream(x.device).cuda_stream,
     )  # fmt: skip
     return out
 def truncation_why_not(spec: OpSpec) -> str | None:

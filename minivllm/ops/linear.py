@@ -109,10 +109,6 @@ class DenseLinear:
         y = self._activate(self(x, bias, addend=addend))
         return y if out is None else out.copy_(y)
 
-    def takes_norm(self, x: torch.Tensor, norm: RowNorm) -> bool:
-        """Whether multiplying x can have `norm` as a part of it: then `norm` is given, not normed rows."""
-        return False
-
     def likeliest(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`likeliest_reference` of self(x, out_dtype=torch.float32): tokens [M] int64, broken rows [M] uint8."""
         return likeliest_reference(self(x, out_dtype=torch.float32))
@@ -261,10 +257,6 @@ class PackedLinear:
             self._packed.data_ptr(), *bias_arguments, down._format, down._packed.data_ptr(), *down_bias_arguments,
             *_norm_arguments(norm, x),
         )  # fmt: skip
-
-    def takes_norm(self, x: torch.Tensor, norm: RowNorm) -> bool:
-        """As of `DenseLinear`. (Where it is a part, `turn_and_write` and `add_gated` are called.)"""
-        return False
 
     def turn_and_write(
         self,

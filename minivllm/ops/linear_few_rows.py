@@ -11,7 +11,6 @@ import torch
 from minivllm.ops import cuda
 from minivllm.ops.linear import check_input
 from minivllm.ops.linear_cuda import CublasLinear
-from minivllm.ops.rms_norm import RowNorm
 from minivllm.ops.triton.linear import TritonFp8Linear, TritonInt8Linear
 
 _STORE, _ADD_RESIDUAL, _SILU_MUL = 0, 1, 2  # as in csrc/cuda/few_rows_sizes.h
@@ -28,7 +27,6 @@ class _FewRows:
         *,
         addend: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
-        norm: RowNorm | None = None,
     ) -> torch.Tensor:
         check_input(self, x, bias, addend)
         if len(x) > cuda.MOST_FEW_ROWS:
@@ -36,7 +34,7 @@ class _FewRows:
         to = torch.empty(len(x), self.out_features, dtype=out_dtype or x.dtype, device=x.device) if out is None else out
         if not cuda.few_rows_fits(to, x, bias, addend):
             return super().__call__(x, bias, out_dtype, addend=addend, out=out)
-        return self._multiply_few(_STORE, to, x, bias, addend, norm)
+        return self._multiply_few(_STORE, to, x, bias, addend)
 
     def add_to(
         self,
@@ -58,7 +56,6 @@ class _FewRows:
         *,
         addend: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
-        norm: RowNorm | None = None,
     ) -> torch.Tensor:
         check_input(self, x, bias, addend)
         if len(x) > cuda.MOST_FEW_ROWS:
@@ -66,7 +63,7 @@ class _FewRows:
         to = torch.empty(len(x), self.out_features // 2, dtype=x.dtype, device=x.device) if out is None else out
         if not cuda.few_rows_fits(to, x, bias, addend):
             return super().silu_mul(x, bias, addend=addend, out=out)
-        return self._multiply_few(_SILU_MUL, to, x, bias, addend, norm)
+        return self._multiply_few(_SILU_MUL, to, x, bias, addend)
 
     def _multiply_few(
         self,
@@ -75,18 +72,14 @@ class _FewRows:
         x: torch.Tensor,
         bias: torch.Tensor | None,
         addend: torch.Tensor | None,
-        norm: RowNorm | None = None,
     ) -> torch.Tensor:
         x_operand, weight, *scales = self._operands(x)
         is_bf16 = x.dtype == torch.bfloat16
-        return cuda.few_rows(epilogue, out, x_operand, weight, bias, addend, *scales, is_bf16=is_bf16, norm=norm)
+        return cuda.few_rows(epilogue, out, x_operand, weight, bias, addend, *scales, is_bf16=is_bf16)
 
 
 class FewRowsLinear(_FewRows, CublasLinear):
     """`DenseLinear`."""
-
-    def takes_norm(self, x: torch.Tensor, norm: RowNorm) -> bool:
-        return x.dtype == norm.weight.dtype == torch.bfloat16 and cuda.few_rows_fits(x, x, None, None)
 
     def _operands(self, x: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return x, self._weight, None, None

@@ -224,8 +224,6 @@ inline uint4 load_streamed(const void* from) {
     return words;
 }
 
-inline void prefetch(const void*, int) {}
-
 inline uint16_t load_shared_line(const uint16_t* from) { return *from; }
 
 // A launch is done before the next one begins.

@@ -32,13 +32,12 @@ extern "C" void emulated_copy_blocks(const uint64_t* from, const uint64_t* to, i
 
 // addresses and sizes: as few_rows_call of csrc/cuda/bind.cpp takes them.
 extern "C" int emulated_few_rows(const uint64_t* addresses, const int64_t* sizes, int type, int epilogue, int is_bf16,
-                                 int is_wide, float norm_eps) {
+                                 int is_wide) {
     FewRows p = {};
     p.out = reinterpret_cast<void*>(addresses[0]), p.x = reinterpret_cast<const char*>(addresses[1]);
     p.weight = reinterpret_cast<const char*>(addresses[2]), p.bias = reinterpret_cast<const void*>(addresses[3]);
     p.addend = reinterpret_cast<const float*>(addresses[4]), p.x_scales = reinterpret_cast<const float*>(addresses[5]);
     p.weight_scales = reinterpret_cast<const float*>(addresses[6]);
-    p.norm_weight = reinterpret_cast<const void*>(addresses[7]), p.norm_eps = norm_eps;
     p.num_rows = int(sizes[0]), p.out_features = int(sizes[1]), p.row_bytes = int(sizes[2]);
     p.x_stride = sizes[3], p.weight_stride = sizes[4], p.out_stride = sizes[5], p.addend_stride = sizes[6];
     p.epilogue = Epilogue(epilogue), p.is_bf16 = is_bf16 != 0, p.is_wide = is_wide != 0;

@@ -54,10 +54,9 @@ class EmulatedExtension:
         assert library().emulated_decode(*addresses, numbers, (ctypes.c_float * 3)(*factors), kv)
 
     @staticmethod
-    def few_rows(addresses, sizes, strides, weight_type, epilogue, is_bf16, is_wide, norm_eps, stream):
-        addresses, numbers = (ctypes.c_uint64 * 8)(*addresses), (ctypes.c_int64 * 7)(*sizes, *strides)
-        norm_eps = ctypes.c_float(norm_eps)
-        assert library().emulated_few_rows(addresses, numbers, weight_type, epilogue, is_bf16, is_wide, norm_eps)
+    def few_rows(addresses, sizes, strides, weight_type, epilogue, is_bf16, is_wide, stream):
+        addresses, numbers = (ctypes.c_uint64 * 7)(*addresses), (ctypes.c_int64 * 7)(*sizes, *strides)
+        assert library().emulated_few_rows(addresses, numbers, weight_type, epilogue, is_bf16, is_wide)
 
     @staticmethod
     def truncate(logits, top_k, top_p, min_p, row_stride, vocab_size, num_rows, stream):

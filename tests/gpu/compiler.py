@@ -23,6 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10}  # bytes a block may have
 _TYPES = {
@@ -74,6 +75,8 @@ class Compiler:
                 signature[name], constants[(i,)] = "constexpr", value
                 continue
             signature[name] = _type_of(value)
+            if isinstance(value, TensorDescriptor):
+                continue
             is_aligned = value.data_ptr() % 16 == 0 if isinstance(value, torch.Tensor) else value % 16 == 0
             if is_aligned and type(value) is not float and is_specialized:
                 attributes[(i,)] = [["tt.divisibility", 16]]
@@ -93,6 +96,9 @@ class Compiler:
 def _type_of(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         return "*" + _TYPES[value.dtype]
+    if isinstance(value, TensorDescriptor):
+        rows, columns = value.block_shape
+        return f"tensordesc<{_TYPES[value.base.dtype]}[{rows}, {columns}]>"
     if isinstance(value, bool):
         return "i1"
     if isinstance(value, float):

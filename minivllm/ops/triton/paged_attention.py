@@ -6,7 +6,7 @@ of few query rows are split along their keys at fixed borders, every SEGMENT abs
 segments (`choose_num_parts`); `_merge_kernel` adds the parts up, ascending (split-KV as in FlashDecoding, Dao et al.
 2023).
 
-Two ways to choose tiles, neither measured yet (docs/gpu.md):
+Two ways to choose tiles:
 - as fast as may be: small query tiles for decode, large ones for prefill, which is not cut into segments;
 - batch invariant: one query tile, so one matrix instruction, for both, and prefill adds up the same segments in the
   same order in its registers. A row's bits then depend on its own query, keys and values only.
@@ -26,6 +26,7 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from minivllm.ops.checks import require
 from minivllm.ops.kv_layout import RowLayout
@@ -61,22 +62,25 @@ class BatchShape:
 # it uses no tensor cores, and its keys take twice the room.
 _TILES = {
     "decode": {64: Tiles(16, 128, 4, 4), 128: Tiles(16, 64, 4, 4), 256: Tiles(16, 64, 4, 3)},
-    "prefill": {64: Tiles(128, 128, 4, 3), 128: Tiles(128, 64, 8, 3), 256: Tiles(64, 64, 8, 2)},
+    "prefill": {64: Tiles(128, 64, 4, 3), 128: Tiles(128, 64, 8, 3), 256: Tiles(64, 64, 8, 2)},
+    # Where the copy engine fetches keys and values (`_can_fetch`).
+    "fetched": {64: Tiles(64, 64, 4, 3), 128: Tiles(64, 64, 4, 3)},
     "invariant": {64: Tiles(64, 64, 4, 3), 128: Tiles(64, 64, 4, 3), 256: Tiles(64, 32, 8, 2)},
     "float32": {64: Tiles(16, 32, 4, 3), 128: Tiles(16, 32, 4, 3), 256: Tiles(16, 16, 4, 3)},
 }
 
 
 def choose_tiles(
-    head_dim: int, group: int, dot_dtype: torch.dtype, max_query_len: int, *, batch_invariant: bool
-) -> Tiles:
-    """group: query heads that share a KV head; all of a token's are in one program."""
+    head_dim: int, group: int, dot_dtype: torch.dtype, max_query_len: int, *, batch_invariant: bool,
+    is_fetched: bool = False,
+) -> Tiles:  # fmt: skip
+    """group: query heads that share a KV head; all of a token's are in one program; is_fetched: of prefill."""
     if dot_dtype == torch.float32:
         kind = "float32"
     elif batch_invariant:
         kind = "invariant"
     else:
-        kind = "decode" if max_query_len == 1 else "prefill"
+        kind = "decode" if max_query_len == 1 else "fetched" if is_fetched else "prefill"
     tiles = _TILES[kind][max(64, triton.next_power_of_2(head_dim))]
     rows = max(tiles.rows, triton.next_power_of_2(group))
     return Tiles(rows, tiles.keys, tiles.num_warps, tiles.num_stages)
@@ -123,7 +127,7 @@ def _load_blocks(table, start, first_read, end_read, BLOCK_SIZE: tl.constexpr, T
 @triton.jit
 def _walk(
     acc, top, total, q, row_positions,
-    kv, scales, table, first, end, first_read, end_read,
+    kv, kv_tiles, head_row, scales, table, first, end, first_read, end_read,
     block_stride, half_stride, scale_block_stride, scale_half_stride,
     scale, softcap, slopes,
     HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr,
@@ -132,7 +136,8 @@ def _walk(
 ):  # fmt: skip
     """Carry (sum of values, maximum, sum of weights) of each row over the tiles of positions [first, end).
 
-    kv, scales, table: at the request's row and the KV head. Only positions [first_read, end_read) are read. Not
+    kv, scales, table: at the request's row and the KV head; head_row: the KV head's first row of `kv_tiles`, see
+    `_can_fetch`, or None. Only positions [first_read, end_read) are read. Not
     IS_MASKED promises that every row sees every position.
     """
     IS_PLAIN: tl.constexpr = not (HAS_SOFTCAP or HAS_ALIBI or IS_INT8)
@@ -157,6 +162,10 @@ def _walk(
         elif IS_MASKED:
             keys = tl.load(places, mask=is_read[:, None], other=0.0)
             values = tl.load(places + half_stride, mask=is_read[:, None], other=0.0)
+        elif kv_tiles is not None:
+            row = block.to(tl.int32) * (block_stride // HEAD_DIM) + head_row + start % BLOCK_SIZE
+            keys = kv_tiles.load([row, 0])
+            values = kv_tiles.load([row + half_stride // HEAD_DIM, 0])
         else:
             keys = tl.load(places)
             values = tl.load(places + half_stride)
@@ -232,7 +241,7 @@ def _request_of(query_start_loc, tile, num_reqs, TOKENS: tl.constexpr):
 
 @triton.jit
 def _walk_segments(
-    q, row_positions, kv, scales, table, begin, end, first_read,
+    q, row_positions, kv, kv_tiles, head_row, scales, table, begin, end, first_read,
     block_stride, half_stride, scale_block_stride, scale_half_stride, scale, softcap, slopes,
     HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
     SEGMENT: tl.constexpr, WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr,
@@ -246,7 +255,7 @@ def _walk_segments(
     for border in range(begin // SEGMENT * SEGMENT, end, SEGMENT):
         part_acc, part_top, part_total = _walk(
             tl.zeros([ROWS, BLOCK_DIM], tl.float32), tl.full([ROWS], _NEGATIVE_INFINITY, tl.float32),
-            tl.zeros([ROWS], tl.float32), q, row_positions, kv, scales, table,
+            tl.zeros([ROWS], tl.float32), q, row_positions, kv, kv_tiles, head_row, scales, table,
             tl.maximum(begin, border), tl.minimum(end, border + SEGMENT), first_read, end,
             block_stride, half_stride, scale_block_stride, scale_half_stride, scale, softcap, slopes,
             HEAD_DIM, BLOCK_DIM, BLOCK_SIZE, TILE, WINDOW, HAS_SOFTCAP, HAS_ALIBI, IS_INT8, True, DOT_DTYPE,
@@ -261,7 +270,7 @@ def _walk_segments(
 
 @triton.jit
 def _walk_at_once(
-    q, row_positions, kv, scales, table, begin, end, first_read, first_position, end_position,
+    q, row_positions, kv, kv_tiles, head_row, scales, table, begin, end, first_read, first_position, end_position,
     block_stride, half_stride, scale_block_stride, scale_half_stride, scale, softcap, slopes,
     HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
     WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_ALIBI: tl.constexpr, IS_INT8: tl.constexpr,
@@ -282,17 +291,17 @@ def _walk_at_once(
     total = tl.zeros([ROWS], tl.float32)
     if WINDOW > 0:
         acc, top, total = _walk(
-            acc, top, total, q, row_positions, kv, scales, table, begin, first_free, first_read, end,
-            block_stride, half_stride, scale_block_stride, scale_half_stride, scale, softcap, slopes,
+            acc, top, total, q, row_positions, kv, kv_tiles, head_row, scales, table, begin, first_free,
+            first_read, end, block_stride, half_stride, scale_block_stride, scale_half_stride, scale, softcap, slopes,
             HEAD_DIM, BLOCK_DIM, BLOCK_SIZE, TILE, WINDOW, HAS_SOFTCAP, HAS_ALIBI, IS_INT8, True, DOT_DTYPE,
         )  # fmt: skip
     acc, top, total = _walk(
-        acc, top, total, q, row_positions, kv, scales, table, first_free, end_free, first_read, end,
+        acc, top, total, q, row_positions, kv, kv_tiles, head_row, scales, table, first_free, end_free, first_read, end,
         block_stride, half_stride, scale_block_stride, scale_half_stride, scale, softcap, slopes,
         HEAD_DIM, BLOCK_DIM, BLOCK_SIZE, TILE, WINDOW, HAS_SOFTCAP, HAS_ALIBI, IS_INT8, False, DOT_DTYPE,
     )  # fmt: skip
     return _walk(
-        acc, top, total, q, row_positions, kv, scales, table, end_free, end, first_read, end,
+        acc, top, total, q, row_positions, kv, kv_tiles, head_row, scales, table, end_free, end, first_read, end,
         block_stride, half_stride, scale_block_stride, scale_half_stride, scale, softcap, slopes,
         HEAD_DIM, BLOCK_DIM, BLOCK_SIZE, TILE, WINDOW, HAS_SOFTCAP, HAS_ALIBI, IS_INT8, True, DOT_DTYPE,
     )  # fmt: skip
@@ -301,7 +310,7 @@ def _walk_at_once(
 @triton.jit
 def _attend_part(
     out_places, part_acc, part_top, part, is_row, is_element, sinks, value_scale, is_whole,
-    q, row_positions, kv, scales, table, begin, end, first_read, first_position, end_position,
+    q, row_positions, kv, kv_tiles, head_row, scales, table, begin, end, first_read, first_position, end_position,
     block_stride, half_stride, scale_block_stride, scale_half_stride, scale, softcap, slopes,
     HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
     SEGMENT: tl.constexpr, WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_SINKS: tl.constexpr,
@@ -310,13 +319,14 @@ def _attend_part(
     """A tile's attention to the positions [begin, end): to `out_places` if that is_whole, else to the rows' `part`."""
     if IS_INVARIANT:
         acc, top, total = _walk_segments(
-            q, row_positions, kv, scales, table, begin, end, first_read,
+            q, row_positions, kv, kv_tiles, head_row, scales, table, begin, end, first_read,
             block_stride, half_stride, scale_block_stride, scale_half_stride, scale, softcap, slopes,
             HEAD_DIM, BLOCK_DIM, BLOCK_SIZE, ROWS, TILE, SEGMENT, WINDOW, HAS_SOFTCAP, HAS_ALIBI, IS_INT8, DOT_DTYPE,
         )  # fmt: skip
     else:
         acc, top, total = _walk_at_once(
-            q, row_positions, kv, scales, table, begin, end, first_read, first_position, end_position,
+            q, row_positions, kv, kv_tiles, head_row, scales, table, begin, end,
+            first_read, first_position, end_position,
             block_stride, half_stride, scale_block_stride, scale_half_stride, scale, softcap, slopes,
             HEAD_DIM, BLOCK_DIM, BLOCK_SIZE, ROWS, TILE, WINDOW, HAS_SOFTCAP, HAS_ALIBI, IS_INT8, DOT_DTYPE,
         )  # fmt: skip
@@ -331,7 +341,7 @@ def _attend_part(
 
 @triton.jit(do_not_specialize=["num_reqs", "max_segments"])
 def _attend_kernel(
-    out, q, kv, scales, block_table, seq_lens, query_start_loc, part_acc, part_top, sink_logits, alibi_slopes,
+    out, q, kv, kv_tiles, scales, block_table, seq_lens, query_start_loc, part_acc, part_top, sink_logits, alibi_slopes,
     num_reqs, max_segments, scale, softcap, value_scale,
     out_token_stride, q_token_stride, q_head_stride, table_stride,
     block_stride, half_stride, head_stride,
@@ -384,6 +394,7 @@ def _attend_kernel(
     if HAS_SINKS:
         sinks = tl.load(sink_logits + heads, mask=is_row, other=0.0)
     head_kv = kv + kv_head.to(tl.int64) * head_stride
+    head_row = kv_head * (head_stride // HEAD_DIM)
     head_scales = scales
     if IS_INT8:
         head_scales = scales + kv_head.to(tl.int64) * scale_head_stride
@@ -395,7 +406,7 @@ def _attend_kernel(
         for part in range(segment, end_segment, tl.num_programs(2)):
             _attend_part(
                 out_places, part_acc, part_top, first_part + part * (SPLIT_LEN * NUM_HEADS), is_row, is_element, sinks,
-                value_scale, is_whole, queries_tile, row_positions, head_kv, head_scales, table,
+                value_scale, is_whole, queries_tile, row_positions, head_kv, kv_tiles, head_row, head_scales, table,
                 tl.maximum(begin, part * SEGMENT), tl.minimum(end, (part + 1) * SEGMENT),
                 first_read, first_position, end_position,
                 block_stride, half_stride, scale_block_stride, scale_half_stride, scale, softcap, slopes,
@@ -408,8 +419,8 @@ def _attend_kernel(
             begin, end = tl.maximum(begin, segment * SEGMENT), tl.minimum(end, (segment + 1) * SEGMENT)
         _attend_part(
             out_places, part_acc, part_top, first_part + segment * (SPLIT_LEN * NUM_HEADS), is_row, is_element, sinks,
-            value_scale, is_whole, queries_tile, row_positions, head_kv, head_scales, table, begin, end,
-            first_read, first_position, end_position,
+            value_scale, is_whole, queries_tile, row_positions, head_kv, kv_tiles, head_row, head_scales, table,
+            begin, end, first_read, first_position, end_position,
             block_stride, half_stride, scale_block_stride, scale_half_stride, scale, softcap, slopes,
             HEAD_DIM, BLOCK_DIM, BLOCK_SIZE, ROWS, TILE, SEGMENT, WINDOW, HAS_SOFTCAP, HAS_SINKS, HAS_ALIBI,
             IS_INT8, IS_INVARIANT, DOT_DTYPE,
@@ -515,20 +526,25 @@ def paged_attention(
         shape = BatchShape(int(query_start_loc.diff().max()), int(seq_lens.max()))
     group = num_heads // layout.num_kv_heads
     dot_dtype = _dot_dtype(q.dtype, layout)
-    tiles = choose_tiles(head_dim, group, dot_dtype, shape.max_query_len, batch_invariant=batch_invariant)
+    is_decode, elements = shape.max_query_len == 1, kv_cache.view(_ELEMENTS[layout.dtype])
+    is_fetched = not is_decode and not batch_invariant and _can_fetch(elements, layout, q)
+    tiles = choose_tiles(
+        head_dim, group, dot_dtype, shape.max_query_len, batch_invariant=batch_invariant, is_fetched=is_fetched
+    )
+    kv_tiles = None
+    if is_fetched:
+        kv_tiles = TensorDescriptor.from_tensor(elements.view(-1, head_dim), [tiles.keys, head_dim])
     tokens = tiles.rows // group
     split_len = min(shape.max_split_query_len, tokens)
     max_segments = triton.cdiv(shape.max_seq_len, SEGMENT)
     part_acc, part_top = _parts(scratch, num_reqs, max_segments, split_len, num_heads, head_dim, q.device)
     is_int8, is_fp8 = layout.dtype == "int8", layout.dtype == "fp8_e4m3"
-    elements = kv_cache.view(_ELEMENTS[layout.dtype])
     scales = kv_cache.flatten(3).view(torch.float32)[..., -layout.block_size :] if is_int8 else None
     block_dim = max(16, triton.next_power_of_2(head_dim))
-    is_decode = shape.max_query_len == 1
     num_tiles = num_reqs if is_decode else num_tokens // tokens + num_reqs
     num_parts = choose_num_parts(num_reqs * layout.num_kv_heads, max_segments) if is_decode else max_segments
     _attend_kernel[(num_tiles, layout.num_kv_heads, num_parts)](
-        out, q, elements, scales, block_table, seq_lens, query_start_loc, part_acc, part_top,
+        out, q, elements, kv_tiles, scales, block_table, seq_lens, query_start_loc, part_acc, part_top,
         options.sinks, options.alibi_slopes, num_reqs, max_segments,
         options.scale * (options.k_scale if is_fp8 else 1.0), options.softcap, options.v_scale if is_fp8 else 1.0,
         out.stride(0), q.stride(0), q.stride(1), block_table.stride(0),
@@ -549,6 +565,16 @@ def paged_attention(
             num_warps=1, enable_fp_fusion=not batch_invariant,
         )  # fmt: skip
     return out
+
+
+def _can_fetch(elements: torch.Tensor, layout: RowLayout, q: torch.Tensor) -> bool:
+    """Whether the card's copy engine can fetch a tile of keys by one address, from the cache as rows of head_dim: where
+    a tile lies in one block and is stored as it is multiplied. It saves the programs the addresses of each row."""
+    if layout.head_dim not in _TILES["fetched"] or elements.dtype != q.dtype or q.dtype == torch.float32:
+        return False
+    if layout.block_size % _TILES["fetched"][layout.head_dim].keys:
+        return False
+    return not q.is_cuda or torch.cuda.get_device_capability(q.device) >= (9, 0)
 
 
 _ELEMENTS = {

@@ -7,14 +7,13 @@ from functools import partial
 
 import torch
 
-from minivllm.ops import cuda, rms_norm
+from minivllm.ops import cuda
 from minivllm.ops.kv_layout import RowLayout
 from minivllm.ops.linear import DenseLinear
 from minivllm.ops.linear_few_rows import FewRowsFp8Linear, FewRowsInt8Linear, FewRowsLinear
 from minivllm.ops.linear_fp8 import DenseFp8Linear
 from minivllm.ops.linear_int8 import DenseInt8Linear
 from minivllm.ops.paged_attention import Options, _attend
-from minivllm.ops.rms_norm import RowNorm
 from tests.gpu.case import DTYPES, Case, Check, ints, randn
 from tests.gpu.cases.attention import BATCHES, LARGE, NAMES, TOLERANCE, filled_cache, some_options
 from tests.gpu.cases.linear import multiplying
@@ -155,25 +154,6 @@ def few_rows(device: str, large: bool, *, kind: str, dtype: str, rows: int, epil
     )  # fmt: skip
 
 
-def few_rows_of_norm(device: str, large: bool, *, rows: int, epilogue: str) -> Check:
-    """With the norm before it as a part: rounded once where the norm by itself rounds twice."""
-    out_features, in_features = (3072, 2048) if large else (42, 200)
-    gated = epilogue == "silu"
-    linear = FewRowsLinear(out_features, in_features, torch.bfloat16, gated=gated, device=device)
-    linear.load_rows(0, randn(device, out_features, in_features, seed=5) * in_features**-0.5)
-    x = randn(device, rows, in_features, dtype=torch.bfloat16) * 30
-    norm = RowNorm(randn(device, in_features, dtype=torch.bfloat16, seed=2), 1e-5)
-
-    def multiply(x: torch.Tensor, **given) -> torch.Tensor:
-        return linear.silu_mul(x, **given) if gated else linear(x, **given)
-
-    def run() -> torch.Tensor:
-        assert linear.takes_norm(x, norm)
-        return multiply(x, norm=norm)
-
-    return Check(run, lambda: multiply(rms_norm.reference(x, norm.weight, norm.eps)), 3e-2)
-
-
 def few_rows_together(device: str, large: bool, *, kind: str) -> Check:
     """A row alone has the bits it has among others, up to the most that there may be; launched behind one another."""
     shape = (6144, 4096) if large else (200, 160)
@@ -257,8 +237,6 @@ def _cases() -> dict[str, Case]:
             add(few_rows, kind=kind, dtype="bf16", rows=1, epilogue="bias", shape=shape)
         add(few_rows_together, kind=kind)
     add(few_rows_chained)
-    for rows, epilogue in ((1, "plain"), (12, "plain"), (7, "silu"), (16, "silu")):
-        add(few_rows_of_norm, rows=rows, epilogue=epilogue)
     return found
 
 
