@@ -150,7 +150,7 @@ WEIGHTS = {  # out_features, in_features, is_gated, of an 8B and of a 1B shape
 
 def few_rows_kernels(
     device: str = "cuda", *, weights: dict[str, tuple[int, int, bool]] = WEIGHTS, counts: tuple[int, ...] = (1, 8, 16),
-    least_bytes: int = 1 << 28,
+    least_bytes: int = 1 << 30,
 ) -> Iterator[Kernel]:  # fmt: skip
     """Products of few rows as a captured step launches them, one behind another, of so many weights that no cache holds
     them; with what follows them (residual, SiLU), beside cuBLAS with the same."""

@@ -15,7 +15,7 @@ template <WeightType kType, bool kIsGated, bool kIsNarrow, int kRows>
 struct FewRowsCut {
     static constexpr bool kIs8Bit = kType == WeightType::int8 || kType == WeightType::fp8;
     static constexpr bool kIsGatedFp8 = kIsGated && kType == WeightType::fp8;
-    static constexpr int kTiles = kIsGated || (kIsNarrow && !kIs8Bit) ? 1 : 2;
+    static constexpr int kTiles = kIsGated || (kIsNarrow && !kIs8Bit && kRows == 8) ? 1 : 2;
     static constexpr int kWarps = kIsGatedFp8 ? 4 : 8;
     static constexpr int kDepth = kType == WeightType::fp8 ? (kIsGated ? 2 : 1) : kIs8Bit && kIsGated ? 1 : 2;
     static constexpr int kBlocks = kIs8Bit ? 1 : kIsNarrow && !kIsGated && kRows == 8 ? 3 : 2;
