@@ -34,6 +34,30 @@ __device__ __forceinline__ void wait_copies() {
 __device__ __forceinline__ void barrier() { __syncthreads(); }
 __device__ __forceinline__ void warp_barrier() { __syncwarp(); }
 
+// Until all threads of a cluster of so many blocks have come here.
+template <int kBlocks>
+__device__ __forceinline__ void cluster_barrier() {
+    if constexpr (kBlocks == 1) {
+        __syncthreads();
+    } else {
+#if __CUDA_ARCH__ >= 900
+        asm volatile("barrier.cluster.arrive;\nbarrier.cluster.wait;\n" ::: "memory");
+#else
+        __trap();
+#endif
+    }
+}
+
+// What another block of the cluster has where this one has `shared`.
+template <int kBlocks, class T>
+__device__ __forceinline__ T& in_block(T& shared, int rank) {
+    uint64_t address = reinterpret_cast<uint64_t>(&shared);
+#if __CUDA_ARCH__ >= 900
+    if constexpr (kBlocks > 1) asm volatile("mapa.u64 %0, %1, %2;\n" : "=l"(address) : "l"(address), "r"(rank));
+#endif
+    return *reinterpret_cast<T*>(address);
+}
+
 template <class T>
 __device__ __forceinline__ T shuffle(T value, int lane) {
     return __shfl_sync(0xffffffffu, value, lane);
