@@ -1,4 +1,5 @@
-// What the CUDA kernels use of the machine, in a dozen functions: barriers, shuffles, asynchronous copies, atomic sums, tensor cores.
+// What the CUDA kernels use of the machine, in a dozen functions: barriers, shuffles, clusters, asynchronous copies,
+// atomic sums, tensor cores.
 //
 // Kernels are written in plain C++ over these, so that tests/cuda/emulate.h can take this file's place (compile with
 // -DMINIVLLM_EMULATE_CUDA) and run the same kernels on a CPU, a fiber a thread.

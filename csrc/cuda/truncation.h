@@ -4,7 +4,8 @@
 // where the cuts must lie; for the few entries that lie there, which the cluster's first block then searches in its
 // shared memory; and to be masked. Where too many lie there (ties, flat rows), that block searches the row itself.
 //
-// Numbers are counted and weights added as whole numbers: no order of threads, and no number of blocks, changes a result.
+// Numbers are counted and weights added as whole numbers: no order of threads and no number of blocks changes a
+// result.
 #pragma once
 
 #include <cstdint>
@@ -187,7 +188,7 @@ MINIVLLM_DEVICE Crossing cross(TruncationShared& s, uint64_t needed, Amount amou
     return {s.bin, s.before, s.within};
 }
 
-// What is searched: the row, or the candidates found in it --------------------------------------------------------------
+// What is searched: the row, or the candidates found in it ------------------------------------------------------------
 
 struct Row {
     float* x;
@@ -330,7 +331,7 @@ struct Cuts {
     MINIVLLM_DEVICE bool only_min_p() const { return k == 0 && p >= 1.0f; }
 };
 
-// Of the bins, one behind the last in which a cut can lie, before any number is counted. largest: of each thread's numbers.
+// One behind the last bin in which a cut can lie, before any number is counted. largest: of each thread's numbers.
 template <int kThreads>
 MINIVLLM_DEVICE int end_of_bins(TruncationShared& s, const Cuts& cuts, float top, float largest, float floor, int n) {
     if (cuts.only_p()) {  // n tokens so deep would weigh less than may be left out
@@ -350,7 +351,7 @@ MINIVLLM_DEVICE int end_of_bins(TruncationShared& s, const Cuts& cuts, float top
 // Where to look for the cuts, by the numbers counted in each bin.
 template <int kThreads>
 MINIVLLM_DEVICE Plan make_plan(TruncationShared& s, Cuts cuts, float top, float floor, Weights weights) {
-    Plan plan{0, cuts.min_p > 0.0f ? bin_of(depth_of(floor, top)) : kRest, true, false, cuts.k, 0, 0};
+    Plan plan = {0, cuts.min_p > 0.0f ? bin_of(depth_of(floor, top)) : kRest, false, false, cuts.k, 0, 0};
     if (cuts.k > 0) {
         const Crossing kth = cross<kThreads>(s, cuts.k, [&](int i) { return uint64_t(s.low[i]); });
         if (kth.bin > plan.last) plan.k = 0;  // fewer are left, as with kNone
@@ -378,7 +379,7 @@ MINIVLLM_DEVICE Plan make_plan(TruncationShared& s, Cuts cuts, float top, float 
     }
     uint64_t num_found = 0;
     for (int i = threadIdx.x; i < kBins; i += kThreads) num_found += i >= plan.first && i <= plan.last ? s.low[i] : 0;
-    plan.is_among_few = sum_over_block<kThreads>(s, num_found) <= kMostCandidates;
+    plan.is_among_few = !plan.is_floor && sum_over_block<kThreads>(s, num_found) <= kMostCandidates;
     return plan;
 }
 
@@ -412,21 +413,20 @@ truncate_rows(Truncation t) {
     TruncationShared& leader = in_block<kBlocks>(s, 0);
     if (!is_broken && !cuts.only_min_p()) {
         const int end_bin = end_of_bins<kThreads>(s, cuts, top, largest, floor, t.vocab_size);
-        uint64_t counted = 0, deep = 0, num_rest = 0;
+        uint64_t counted = 0, total = 0, num_rest = 0;
         share.each([&](float x, int) {
             const float depth = depth_of(x, top);
-            if (depth < float(end_bin)) {
-                atomic_add(&s.low[int(depth)], 1u);
-                if (cuts.only_p()) counted += weight_below(x, top);
-            } else if (depth < float(kRest)) {
-                if (cuts.only_p()) deep += weight_below(x, top);
-            } else if (x > -infinity()) {
-                ++num_rest;
+            const bool is_counted = depth < float(end_bin);
+            if (is_counted) atomic_add(&s.low[int(depth)], 1u);
+            if (cuts.only_p()) {
+                const uint64_t weight = weight_below(x, top);
+                total += weight, counted += is_counted ? weight : 0;
             }
+            num_rest += depth >= float(kRest) && x > -infinity();
         });
-        counted = sum_over_block<kThreads>(s, counted), deep = sum_over_block<kThreads>(s, deep);
+        counted = sum_over_block<kThreads>(s, counted), total = sum_over_block<kThreads>(s, total);
         num_rest = sum_over_block<kThreads>(s, num_rest);
-        if (thread == 0) s.low[kRest] = end_bin < kRest ? 0 : uint32_t(num_rest), s.weights = {counted, counted + deep};
+        if (thread == 0) s.low[kRest] = end_bin < kRest ? 0 : uint32_t(num_rest), s.weights = {counted, total};
         cluster_barrier<kBlocks>();
         if (rank == 0) {
             Weights weights = s.weights;
@@ -459,14 +459,13 @@ truncate_rows(Truncation t) {
             cluster_barrier<kBlocks>();
         }
         if (rank == 0) {
-            if (plan.is_floor) {
-                // nothing to be looked for
-            } else if (plan.is_among_few) {
-                uint64_t above = 0;
+            uint64_t above = 0;
+            if (plan.is_among_few) {
                 for (int i = 0; i < kBlocks; ++i) above += in_block<kBlocks>(s, i).above;
-                last = find_last<kThreads>(s, Candidates<kThreads>{s}, top, floor, plan.k - plan.num_above, cuts.p, plan.total, above);
-            } else {
-                last = find_last<kThreads>(s, row, top, floor, plan.k, cuts.p, plan.total, 0);
+                last = find_last<kThreads>(s, Candidates<kThreads>{s}, top, floor, plan.k - plan.num_above, cuts.p,
+                                           plan.total, above);
+            } else if (!plan.is_floor) {
+                last = find_last<kThreads>(s, row, top, floor, plan.k, cuts.p, plan.total, above);
             }
             if (thread == 0) s.last = last;
         }
@@ -474,7 +473,8 @@ truncate_rows(Truncation t) {
         last = leader.last;
     }
     cluster_barrier<kBlocks>();  // no block may end while others read what it knows
-    if (!is_broken) share.mask([&](float x, int index) { return x < last.value || (x == last.value && index > last.index); });
+    if (!is_broken)
+        share.mask([&](float x, int index) { return x < last.value || (x == last.value && index > last.index); });
 }
 
 }  // namespace minivllm::cuda
