@@ -82,12 +82,10 @@ int64_t positions_together(const Attention& a) {
     return greater(1, rows / group_size(a));
 }
 
-// Rows of several heads take a step together: their softmax is one stretch, in which the processor works on several rows
-// at once, and keys and values are read as they lie. With 16 rows what they need leaves the first cache. Each thread keeps
-// some walks to balance.
+// As many heads walk together as Math likes, but that each thread keeps some walks to balance.
+template <class Math>
 int64_t heads_together(const Attention& a, int64_t num_decodes) {
-    constexpr int64_t kMostRows = 8;
-    int64_t heads = lesser(a.layout.num_kv_heads, greater(1, kMostRows / group_size(a)));
+    int64_t heads = lesser(a.layout.num_kv_heads, greater(1, lesser(kMostHeads, Math::most_heads(a))));
     while (heads > 1 && num_decodes * a.layout.num_kv_heads / heads < 2 * num_threads()) heads /= 2;
     return heads;
 }
@@ -172,7 +170,7 @@ Work list_work(const Attention& a) {
         if (q_len == 1) ++num_decodes, most_parts += num_parts(0, a.seq_lens[b]);
         else num_prompts += (q_len + work.positions - 1) / work.positions;
     }
-    work.heads = Math::joins_heads(a) ? heads_together(a, num_decodes) : 1;
+    work.heads = heads_together<Math>(a, num_decodes);
     const bool in_parts = (num_prompts + num_decodes) * heads < 4 * num_threads() && a.sliding_window == kNoWindow;
     const int64_t num_states = a.num_members + (in_parts ? most_parts : 0);
     const int64_t num_shared = a.num_groups + a.num_members / work.positions;
