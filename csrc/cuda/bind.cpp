@@ -36,6 +36,13 @@ void decode_attention_call(uint64_t out, uint64_t q, uint64_t cache, std::array<
     decode_attention(p, KvType(kv), ptr<CUstream_st>(stream));
 }
 
+void truncate_call(uint64_t logits, uint64_t top_k, uint64_t top_p, uint64_t min_p, int64_t row_stride, int vocab_size,
+                   int num_rows, uint64_t stream) {
+    const Truncation t{ptr<float>(logits), ptr<int32_t>(top_k), ptr<float>(top_p), ptr<float>(min_p), row_stride,
+                       vocab_size};
+    truncate(t, num_rows, ptr<CUstream_st>(stream));
+}
+
 void copy_blocks_call(uint64_t from, uint64_t to, int num_layers, uint64_t pairs, int num_pairs, int64_t block_bytes,
                       uint64_t stream) {
     copy_blocks(ptr<uint64_t>(from), ptr<uint64_t>(to), num_layers, ptr<int64_t>(pairs), num_pairs, block_bytes,
@@ -55,6 +62,7 @@ NB_MODULE(_cuda, m) {
     nb::set_leak_warnings(false);
     constexpr nb::call_guard<nb::gil_scoped_release> release_gil{};
     m.def("decode_attention", &decode_attention_call, release_gil);
+    m.def("truncate", &truncate_call, release_gil);
     m.def("copy_blocks", &copy_blocks_call, release_gil);
     m.def("copy_ranges", &copy_ranges_call, release_gil);
 }

@@ -1,4 +1,4 @@
-// What the CUDA kernels use of the machine, in a dozen functions: barriers, shuffles, asynchronous copies, tensor cores.
+// What the CUDA kernels use of the machine, in a dozen functions: barriers, shuffles, asynchronous copies, atomic sums, tensor cores.
 //
 // Kernels are written in plain C++ over these, so that tests/cuda/emulate.h can take this file's place (compile with
 // -DMINIVLLM_EMULATE_CUDA) and run the same kernels on a CPU, a fiber a thread.
@@ -42,6 +42,12 @@ __device__ __forceinline__ T shuffle(T value, int lane) {
 template <class T>
 __device__ __forceinline__ T shuffle_xor(T value, int mask) {
     return __shfl_xor_sync(0xffffffffu, value, mask);
+}
+
+// Returns what was there.
+template <class T>
+__device__ __forceinline__ T atomic_add(T* to, T amount) {
+    return atomicAdd(to, amount);
 }
 
 // c += a · b for a 16 × 16, b 16 × 8, sums in float32; each thread holds its share as PTX's mma.m16n8k16 lays it out.

@@ -7,11 +7,15 @@
 #include <vector>
 
 #include "decode_attention_sizes.h"
+#include "truncation_sizes.h"
 
 namespace minivllm::cuda {
 
 // Raises std::invalid_argument where there is no kernel for the sizes, std::runtime_error where the launch fails.
 void decode_attention(const DecodeAttention& p, KvType kv, cudaStream_t stream);
+
+// Masks what top-k, top-p and min-p exclude, in place. Raises std::invalid_argument for rows of too many logits.
+void truncate(const Truncation& t, int num_rows, cudaStream_t stream);
 
 // Copies blocks within one cache and another or the same: to[pairs[2 i + 1]] = from[pairs[2 i]], in each of the layers.
 // Addresses of the layers' caches, and `pairs` ([num_pairs, 2] int64), are in device memory; pinned host memory will do

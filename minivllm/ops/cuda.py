@@ -14,8 +14,10 @@ from types import ModuleType
 
 import torch
 
+from minivllm.ops import gpu
 from minivllm.ops.checks import require
 from minivllm.ops.kv_layout import RowLayout
+from minivllm.ops.op import OpSpec
 from minivllm.ops.paged_attention import Options
 
 SEGMENT = 1024  # absolute positions, as in csrc/cuda/decode_attention.h
@@ -25,6 +27,7 @@ _BLOCK_TILE = 16  # keys a warp takes at once, all of one block
 _LARGE_SHARED_BYTES = 128 << 10  # of a thread block: head_dim 256 in 16 bits; all else fits into any card's 99 KiB
 _MOST_LOOPED = 128  # head_dim, up to which a thread block may take several segments
 _FEW_PARTS, _MOST_BLOCKS = 2, 4096
+_MOST_TOKENS = 1 << 19  # csrc/cuda/truncation.h
 _NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
@@ -139,6 +142,34 @@ def decode_attention(
         torch.cuda.current_stream(q.device).cuda_stream,
     )  # fmt: skip
     return out
+
+
+def truncation_why_not(spec: OpSpec) -> str | None:
+    """Why `top_k_top_p_min_p` cannot serve a spec."""
+    if (reason := gpu.float32_why_not(spec)) is not None:
+        return reason
+    if spec.sizes.get("vocab_size", 0) > _MOST_TOKENS:
+        return f"the kernel takes {_MOST_TOKENS} logits"
+    return extension()[1]
+
+
+def top_k_top_p_min_p(
+    logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor
+) -> None:
+    """`top_k_top_p_min_p_reference` of `ops/sampling.py`, by selection instead of a sort. Any row stride.
+
+    Keeps the same set, unless the cumulated probability lies within about 1e-7 of p. Rows that ask for nothing cost
+    nothing.
+    """
+    num_rows, vocab_size = logits.shape
+    require("logits", logits, torch.float32, logits.shape, dense=1)
+    require("top_k", top_k, torch.int32, (num_rows,))
+    require("top_p", top_p, torch.float32, (num_rows,))
+    require("min_p", min_p, torch.float32, (num_rows,))
+    extension()[0].truncate(
+        logits.data_ptr(), top_k.data_ptr(), top_p.data_ptr(), min_p.data_ptr(), logits.stride(0), vocab_size, num_rows,
+        torch.cuda.current_stream(logits.device).cuda_stream,
+    )  # fmt: skip
 
 
 def copy_blocks(sources: torch.Tensor, targets: torch.Tensor, pairs: torch.Tensor, block_bytes: int) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from minivllm.ops import gpu, native
+from minivllm.ops import cuda, gpu, native
 from minivllm.ops.checks import require
 from minivllm.ops.op import Impl, Op
 
@@ -228,6 +228,7 @@ GUMBEL_ARGMAX_IMPLEMENTATIONS = [
 ]
 TOP_K_TOP_P_MIN_P_IMPLEMENTATIONS = [
     Impl(top_k_top_p_min_p_cpu, native.float32_why_not),
+    Impl("cuda:top_k_top_p_min_p", cuda.truncation_why_not),
     Impl("triton.sampling:top_k_top_p_min_p", gpu.float32_why_not),
     Impl(top_k_top_p_min_p_reference),
 ]

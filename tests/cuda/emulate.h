@@ -85,6 +85,13 @@ T shuffle_xor(T value, int mask) {
     return shuffle(value, current % 32 ^ mask);
 }
 
+template <class T>
+T atomic_add(T* to, T amount) {
+    const T before = *to;
+    *to += amount;
+    return before;
+}
+
 inline void copy_async_16(void* shared, const void* global, bool valid) {
     if (reinterpret_cast<uintptr_t>(shared) % 16 || (valid && reinterpret_cast<uintptr_t>(global) % 16)) {
         std::fprintf(stderr, "an asynchronous copy is not aligned\n");

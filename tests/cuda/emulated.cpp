@@ -1,6 +1,7 @@
 // The CUDA kernels on a CPU, by ctypes: see emulate.h and test_emulated.py.
 #include "decode_attention_launch.h"
 #include "kv_copy.h"
+#include "truncation.h"
 
 using namespace minivllm::cuda;
 
@@ -26,4 +27,12 @@ extern "C" int emulated_decode(void* out, const void* q, const char* cache, cons
 extern "C" void emulated_copy_blocks(const uint64_t* from, const uint64_t* to, int num_layers, const int64_t* pairs,
                                      int num_pairs, int64_t block_bytes) {
     run_grid(&copy_blocks_kernel, {num_pairs, num_layers, 1}, kCopyThreads, 0, from, to, pairs, block_bytes);
+}
+
+extern "C" void emulated_truncate(float* logits, const int32_t* top_k, const float* top_p, const float* min_p,
+                                  int64_t row_stride, int vocab_size, int num_rows) {
+    const Truncation t{logits, top_k, top_p, min_p, row_stride, vocab_size};
+    // Fewer threads than a card's block has, for speed; no result depends on how many.
+    constexpr int kThreads = 128;
+    run_grid(&truncate_rows<kThreads, 1>, {num_rows, 1, 1}, kThreads, sizeof(TruncationShared), t);
 }

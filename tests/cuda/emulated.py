@@ -54,6 +54,11 @@ class EmulatedExtension:
         assert library().emulated_decode(*addresses, numbers, (ctypes.c_float * 3)(*factors), kv)
 
     @staticmethod
+    def truncate(logits, top_k, top_p, min_p, row_stride, vocab_size, num_rows, stream):
+        addresses = map(ctypes.c_void_p, (logits, top_k, top_p, min_p))
+        library().emulated_truncate(*addresses, ctypes.c_int64(row_stride), vocab_size, num_rows)
+
+    @staticmethod
     def copy_blocks(sources, targets, num_layers, pairs, num_pairs, block_bytes, stream):
         sources, targets, pairs = map(ctypes.c_void_p, (sources, targets, pairs))
         library().emulated_copy_blocks(

@@ -17,7 +17,9 @@ import tests.gpu.interpreter  # noqa: F401  before the kernels that the cases im
 from minivllm.ops import cuda, kv_write
 from minivllm.ops.cuda import block_ranges
 from minivllm.ops.kv_layout import RowLayout
+from minivllm.ops.op import OpSpec
 from minivllm.ops.paged_attention import Options, _attend
+from minivllm.ops.sampling import top_k_top_p_min_p
 from tests.cuda.emulated import KV_CODES, EmulatedExtension, compiler, emulate, library, pointer
 from tests.gpu.case import max_diff
 from tests.gpu.cases.cuda import CASES
@@ -100,7 +102,10 @@ class Problem:
 
 @pytest.mark.parametrize(
     "name",
-    ["decode_f16_head_dim-64_group-4", "decode_fp8_e4m3_head_dim-128_group-4", "decode_all", "captured_int8"],
+    [
+        "decode_f16_head_dim-64_group-4", "decode_fp8_e4m3_head_dim-128_group-4", "decode_all", "captured_int8",
+        "truncation_130", "truncation_9001", "odd_truncation_130", "odd_truncation_9001",
+    ],  # fmt: skip
 )
 def test_the_cards_own_cases_are_right_of_the_emulated_kernels(name: str, monkeypatch: pytest.MonkeyPatch):
     emulate(monkeypatch)
@@ -136,6 +141,27 @@ def test_a_card_with_little_shared_memory_decodes_by_triton_what_needs_more(monk
     assert "128 KiB of shared memory" in cuda.decode_why_not(torch.bfloat16, large, 4)
     for kv, head_dim in (("bfloat16", 128), ("int8", 256), ("fp8_e4m3", 256)):
         assert cuda.decode_why_not(torch.bfloat16, RowLayout(kv, 2, head_dim, 64), 4) is None
+
+
+def test_rows_are_truncated_by_the_kernel_where_it_is_built_and_takes_so_many_logits(monkeypatch: pytest.MonkeyPatch):
+    def chosen(vocab_size: int) -> str:
+        return top_k_top_p_min_p.select(OpSpec("cuda", torch.float32, {"vocab_size": vocab_size})).__module__
+
+    monkeypatch.setattr(cuda, "extension", lambda: (EmulatedExtension, None))
+    assert chosen(1 << 19) == "minivllm.ops.cuda"
+    assert chosen((1 << 19) + 1) == "minivllm.ops.triton.sampling"
+    monkeypatch.setattr(cuda, "extension", lambda: (None, "built without CUDA kernels"))
+    assert chosen(1 << 19) == "minivllm.ops.triton.sampling"
+
+
+def test_truncation_touches_no_number_beside_its_rows(monkeypatch: pytest.MonkeyPatch):
+    emulate(monkeypatch)
+    wide = torch.randn(3, 517, generator=torch.Generator().manual_seed(0))
+    before = wide.clone()
+    few, half, most = torch.tensor([5, 0, 0], dtype=torch.int32), torch.tensor([1, 0.5, 1.0]), torch.tensor([0, 0, 0.3])
+    cuda.top_k_top_p_min_p(wide[:, 3:-3], few, half, most)
+    assert torch.equal(wide[:, :3], before[:, :3]) and torch.equal(wide[:, -3:], before[:, -3:])
+    assert (wide[:, 3:-3].isfinite().sum(1) < 500).all()
 
 
 @pytest.mark.parametrize("dtype", NAMES)

@@ -12,6 +12,7 @@ from minivllm.ops.kv_layout import RowLayout
 from minivllm.ops.paged_attention import Options, _attend
 from tests.gpu.case import DTYPES, Case, Check, ints, randn
 from tests.gpu.cases.attention import BATCHES, LARGE, NAMES, TOLERANCE, filled_cache, some_options
+from tests.gpu.cases.sampling import odd_truncation, truncation
 
 
 def why_not() -> str | None:
@@ -150,6 +151,11 @@ def _cases() -> dict[str, Case]:
     add(decode, block_size=16)
     for kv_dtype in ("bfloat16", "fp8_e4m3", "int8"):
         add(captured, kv_dtype=kv_dtype)
+    for vocab_size in (130, 9001):
+        for make in (truncation, odd_truncation):
+            found[f"cuda_{make.__name__}_{vocab_size}"] = partial(
+                make, vocab_size=vocab_size, truncate=cuda.top_k_top_p_min_p
+            )
     for to_host in (False, True):
         add(copies, to_host=to_host)
     return found

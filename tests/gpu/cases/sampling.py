@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -14,6 +15,8 @@ from minivllm.ops.triton import penalties as triton_penalties
 from minivllm.ops.triton import sampling as triton_sampling
 from minivllm.ops.triton import token_logprobs as triton_token_logprobs
 from tests.gpu.case import Case, Check, randn
+
+Truncate = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 
 def logits_of(device: str, large: bool, vocab_size: int, num_rows: int) -> torch.Tensor:
@@ -45,7 +48,9 @@ def gumbel(device: str, large: bool, *, vocab_size: int) -> Check:
     )
 
 
-def truncation(device: str, large: bool, *, vocab_size: int) -> Check:
+def truncation(
+    device: str, large: bool, *, vocab_size: int, truncate: Truncate = triton_sampling.top_k_top_p_min_p
+) -> Check:
     logits = logits_of(device, large, vocab_size, 16)
     logits[12] = 1.5  # nothing but ties
     logits[13, :50] = 0.0
@@ -58,16 +63,42 @@ def truncation(device: str, large: bool, *, vocab_size: int) -> Check:
     )
     min_p = torch.tensor([0, 0.1, 0.1, 0.1, 0, 0, 0, 0, 0, 0.01, 0, 0.2, 0, 0, 0.1, 0.0], device=device)
 
-    def kept(truncate) -> torch.Tensor:
+    return _truncated(truncate, logits, top_k, top_p, min_p)
+
+
+def odd_truncation(
+    device: str, large: bool, *, vocab_size: int, truncate: Truncate = triton_sampling.top_k_top_p_min_p
+) -> Check:
+    """Rows in which the cuts are not among a few of the likeliest: flat ones, ties, few tokens that are allowed."""
+    vocab_size = 128256 if large else vocab_size
+    flat, spread, wide = (randn(device, 1, vocab_size, seed=seed).mul(scale) for seed, scale in enumerate((0.02, 1, 8)))
+    few, equal, spike = torch.full_like(flat, float("-inf")), torch.full_like(flat, -3.0), spread.clone()
+    few[:, 30:50] = spread[:, :20]
+    equal[:, 7] = -2.0
+    spike[:, 5], spike[:, 6] = 70.0, 69.0
+    rows: list[tuple[torch.Tensor, int, float, float]] = [
+        (few, 50, 0.9, 0.0), (few, 5, 1.0, 0.0), (equal, 0, 0.3, 0.0), (equal, 2, 0.9, 0.0), (equal, 1, 0.9, 0.0),
+        (spike, 50, 0.9, 0.0), (spike, 3, 1.0, 0.0), (wide, 0, 0.999, 0.0), (wide, 40, 0.9, 0.3), (wide, 0, 1e-6, 0.0),
+    ]  # fmt: skip
+    for row in (flat, spread, flat.bfloat16().float(), spread.bfloat16().float()):
+        rows += [
+            (row, 0, 0.9, 0.0), (row, 0, 0.5, 0.0), (row, vocab_size // 2, 1.0, 0.0), (row, vocab_size // 8, 0.95, 0.0),
+            (row, 0, 0.9, 0.05), (row, 20, 1.0, 0.5),
+        ]  # fmt: skip
+    logits, top_k, top_p, min_p = zip(*rows)
+    return _truncated(
+        truncate, torch.cat(logits), torch.tensor(top_k, dtype=torch.int32, device=device),
+        torch.tensor(top_p, device=device), torch.tensor(min_p, device=device),
+    )  # fmt: skip
+
+
+def _truncated(truncate: Truncate, logits: torch.Tensor, *asked: torch.Tensor) -> Check:
+    def kept(truncate: Truncate) -> torch.Tensor:
         changed = logits.clone()
-        truncate(changed, top_k, top_p, min_p)
+        truncate(changed, *asked)
         return changed
 
-    return Check(
-        lambda: kept(triton_sampling.top_k_top_p_min_p),
-        lambda: kept(sampling.top_k_top_p_min_p_reference),
-        0.0,
-    )
+    return Check(lambda: kept(truncate), lambda: kept(sampling.top_k_top_p_min_p_reference), 0.0)
 
 
 def token_logprobs(device: str, large: bool, *, vocab_size: int) -> Check:
@@ -139,6 +170,7 @@ def penalising(device: str, large: bool) -> Check:
 
 def _cases() -> dict[str, Case]:
     found: dict[str, Case] = {"bitmask": masking, "penalties": penalising}
+    found["truncation_of_odd_rows"] = partial(odd_truncation, vocab_size=1500)
     found["gumbel_argmax_8192"] = partial(gumbel, vocab_size=8192)  # no chunk that is not full
     for vocab_size in (130, 9001):
         found[f"gumbel_argmax_{vocab_size}"] = partial(gumbel, vocab_size=vocab_size)
