@@ -128,7 +128,8 @@ bool leaves_to_walk(const Attention& a, int32_t request, int64_t begin, bool may
     return false;
 }
 
-void list_decode(const Attention& a, int32_t request, int32_t member, int64_t begin, bool in_parts, bool writes, Work& work) {
+void list_decode(const Attention& a, int32_t request, int32_t member, int64_t begin, bool in_parts, bool writes,
+                 Work& work) {
     const int64_t end = a.seq_lens[request], parts = num_parts(begin, end);
     begin = greater(begin, (end - a.sliding_window) / kTile * kTile);
     Unit unit{request, 0, 1, 0, 0, 0, 0, member, 0, Ending::output, member >= 0, begin, end, writes};
