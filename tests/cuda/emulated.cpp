@@ -46,10 +46,10 @@ extern "C" int emulated_few_rows(const uint64_t* addresses, const int64_t* sizes
     });
 }
 
+// Fewer threads than a card's blocks have, for speed; no result depends on how many.
 extern "C" void emulated_truncate(float* logits, const int32_t* top_k, const float* top_p, const float* min_p,
-                                  int64_t row_stride, int vocab_size, int num_rows) {
+                                  int64_t row_stride, int vocab_size, int num_rows, bool is_by_cluster) {
     const Truncation t{logits, top_k, top_p, min_p, row_stride, vocab_size};
-    // Fewer threads than a card's block has, for speed; no result depends on how many.
-    constexpr int kThreads = 128;
-    run_grid(&truncate_rows<kThreads, 1>, {num_rows, 1, 1}, kThreads, sizeof(TruncationShared), t);
+    if (is_by_cluster) run_clusters(&truncate_rows<64, 8>, num_rows, 8, 64, sizeof(TruncationShared), t);
+    else run_clusters(&truncate_rows<128, 1>, num_rows, 1, 128, sizeof(TruncationShared), t);
 }
