@@ -106,8 +106,8 @@ void list_shared(const Attention& a, Work& work) {
 void list_prompt(const Attention& a, int32_t request, Work& work) {
     const int64_t q_len = a.query_start_loc[request + 1] - a.query_start_loc[request];
     const int64_t first_position = a.seq_lens[request] - q_len;
-    // A head's keys and values stay in the second cache while its rows pass. Later rows see more: the longest walks of
-    // a head start first, so that short ones come last.
+    // A head's keys and values stay in the second cache of one thread, or two, while its rows pass. Later rows see more:
+    // the longest walks of a head start first, so that short ones come last, for others to take.
     for (int32_t h = 0; h < a.layout.num_kv_heads; ++h)
         for (int64_t q = (q_len - 1) / work.positions * work.positions; q_len > 0 && q >= 0; q -= work.positions) {
             const int64_t n = lesser(work.positions, q_len - q);
@@ -178,13 +178,14 @@ Work list_work(const Attention& a) {
     const int64_t num_shared = a.num_groups + a.num_members / work.positions;
     const int64_t num_units = num_shared + num_prompts + num_decodes + (in_parts ? num_decodes + most_parts : 0);
     const int64_t state_bytes = (num_states * a.num_heads * carried_floats(a.layout.head_dim) * 4 + 63) / 64 * 64;
-    const int64_t share_bytes = 2 * work.num_shares * int64_t(sizeof(Share));
+    const int64_t share_bytes = 3 * work.num_shares * int64_t(sizeof(Share));
     char* memory = static_cast<char*>(thread_scratch(
         0, size_t(state_bytes + share_bytes + num_units * heads * int64_t(sizeof(Unit)) + a.num_reqs * 8)));
     work.states = reinterpret_cast<float*>(memory);
     work.next_state = a.num_members;
     work.shared.shares = reinterpret_cast<Share*>(memory + state_bytes);
-    work.decodes.shares = work.shared.shares + work.num_shares;
+    work.prompts.shares = work.shared.shares + work.num_shares;
+    work.decodes.shares = work.prompts.shares + work.num_shares;
     Unit* units = reinterpret_cast<Unit*>(memory + state_bytes + share_bytes);
     work.shared.list = units;
     work.prompts.list = work.shared.list + num_shared * heads;
@@ -202,6 +203,7 @@ Work list_work(const Attention& a) {
         else list_decode(a, int32_t(b), member[b], begin[b], in_parts, work);
     }
     share_out(work.shared, work.num_shares);
+    share_out(work.prompts, work.num_shares);
     share_out(work.decodes, work.num_shares);
     return work;
 }
@@ -284,18 +286,16 @@ void run_shares(const Attention& a, const Work& work, const Units& units, int th
 template <class Math>
 void run_with(const Attention& a) {
     const Work work = list_work<Math>(a);
-    struct Context { const Attention& a; const Work& work; std::atomic<int64_t> next_prompt; } context{a, work, {0}};
+    struct Context { const Attention& a; const Work& work; } context{a, work};
     run_on_threads(int(lesser(work.num_shares, work.shared.num)), [](void* p, int thread) {
         const Context& c = *static_cast<Context*>(p);
         WidenedTiles widened;
         run_shares<Math>(c.a, c.work, c.work.shared, thread, widened);
     }, &context);
     run_on_threads(int(lesser(work.num_shares, work.prompts.num + work.decodes.num)), [](void* p, int thread) {
-        Context& c = *static_cast<Context*>(p);
-        const Units& prompts = c.work.prompts;  // first, as their walks are the longest
+        const Context& c = *static_cast<Context*>(p);
         WidenedTiles widened;
-        for (int64_t i; (i = c.next_prompt.fetch_add(1, std::memory_order_relaxed)) < prompts.num;)
-            run_unit<Math>(c.a, c.work, prompts.list[i], nullptr, widened);
+        run_shares<Math>(c.a, c.work, c.work.prompts, thread, widened);  // first, as their walks are the longest
         run_shares<Math>(c.a, c.work, c.work.decodes, thread, widened);
     }, &context);
     parallel_tasks(work.joins.num, [&](int64_t i) {
