@@ -9,6 +9,7 @@
 #pragma once
 
 #include "attention_walk.h"
+#include "kv_store.h"
 
 namespace minivllm::MINIVLLM_ISA {
 namespace {
@@ -269,6 +270,10 @@ private:
 class AmxMath {
 public:
     static constexpr int64_t kBlock = 16;
+    // Whether a walk of one position's rows can write its keys and values.
+    static bool may_write(const Attention& a) {
+        return a.layout.type == KvType::bf16 && a.num_heads / a.layout.num_kv_heads <= kBlock;
+    }
     // Rows of several heads take a step together: their softmax is one stretch, in which the processor works on several
     // rows at once, and keys and values are read as they lie. With 16 rows what they need leaves the first cache; codes
     // wait for memory, not for that.
@@ -314,9 +319,19 @@ public:
     void scores(const Step& step, int64_t block, int64_t) {
         const bf16* q = q_ + block * num_k_ * 32;
         if (is_bytes_) return score_codes(step, q);
-        for (int h = 0; h < num_heads_; ++h)
-            score_head(step, h * a_->layout.head_bytes(), q + h * num_k_ * tile_, s_.scores + h * tile_ / 32 * kStep,
-                       after_keys(step, h));
+        for (int h = 0; h < num_heads_; ++h) {
+            const int64_t offset = h * a_->layout.head_bytes();
+            const bf16* head_q = q + h * num_k_ * tile_;
+            float* scores = s_.scores + h * tile_ / 32 * kStep;
+            score_head(step, offset, head_q, scores, after_keys(step, h));
+            if (const int64_t p = position_to_write(step); p >= 0) {  // its lines are near now
+                const char* tile = step.key[p / kTile] + offset;
+                place_key(to_write(tile), new_row(rows_->write->k, rows_->write->k_token_stride,
+                                                  rows_->write->k_head_stride, h), p % kTile, head_dim_);
+                const bf16* keys = reinterpret_cast<const bf16*>(tile) + p % kTile / 16 * 16 * head_dim_;
+                score_keys(keys, head_q, scores + p / 16 * 16, keys);
+            }
+        }
     }
 
     static MINIVLLM_INLINE Vec weight(Vec x) { return amx_weight(x); }
@@ -335,7 +350,7 @@ public:
     void add_values(const Step& step, int64_t block, int64_t block_end) {
         if (is_bytes_ && !(rows_differ() && is_any_cut(step))) return add_codes(step, block);
         for (int h = 0; h < num_heads_; ++h) {
-            if (is_bytes_ || num_heads_ > 1 || !has_values_) read_values(step, h * a_->layout.head_bytes());
+            if (is_bytes_ || num_heads_ > 1 || !has_values_) read_values(step, h);
             has_values_ = true;
             add_head(step, s_.seg_out + (block + h * tile_ / 32) * head_dim_, weights_ + h * kStepTiles * tile_,
                      after_values(step, h));
@@ -364,17 +379,40 @@ private:
         return weights_ + r / rows * kStepTiles * tile_ + r % rows * 32;
     }
 
-    // Where the values of the step's tiles lie as bf16, of the head `offset` bytes behind the first.
-    void read_values(const Step& step, int64_t offset) {
-        const int64_t half = a_->layout.half_bytes(), last = rows_->count - 1;
+    // ---- what is still to be written ----
+
+    // From the step's first; -1: nothing is, or not here.
+    int64_t position_to_write(const Step& step) const {
+        const int64_t p = rows_->end[0] - 1 - step.begin;
+        return rows_->write != nullptr && p < kStep ? p : -1;
+    }
+    char* to_write(const char* tile) const { return rows_->write->cache + (tile - a_->kv_cache); }
+    const bf16* new_row(const char* rows, int64_t token_stride, int64_t head_stride, int h) const {
+        const int64_t head = rows_->head[0] / (a_->num_heads / a_->layout.num_kv_heads) + h;
+        return reinterpret_cast<const bf16*>(rows + rows_->token[0] * token_stride + head * head_stride);
+    }
+
+    // Where the values of the step's tiles lie as bf16, of the h-th head.
+    void read_values(const Step& step, int h) {
+        const int64_t half = a_->layout.half_bytes(), last = rows_->count - 1, offset = h * a_->layout.head_bytes();
+        const int64_t written = position_to_write(step);
+        const auto write = [&](char* tile) {
+            place_value(tile, new_row(rows_->write->v, rows_->write->v_token_stride, rows_->write->v_head_stride, h),
+                        written % kTile, head_dim_);
+        };
         for (int t = step.first_tile; t < step.end_tile; ++t) {
             const char* tile = step.key[t] + offset + half;
             bf16* own = values_ + t * kTile * head_dim_;
             values_of_[t] = is_bytes_ ? tiles_.widen(own, tile) : reinterpret_cast<const bf16*>(tile);
             const int64_t p = step.begin + t * kTile;
-            if (!is_cut(p)) continue;
-            is_cut_ |= tiles_.keep_visible(own, values_of_[t], rows_->begin[0] - p, rows_->end[last] - p, rows_differ());
-            values_of_[t] = own;
+            const bool is_new = written >= 0 && written / kTile == t;
+            if (is_cut(p)) {
+                is_cut_ |= tiles_.keep_visible(own, values_of_[t], rows_->begin[0] - p, rows_->end[last] - p,
+                                               rows_differ());
+                values_of_[t] = own;
+                if (is_new) write(reinterpret_cast<char*>(own));
+            }
+            if (is_new) write(to_write(tile));
         }
     }
 
@@ -429,17 +467,22 @@ private:
             for (int i = 0; i < 2; ++i) {
                 const bf16* keys = tile(t) + i * 16 * head_dim_;
                 const bf16* next = i == 0 ? keys + 16 * head_dim_ : t + 1 < step.end_tile ? tile(t + 1) : after;
-                _tile_zero(0);
-                for (int k = 0; k < num_k_; ++k) {
-                    touch_kib(k + 1 < num_k_ ? keys + (k + 1) * 512 : next);
-                    _tile_loadd(4, q + k * tile_, 64);
-                    _tile_loadd(5, tiles_.key_rows(keys, k), 64);
-                    _tile_dpbf16ps(0, 4, 5);
-                }
-                _tile_stored(4, warm_, 64);
-                _tile_stored(0, scores + t * kTile + i * 16, kStep * 4);
+                score_keys(keys, q, scores + t * kTile + i * 16, next);
             }
         }
+    }
+
+    // Of 16 positions.
+    MINIVLLM_INLINE void score_keys(const bf16* keys, const bf16* q, float* scores, const bf16* next) {
+        _tile_zero(0);
+        for (int k = 0; k < num_k_; ++k) {
+            touch_kib(k + 1 < num_k_ ? keys + (k + 1) * 512 : next);
+            _tile_loadd(4, q + k * tile_, 64);
+            _tile_loadd(5, tiles_.key_rows(keys, k), 64);
+            _tile_dpbf16ps(0, 4, 5);
+        }
+        _tile_stored(4, warm_, 64);
+        _tile_stored(0, scores, kStep * 4);
     }
 
     void add_head(const Step& step, float* out, const bf16* weights, const bf16* after) {

@@ -72,6 +72,7 @@ struct Rows {
     int64_t position[kMaxRows];
     int64_t begin[kMaxRows], end[kMaxRows];        // what it sees on the way: positions, ascending from row to row
     float* carried[kMaxRows];                      // its state between walks, or null
+    const KvWrite* write = nullptr;                // of the last position's keys and values, all rows being of its token
 };
 
 // What becomes of the rows at a walk's end: their output, or their state in rows.carried. A shared part may end inside
