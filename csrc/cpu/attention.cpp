@@ -30,6 +30,7 @@ struct Unit {
     Ending ending;
     bool resumes;
     int64_t begin, end;  // positions
+    bool writes;         // the last position's keys and values
 };
 
 // A thread's units, [first, end): it takes them in order, as each walk fetches what the next begins with; threads that
@@ -82,12 +83,10 @@ int64_t positions_together(const Attention& a) {
     return greater(1, rows / group_size(a));
 }
 
-// Rows of several heads take a step together: their softmax is one stretch, in which the processor works on several rows
-// at once, and keys and values are read as they lie. With 16 rows what they need leaves the first cache. Each thread keeps
-// some walks to balance.
+// As many heads walk together as Math likes, but that each thread keeps some walks to balance.
+template <class Math>
 int64_t heads_together(const Attention& a, int64_t num_decodes) {
-    constexpr int64_t kMostRows = 8;
-    int64_t heads = lesser(a.layout.num_kv_heads, greater(1, kMostRows / group_size(a)));
+    int64_t heads = lesser(a.layout.num_kv_heads, greater(1, lesser(kMostHeads, Math::most_heads(a))));
     while (heads > 1 && num_decodes * a.layout.num_kv_heads / heads < 2 * num_threads()) heads /= 2;
     return heads;
 }
@@ -99,7 +98,7 @@ void list_shared(const Attention& a, Work& work) {
             for (int64_t m = a.group_starts[g]; m < a.group_starts[g + 1]; m += work.positions) {
                 const int64_t n = lesser(work.positions, a.group_starts[g + 1] - m);
                 work.shared.add({a.members[m], 0, 0, int32_t(m), int32_t(n), h, 1, int32_t(m), 0, Ending::shared, false, 0,
-                                 a.shared_lens[g]});
+                                 a.shared_lens[g], false});
             }
 }
 
@@ -112,14 +111,28 @@ void list_prompt(const Attention& a, int32_t request, Work& work) {
         for (int64_t q = (q_len - 1) / work.positions * work.positions; q_len > 0 && q >= 0; q -= work.positions) {
             const int64_t n = lesser(work.positions, q_len - q);
             work.prompts.add({request, int32_t(q), int32_t(n), 0, 0, h, 1, -1, 0, Ending::output, false, 0,
-                              first_position + q + n});
+                              first_position + q + n, false});
         }
 }
 
-void list_decode(const Attention& a, int32_t request, int32_t member, int64_t begin, bool in_parts, Work& work) {
+// Keys and values that no walk writes are written at once. Whether one does: of a request with one row, whose key is its
+// own and lies where the walk will read it.
+bool leaves_to_walk(const Attention& a, int32_t request, int64_t begin, bool may_write) {
+    if (a.write == nullptr) return false;
+    const int64_t first = a.query_start_loc[request], last = a.query_start_loc[request + 1];
+    const int64_t p = a.seq_lens[request] - 1, size = a.layout.block_size;
+    if (may_write && last - first == 1 && begin <= p &&
+        a.write->slots[first] == a.block_table[request * a.block_table_stride + p / size] * size + p % size)
+        return true;
+    kv_write_kernels.rows(*a.write, first, last);
+    return false;
+}
+
+void list_decode(const Attention& a, int32_t request, int32_t member, int64_t begin, bool in_parts, bool writes,
+                 Work& work) {
     const int64_t end = a.seq_lens[request], parts = num_parts(begin, end);
     begin = greater(begin, (end - a.sliding_window) / kTile * kTile);
-    Unit unit{request, 0, 1, 0, 0, 0, 0, member, 0, Ending::output, member >= 0, begin, end};
+    Unit unit{request, 0, 1, 0, 0, 0, 0, member, 0, Ending::output, member >= 0, begin, end, writes};
     in_parts = in_parts && member < 0 && parts > 1;
     const int64_t first_state = work.next_state;
     for (int64_t h = 0; h < a.layout.num_kv_heads; h += work.heads) {
@@ -164,6 +177,10 @@ template <class Math>
 Work list_work(const Attention& a) {
     const int64_t heads = a.layout.num_kv_heads;
     Work work{};
+    if (a.write != nullptr) {  // rows of no request
+        kv_write_kernels.rows(*a.write, 0, a.query_start_loc[0]);
+        kv_write_kernels.rows(*a.write, a.query_start_loc[a.num_reqs], a.write->num_tokens);
+    }
     work.positions = positions_together(a);
     work.num_shares = num_threads();
     int64_t num_prompts = 0, num_decodes = 0, most_parts = 0;
@@ -172,7 +189,7 @@ Work list_work(const Attention& a) {
         if (q_len == 1) ++num_decodes, most_parts += num_parts(0, a.seq_lens[b]);
         else num_prompts += (q_len + work.positions - 1) / work.positions;
     }
-    work.heads = Math::joins_heads(a) ? heads_together(a, num_decodes) : 1;
+    work.heads = heads_together<Math>(a, num_decodes);
     const bool in_parts = (num_prompts + num_decodes) * heads < 4 * num_threads() && a.sliding_window == kNoWindow;
     const int64_t num_states = a.num_members + (in_parts ? most_parts : 0);
     const int64_t num_shared = a.num_groups + a.num_members / work.positions;
@@ -199,8 +216,9 @@ Work list_work(const Attention& a) {
             member[a.members[m]] = m, begin[a.members[m]] = a.shared_lens[g];
     list_shared(a, work);
     for (int64_t b = 0; b < a.num_reqs; ++b) {
+        const bool writes = leaves_to_walk(a, int32_t(b), begin[b], Math::may_write(a));
         if (a.query_start_loc[b + 1] - a.query_start_loc[b] != 1) list_prompt(a, int32_t(b), work);
-        else list_decode(a, int32_t(b), member[b], begin[b], in_parts, work);
+        else list_decode(a, int32_t(b), member[b], begin[b], in_parts, writes, work);
     }
     share_out(work.shared, work.num_shares);
     share_out(work.prompts, work.num_shares);
@@ -228,6 +246,7 @@ void own_rows(const Attention& a, const Work& work, const Unit& unit, Rows& rows
             rows.carried[r] = state_of(a, work, unit.state, rows.head[r]);
             if (unit.ending == Ending::part) rows.begin[r] = unit.begin, rows.end[r] = unit.end;
         }
+    if (unit.writes && unit.end == a.seq_lens[unit.request]) rows.write = a.write;
 }
 
 void shared_rows(const Attention& a, const Work& work, const Unit& unit, Rows& rows) {
@@ -309,7 +328,10 @@ void run(const Attention& a) {
     const KvType type = a.layout.type;
     if (a.dtype == DType::bf16 && type != KvType::f32 && type != KvType::f16) return run_with<AmxMath>(a);
 #endif
-    run_with<FmaMath>(a);
+    Attention rest = a;
+    if (a.write != nullptr) kv_write_kernels.run(*a.write);
+    rest.write = nullptr;
+    run_with<FmaMath>(rest);
 }
 
 }  // namespace

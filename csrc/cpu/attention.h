@@ -5,6 +5,7 @@
 
 #include "dispatch.h"
 #include "kv_layout.h"
+#include "kv_write.h"
 #include "types.h"
 
 namespace minivllm {
@@ -34,6 +35,8 @@ struct Attention {
     // members[group_starts[g]] … [group_starts[g + 1]), and its first shared_lens[g] positions are theirs in common.
     int64_t num_groups, num_members;
     const int32_t *members, *group_starts, *shared_lens;
+
+    const KvWrite* write;  // the rows' own keys and values, if they are still to be written; or null
 };
 
 // Positions a row's maximum, sum and output move by at once: 4 tiles. Shared parts end at a multiple.

@@ -9,6 +9,7 @@
 #pragma once
 
 #include "attention_walk.h"
+#include "kv_store.h"
 
 namespace minivllm::MINIVLLM_ISA {
 namespace {
@@ -221,65 +222,69 @@ private:
     int64_t bytes_ = 0, done_ = 0, lines_ = 0;  // of each place; lines a turn
 };
 
-// Codes are fetched into L2 in the order in which they are read, evenly over a step's turns. The processor's own fetching
-// follows, and runs ahead of it.
+// Codes are fetched into L2, half a step before they are read, from several places in turn: the processor's own fetching
+// follows each of them only some 20 lines ahead.
 class Stream {
 public:
-    struct Piece { const char* from; int64_t lines; };
-    static constexpr size_t bytes() { return 2 * kStepTiles * (2 + kMostHeadDim / 64) * sizeof(Piece); }  // of two steps
+    // `lines` from each place on, then those `stride` bytes behind, and so on, `times` in all.
+    struct Places {
+        const char* place[2 * kStepTiles];
+        int num;
+        int64_t lines, stride, times;
+    };
 
-    Stream() = default;
-    explicit Stream(void* memory) : pieces_(static_cast<Piece*>(memory)) {}
-
-    void clear() { num_ = 0, lines_ = 0; }
-    void add(const char* from, int64_t bytes) {
-        pieces_[num_] = {from, (bytes + 63) / 64};
-        lines_ += pieces_[num_++].lines;
-    }
-    int64_t lines() const { return lines_; }
-
-    // Lines [begin, end) of what was added, in so many turns.
-    void start(int64_t begin, int64_t end, int64_t turns) {
-        rate_ = turns == 0 || end <= begin ? 0 : ((end - begin) * 256 + turns - 1) / turns;
+    // What is read next, and then, evenly over so many turns.
+    void start(const Places& next, const Places& then, int64_t turns) {
+        then_ = then;
+        take(next);
+        rate_ = ((left_ + then.times * then.lines) * 256 + turns - 1) / turns;
         budget_ = 0;
-        for (next_ = 0; next_ < num_ && begin >= pieces_[next_].lines; ++next_) begin -= pieces_[next_].lines;
-        if (next_ == num_) return stop();
-        take_next();
-        at_ += begin * 64;
     }
     void stop() { rate_ = budget_ = 0; }
 
     MINIVLLM_INLINE void turn() {
         for (budget_ += rate_; budget_ >= 256; budget_ -= 256) {
-            if (at_ >= end_) {
-                if (next_ == num_) return stop();
-                take_next();
+            if (left_ == 0) {
+                if (then_.num == 0) return stop();
+                take(then_);
+                then_.num = 0;
             }
-            _mm_prefetch(at_, _MM_HINT_T1);
-            at_ += 64;
+            for (int p = 0; p < now_.num; ++p) _mm_prefetch(now_.place[p] + at_ + line_ * 64, _MM_HINT_T1);
+            --left_;
+            if (++line_ == now_.lines) line_ = 0, at_ += now_.stride;
         }
     }
 
 private:
-    void take_next() {
-        at_ = pieces_[next_].from, end_ = at_ + pieces_[next_].lines * 64;
-        ++next_;
+    void take(const Places& places) {
+        now_ = places;
+        line_ = at_ = 0;
+        left_ = places.times * places.lines;
     }
 
-    Piece* pieces_ = nullptr;
-    const char *at_ = nullptr, *end_ = nullptr;  // what is left of the piece at hand
-    int num_ = 0, next_ = 0;
-    int64_t lines_ = 0, rate_ = 0, budget_ = 0;  // lines a turn and lines due, in 1/256
+    Places now_{}, then_{};
+    int64_t line_ = 0, at_ = 0, left_ = 0;  // of each of `now_`
+    int64_t rate_ = 0, budget_ = 0;         // lines of each place a turn, and lines due, in 1/256
 };
 
 class AmxMath {
 public:
     static constexpr int64_t kBlock = 16;
-    static bool joins_heads(const Attention& a) { return a.layout.type == KvType::bf16; }
+    // Whether a walk of one position's rows can write its keys and values.
+    static bool may_write(const Attention& a) {
+        return a.layout.type == KvType::bf16 && a.num_heads / a.layout.num_kv_heads <= kBlock;
+    }
+    // Rows of several heads take a step together: their softmax is one stretch, in which the processor works on several
+    // rows at once, and keys and values are read as they lie. With 16 rows what they need leaves the first cache; codes
+    // wait for memory, not for that.
+    static int64_t most_heads(const Attention& a) {
+        const int64_t group = a.num_heads / a.layout.num_kv_heads;
+        return a.layout.type == KvType::bf16 ? 8 / group : lesser(4, kBlock / group);
+    }
 
     static size_t bytes(const Attention& a, int64_t num_rows) {
         const int64_t d = a.layout.head_dim;
-        return size_t(num_rows * (d + 16) + kBlock * kStep + kStep * d + kRing * 512 + 512) * 2 + Stream::bytes() +
+        return size_t(num_rows * (d + 16) + kBlock * kStep + kStep * d + kRing * 512 + 512) * 2 +
                AmxTiles::bytes(a);
     }
 
@@ -292,8 +297,7 @@ public:
         values_ = weights_ + kBlock * kStep;
         ring_ = values_ + kStep * head_dim_;
         warm_ = ring_ + kRing * 512;
-        codes_ahead_ = Stream(warm_ + 512);
-        tiles_ = AmxTiles(a, reinterpret_cast<char*>(warm_ + 512) + Stream::bytes());
+        tiles_ = AmxTiles(a, reinterpret_cast<char*>(warm_ + 512));
         is_bytes_ = tiles_.are_bytes();
     }
 
@@ -315,9 +319,19 @@ public:
     void scores(const Step& step, int64_t block, int64_t) {
         const bf16* q = q_ + block * num_k_ * 32;
         if (is_bytes_) return score_codes(step, q);
-        for (int h = 0; h < num_heads_; ++h)
-            score_head(step, h * a_->layout.head_bytes(), q + h * num_k_ * tile_, s_.scores + h * tile_ / 32 * kStep,
-                       after_keys(step, h));
+        for (int h = 0; h < num_heads_; ++h) {
+            const int64_t offset = h * a_->layout.head_bytes();
+            const bf16* head_q = q + h * num_k_ * tile_;
+            float* scores = s_.scores + h * tile_ / 32 * kStep;
+            score_head(step, offset, head_q, scores, after_keys(step, h));
+            if (const int64_t p = position_to_write(step); p >= 0) {  // its lines are near now
+                const char* tile = step.key[p / kTile] + offset;
+                place_key(to_write(tile), new_row(rows_->write->k, rows_->write->k_token_stride,
+                                                  rows_->write->k_head_stride, h), p % kTile, head_dim_);
+                const bf16* keys = reinterpret_cast<const bf16*>(tile) + p % kTile / 16 * 16 * head_dim_;
+                score_keys(keys, head_q, scores + p / 16 * 16, keys);
+            }
+        }
     }
 
     static MINIVLLM_INLINE Vec weight(Vec x) { return amx_weight(x); }
@@ -336,7 +350,7 @@ public:
     void add_values(const Step& step, int64_t block, int64_t block_end) {
         if (is_bytes_ && !(rows_differ() && is_any_cut(step))) return add_codes(step, block);
         for (int h = 0; h < num_heads_; ++h) {
-            if (is_bytes_ || num_heads_ > 1 || !has_values_) read_values(step, h * a_->layout.head_bytes());
+            if (is_bytes_ || num_heads_ > 1 || !has_values_) read_values(step, h);
             has_values_ = true;
             add_head(step, s_.seg_out + (block + h * tile_ / 32) * head_dim_, weights_ + h * kStepTiles * tile_,
                      after_values(step, h));
@@ -346,9 +360,7 @@ public:
 
 private:
     static constexpr int kRowTurns = 4;  // of a row's softmax
-    static constexpr int64_t kSliceBytes = kTile * 64 * 2;  // of a tile of values in bf16
     static constexpr int kPieces = 4, kRing = 2 * kPieces;  // of 1 KiB: widened so many before they are multiplied
-    static constexpr int64_t kLinesAhead = 256;  // 16 KiB
 
     bool is_cut(int64_t p) const {
         return rows_->begin[rows_->count - 1] > p || rows_->end[0] < p + kTile;
@@ -367,17 +379,40 @@ private:
         return weights_ + r / rows * kStepTiles * tile_ + r % rows * 32;
     }
 
-    // Where the values of the step's tiles lie as bf16, of the head `offset` bytes behind the first.
-    void read_values(const Step& step, int64_t offset) {
-        const int64_t half = a_->layout.half_bytes(), last = rows_->count - 1;
+    // ---- what is still to be written ----
+
+    // From the step's first; -1: nothing is, or not here.
+    int64_t position_to_write(const Step& step) const {
+        const int64_t p = rows_->end[0] - 1 - step.begin;
+        return rows_->write != nullptr && p < kStep ? p : -1;
+    }
+    char* to_write(const char* tile) const { return rows_->write->cache + (tile - a_->kv_cache); }
+    const bf16* new_row(const char* rows, int64_t token_stride, int64_t head_stride, int h) const {
+        const int64_t head = rows_->head[0] / (a_->num_heads / a_->layout.num_kv_heads) + h;
+        return reinterpret_cast<const bf16*>(rows + rows_->token[0] * token_stride + head * head_stride);
+    }
+
+    // Where the values of the step's tiles lie as bf16, of the h-th head.
+    void read_values(const Step& step, int h) {
+        const int64_t half = a_->layout.half_bytes(), last = rows_->count - 1, offset = h * a_->layout.head_bytes();
+        const int64_t written = position_to_write(step);
+        const auto write = [&](char* tile) {
+            place_value(tile, new_row(rows_->write->v, rows_->write->v_token_stride, rows_->write->v_head_stride, h),
+                        written % kTile, head_dim_);
+        };
         for (int t = step.first_tile; t < step.end_tile; ++t) {
             const char* tile = step.key[t] + offset + half;
             bf16* own = values_ + t * kTile * head_dim_;
             values_of_[t] = is_bytes_ ? tiles_.widen(own, tile) : reinterpret_cast<const bf16*>(tile);
             const int64_t p = step.begin + t * kTile;
-            if (!is_cut(p)) continue;
-            is_cut_ |= tiles_.keep_visible(own, values_of_[t], rows_->begin[0] - p, rows_->end[last] - p, rows_differ());
-            values_of_[t] = own;
+            const bool is_new = written >= 0 && written / kTile == t;
+            if (is_cut(p)) {
+                is_cut_ |= tiles_.keep_visible(own, values_of_[t], rows_->begin[0] - p, rows_->end[last] - p,
+                                               rows_differ());
+                values_of_[t] = own;
+                if (is_new) write(reinterpret_cast<char*>(own));
+            }
+            if (is_new) write(to_write(tile));
         }
     }
 
@@ -397,25 +432,29 @@ private:
         return reinterpret_cast<const bf16*>(after);
     }
 
-    // Of codes: this step's, and of the next one the first.
+    // The values, then the keys of the next step; and at once the next values' scales, with which it begins.
     void fetch_codes(const Step& step) {
-        const int tiles = step.end_tile - step.first_tile;
-        const int64_t turns = tiles * (2 * num_k_ + head_dim_ / 16) + lesser(rows_->count, kBlock) * kRowTurns;
-        codes_ahead_.clear();
-        add_codes_to_fetch(step.key, step.first_tile, step.end_tile);
-        const int64_t own = codes_ahead_.lines();
-        add_codes_to_fetch(step.next, step.next_first, step.next_end);
-        codes_ahead_.start(kLinesAhead, lesser(own + kLinesAhead, codes_ahead_.lines()), turns);
+        const int64_t half = a_->layout.half_bytes();
+        codes_ahead_.start(codes_of(step.key, step.first_tile, step.end_tile, half),
+                           codes_of(step.next, step.next_first, step.next_end, 0),
+                           num_pieces(step, 2 * num_k_ + head_dim_ / 16) + lesser(rows_->count, kBlock) * kRowTurns);
+        if (!has_scales(*a_)) return;
+        for (int t = step.next_first; t < step.next_end; ++t)
+            for (int h = 0; h < num_heads_; ++h) {
+                const char* scales = step.next[t] + h * a_->layout.head_bytes() + half + a_->layout.data_bytes();
+                _mm_prefetch(scales, _MM_HINT_T1);
+                _mm_prefetch(scales + 64, _MM_HINT_T1);
+            }
     }
 
-    void add_codes_to_fetch(const char* const* keys, int first, int end) {
-        const int64_t half = a_->layout.half_bytes(), data = a_->layout.data_bytes(), slice = kSliceBytes / 2;
-        const int64_t scales = a_->layout.tile_bytes() - data;
-        if (scales > 0)  // a step begins with them
-            for (int t = first; t < end; ++t) codes_ahead_.add(keys[t] + half + data, scales);
-        for (int t = first; t < end; ++t) codes_ahead_.add(keys[t], data + scales);
-        for (int64_t at = 0; at < data; at += slice)
-            for (int t = first; t < end; ++t) codes_ahead_.add(keys[t] + half + at, lesser(slice, data - at));
+    // The tiles' keys, or what lies `offset` bytes behind them, of all heads, two at a time.
+    Stream::Places codes_of(const char* const* keys, int first, int end, int64_t offset) const {
+        const int64_t lines = (a_->layout.tile_bytes() + 63) / 64, stride = a_->layout.head_bytes();
+        const int together = num_heads_ % 2 == 0 ? 2 : 1;
+        Stream::Places places{{}, 0, lines, together * stride, first < end ? num_heads_ / together : 0};
+        for (int h = 0; h < together; ++h)
+            for (int t = first; t < end; ++t) places.place[places.num++] = keys[t] + offset + h * stride;
+        return places;
     }
 
     // ---- products ----
@@ -428,17 +467,22 @@ private:
             for (int i = 0; i < 2; ++i) {
                 const bf16* keys = tile(t) + i * 16 * head_dim_;
                 const bf16* next = i == 0 ? keys + 16 * head_dim_ : t + 1 < step.end_tile ? tile(t + 1) : after;
-                _tile_zero(0);
-                for (int k = 0; k < num_k_; ++k) {
-                    touch_kib(k + 1 < num_k_ ? keys + (k + 1) * 512 : next);
-                    _tile_loadd(4, q + k * tile_, 64);
-                    _tile_loadd(5, tiles_.key_rows(keys, k), 64);
-                    _tile_dpbf16ps(0, 4, 5);
-                }
-                _tile_stored(4, warm_, 64);
-                _tile_stored(0, scores + t * kTile + i * 16, kStep * 4);
+                score_keys(keys, q, scores + t * kTile + i * 16, next);
             }
         }
+    }
+
+    // Of 16 positions.
+    MINIVLLM_INLINE void score_keys(const bf16* keys, const bf16* q, float* scores, const bf16* next) {
+        _tile_zero(0);
+        for (int k = 0; k < num_k_; ++k) {
+            touch_kib(k + 1 < num_k_ ? keys + (k + 1) * 512 : next);
+            _tile_loadd(4, q + k * tile_, 64);
+            _tile_loadd(5, tiles_.key_rows(keys, k), 64);
+            _tile_dpbf16ps(0, 4, 5);
+        }
+        _tile_stored(4, warm_, 64);
+        _tile_stored(0, scores, kStep * 4);
     }
 
     void add_head(const Step& step, float* out, const bf16* weights, const bf16* after) {
@@ -492,48 +536,57 @@ private:
 
     // ---- products of codes, which are widened a KiB at a time, a few pieces before they are multiplied ----
 
+    // Of a step, all heads'.
+    int64_t num_pieces(const Step& step, int64_t of_tile) const {
+        return num_heads_ * (step.end_tile - step.first_tile) * of_tile;
+    }
+
     bf16* ring(int piece) const { return ring_ + piece % kRing * 512; }
 
     void score_codes(const Step& step, const bf16* q) {
-        const int num = (step.end_tile - step.first_tile) * 2 * num_k_;
-        const char* from = step.key[step.first_tile];
-        int widened = 0, tile = step.first_tile, group = 0, k = 0;
+        const int num = int(num_pieces(step, 2 * num_k_));
+        int widened = 0, head = 0, tile = step.first_tile, group = 0, k = 0;
+        const char* from = step.key[tile];
         auto widen_next = [&] {
-            const int64_t n = lesser(512, (head_dim_ - k * 32) * 16);
+            const char* codes = from + (group * head_dim_ + k * 32) * 16;
             bf16* to = ring(widened++);
-            if (n == 512) tiles_.widen_codes(to, from, 512);
-            else tiles_.widen_codes(to, from, 256), std::memset(to + 256, 0, 512);
-            from += n;
+            if (k * 32 + 32 <= head_dim_) tiles_.widen_codes(to, codes, 512);
+            else tiles_.widen_codes(to, codes, 256), std::memset(to + 256, 0, 512);
             codes_ahead_.turn();
             if (++k < num_k_) return;
             k = 0;
             if (++group < 2) return;
             group = 0;
-            if (++tile < step.end_tile) from = step.key[tile];
+            if (++tile == step.end_tile) tile = step.first_tile, ++head;
+            from = step.key[tile] + head * a_->layout.head_bytes();
         };
         while (widened < kPieces && widened < num) widen_next();
-        for (int piece = 0; piece < num;) {
-            float* to = s_.scores + step.first_tile * kTile + piece / num_k_ * 16;
-            _tile_zero(0);
-            for (int i = 0; i < num_k_; ++i, ++piece) {
-                if (widened < num) widen_next();
-                _tile_loadd(4, q + i * 512, 64);
-                if (i % 2 == 0) _tile_stored(4, warm_, 64);
-                _tile_loadd(5, ring(piece), 64);
-                _tile_dpbf16ps(0, 4, 5);
+        int piece = 0;
+        for (int h = 0; h < num_heads_; ++h)
+            for (int t = step.first_tile; t < step.end_tile; ++t) {
+                float* to = s_.scores + h * tile_ / 32 * kStep + t * kTile;
+                for (int g = 0; g < 2; ++g) {
+                    _tile_zero(0);
+                    for (int i = 0; i < num_k_; ++i) {
+                        if (widened < num) widen_next();
+                        _tile_loadd(4, q + (h * num_k_ + i) * tile_, 64);
+                        if (i % 2 == 0) _tile_stored(4, warm_, 64);
+                        _tile_loadd(5, ring(piece++), 64);
+                        _tile_dpbf16ps(0, 4, 5);
+                    }
+                    _tile_stored(0, to + g * 16, kStep * 4);
+                }
             }
-            _tile_stored(0, to, kStep * 4);
-        }
     }
 
     void add_codes(const Step& step, int64_t block) {
         const int groups = int(head_dim_ / 16), first = step.first_tile, end = step.end_tile;
-        const int num = (end - first) * groups;
+        const int num = int(num_pieces(step, groups));
         const int64_t half = a_->layout.half_bytes(), stride = head_dim_ * 4;
-        int widened = 0, quad = 0, tile = first, group = 0;
+        int widened = 0, quad = 0, tile = first, group = 0, head = 0;
         auto widen_next = [&] {
             bf16* to = ring(widened++);
-            tiles_.widen_codes(to, step.key[tile] + half + group * 512, 512);
+            tiles_.widen_codes(to, step.key[tile] + half + head * a_->layout.head_bytes() + group * 512, 512);
             const int64_t p = step.begin + tile * kTile;
             if (is_cut(p)) keep_positions(to, rows_->begin[0] - p, rows_->end[0] - p);
             codes_ahead_.turn();
@@ -541,42 +594,46 @@ private:
             group = quad;
             if (++tile < end) return;
             tile = first, group = quad += 4;
+            if (quad < groups) return;
+            group = quad = 0, ++head;
         };
         while (widened < kPieces && widened < num) widen_next();
-        for (int g = 0, piece = 0; g < groups; g += 4) {
-            const int n = int(lesser(4, groups - g));
-            float* out = s_.seg_out + block * head_dim_ + g * 16;
-            _tile_loadd(0, out, stride);
-            if (n > 1) _tile_loadd(1, out + 16, stride);
-            if (n > 2) _tile_loadd(2, out + 32, stride);
-            if (n > 3) _tile_loadd(3, out + 48, stride);
-            for (int t = first; t < end; ++t) {
-                _tile_loadd(4, weights_ + t * 512, 64);
-                _tile_stored(4, warm_, 64);
-                if (widened < num) widen_next();
-                _tile_loadd(5, ring(piece++), 64);
-                _tile_dpbf16ps(0, 4, 5);
-                if (n > 1) {
-                    if (widened < num) widen_next();
-                    _tile_loadd(6, ring(piece++), 64);
-                    _tile_dpbf16ps(1, 4, 6);
-                }
-                if (n > 2) {
-                    if (widened < num) widen_next();
-                    _tile_loadd(7, ring(piece++), 64);
-                    _tile_dpbf16ps(2, 4, 7);
-                }
-                if (n > 3) {
+        int piece = 0;
+        for (int h = 0; h < num_heads_; ++h)
+            for (int g = 0; g < groups; g += 4) {
+                const int n = int(lesser(4, groups - g));
+                float* out = s_.seg_out + (block + h * tile_ / 32) * head_dim_ + g * 16;
+                _tile_loadd(0, out, stride);
+                if (n > 1) _tile_loadd(1, out + 16, stride);
+                if (n > 2) _tile_loadd(2, out + 32, stride);
+                if (n > 3) _tile_loadd(3, out + 48, stride);
+                for (int t = first; t < end; ++t) {
+                    _tile_loadd(4, weights_ + (h * kStepTiles + t) * tile_, 64);
+                    _tile_stored(4, warm_, 64);
                     if (widened < num) widen_next();
                     _tile_loadd(5, ring(piece++), 64);
-                    _tile_dpbf16ps(3, 4, 5);
+                    _tile_dpbf16ps(0, 4, 5);
+                    if (n > 1) {
+                        if (widened < num) widen_next();
+                        _tile_loadd(6, ring(piece++), 64);
+                        _tile_dpbf16ps(1, 4, 6);
+                    }
+                    if (n > 2) {
+                        if (widened < num) widen_next();
+                        _tile_loadd(7, ring(piece++), 64);
+                        _tile_dpbf16ps(2, 4, 7);
+                    }
+                    if (n > 3) {
+                        if (widened < num) widen_next();
+                        _tile_loadd(5, ring(piece++), 64);
+                        _tile_dpbf16ps(3, 4, 5);
+                    }
                 }
+                _tile_stored(0, out, stride);
+                if (n > 1) _tile_stored(1, out + 16, stride);
+                if (n > 2) _tile_stored(2, out + 32, stride);
+                if (n > 3) _tile_stored(3, out + 48, stride);
             }
-            _tile_stored(0, out, stride);
-            if (n > 1) _tile_stored(1, out + 16, stride);
-            if (n > 2) _tile_stored(2, out + 32, stride);
-            if (n > 3) _tile_stored(3, out + 48, stride);
-        }
     }
 
     // Of 16 dimensions of a value tile, only positions [begin, end) remain.

@@ -4,7 +4,7 @@
 // 32 rows, a block, take the steps of a stretch before the next block does: what they need of their own stays in the
 // nearest cache, and the stretch's keys and values in the second, whither the next stretch's are fetched meanwhile.
 // Values are added once a stretch, so that outputs are seldom read and written again. While AMX computes the scores of
-// one step, a quarter of the rows of the step before it are weighed between the products, and the others after them:
+// one step, half of the rows of the step before it are weighed between the products, and the others after them:
 // beside AMX the processor adds and multiplies floats by one of its two units only.
 #pragma once
 
@@ -222,7 +222,7 @@ private:
         ahead_.turn();
         early_.turn();
         for (int i = 0; i < 2 && next_query_ < end_query_; ++i) fetch_query(next_query_++);
-        if (is_odd_turn_ = !is_odd_turn_; is_odd_turn_ && row_ < end_row_) weigh(row_++);
+        if (row_ < end_row_) weigh(row_++);
     }
 
     // A block's, when it starts; those of the next block are fetched meanwhile.
@@ -621,7 +621,6 @@ private:
     const float *factors_ = nullptr, *v_scales_ = nullptr;  // of keys that have scales, [kStep]; else null
     uint32_t seen_ = 0;  // rows that see something
     int row_ = 0, end_row_ = 0;
-    bool is_odd_turn_ = false;
 
     int64_t next_query_ = 0, end_query_ = 0, next_output_ = 0, end_output_ = 0;  // rows, to be fetched
     int outputs_a_turn_ = 0;

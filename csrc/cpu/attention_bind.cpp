@@ -50,13 +50,14 @@ static void check_group(const Attention& a, int64_t g) {
 }
 
 // seq: block_table, seq_lens, query_start_loc; groups: members, group_starts, shared_lens (0 where there are none);
-// extras: sinks, alibi (0 where there are none).
+// extras: sinks, alibi (0 where there are none); write: where a step that leaves its keys and values to attention has
+// them, [num_tokens, 2 × KV heads, head_dim], and their slots (0 where none does).
 static void paged_attention(uintptr_t out, uintptr_t q, uintptr_t kv_cache, std::array<uintptr_t, 3> seq, int dtype,
                             int kv_type, std::array<int64_t, 3> q_shape, std::array<int64_t, 2> q_strides,
                             std::array<int64_t, 3> cache_shape, std::array<int64_t, 2> table_shape,
                             int64_t block_table_stride, std::array<float, 3> scales, int64_t sliding_window,
                             float softcap, std::array<uintptr_t, 2> extras, std::array<uintptr_t, 3> groups,
-                            std::array<int64_t, 2> group_sizes) {
+                            std::array<int64_t, 2> group_sizes, std::array<uintptr_t, 2> write) {
     const auto [num_tokens, num_heads, head_dim] = q_shape;
     const auto [num_blocks, num_kv_heads, block_size] = cache_shape;
     const auto [num_reqs, max_blocks] = table_shape;
@@ -99,7 +100,15 @@ static void paged_attention(uintptr_t out, uintptr_t q, uintptr_t kv_cache, std:
         throw std::out_of_range(at("query_start_loc", 0, a.query_start_loc[0]) + " is negative");
     for (int64_t b = 0; b < num_reqs; ++b) check_request(a, b, num_tokens, num_blocks, max_blocks);
     for (int64_t g = 0; g < a.num_groups; ++g) check_group(a, g);
-    const int64_t row_bytes = num_heads * head_dim * size_of(a.dtype);
+    const int64_t head_bytes = head_dim * size_of(a.dtype), kept_bytes = 2 * num_kv_heads * head_bytes;
+    const char* kept = ptr<const char>(write[0]);
+    const KvWrite left{ptr<char>(kv_cache), a.layout, kept, kept + kept_bytes / 2, ptr<const int64_t>(write[1]), a.dtype,
+                       num_tokens, kept_bytes, head_bytes, kept_bytes, head_bytes, a.k_scale, a.v_scale};
+    if (kept != nullptr && is_left_to_attention(a.layout, num_tokens)) {
+        check(left, num_blocks);
+        a.write = &left;
+    }
+    const int64_t row_bytes = num_heads * head_bytes;
     const int64_t begin = a.query_start_loc[0], end = a.query_start_loc[num_reqs];  // rows of no request are zero
     std::memset(a.out, 0, size_t(begin * row_bytes));
     std::memset(static_cast<char*>(a.out) + end * row_bytes, 0, size_t((num_tokens - end) * row_bytes));

@@ -56,7 +56,8 @@ MINIVLLM_INLINE void split_pairs(float* to, int64_t stride, const bf16* pairs, i
 class FmaMath {
 public:
     static constexpr int64_t kBlock = 32;
-    static bool joins_heads(const Attention&) { return false; }
+    static bool may_write(const Attention&) { return false; }
+    static int64_t most_heads(const Attention&) { return 1; }
 
     static size_t bytes(const Attention& a, int64_t num_rows) {
         return size_t(a.layout.head_dim) * size_t(4 * num_rows + 8 * kTile + 2 * kTile);

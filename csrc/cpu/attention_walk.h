@@ -23,6 +23,7 @@ constexpr int kTile = int(kKvTile);
 constexpr int kStepTiles = int(kStep) / kTile;
 constexpr int kStepVecs = int(kStep) / kLanes;
 constexpr int64_t kMaxRows = 256;  // of a walk
+constexpr int64_t kMostHeads = 8;  // KV heads of a walk
 constexpr float kLog2e = 1.44269504f;
 constexpr float kMasked = -1e30f;  // 2^(kMasked - maximum) is zero, and no infinity enters the arithmetic
 // Weights may be up to 2^kRise: then a row's output and sum are hardly ever brought to a new maximum.
@@ -64,13 +65,14 @@ MINIVLLM_INLINE float exp2_one(float x) {
 }
 
 // The rows of a walk: query rows of one request, a position's heads side by side, or those of several. All read one KV
-// head; or, where Math joins heads, consecutive ones, `per_head` rows each, and all see the same positions.
+// head; or, where Math takes several, consecutive ones, `per_head` rows each, and all see the same positions.
 struct Rows {
     int64_t count, per_head;
     int32_t token[kMaxRows], head[kMaxRows];       // where the query is and the output goes
     int64_t position[kMaxRows];
     int64_t begin[kMaxRows], end[kMaxRows];        // what it sees on the way: positions, ascending from row to row
     float* carried[kMaxRows];                      // its state between walks, or null
+    const KvWrite* write = nullptr;                // of the last position's keys and values, all rows being of its token
 };
 
 // What becomes of the rows at a walk's end: their output, or their state in rows.carried. A shared part may end inside
@@ -181,7 +183,7 @@ struct State {
     float *seg_out, *seg_max, *seg_sum;  // [rows, head_dim], [rows], [rows, kLanes]: the segment's running state
     float *out, *max, *sum;              // the segments merged so far
     float *scores;                       // [Math::kBlock, kStep]: of a block's rows
-    float *factors, *v_scales;           // [kStep]: see load_scales
+    float *factors, *v_scales;           // [KV heads, kStep]: see load_scales
 };
 
 // Math gives the arithmetic of one step:
@@ -195,7 +197,7 @@ struct State {
 //   add_values(step, first, end)   state.seg_out += weights · v
 //   finish()                       ends what start() began
 //   kBlock                         rows that take a step together: what they need of it stays in the nearest cache
-//   joins_heads(a)                 whether a block may be the rows of several KV heads
+//   most_heads(a)                  KV heads, at most kMostHeads, whose rows may be a block
 struct Step {
     int64_t begin;                    // absolute position
     int first_tile, end_tile;         // of the step, those that some row sees
@@ -211,7 +213,7 @@ public:
 
     static size_t bytes(const Attention& a, int64_t num_rows) {
         const int64_t padded = (num_rows + kBlock - 1) / kBlock * kBlock;
-        return size_t(padded * (2 * a.layout.head_dim + kLanes + 3) + (kBlock + 2) * kStep + 64) * 4 +
+        return size_t(padded * (2 * a.layout.head_dim + kLanes + 3) + (kBlock + 2 * kMostHeads) * kStep + 64) * 4 +
                Math::bytes(a, padded);
     }
 
@@ -221,7 +223,8 @@ public:
         float* p = reinterpret_cast<float*>(memory);
         auto take = [&p](int64_t n) { float* taken = p; p += n; return taken; };
         s_.seg_out = take(padded * head_dim_), s_.out = take(padded * head_dim_), s_.scores = take(kBlock * kStep);
-        s_.factors = take(kStep), s_.v_scales = take(kStep), s_.seg_sum = take(padded * kLanes);
+        s_.factors = take(kMostHeads * kStep), s_.v_scales = take(kMostHeads * kStep);
+        s_.seg_sum = take(padded * kLanes);
         for (float** each : {&s_.seg_max, &s_.max, &s_.sum}) *each = take(padded);
         math_ = Math(a, rows, s_, reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(p) + 63) / 64 * 64));
     }
@@ -275,8 +278,7 @@ private:
         if (rows_.begin[0] > begin) step.first_tile = int((rows_.begin[0] - begin) / kTile);
         for (int t = step.first_tile; t < step.end_tile; ++t) step.key[t] = key_tile(path_, begin + t * kTile);
         find_next(step);
-        for (int t = step.first_tile; t < step.end_tile && has_scales(a_); ++t)
-            load_scales(a_, step.key[t], s_.factors + t * kTile, s_.v_scales + t * kTile);
+        if (has_scales(a_)) load_step_scales(step);
         math_.begin_step(step);
         for (int64_t block = 0; block < rows_.count; block += kBlock) {
             const int64_t block_end = lesser(block + kBlock, rows_.count);
@@ -285,6 +287,14 @@ private:
             for (int64_t r = block; r < block_end; ++r) weigh(r, r - block, begin);
             math_.add_values(step, block, block_end);
         }
+    }
+
+    void load_step_scales(const Step& step) {
+        for (int64_t h = 0; h < rows_.count / rows_.per_head; ++h)
+            for (int t = step.first_tile; t < step.end_tile; ++t) {
+                const int64_t at = h * kStep + t * kTile;
+                load_scales(a_, step.key[t] + h * a_.layout.head_bytes(), s_.factors + at, s_.v_scales + at);
+            }
     }
 
     void find_next(Step& step) const {
@@ -314,11 +324,13 @@ private:
     MINIVLLM_INLINE void weigh_step(int64_t r, int64_t row_of_block, int64_t begin, int from, int to) {
         auto seen = [&](Vec x, int c) { return where_seen(x, c, from, to, set1(kMasked)); };
         const float* scores = s_.scores + row_of_block * kStep;
+        const int64_t head = has_scales ? r / rows_.per_head * kStep : 0;
+        const float *factors = s_.factors + head, *v_scales = s_.v_scales + head;
         const bool is_cut = from > 0 || to < kStep;
         Vec x[kStepVecs], factor[kStepVecs];
         for (int c = 0; c < kStepVecs; ++c) {
             x[c] = load(scores + c * kLanes);
-            factor[c] = has_scales ? load(s_.factors + c * kLanes) : set1(score_factor(a_));
+            factor[c] = has_scales ? load(factors + c * kLanes) : set1(score_factor(a_));
         }
         if (!is_plain(a_))
             for (int c = 0; c < kStepVecs; ++c) {
@@ -350,7 +362,7 @@ private:
         math_.look_ahead();
         if (has_scales)
             for (int c = 0; c < kStepVecs; ++c)
-                if (c * kLanes < to && (c + 1) * kLanes > from) x[c] = scaled_weight(x[c], c, from, to, s_.v_scales);
+                if (c * kLanes < to && (c + 1) * kLanes > from) x[c] = scaled_weight(x[c], c, from, to, v_scales);
         math_.set_weights(row_of_block, x);
         math_.look_ahead();
         float* sum = s_.seg_sum + r * kLanes;

@@ -85,9 +85,16 @@ template <class E>
 template <class E>
 [[gnu::noinline]] void place_value(char* tile, const E* row, int64_t t, int64_t head_dim) {
     if constexpr (std::is_same_v<E, bf16>) {
-        bf16* to = reinterpret_cast<bf16*>(tile) + t / 2 * 32 + t % 2;
-        for (int64_t g = 0; g < head_dim / 16; ++g)
-            for (int64_t d = 0; d < 16; ++d) to[g * 512 + d * 2] = row[g * 16 + d];
+        bf16* to = reinterpret_cast<bf16*>(tile) + t / 2 * 32;
+        for (int64_t g = 0; g < head_dim / 16; ++g) {
+#if defined(__AVX512BW__)
+            const auto x = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + g * 16)));
+            if (t % 2 == 0) _mm512_mask_storeu_epi16(to + g * 512, 0x55555555, x);
+            else _mm512_mask_storeu_epi16(to + g * 512, 0xaaaaaaaa, _mm512_slli_epi32(x, 16));
+#else
+            for (int64_t d = 0; d < 16; ++d) to[g * 512 + d * 2 + t % 2] = row[g * 16 + d];
+#endif
+        }
     } else if constexpr (std::is_same_v<E, uint8_t>) {
         char* to = tile + t / 4 * 64 + t / 2 % 2 * 8 + t % 2;
         for (int64_t g = 0; g < head_dim / 16; ++g)

@@ -17,6 +17,13 @@ struct KvWrite {
     float k_scale, v_scale;  // of fp8
 };
 
+// Whether a step of so many tokens leaves its keys and values to attention, which reads their lines anyway and has them
+// written there: a decode's key touches a line for each pair of dimensions. Where a kernel computes them and where
+// attention is given them, both ask here.
+inline bool is_left_to_attention(const KvLayout& layout, int64_t num_tokens) {
+    return layout.type == KvType::bf16 && num_tokens > 1 && num_tokens <= 64;
+}
+
 // Throws where the layout is none, or a slot lies outside a cache of so many blocks: nothing has been written then.
 void check(const KvWrite& write, int64_t num_blocks);
 

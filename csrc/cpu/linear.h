@@ -46,6 +46,7 @@ struct HeadsEnd {
     int64_t rot_dim;
     KvWrite write;  // of m tokens; its k and v are not looked at
     const HeadsKernels* kernels;
+    void* kept = nullptr;  // [m, 2 × KV heads, head_dim], where keys and values go instead of the cache; or null
 };
 
 // RMSNorm of the rows of x before they are multiplied, with the bits of rms_norm.h.

@@ -71,20 +71,21 @@ struct Format {
     // positions in the table, dimensions that turn.
     void turn_and_write(const std::array<int64_t, 3>& rows, const std::array<int64_t, 7>& sizes,
                         const std::array<uintptr_t, 6>& product, const std::array<uintptr_t, 4>& turn,
-                        const std::array<uintptr_t, 2>& place, int bias_dtype, int norm_dtype, float norm_eps, int kv_type,
+                        const std::array<uintptr_t, 3>& place, int bias_dtype, int norm_dtype, float norm_eps, int kv_type,
                         float eps, float k_scale, float v_scale) const {
         const auto [m, x_stride, addend_stride] = rows;
         const auto [q_heads, kv_heads, head_dim, num_blocks, block_size, max_position, rot_dim] = sizes;
         const auto [q, x, packed, bias, addend, norm] = product;
         const auto [positions, cos_sin, q_norm, k_norm] = turn;
-        const auto [cache, slots] = place;
+        const auto [cache, slots, kept] = place;
         const KvLayout layout{KvType(kv_type), kv_heads, head_dim, block_size};
         const KvWrite write{ptr<char>(cache), layout, nullptr, nullptr, ptr<const int64_t>(slots), dtype, m, 0, 0, 0, 0,
                             k_scale, v_scale};
         check_positions(ptr<const int64_t>(positions), m, max_position);
         check(write, num_blocks);
         const HeadsEnd end{q_heads, ptr<const void>(q_norm), ptr<const void>(k_norm), eps, ptr<const int64_t>(positions),
-                           ptr<const float>(cos_sin), rot_dim, write, &heads_kernels()};
+                           ptr<const float>(cos_sin), rot_dim, write, &heads_kernels(),
+                           is_left_to_attention(layout, m) ? ptr<void>(kept) : nullptr};
         LinearCall call{dtype, m, n, k, ptr<const void>(x), x_stride, ptr<const void>(packed), ptr<const void>(bias),
                         DType(bias_dtype), ptr<const float>(addend), addend_stride, Epilogue::heads, ptr<void>(q),
                         dtype, q_heads * head_dim};
@@ -163,7 +164,7 @@ void bind_format(nb::module_& m, const char* name) {
              release_gil)
         .def("turn_and_write", recordable("turn_and_write",
              [](const F& format, std::array<int64_t, 3> rows, std::array<int64_t, 7> sizes,
-                std::array<uintptr_t, 6> product, std::array<uintptr_t, 4> turn, std::array<uintptr_t, 2> place,
+                std::array<uintptr_t, 6> product, std::array<uintptr_t, 4> turn, std::array<uintptr_t, 3> place,
                 int bias_dtype, int norm_dtype, float norm_eps, int kv_type, float eps, float k_scale, float v_scale) {
                  format.turn_and_write(rows, sizes, product, turn, place, bias_dtype, norm_dtype, norm_eps, kv_type, eps,
                                        k_scale, v_scale);

@@ -21,6 +21,14 @@ void finish_head(const LinearCall& call, T* x, int64_t stride, int64_t head, int
         return turn(out, call.out_stride, end.q_norm);
     }
     const bool is_key = head < end.num_q_heads + layout.num_kv_heads;
+    if (end.kept != nullptr) {
+        const int64_t row = 2 * layout.num_kv_heads * layout.head_dim;
+        T* kept = static_cast<T*>(end.kept) + first_row * row + (head - end.num_q_heads) * layout.head_dim;
+        if (is_key) return turn(kept, row, end.k_norm);
+        for (int64_t r = 0; r < num_rows; ++r)
+            std::memcpy(kept + r * row, x + r * stride, size_t(layout.head_dim) * sizeof(T));
+        return;
+    }
     if (is_key) turn(x, stride, end.k_norm);  // all before the first is written: what was just stored loads slowly
     KvWrite write = end.write;
     write.k_token_stride = write.v_token_stride = stride * int64_t(sizeof(T));

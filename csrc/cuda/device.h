@@ -1,4 +1,5 @@
-// What the CUDA kernels use of the machine, in a dozen functions: barriers, shuffles, asynchronous copies, atomic sums, tensor cores.
+// What the CUDA kernels use of the machine, in a dozen functions: barriers, shuffles, clusters, asynchronous copies,
+// atomic sums, tensor cores.
 //
 // Kernels are written in plain C++ over these, so that tests/cuda/emulate.h can take this file's place (compile with
 // -DMINIVLLM_EMULATE_CUDA) and run the same kernels on a CPU, a fiber a thread.
@@ -33,6 +34,30 @@ __device__ __forceinline__ void wait_copies() {
 
 __device__ __forceinline__ void barrier() { __syncthreads(); }
 __device__ __forceinline__ void warp_barrier() { __syncwarp(); }
+
+// Until all threads of a cluster of so many blocks have come here.
+template <int kBlocks>
+__device__ __forceinline__ void cluster_barrier() {
+    if constexpr (kBlocks == 1) {
+        __syncthreads();
+    } else {
+#if __CUDA_ARCH__ >= 900
+        asm volatile("barrier.cluster.arrive;\nbarrier.cluster.wait;\n" ::: "memory");
+#else
+        __trap();
+#endif
+    }
+}
+
+// What another block of the cluster has where this one has `shared`.
+template <int kBlocks, class T>
+__device__ __forceinline__ T& in_block(T& shared, int rank) {
+    uint64_t address = reinterpret_cast<uint64_t>(&shared);
+#if __CUDA_ARCH__ >= 900
+    if constexpr (kBlocks > 1) asm volatile("mapa.u64 %0, %1, %2;\n" : "=l"(address) : "l"(address), "r"(rank));
+#endif
+    return *reinterpret_cast<T*>(address);
+}
 
 template <class T>
 __device__ __forceinline__ T shuffle(T value, int lane) {

@@ -1,10 +1,11 @@
-// What top-k, top-p and min-p exclude becomes -inf: a thread block a row, by selection instead of a sort.
+// What top-k, top-p and min-p exclude becomes -inf, by selection instead of a sort: a thread block a row, or a cluster.
 //
 // A row is read four times where its logits lie apart: for its largest; to count them by depth below it, which shows
-// where the cuts must lie; for the few entries that lie there, which then are searched in shared memory; and to be
-// masked. Where too many lie there (ties, flat rows), the same search goes through the row itself.
+// where the cuts must lie; for the few entries that lie there, which the cluster's first block then searches in its
+// shared memory; and to be masked. Where too many lie there (ties, flat rows), that block searches the row itself.
 //
-// Numbers are counted and weights added as whole numbers: no order of threads changes a result.
+// Numbers are counted and weights added as whole numbers: no order of threads and no number of blocks changes a
+// result.
 #pragma once
 
 #include <cstdint>
@@ -25,6 +26,26 @@ constexpr int kNone = kBins;          // no bin
 constexpr int kMostCandidates = 3840;
 constexpr int kMostWarps = 32;
 
+// Where a row's cuts lie.
+struct Plan {
+    int first, last;     // bins
+    bool is_among_few;   // what lies in them is collected; else the whole row is searched
+    bool is_floor;       // nothing has to be searched: all that min-p lets pass stays
+    uint64_t k;          // 0: cuts nothing
+    uint64_t num_above;  // of the k, in bins before the first
+    uint64_t total;      // weight of all that top-p looks at; 0: to be found among what is searched
+};
+
+struct Weights {
+    uint64_t counted, total;  // of the numbers that were counted in bins, and of all
+};
+
+// The last entry that stays, in the order of numbers, descending, and then of indices.
+struct Last {
+    float value;
+    int index;
+};
+
 struct TruncationShared {
     uint32_t low[kBins], high[kBins];  // sums of 64 bits; shared memory adds 32 at once
     float value[kMostCandidates];
@@ -33,6 +54,12 @@ struct TruncationShared {
     float top_of_warp[kMostWarps];
     uint64_t before, within;
     int bin, num_candidates;
+    // What a cluster's blocks tell one another: each of its share, the first of the row.
+    float top;
+    Weights weights;
+    uint64_t above;
+    Plan plan;
+    Last last;
 };
 
 struct alignas(16) Four {
@@ -79,11 +106,10 @@ MINIVLLM_DEVICE uint64_t share_of(float p, uint64_t total) {
     return whole > 0 ? whole : 1;
 }
 
-// Which of the bins of depth; not of -inf - -inf.
-MINIVLLM_DEVICE int depth_bin(float x, float top) {
-    const float bin = (top - x) * kBinsPerNat;
-    return bin < float(kRest) ? int(bin) : kRest;
-}
+// How deep below the largest, in bins; the whole part is the bin.
+MINIVLLM_DEVICE float depth_of(float x, float top) { return (top - x) * kBinsPerNat; }
+
+MINIVLLM_DEVICE int bin_of(float depth) { return depth < float(kRest) ? int(depth) : kRest; }
 
 // All threads of a block ----------------------------------------------------------------------------------------------
 
@@ -162,36 +188,36 @@ MINIVLLM_DEVICE Crossing cross(TruncationShared& s, uint64_t needed, Amount amou
     return {s.bin, s.before, s.within};
 }
 
-// What is searched: the row, or the candidates found in it --------------------------------------------------------------
+// What is searched: the row, or the candidates found in it ------------------------------------------------------------
 
-template <int kThreads>
 struct Row {
     float* x;
     int n;
+    int thread, num_threads;  // of those that share it
 
-    // visit(number, index) for each, shared among the threads; most are read in whole 16 bytes, several under way at once.
+    // visit(number, index) for a thread's share; most are read in whole 16 bytes, several under way at once.
     template <class Visit>
     MINIVLLM_DEVICE void each(Visit visit) const {
         constexpr int kAtOnce = 4;
         const int begin = first_whole(), num_fours = (n - begin) / 4, rest = begin + num_fours * 4;
         const Four* const fours = reinterpret_cast<const Four*>(x + begin);
-        if (int(threadIdx.x) < begin) visit(x[threadIdx.x], int(threadIdx.x));
-        int i = threadIdx.x;
-        for (; i + (kAtOnce - 1) * kThreads < num_fours; i += kAtOnce * kThreads) {
+        if (thread < begin) visit(x[thread], thread);
+        int i = thread;
+        for (; i + (kAtOnce - 1) * num_threads < num_fours; i += kAtOnce * num_threads) {
             Four read[kAtOnce];
 #pragma unroll
-            for (int j = 0; j < kAtOnce; ++j) read[j] = fours[i + j * kThreads];
+            for (int j = 0; j < kAtOnce; ++j) read[j] = fours[i + j * num_threads];
 #pragma unroll
             for (int j = 0; j < kAtOnce; ++j)
 #pragma unroll
-                for (int c = 0; c < 4; ++c) visit(read[j].x[c], begin + (i + j * kThreads) * 4 + c);
+                for (int c = 0; c < 4; ++c) visit(read[j].x[c], begin + (i + j * num_threads) * 4 + c);
         }
-        for (; i < num_fours; i += kThreads) {
+        for (; i < num_fours; i += num_threads) {
             const Four read = fours[i];
 #pragma unroll
             for (int c = 0; c < 4; ++c) visit(read.x[c], begin + i * 4 + c);
         }
-        if (rest + int(threadIdx.x) < n) visit(x[rest + threadIdx.x], rest + int(threadIdx.x));
+        if (rest + thread < n) visit(x[rest + thread], rest + thread);
     }
 
     // Masks each for which is_dropped(number, index).
@@ -202,9 +228,9 @@ struct Row {
         const auto mask_one = [&](int i) {
             if (is_dropped(x[i], i)) x[i] = -infinity();
         };
-        if (int(threadIdx.x) < begin) mask_one(threadIdx.x);
+        if (thread < begin) mask_one(thread);
 #pragma unroll 4
-        for (int i = threadIdx.x; i < num_fours; i += kThreads) {
+        for (int i = thread; i < num_fours; i += num_threads) {
             Four four = fours[i];
             bool is_any = false;
 #pragma unroll
@@ -212,7 +238,7 @@ struct Row {
                 if (is_dropped(four.x[c], begin + i * 4 + c)) four.x[c] = -infinity(), is_any = true;
             if (is_any) fours[i] = four;
         }
-        if (rest + int(threadIdx.x) < n) mask_one(rest + threadIdx.x);
+        if (rest + thread < n) mask_one(rest + thread);
     }
 
     MINIVLLM_DEVICE int first_whole() const {  // index of the first number that begins 16 bytes
@@ -264,12 +290,6 @@ MINIVLLM_DEVICE Selected select(TruncationShared& s, const Entries& entries, uin
 
 // The kernel ----------------------------------------------------------------------------------------------------------
 
-// The last entry that stays, in the order of numbers, descending, and then of indices.
-struct Last {
-    float value;
-    int index;
-};
-
 // Entries are all that have to be looked at. k: of the entries, 0 for off; total: what all that survives k and `floor`
 // weighs, 0 where that is to be found among the entries; above: what of it is not among them.
 template <int kThreads, class Entries>
@@ -302,97 +322,159 @@ MINIVLLM_DEVICE Last find_last(TruncationShared& s, const Entries& entries, floa
     return {least, int(tie.rank >> kIndexShift)};
 }
 
-// Grid: num_rows.
-template <int kThreads, int kBlocksPerSm>
-MINIVLLM_KERNEL(kThreads, kBlocksPerSm)
-truncate_rows(Truncation t) {
-    MINIVLLM_SHARED(shared);
-    TruncationShared& s = *reinterpret_cast<TruncationShared*>(shared);
-    const Row<kThreads> row{t.logits + blockIdx.x * t.row_stride, t.vocab_size};
-    const float p = t.top_p[blockIdx.x], min_p = t.min_p[blockIdx.x];
-    uint64_t k = t.top_k[blockIdx.x] > 0 && t.top_k[blockIdx.x] < t.vocab_size ? t.top_k[blockIdx.x] : 0;
-    if (k == 0 && p >= 1.0f && min_p <= 0.0f) return;
+// What a row asks for.
+struct Cuts {
+    uint64_t k;  // 0: off
+    float p, min_p;
 
-    float top = -infinity();
-    row.each([&](float x, int) { top = x < infinity() ? fmaxf(top, x) : infinity(); });  // NaN as +inf
-    top = max_over_block<kThreads>(s, top);
-    if (top == infinity() || top == -infinity()) return;
-    const float floor = top + float(log(double(min_p)));
-    if (k == 0 && p >= 1.0f) {
-        row.mask([&](float x, int) { return x < floor; });
-        return;
-    }
+    MINIVLLM_DEVICE bool only_p() const { return k == 0 && min_p <= 0.0f; }
+    MINIVLLM_DEVICE bool only_min_p() const { return k == 0 && p >= 1.0f; }
+};
 
-    if (threadIdx.x == 0) s.num_candidates = 0;
-    clear_bins<kThreads>(s);
-    uint64_t total = 0, num_deep = 0;
-    row.each([&](float x, int) {
-        const int bin = depth_bin(x, top);
-        if (bin < kRest) {
-            atomic_add(&s.low[bin], 1u);
-            if (p < 1.0f) total += weight_below(x, top);
-        } else if (x > -infinity()) {
-            ++num_deep;
-        }
-    });
-    num_deep = sum_over_block<kThreads>(s, num_deep);
-    if (threadIdx.x == 0) s.low[kRest] = uint32_t(num_deep);
-    total = sum_over_block<kThreads>(s, total);
+// One behind the last bin in which a cut can lie, before any number is counted. largest: of each thread's numbers.
+template <int kThreads>
+MINIVLLM_DEVICE int end_of_bins(TruncationShared& s, const Cuts& cuts, float top, float largest, float floor, int n) {
+    if (cuts.only_p()) {  // n tokens so deep would weigh less than may be left out
+        const float depth = kBinsPerNat * logf(float(n) / (1.0f - cuts.p));
+        return bin_of(depth) + 2 < kRest ? bin_of(depth) + 2 : kRest;
+    }
+    int end = cuts.min_p > 0.0f ? bin_of(depth_of(floor, top)) + 1 : kRest;
+    if (cuts.k > 0) {  // k threads have seen numbers that are no deeper
+        if (largest > -infinity()) atomic_add(&s.low[bin_of(depth_of(largest, top))], 1u);
+        const int last = cross<kThreads>(s, cuts.k, [&](int i) { return uint64_t(s.low[i]); }).bin;
+        end = last < end ? last + 1 : end;
+        clear_bins<kThreads>(s);
+    }
+    return end < kRest ? end : kRest;
+}
 
-    // The first and the last bin that have to be looked at.
-    uint64_t num_above = 0;  // of the k
-    int first = 0, last = min_p > 0.0f ? depth_bin(floor, top) : kRest;
-    if (k > 0) {
-        const Crossing kth = cross<kThreads>(s, k, [&](int i) { return uint64_t(s.low[i]); });
-        if (kth.bin > last) k = 0;  // fewer are left, as with kNone
-        else last = kth.bin;
-        if (k > 0 && p >= 1.0f) first = kth.bin, num_above = kth.before;
+// Where to look for the cuts, by the numbers counted in each bin.
+template <int kThreads>
+MINIVLLM_DEVICE Plan make_plan(TruncationShared& s, Cuts cuts, float top, float floor, Weights weights) {
+    Plan plan = {0, cuts.min_p > 0.0f ? bin_of(depth_of(floor, top)) : kRest, false, false, cuts.k, 0, 0};
+    if (cuts.k > 0) {
+        const Crossing kth = cross<kThreads>(s, cuts.k, [&](int i) { return uint64_t(s.low[i]); });
+        if (kth.bin > plan.last) plan.k = 0;  // fewer are left, as with kNone
+        else plan.last = kth.bin;
+        if (plan.k > 0 && cuts.p >= 1.0f) plan.first = kth.bin, plan.num_above = kth.before;
+        plan.is_floor = plan.k == 0 && cuts.p >= 1.0f;
     }
-    if (p >= 1.0f && k == 0) {
-        row.mask([&](float x, int) { return x < floor; });
-        return;
-    }
-    if (k == 0 && min_p <= 0.0f) {
+    if (cuts.only_p()) {
         // A bin weighs no more than if all lay at its top, and no less than if all lay at its bottom (1e-5: more than
         // what rounding does to either). Whatever of a row's end is too light or too heavy shows where the cut is not.
         const auto heaviest = [&](int i) {
             return s.low[i] * (whole_weight(expf(float(i) / -kBinsPerNat) * 1.00001f) + 1);
         };
         const auto lightest = [&](int i) {
-            return i == kRest ? 0 : s.low[i] * whole_weight(expf(float(i + 1) / -kBinsPerNat) * 0.99999f);
+            return s.low[i] * whole_weight(expf(float(i + 1) / -kBinsPerNat) * 0.99999f);
         };
         uint64_t most = 0, least = 0;
-        for (int i = threadIdx.x; i < kBins; i += kThreads) most += heaviest(i), least += lightest(i);
+        for (int i = threadIdx.x; i < kRest; i += kThreads) most += heaviest(i), least += lightest(i);
         most = sum_over_block<kThreads>(s, most), least = sum_over_block<kThreads>(s, least);
-        const uint64_t needed = share_of(p, total);
-        last = cross<kThreads>(s, needed + (most - total), heaviest).bin;
-        if (needed > total - least) first = cross<kThreads>(s, needed - (total - least), lightest).bin;
-    } else if (p < 1.0f) {
-        total = 0;  // of what survives
+        const uint64_t needed = share_of(cuts.p, weights.total), too_much = most - weights.counted;
+        const uint64_t too_little = weights.counted - least;
+        plan.last = cross<kThreads>(s, needed + too_much, heaviest).bin;
+        if (needed > too_little) plan.first = cross<kThreads>(s, needed - too_little, lightest).bin;
+        plan.total = weights.total;
     }
     uint64_t num_found = 0;
-    for (int i = threadIdx.x; i < kBins; i += kThreads) num_found += i >= first && i <= last ? s.low[i] : 0;
-    num_found = sum_over_block<kThreads>(s, num_found);
+    for (int i = threadIdx.x; i < kBins; i += kThreads) num_found += i >= plan.first && i <= plan.last ? s.low[i] : 0;
+    plan.is_among_few = !plan.is_floor && sum_over_block<kThreads>(s, num_found) <= kMostCandidates;
+    return plan;
+}
 
-    Last end;
-    if (num_found <= kMostCandidates) {
-        uint64_t above = 0;
-        row.each([&](float x, int index) {
-            const int bin = depth_bin(x, top);
-            if (bin > last || x == -infinity()) return;
-            if (bin >= first) {
-                const int place = atomic_add(&s.num_candidates, 1);
-                s.value[place] = x, s.index[place] = index;
-            } else if (p < 1.0f) {
-                above += weight_below(x, top);
+// Grid: num_rows times kBlocks, which are a cluster. kBlocks > 1 takes compute capability 9.0.
+template <int kThreads, int kBlocks>
+MINIVLLM_KERNEL(kThreads, 1)
+truncate_rows(Truncation t) {
+    MINIVLLM_SHARED(shared);
+    TruncationShared& s = *reinterpret_cast<TruncationShared*>(shared);
+    const int at = blockIdx.x / kBlocks, rank = blockIdx.x % kBlocks, thread = threadIdx.x;
+    float* const logits = t.logits + at * t.row_stride;
+    const Row row{logits, t.vocab_size, thread, kThreads};
+    const Row share{logits, t.vocab_size, rank * kThreads + thread, kBlocks * kThreads};
+    const int k = t.top_k[at];
+    const Cuts cuts{k > 0 && k < t.vocab_size ? uint64_t(k) : 0, t.top_p[at], t.min_p[at]};
+    if (cuts.only_p() && cuts.p >= 1.0f) return;
+
+    float largest = -infinity();
+    share.each([&](float x, int) { largest = x < infinity() ? fmaxf(largest, x) : infinity(); });  // NaN as +inf
+    clear_bins<kThreads>(s);
+    if (thread == 0) s.num_candidates = 0;
+    const float top_here = max_over_block<kThreads>(s, largest);
+    if (thread == 0) s.top = top_here;
+    cluster_barrier<kBlocks>();
+    float top = -infinity();
+    for (int i = 0; i < kBlocks; ++i) top = fmaxf(top, in_block<kBlocks>(s, i).top);
+    const bool is_broken = top == infinity() || top == -infinity();
+    const float floor = top + float(log(double(cuts.min_p)));
+    Last last{floor, kMostTokens};
+
+    TruncationShared& leader = in_block<kBlocks>(s, 0);
+    if (!is_broken && !cuts.only_min_p()) {
+        const int end_bin = end_of_bins<kThreads>(s, cuts, top, largest, floor, t.vocab_size);
+        uint64_t counted = 0, total = 0, num_rest = 0;
+        share.each([&](float x, int) {
+            const float depth = depth_of(x, top);
+            const bool is_counted = depth < float(end_bin);
+            if (is_counted) atomic_add(&s.low[int(depth)], 1u);
+            if (cuts.only_p()) {
+                const uint64_t weight = weight_below(x, top);
+                total += weight, counted += is_counted ? weight : 0;
             }
+            num_rest += depth >= float(kRest) && x > -infinity();
         });
-        above = sum_over_block<kThreads>(s, above);
-        end = find_last<kThreads>(s, Candidates<kThreads>{s}, top, floor, k - num_above, p, total, above);
-    } else {
-        end = find_last<kThreads>(s, row, top, floor, k, p, total, 0);
+        counted = sum_over_block<kThreads>(s, counted), total = sum_over_block<kThreads>(s, total);
+        num_rest = sum_over_block<kThreads>(s, num_rest);
+        if (thread == 0) s.low[kRest] = end_bin < kRest ? 0 : uint32_t(num_rest), s.weights = {counted, total};
+        cluster_barrier<kBlocks>();
+        if (rank == 0) {
+            Weights weights = s.weights;
+            for (int other = 1; other < kBlocks; ++other) {
+                const TruncationShared& theirs = in_block<kBlocks>(s, other);
+                for (int i = thread; i < kBins; i += kThreads) s.low[i] += theirs.low[i];
+                weights.counted += theirs.weights.counted, weights.total += theirs.weights.total;
+            }
+            barrier();
+            const Plan plan = make_plan<kThreads>(s, cuts, top, floor, weights);
+            if (thread == 0) s.plan = plan;
+        }
+        cluster_barrier<kBlocks>();
+        const Plan plan = leader.plan;
+        if (plan.is_among_few) {
+            const float begin = float(plan.first), end = plan.last < kRest ? float(plan.last + 1) : infinity();
+            uint64_t above = 0;
+            share.each([&](float x, int index) {
+                const float depth = depth_of(x, top);
+                if (!(depth < end)) return;
+                if (depth >= begin) {
+                    const int place = atomic_add(&leader.num_candidates, 1);
+                    if (place < kMostCandidates) leader.value[place] = x, leader.index[place] = index;
+                } else if (cuts.p < 1.0f) {
+                    above += weight_below(x, top);
+                }
+            });
+            above = sum_over_block<kThreads>(s, above);
+            if (thread == 0) s.above = above;
+            cluster_barrier<kBlocks>();
+        }
+        if (rank == 0) {
+            uint64_t above = 0;
+            if (plan.is_among_few) {
+                for (int i = 0; i < kBlocks; ++i) above += in_block<kBlocks>(s, i).above;
+                last = find_last<kThreads>(s, Candidates<kThreads>{s}, top, floor, plan.k - plan.num_above, cuts.p,
+                                           plan.total, above);
+            } else if (!plan.is_floor) {
+                last = find_last<kThreads>(s, row, top, floor, plan.k, cuts.p, plan.total, above);
+            }
+            if (thread == 0) s.last = last;
+        }
+        cluster_barrier<kBlocks>();
+        last = leader.last;
     }
-    row.mask([&](float x, int index) { return x < end.value || (x == end.value && index > end.index); });
+    cluster_barrier<kBlocks>();  // no block may end while others read what it knows
+    if (!is_broken)
+        share.mask([&](float x, int index) { return x < last.value || (x == last.value && index > last.index); });
 }
 
 }  // namespace minivllm::cuda

@@ -13,13 +13,23 @@ from minivllm.ops.op import Impl, Op
 
 
 class KvPlace(NamedTuple):
-    """Where a layer's new keys and values go, and how: as in `reference`."""
+    """Where a layer's new keys and values go, and how: as in `reference`.
+
+    kept: [num_tokens, 2 * num_kv_heads, head_dim], where a step that `is_left_to_attention` has them for
+    `ops/paged_attention.py` to write; None: none does.
+    """
 
     kv_cache: torch.Tensor
     slot_mapping: torch.Tensor
     layout: KvLayout
     k_scale: float = 1.0
     v_scale: float = 1.0
+    kept: torch.Tensor | None = None
+
+
+def is_left_to_attention(layout: KvLayout, num_tokens: int) -> bool:
+    """Whether attention writes a step's keys and values, if it may: csrc/cpu/kv_write.h decides, and says why."""
+    return layout.dtype == "bfloat16" and 1 < num_tokens <= 64
 
 
 def reference(

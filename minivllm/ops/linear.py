@@ -271,7 +271,8 @@ class PackedLinear:
         """`ops/rotary_kv_write.py` of self(x, bias, addend=addend, norm=norm), to the bit, where that is the heads of
         queries, of keys and of values: they are turned and written as they come, and not kept.
 
-        Returns the turned queries, [M, num_heads, head_dim].
+        Returns the turned queries, [M, num_heads, head_dim]. Where there is a `place.kept`, a step that is left to
+        attention has its turned keys, and its values, there and not in the cache.
 
         Raises:
             IndexError: a position or a slot is outside its table; nothing has been changed then.
@@ -292,6 +293,8 @@ class PackedLinear:
             raise ValueError(f"{num_rows} rows have positions of shape {tuple(turn.positions.shape)}")
         require("kv_cache", place.kv_cache, torch.uint8, layout.shape(num_blocks))
         require("slot_mapping", place.slot_mapping, torch.int64, (num_rows,))
+        if place.kept is not None:
+            require("kept", place.kept, x.dtype, (num_rows, 2 * layout.num_kv_heads, head_dim))
         if x.stride(1) != 1:
             x = x.contiguous()
         bias, bias_address, bias_code = _vector("bias", bias, self.out_features)
@@ -303,7 +306,8 @@ class PackedLinear:
             (num_heads, layout.num_kv_heads, head_dim, num_blocks, layout.block_size, max_position, rot_dim),
             (q.data_ptr(), x.data_ptr(), self._packed.data_ptr(), bias_address, addend_address, norm_address),
             (turn.positions.data_ptr(), turn.cos_sin.data_ptr(), q_norm, k_norm),
-            (place.kv_cache.data_ptr(), place.slot_mapping.data_ptr()),
+            (place.kv_cache.data_ptr(), place.slot_mapping.data_ptr(),
+             0 if place.kept is None else place.kept.data_ptr()),
             bias_code, *norm_arguments, layout.code, eps, place.k_scale, place.v_scale,
         )  # fmt: skip
         return q

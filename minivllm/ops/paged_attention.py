@@ -22,6 +22,8 @@ import torch
 from minivllm.ops import gpu, native
 from minivllm.ops.checks import require
 from minivllm.ops.kv_layout import KvLayout, native_why_not
+from minivllm.ops.kv_write import KvPlace, is_left_to_attention
+from minivllm.ops.kv_write import reference as kv_write
 from minivllm.ops.op import Impl, Op, OpSpec
 
 STEP = 128  # absolute positions a row's running maximum moves on by; shared prefixes are cut to a multiple
@@ -63,18 +65,24 @@ def reference(
     layout: KvLayout,
     options: Options,
     shared: SharedPrefixes | None = None,
+    write: KvPlace | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Softmax attention of each query row over its request's tokens (Kwon et al. 2023, arXiv:2309.06180).
 
     q: [num_tokens, num_heads, head_dim]; kv_cache: uint8, as `layout` says; block_table: [num_reqs, max_blocks]
     int32; seq_lens: [num_reqs] int32, in tokens, this step's included; query_start_loc: [num_reqs + 1] int32,
-    ascending. The query rows of request b are its last positions; each sees the positions up to its own.
+    ascending. The query rows of request b are its last positions; each sees the positions up to its own. write: where
+    a step's own keys and values are, and where they go, if they are left to this.
     Returns [num_tokens, num_heads, head_dim], `out` if given; rows of no request are zero. Computed in float32
     from what the cache stores, and rounded once to q's dtype.
     """
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
     out.zero_()
+    if write is not None and write.kept is not None and is_left_to_attention(layout, len(q)):
+        k, v = write.kept.chunk(2, dim=1)
+        scales = {"k_scale": write.k_scale, "v_scale": write.v_scale}
+        kv_write(k, v, kv_cache, write.slot_mapping, layout=layout, **scales)
     starts = query_start_loc.tolist()
     for b, seq_len in enumerate(seq_lens.tolist()):
         rows = slice(starts[b], starts[b + 1])
@@ -119,12 +127,13 @@ def cpu(
     layout: KvLayout,
     options: Options,
     shared: SharedPrefixes | None = None,
+    write: KvPlace | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The native `reference`, in the order of sums the module promises. q may be a view with any row stride.
 
     Raises:
-        IndexError: a block id, a sequence length, a query offset or a group's member lies outside its table.
+        IndexError: a block id, a sequence length, a query offset, a group's member or a slot lies outside its table.
         ValueError: a tensor is not laid out as `reference` says, or its sizes fit no kernel.
     """
     num_tokens, num_heads, head_dim = q.shape
@@ -148,13 +157,18 @@ def cpu(
         require("group_starts", shared.group_starts, torch.int32, (group_sizes[0] + 1,))
         require("lens", shared.lens, torch.int32, shared.lens.shape)
         groups = (shared.members.data_ptr(), shared.group_starts.data_ptr(), shared.lens.data_ptr())
+    new = (0, 0)
+    if write is not None and write.kept is not None:
+        require("kept", write.kept, q.dtype, (num_tokens, 2 * layout.num_kv_heads, head_dim))
+        require("slot_mapping", write.slot_mapping, torch.int64, (num_tokens,))
+        new = (write.kept.data_ptr(), write.slot_mapping.data_ptr())
     native.lib.paged_attention(
         out.data_ptr(), q.data_ptr(), kv_cache.data_ptr(),
         (block_table.data_ptr(), seq_lens.data_ptr(), query_start_loc.data_ptr()), native.dtype_code(q), layout.code,
         (num_tokens, num_heads, head_dim), q.stride()[:2], (num_blocks, layout.num_kv_heads, layout.block_size),
         (num_reqs, max_blocks), block_table.stride(0), (options.scale, options.k_scale, options.v_scale),
         options.sliding_window or 0, options.softcap, (_pointer(options.sinks), _pointer(options.alibi_slopes)),
-        groups, group_sizes,
+        groups, group_sizes, new,
     )  # fmt: skip
     return out
 

@@ -43,13 +43,14 @@ struct Fiber {
     std::deque<std::vector<Copy>> groups;
     bool done = false;
     long waits = 0;     // barriers passed so far, of all threads and of the warp
-    long warp_waits = 0;
+    long warp_waits = 0, cluster_waits = 0;
     uint32_t sent[8];   // what the lane shows the others
 };
 
 inline std::vector<std::unique_ptr<Fiber>> fibers;
 inline ucontext_t scheduler;
 inline int current;
+inline int block_threads, block_shared;  // of each block of the cluster that runs: how many, and bytes
 inline std::vector<char> shared_memory;
 inline std::function<void()> body;
 
@@ -66,8 +67,21 @@ inline void meet(int first, int last, long Fiber::* count) {
     }
 }
 
-inline void barrier() { meet(0, int(fibers.size()), &Fiber::waits); }
+inline void barrier() {
+    const int first = current / block_threads * block_threads;
+    meet(first, first + block_threads, &Fiber::waits);
+}
 inline void warp_barrier() { meet(current / 32 * 32, current / 32 * 32 + 32, &Fiber::warp_waits); }
+
+template <int kBlocks>
+void cluster_barrier() {
+    meet(0, int(fibers.size()), &Fiber::cluster_waits);
+}
+
+template <int kBlocks, class T>
+T& in_block(T& shared, int rank) {
+    return *reinterpret_cast<T*>(reinterpret_cast<char*>(&shared) + (rank - current / block_threads) * block_shared);
+}
 
 template <class T>
 T shuffle(T value, int lane) {
@@ -204,9 +218,12 @@ inline void fiber_main() {
     yield();
 }
 
-inline void run_block(int num_threads, int shared_bytes, const std::function<void()>& kernel) {
+// The blocks of a cluster, from grid_place on.
+inline void run_blocks(int num_blocks, int threads, int shared_bytes, const std::function<void()>& kernel) {
+    const int num_threads = num_blocks * threads, first = grid_place.x;
     body = kernel;
-    shared_memory.assign(shared_bytes + 16, char(0xff));  // NaN, wherever it is read before it is written
+    block_threads = threads, block_shared = (shared_bytes + 15) / 16 * 16;
+    shared_memory.assign(num_blocks * block_shared + 16, char(0xff));  // NaN, wherever it is read before it is written
     fibers.clear();
     for (int i = 0; i < num_threads; ++i) {
         fibers.push_back(std::make_unique<Fiber>());
@@ -220,7 +237,8 @@ inline void run_block(int num_threads, int shared_bytes, const std::function<voi
     for (int num_done = 0; num_done < num_threads;)
         for (current = 0; current < num_threads; ++current) {
             if (fibers[current]->done) continue;
-            thread_place.x = current;
+            thread_place.x = current % threads;
+            grid_place.x = first + current / threads;
             swapcontext(&scheduler, &fibers[current]->context);
             num_done += fibers[current]->done;
         }
@@ -233,12 +251,23 @@ void run_grid(void (*kernel)(Takes...), Dim grid, int num_threads, int shared_by
         for (int y = 0; y < grid.y; ++y)
             for (int x = 0; x < grid.x; ++x) {
                 grid_place = {x, y, z};
-                run_block(num_threads, shared_bytes, [&] { kernel(given...); });
+                run_blocks(1, num_threads, shared_bytes, [&] { kernel(given...); });
             }
 }
 
+// The same for so many clusters of blocks, one after the other.
+template <class... Takes, class... Gives>
+void run_clusters(void (*kernel)(Takes...), int num_clusters, int num_blocks, int num_threads, int shared_bytes,
+                  Gives... given) {
+    for (int i = 0; i < num_clusters; ++i) {
+        grid_place = {i * num_blocks, 0, 0};
+        run_blocks(num_blocks, num_threads, shared_bytes, [&] { kernel(given...); });
+    }
+}
+
 inline char* shared_begin() {
-    return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(shared_memory.data()) + 15) / 16 * 16);
+    char* const begin = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(shared_memory.data()) + 15) / 16 * 16);
+    return begin + current / block_threads * block_shared;
 }
 
 }  // namespace minivllm::cuda

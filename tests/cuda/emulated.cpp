@@ -29,10 +29,10 @@ extern "C" void emulated_copy_blocks(const uint64_t* from, const uint64_t* to, i
     run_grid(&copy_blocks_kernel, {num_pairs, num_layers, 1}, kCopyThreads, 0, from, to, pairs, block_bytes);
 }
 
+// Fewer threads than a card's blocks have, for speed; no result depends on how many.
 extern "C" void emulated_truncate(float* logits, const int32_t* top_k, const float* top_p, const float* min_p,
-                                  int64_t row_stride, int vocab_size, int num_rows) {
+                                  int64_t row_stride, int vocab_size, int num_rows, bool is_by_cluster) {
     const Truncation t{logits, top_k, top_p, min_p, row_stride, vocab_size};
-    // Fewer threads than a card's block has, for speed; no result depends on how many.
-    constexpr int kThreads = 128;
-    run_grid(&truncate_rows<kThreads, 1>, {num_rows, 1, 1}, kThreads, sizeof(TruncationShared), t);
+    if (is_by_cluster) run_clusters(&truncate_rows<64, 8>, num_rows, 8, 64, sizeof(TruncationShared), t);
+    else run_clusters(&truncate_rows<128, 1>, num_rows, 1, 128, sizeof(TruncationShared), t);
 }

@@ -56,7 +56,8 @@ class EmulatedExtension:
     @staticmethod
     def truncate(logits, top_k, top_p, min_p, row_stride, vocab_size, num_rows, stream):
         addresses = map(ctypes.c_void_p, (logits, top_k, top_p, min_p))
-        library().emulated_truncate(*addresses, ctypes.c_int64(row_stride), vocab_size, num_rows)
+        is_by_cluster = num_rows == 1  # as where a card has more blocks than rows
+        library().emulated_truncate(*addresses, ctypes.c_int64(row_stride), vocab_size, num_rows, is_by_cluster)
 
     @staticmethod
     def copy_blocks(sources, targets, num_layers, pairs, num_pairs, block_bytes, stream):

@@ -23,6 +23,7 @@ from minivllm.ops.sampling import top_k_top_p_min_p
 from tests.cuda.emulated import KV_CODES, EmulatedExtension, compiler, emulate, library, pointer
 from tests.gpu.case import max_diff
 from tests.gpu.cases.cuda import CASES
+from tests.gpu.cases.sampling import odd_truncation, truncation
 
 pytestmark = pytest.mark.skipif(
     compiler() is None, reason="NOT RUN: there is no C++ compiler, so the arithmetic of csrc/cuda is not checked"
@@ -152,6 +153,19 @@ def test_rows_are_truncated_by_the_kernel_where_it_is_built_and_takes_so_many_lo
     assert chosen((1 << 19) + 1) == "minivllm.ops.triton.sampling"
     monkeypatch.setattr(cuda, "extension", lambda: (None, "built without CUDA kernels"))
     assert chosen(1 << 19) == "minivllm.ops.triton.sampling"
+
+
+@pytest.mark.parametrize("make", [truncation, odd_truncation])
+def test_a_row_that_a_cluster_of_blocks_truncates_keeps_what_it_keeps_by_a_block_of_its_own(make, monkeypatch):
+    emulate(monkeypatch)
+
+    def row_by_row(logits: torch.Tensor, *asked: torch.Tensor) -> None:
+        for i in range(len(logits)):
+            cuda.top_k_top_p_min_p(logits[i : i + 1], *(each[i : i + 1] for each in asked))
+
+    together = make("cpu", False, vocab_size=4001, truncate=cuda.top_k_top_p_min_p).run()
+    alone = make("cpu", False, vocab_size=4001, truncate=row_by_row).run()
+    assert torch.equal(together.nan_to_num(nan=7.0), alone.nan_to_num(nan=7.0))
 
 
 def test_truncation_touches_no_number_beside_its_rows(monkeypatch: pytest.MonkeyPatch):

@@ -103,6 +103,25 @@ def test_a_prompt_of_blocks_that_are_one_threads_each(cls, assert_alike):
     assert_alike(step, addend=addend, norms=step.norms)
 
 
+@pytest.mark.parametrize("num_rows, is_left", [(1, False), (2, True), (64, True), (65, False)])
+@pytest.mark.parametrize("cls", WEIGHTS)
+def test_few_rows_leave_keys_and_values_to_attention(cls, num_rows, is_left, assert_same_bits):
+    step = Step(num_rows, 64, torch.bfloat16, cls, heads=(4, 2))
+    step.slots[40:41] = 2
+    kept = torch.full((num_rows, 4, 64), -7.0, dtype=torch.bfloat16)
+    place = step.place()._replace(kept=kept, k_scale=1.0, v_scale=1.0)
+    turn = rotary.Turn(step.positions, step.cos_sin, step.norms)
+    q = step.packed.turn_and_write(step.x, None, turn, place)
+    expected_q, expected = step.behind(norms=step.norms)
+    assert_same_bits(q, expected_q)
+    if is_left:
+        assert_same_bits(place.kv_cache, step.cache)
+        kv_write.cpu(*kept.chunk(2, dim=1), place.kv_cache, step.slots, layout=step.layout)
+    else:
+        assert (kept == -7).all()
+    assert_same_bits(place.kv_cache, expected)
+
+
 def test_the_number_of_threads_changes_nothing(num_threads, assert_alike):
     for num_rows in (1, 40, 800):
         step = Step(num_rows, 64, torch.bfloat16, heads=(8, 4))

@@ -292,19 +292,20 @@ def test_a_request_has_the_same_bits_alone_and_in_a_crowd(isa, num_threads, crow
 
 @needs_kernels
 @pytest.mark.parametrize("sliding_window", [None, 45])
-@pytest.mark.parametrize("num_requests", [1, 2, 12])  # 1 or 2 of five key-value heads a walk, or all
+@pytest.mark.parametrize("num_requests", [1, 2, 12])  # 1 or 2 of five key-value heads a walk, or all (4 of codes)
 @pytest.mark.parametrize(("heads", "head_dim"), [(5, 64), (15, 80)])
+@pytest.mark.parametrize("kv_dtype", [None, *QUANTIZED])
 def test_heads_that_are_walked_over_together_change_no_bit(
-    isa, num_requests, heads, head_dim, sliding_window, assert_same_bits
+    isa, num_requests, heads, head_dim, kv_dtype, sliding_window, assert_same_bits
 ):
     lengths = [1, 40, 128, 161, 300, 1100]
     seqs = [
         sequence(lengths[-1 - i % 6], heads=heads, kv_heads=5, head_dim=head_dim, dtype=torch.bfloat16)
         for i in range(num_requests)
     ]
-    together = attend([decode(seq) for seq in seqs], sliding_window=sliding_window)
+    together = attend([decode(seq) for seq in seqs], kv_dtype=kv_dtype, sliding_window=sliding_window)
     for seq, row in zip(seqs, together):
-        (whole,) = attend([prefill(seq)], sliding_window=sliding_window)
+        (whole,) = attend([prefill(seq)], kv_dtype=kv_dtype, sliding_window=sliding_window)
         assert_same_bits(row[0], whole[-1])
 
 

@@ -209,6 +209,6 @@ class FakeDeviceBackend(CpuNativeBackend):
     def build_metadata(self, step: StepInputs) -> Metadata:
         return Metadata(step, None)
 
-    def _attend(self, q, kv_cache, metadata, options):
+    def _attend(self, q, kv_cache, metadata, options, write=None):
         step = replace(metadata.step, seq_lens=metadata.step.seq_lens.clamp_min(1))
-        return super()._attend(q, kv_cache, Metadata(step, None), options)
+        return super()._attend(q, kv_cache, Metadata(step, None), options, write)

@@ -7,14 +7,22 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from minivllm.attention.backend import AttentionBackend, AttentionSpec, StepInputs, why_not_any
+from minivllm.attention.backend import (
+    AttentionBackend,
+    AttentionSpec,
+    Norm,
+    Projection,
+    StepInputs,
+    why_not_any,
+)
 from minivllm.config.cache import KV_TILE
 from minivllm.config.hf_config import HEAD_DIM_STEP
 from minivllm.ops import native
 from minivllm.ops.kv_layout import KvLayout
-from minivllm.ops.kv_write import kv_write
+from minivllm.ops.kv_write import KvPlace, kv_write
 from minivllm.ops.op import OpSpec
 from minivllm.ops.paged_attention import STEP, Options, SharedPrefixes, paged_attention
+from minivllm.ops.rotary import Turn
 from minivllm.ops.rotary_kv_write import rotary_kv_write
 
 
@@ -75,11 +83,38 @@ class CpuNativeBackend(AttentionBackend):
         assert step.room is not None
         return Metadata(step, _places(step.room, *sizes))
 
-    def _attend(self, q: torch.Tensor, kv_cache: torch.Tensor, metadata: Metadata, options: Options) -> torch.Tensor:
+    def project_and_forward(
+        self,
+        project: Projection,
+        x: torch.Tensor,
+        norm: Norm | None,
+        turn: Turn,
+        kv_cache: torch.Tensor,
+        metadata: Metadata,
+        *,
+        options: Options,
+    ) -> torch.Tensor:
+        """As there; of few tokens the cache write is attention's, not the projection's."""
+        if not project.turns_heads:
+            return super().project_and_forward(project, x, norm, turn, kv_cache, metadata, options=options)
+        kept = torch.empty(len(x), 2 * self.spec.num_kv_heads, self.spec.head_dim, dtype=x.dtype)
+        place = KvPlace(
+            kv_cache, metadata.step.slot_mapping, self.layout, options.k_scale, options.v_scale, kept
+        )
+        return self._attend(project.turn_and_write(x, norm, turn, place), kv_cache, metadata, options, place)
+
+    def _attend(
+        self,
+        q: torch.Tensor,
+        kv_cache: torch.Tensor,
+        metadata: Metadata,
+        options: Options,
+        write: KvPlace | None = None,
+    ) -> torch.Tensor:
         step = metadata.step
         return self._paged_attention(
             q, kv_cache, step.block_table, step.seq_lens, step.query_start_loc,
-            layout=self.layout, options=options, shared=metadata.shared,
+            layout=self.layout, options=options, shared=metadata.shared, write=write,
         )  # fmt: skip
 
 

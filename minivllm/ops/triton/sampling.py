@@ -14,7 +14,7 @@ from minivllm.ops.sampling import SAMPLE, _log_ratio
 from minivllm.ops.triton.numerics import log, philox
 
 _CHUNK = 4096  # of the vocabulary; a program's
-_TILE = 1024  # of a row that one program goes through again and again
+_TILE = 4096  # of a row that one program goes through again and again
 _DIGIT_BITS = 4  # of a radix search; 32 is a multiple
 
 
@@ -244,5 +244,5 @@ def top_k_top_p_min_p(
     if num_rows:
         _truncate_kernel[(num_rows,)](
             logits, top_k, top_p, log_ratio, logits.stride(0), vocab_size,
-            TILE=_TILE, DIGIT_BITS=_DIGIT_BITS, num_warps=8,
+            TILE=_TILE, DIGIT_BITS=_DIGIT_BITS, num_warps=16,
         )  # fmt: skip

@@ -73,12 +73,14 @@ def odd_truncation(
     vocab_size = 128256 if large else vocab_size
     flat, spread, wide = (randn(device, 1, vocab_size, seed=seed).mul(scale) for seed, scale in enumerate((0.02, 1, 8)))
     few, equal, spike = torch.full_like(flat, float("-inf")), torch.full_like(flat, -3.0), spread.clone()
+    part = torch.where(torch.arange(vocab_size, device=device) % 33 == 1, wide, few)
     few[:, 30:50] = spread[:, :20]
     equal[:, 7] = -2.0
     spike[:, 5], spike[:, 6] = 70.0, 69.0
     rows: list[tuple[torch.Tensor, int, float, float]] = [
         (few, 50, 0.9, 0.0), (few, 5, 1.0, 0.0), (equal, 0, 0.3, 0.0), (equal, 2, 0.9, 0.0), (equal, 1, 0.9, 0.0),
         (spike, 50, 0.9, 0.0), (spike, 3, 1.0, 0.0), (wide, 0, 0.999, 0.0), (wide, 40, 0.9, 0.3), (wide, 0, 1e-6, 0.0),
+        (part, vocab_size // 2, 0.9, 0.0), (part, vocab_size // 2, 1.0, 0.0), (part, vocab_size // 40, 0.999, 0.0),
     ]  # fmt: skip
     for row in (flat, spread, flat.bfloat16().float(), spread.bfloat16().float()):
         rows += [
