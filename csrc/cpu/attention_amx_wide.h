@@ -419,13 +419,17 @@ private:
             std::memset(sums, 0, size_t(kBlock * kLanes * 4));
             for (int64_t i = 0; i < kBlock; ++i) maxima[i] = kMasked;
         }
+        const Vec masked = set1(factors_ == nullptr && factor_ < 1 ? kMasked * factor_ : kMasked);
         uint32_t pending = 0;  // rows whose output a new maximum changes
         for (int half = 0; half < 2 && item.block + 16 * half < item.block_end; ++half) {
             const Vec step_max = max_of_half(item, half), max = load(maxima + 16 * half);
             const uint32_t seen = seen_ >> (16 * half) & 0xffff;
             const uint32_t rises = lanes_less(max + set1(kRise), step_max) & seen;
             const Vec new_max{_mm512_mask_mov_ps(max.v, __mmask16(rises), step_max.v)};
-            store(bias_ + 16 * half, {_mm512_maskz_sub_ps(__mmask16(seen), _mm512_setzero_ps(), new_max.v)});
+            // Beside scores that are all below kMasked, as products that overflow are, what is masked would count most.
+            const __mmask16 sunk = _mm512_mask_cmp_ps_mask(__mmask16(seen), new_max.v, masked.v, _CMP_LE_OQ);
+            const __m512 bias = _mm512_maskz_sub_ps(__mmask16(seen), _mm512_setzero_ps(), new_max.v);
+            store(bias_ + 16 * half, {_mm512_mask_mov_ps(bias, sunk, set1(-__builtin_inff()).v)});
             store(maxima + 16 * half, new_max);
             if (rises == 0 || item.is_first) continue;
             store(kept_ + 16 * half, exp2(max - new_max));

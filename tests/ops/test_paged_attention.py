@@ -479,6 +479,18 @@ def test_what_lies_before_the_sliding_window_changes_no_bit(isa, dtype, assert_s
 
 
 @needs_kernels
+@pytest.mark.parametrize("chunk", [40, 8, 1])
+def test_scores_that_overflow_below_let_nothing_in_that_a_row_does_not_see(isa, dtype, chunk):
+    seq = sequence(40, dtype=dtype)
+    seq.q[:], seq.k[:] = 1e30, -1e30
+    if dtype == torch.float16:  # of a smaller range, in which no product overflows
+        seq.q[:], seq.k[:] = torch.inf, -1.0
+    parts = [(seq, range(start, start + chunk)) for start in range(0, len(seq), chunk)]
+    for out in attend(parts, unused=0):
+        assert out.isnan().all()
+
+
+@needs_kernels
 @pytest.mark.parametrize("kv_dtype", [None, *QUANTIZED])
 def test_a_nan_in_its_own_keys_makes_a_row_nan(isa, dtype, kv_dtype):
     seq = sequence(40, heads=1, kv_heads=1, dtype=dtype)
