@@ -36,7 +36,7 @@ struct HeadsKernels {
 MINIVLLM_KERNELS(HeadsKernels, heads_kernels)
 
 // Of a projection whose outputs are heads of queries, of keys and of values, in this order: queries and keys are normed
-// and turned as in rotary.h, queries go to the output, keys and values to the cache.
+// and turned as in rotary.h, queries go to the output, keys and values to the cache or to `kept`.
 struct HeadsEnd {
     int64_t num_q_heads;
     const void *q_norm, *k_norm;  // [head_dim], or null

@@ -68,7 +68,8 @@ struct Format {
     }
 
     // rows: m, stride of x, stride of the addend; sizes: heads of queries, of keys, head_dim, blocks, tokens in one,
-    // positions in the table, dimensions that turn.
+    // positions in the table, dimensions that turn; place: the cache, slots, and where a step that leaves its keys and
+    // values to attention has them (0 where none does).
     void turn_and_write(const std::array<int64_t, 3>& rows, const std::array<int64_t, 7>& sizes,
                         const std::array<uintptr_t, 6>& product, const std::array<uintptr_t, 4>& turn,
                         const std::array<uintptr_t, 3>& place, int bias_dtype, int norm_dtype, float norm_eps, int kv_type,

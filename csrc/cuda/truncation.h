@@ -446,7 +446,8 @@ truncate_rows(Truncation t) {
             uint64_t above = 0;
             share.each([&](float x, int index) {
                 const float depth = depth_of(x, top);
-                if (!(depth < end)) return;
+                // In the last bin, with no end, lie numbers so low that their depth is no finite one.
+                if (!(depth < end) && (end < infinity() || !(x > -infinity()))) return;
                 if (depth >= begin) {
                     const int place = atomic_add(&leader.num_candidates, 1);
                     if (place < kMostCandidates) leader.value[place] = x, leader.index[place] = index;

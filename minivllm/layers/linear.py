@@ -125,7 +125,8 @@ class QKVLinear(MergedLinear):
         return self.packed.fuses_neighbours
 
     def turn_and_write(self, x: torch.Tensor, norm: RMSNorm | None, turn: Turn, place: KvPlace) -> torch.Tensor:
-        """The turned queries, [T, num_heads, head_dim]; keys and values are in their place, and nowhere else."""
+        """The turned queries, [T, num_heads, head_dim]; keys and values are in their place and nowhere else, or, of
+        a step that is left to attention, in `place.kept` and not in the cache yet."""
         of_rows = None if norm is None else norm.of_rows
         return self.packed.turn_and_write(x, self.bias, turn, place, norm=of_rows)
 

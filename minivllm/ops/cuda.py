@@ -1,8 +1,8 @@
 """The ops' door to the CUDA C++ kernels of csrc/cuda, which an installation may lack: Triton's serve everything.
 
 A backend calls one where `benchmarks/gpu` found it faster than Triton's on a card, with a line in benchmarks/LOG.md
-each: `attention/backends/triton.py` calls decode attention, `ops/linear_few_rows.py` products of few rows. Blocks are
-copied by tests alone yet.
+each: `attention/backends/triton.py` calls decode attention, `ops/linear_few_rows.py` products of few rows, the sampler
+truncation. Blocks are copied by tests alone yet.
 
 The only module that imports `minivllm._cuda`, and only when it is asked for: no CPU pays for it. Functions launch on
 the current stream and return before the work is done; every launch that fails raises RuntimeError.
@@ -31,7 +31,7 @@ _FEW_PARTS, _MOST_BLOCKS = 2, 4096
 MOST_FEW_ROWS = 16  # as in csrc/cuda/few_rows_sizes.h
 _WEIGHT_CODES = {torch.bfloat16: 0, torch.float16: 1, torch.int8: 2, torch.float8_e4m3fn: 3}
 _CHUNK_BYTES = 16
-_MOST_TOKENS = 1 << 19  # csrc/cuda/truncation.h
+_MOST_TOKENS = 1 << 19  # csrc/cuda/truncation_sizes.h
 _NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
@@ -159,7 +159,7 @@ def few_rows_why_not(spec: OpSpec) -> str | None:
     if spec.sizes.get("in_features", 0) % _CHUNK_BYTES:
         return f"{spec.sizes['in_features']} input features are not a multiple of {_CHUNK_BYTES}"
     if torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0):
-        return "measured on compute capability 9.0 alone"
+        return "needs compute capability 9.0"
     return None
 
 
@@ -200,6 +200,8 @@ def few_rows(
         torch.cuda.current_stream(x.device).cuda_stream,
     )  # fmt: skip
     return out
+
+
 def truncation_why_not(spec: OpSpec) -> str | None:
     """Why `top_k_top_p_min_p` cannot serve a spec."""
     if (reason := gpu.float32_why_not(spec)) is not None:

@@ -45,7 +45,7 @@ class _FewRows:
         addend: torch.Tensor | None = None,
     ) -> None:
         check_input(self, x, bias, addend)
-        if not cuda.few_rows_fits(residual, x, bias, addend):
+        if residual.dtype != x.dtype or not cuda.few_rows_fits(residual, x, bias, addend):
             return super().add_to(residual, x, bias, addend=addend)
         self._multiply_few(_ADD_RESIDUAL, residual, x, bias, addend)
 

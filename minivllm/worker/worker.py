@@ -139,7 +139,7 @@ class Worker:
             numerics_id="-".join(
                 filter(
                     None,
-                    [platform.numerics_id, self._products_id(dtype), backend.numerics_id, config.model.quantization],
+                    [platform.numerics_id, self._kernels_id(dtype), backend.numerics_id, config.model.quantization],
                 )
             ),
             kv_cache_groups=tuple(size.spec.groups),
@@ -298,10 +298,13 @@ class Worker:
         except NoImplementation as error:
             raise ConfigError(f"this model cannot run on {self.platform.name}: {error}") from error
 
-    def _products_id(self, dtype: torch.dtype) -> str:
-        """What linear layers have that another installation on such a device may lack."""
-        has_few_rows = cuda.few_rows_why_not(OpSpec(self.platform.device, dtype)) is None
-        return "few_rows" if has_few_rows and not self.config.device.batch_invariant else ""
+    def _kernels_id(self, dtype: torch.dtype) -> str:
+        """What another installation on such a device may lack, and would do by others with other bits."""
+        device, sizes = self.platform.device, {"vocab_size": self.config.hf_config.vocab_size}
+        has_few_rows = cuda.few_rows_why_not(OpSpec(device, dtype)) is None
+        truncates = cuda.truncation_why_not(OpSpec(device, torch.float32, sizes)) is None
+        names = ["few_rows"] if has_few_rows and not self.config.device.batch_invariant else []
+        return "-".join(names + (["cuda_truncation"] if truncates else []))
 
     def _check_files(self, model: DecoderForCausalLM) -> loader.LoadPlan | None:
         """What will be read from where; None for made-up weights."""

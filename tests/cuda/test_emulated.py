@@ -165,6 +165,15 @@ def test_more_rows_or_rows_that_are_not_aligned_are_another_kernels(monkeypatch:
     assert few(x).shape == (20, 24)  # by cuBLAS's class, whose own tests are elsewhere
 
 
+def test_few_rows_are_added_to_a_residual_of_another_type(monkeypatch: pytest.MonkeyPatch):
+    emulate(monkeypatch)
+    few = FewRowsLinear(24, 64, torch.bfloat16, device="cpu")
+    few.load_rows(0, torch.ones(24, 64))
+    residual, bias = torch.full((3, 24), 0.5), torch.ones(24, dtype=torch.bfloat16)
+    few.add_to(residual, torch.ones(3, 64, dtype=torch.bfloat16), bias)
+    assert (residual == 65.5).all()
+
+
 def test_a_cache_that_no_kernel_reads_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "minivllm._cuda", None)  # as where it was not built
     monkeypatch.delattr(minivllm, "_cuda", raising=False)

@@ -94,15 +94,35 @@ def test_requests_that_share_a_prefix(assert_alike):
     assert_alike(Batch([(257 + 13 * i, 1) for i in range(9)], torch.bfloat16, num_shared=256))
 
 
+def test_a_key_that_lies_in_a_shared_prefix_is_there_for_all_who_share_it(assert_alike):
+    assert_alike(Batch([(256, 1), (300, 1), (270, 1)], torch.bfloat16, num_shared=256))
+
+
+def test_rows_of_no_request_are_written_as_well(dtype, assert_same_bits):
+    batch = Batch([(50, 1), (60, 1), (70, 1), (80, 1)], dtype)
+    starts = torch.tensor([1, 2, 3], dtype=torch.int32)  # the second's and the third's
+    tables, lens = batch.table[1:3].contiguous(), torch.tensor(batch.seq_lens[1:3], dtype=torch.int32)
+    options = Options(0.3, None)
+    cache, (_, expected) = batch.cache.clone(), batch.behind()
+    place = kv_write.KvPlace(cache, batch.new, batch.layout, kept=batch.kept)
+    out = paged_attention.cpu(
+        batch.q, cache, tables, lens, starts, layout=batch.layout, options=options, write=place
+    )
+    assert_same_bits(cache, expected)
+    behind = paged_attention.cpu(batch.q, expected, tables, lens, starts, layout=batch.layout, options=options)
+    assert_same_bits(out, behind)
+
+
 def test_the_number_of_threads_changes_nothing(num_threads, assert_alike):
     assert_alike(Batch(DECODES, torch.bfloat16, heads=16, kv_heads=8, head_dim=128))
 
 
-@pytest.mark.parametrize("num_rows", [1, 65])
-def test_of_one_row_or_of_many_nothing_is_left(num_rows, assert_same_bits):
+@pytest.mark.parametrize("implementation", [paged_attention.cpu, paged_attention.reference])
+@pytest.mark.parametrize("num_rows, is_left", [(1, False), (2, True), (64, True), (65, False)])
+def test_of_one_row_or_of_many_nothing_is_left(num_rows, is_left, implementation, assert_same_bits):
     batch = Batch([(100 + i, 1) for i in range(num_rows)], torch.bfloat16)
-    _, cache = batch.within()
-    assert_same_bits(cache, batch.cache)
+    _, cache = batch.within(implementation=implementation)
+    assert_same_bits(cache, batch.behind()[1] if is_left else batch.cache)
 
 
 def test_what_has_no_slot_is_not_written(assert_same_bits):

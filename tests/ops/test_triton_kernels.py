@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
+
 import pytest
 import torch
 
@@ -49,6 +52,24 @@ def test_few_programs_that_share_a_decodes_segments_give_the_bits_of_one_each(nu
     assert max_diff(one_each, case.expected()) <= case.tolerance
     monkeypatch.setattr(kernel, "choose_num_parts", lambda *sizes: num_parts)
     assert torch.equal(attention("cpu", False, **kinds).run(), one_each)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_prefill_is_right_where_the_copy_engine_fetches_nothing(head_dim, monkeypatch):
+    """As on cards below compute capability 9.0, and with a Triton that has no tensor descriptors."""
+    from minivllm.ops.triton import paged_attention as kernel
+    from tests.gpu.cases.attention import attention
+
+    spec = importlib.util.spec_from_file_location("of_an_older_triton", kernel.__file__)
+    older = importlib.util.module_from_spec(spec)
+    with monkeypatch.context() as context:
+        context.setitem(sys.modules, "triton.tools.tensor_descriptor", None)
+        context.setitem(sys.modules, spec.name, older)
+        spec.loader.exec_module(older)
+    assert older.TensorDescriptor is None
+    monkeypatch.setattr(kernel, "TensorDescriptor", None)
+    case = attention("cpu", False, batch="mixed", head_dim=head_dim, block_size=64)
+    assert max_diff(case.run(), case.expected()) <= case.tolerance
 
 
 def test_a_batch_that_fills_a_card_launches_few_programs_that_may_find_nothing_to_do():

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from make_random_model import make_model
 
 import tests.gpu.interpreter  # noqa: F401  before the kernels
@@ -15,8 +17,9 @@ from minivllm.attention.backends.triton import TritonBackend
 from minivllm.ops import cuda
 from minivllm.ops.op import Op, OpSpec
 from minivllm.sampling_params import SamplingParams
+from minivllm.worker.worker import Worker
 from tests.cuda.emulated import compiler, emulate
-from tests.models.loop import Loop
+from tests.models.loop import Loop, engine_config
 from tests.worker.fake_device import FakeDevice
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -94,3 +97,19 @@ def test_its_captured_decodes_are_the_cuda_kernels_unless_they_are_turned_off(
         assert bool(bounds) == is_cuda and set(bounds) <= {1024, 1100}
         bounds.clear()
     assert answers[0] == answers[1]
+
+
+def test_its_numerics_name_the_kernels_that_another_installation_may_lack(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    model = make_model(tmp_path, arch="qwen3", dtype="float16", num_layers=1)
+
+    def named(dtype: torch.dtype, **options: Any) -> str:
+        platform = SimpleNamespace(device="cuda", is_host=False)
+        return Worker(engine_config(model, **options), platform)._kernels_id(dtype)
+
+    monkeypatch.setattr(cuda, "extension", lambda: (None, "built without CUDA kernels"))
+    assert named(torch.bfloat16) == ""
+    emulate(monkeypatch)
+    assert named(torch.bfloat16) == "few_rows-cuda_truncation"
+    assert named(torch.bfloat16, batch_invariant=True) == named(torch.float32) == "cuda_truncation"

@@ -26,11 +26,15 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from minivllm.ops.checks import require
 from minivllm.ops.kv_layout import RowLayout
 from minivllm.ops.paged_attention import Options
+
+try:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+except ImportError:  # an older Triton, as torch 2.6 brings: nothing is fetched by the copy engine
+    TensorDescriptor = None
 
 SEGMENT = 1024  # absolute positions; DESIGN's, and the CPU's
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -570,6 +574,8 @@ def paged_attention(
 def _can_fetch(elements: torch.Tensor, layout: RowLayout, q: torch.Tensor) -> bool:
     """Whether the card's copy engine can fetch a tile of keys by one address, from the cache as rows of head_dim: where
     a tile lies in one block and is stored as it is multiplied. It saves the programs the addresses of each row."""
+    if TensorDescriptor is None:
+        return False
     if layout.head_dim not in _TILES["fetched"] or elements.dtype != q.dtype or q.dtype == torch.float32:
         return False
     if layout.block_size % _TILES["fetched"][layout.head_dim].keys:

@@ -77,10 +77,13 @@ def odd_truncation(
     few[:, 30:50] = spread[:, :20]
     equal[:, 7] = -2.0
     spike[:, 5], spike[:, 6] = 70.0, 69.0
+    far = torch.where(few.isfinite(), few * 1e37, few)  # so far apart that float32 holds no depth in bins
+    far[:, 40] = torch.finfo(torch.float32).min  # of a mask that is not -inf
     rows: list[tuple[torch.Tensor, int, float, float]] = [
         (few, 50, 0.9, 0.0), (few, 5, 1.0, 0.0), (equal, 0, 0.3, 0.0), (equal, 2, 0.9, 0.0), (equal, 1, 0.9, 0.0),
         (spike, 50, 0.9, 0.0), (spike, 3, 1.0, 0.0), (wide, 0, 0.999, 0.0), (wide, 40, 0.9, 0.3), (wide, 0, 1e-6, 0.0),
         (part, vocab_size // 2, 0.9, 0.0), (part, vocab_size // 2, 1.0, 0.0), (part, vocab_size // 40, 0.999, 0.0),
+        (far, 5, 1.0, 0.0), (far, 19, 1.0, 0.0), (far, 5, 0.9, 0.0),
     ]  # fmt: skip
     for row in (flat, spread, flat.bfloat16().float(), spread.bfloat16().float()):
         rows += [
