@@ -78,10 +78,18 @@ def executor(request, tmp_path_factory) -> Iterator[Executor]:
 
 def the_death_of_the_actor_is_told_at_once(executor: PlainRayExecutor) -> None:
     """Last, since nothing can follow it."""
-    [actor] = [p for p in psutil.Process().children(recursive=True) if "RayWorker" in " ".join(p.cmdline())]
+    [actor] = [p for p in psutil.Process().children(recursive=True) if "RayWorker" in read_command_line(p)]
     os.kill(actor.pid, signal.SIGKILL)
     assert executor.deaths.told.wait(20)
     assert "Ray worker is gone" in executor.deaths[0]
+
+
+def read_command_line(process: psutil.Process) -> str:
+    """As it is shown; none of a process that has ended meanwhile, as others of Ray's may at any time."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:  # zombies are among them
+        return ""
 
 
 def give(executor: Executor, request_id: str, prompt: list[int]) -> tuple[Future, Future]:
