@@ -22,17 +22,20 @@ from minivllm.ops.op import Op, OpSpec
 from minivllm.ops.rotary import Turn
 
 _FUSED_ACTIVATIONS = ("silu", "swish")
-_FORMATS: dict[str | None, Op] = {None: linear, "int8": int8_linear, "int4": int4_linear, "fp8": fp8_linear}
-# In the place of a quantization: the same, and a row's bits whatever the number of rows.
-_BATCH_INVARIANT: dict[str | None, str] = {None: "batch_invariant", "int8": "invariant_int8", "fp8": "invariant_fp8"}
-_FORMATS |= {
+_FORMATS: dict[str | None, Op] = {
+    None: linear,
+    "int8": int8_linear,
+    "int4": int4_linear,
+    "fp8": fp8_linear,
     "batch_invariant": invariant_linear,
     "invariant_int8": invariant_int8_linear,
     "invariant_fp8": invariant_fp8_linear,
 }
+# In the place of a quantization: the same, and a row's bits whatever the number of rows. int4 is so anyway.
+_BATCH_INVARIANT: dict[str | None, str] = {None: "batch_invariant", "int8": "invariant_int8", "fp8": "invariant_fp8"}
 
 
-def batch_invariant(quantization: str | None) -> str:
+def batch_invariant(quantization: str | None) -> str | None:
     """What to name in the place of a quantization for rows whose bits depend on no others."""
     return _BATCH_INVARIANT.get(quantization, quantization)
 

@@ -187,9 +187,9 @@ def few_rows(
 ) -> torch.Tensor:
     """`DenseLinear`'s calls for up to `MOST_FEW_ROWS` rows, what `few_rows_fits`: a row's bits depend on no other.
 
-    epilogue: 0 stores, 1 adds to `out`, 2 is silu_mul; out: [M, N]; x: [M, K]; weight: [N, K], or [2N, K] for silu_mul;
-    is_bf16: the type of bias and activations, else float16. The weight may be read before what was launched just before
-    is done: that must not have written it.
+    epilogue: 0 stores, 1 adds to `out`, which has 16 bits then, 2 is silu_mul; out: [M, N]; x: [M, K]; weight: [N, K],
+    or [2N, K] for silu_mul; is_bf16: the type of bias and activations, else float16. The weight may be read before what
+    was launched just before is done: that must not have written it.
     """
     tensors = (out, x, weight, bias, addend, x_scales, weight_scales)
     size = x.itemsize

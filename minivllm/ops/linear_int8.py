@@ -125,9 +125,5 @@ INVARIANT_IMPLEMENTATIONS = [
 invariant_int8_linear = Op("invariant_int8_linear", INVARIANT_IMPLEMENTATIONS)
 
 # Sums are exact, but what follows them may be rounded elsewhere by another kernel.
-IMPLEMENTATIONS = [
-    Impl(PackedInt8Linear, why_not=native_why_not),
-    Impl("linear_few_rows:FewRowsInt8Linear", why_not=few_rows_why_not),
-    *INVARIANT_IMPLEMENTATIONS[1:],
-]
+IMPLEMENTATIONS = [Impl("linear_few_rows:FewRowsInt8Linear", why_not=few_rows_why_not), *INVARIANT_IMPLEMENTATIONS]
 int8_linear = Op("int8_linear", IMPLEMENTATIONS)
